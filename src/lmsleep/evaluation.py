@@ -1,0 +1,143 @@
+"""Accuracy per difficulty and bits per token, at any number of passes."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lmsleep.sleep import Backbone, SleepConfig, SleepOutput, sleep_forward
+from lmsleep.tasks import Batch, Task, stream
+
+EVAL_SEED = 1_000_003  # the test stream is the same for every run
+
+
+def read_batch(
+    model: Backbone, batch: Batch, sleep: SleepConfig, *, return_logits: bool = False
+) -> SleepOutput:
+    """Read the context of a batch (if it has one), sleep on all of it, then read its rows.
+
+    Rows that share a context fork the memory that was left of it.
+    """
+    state = None
+    if batch.context is not None and batch.context_row is not None:
+        after = sleep_forward(
+            model, batch.context, None, sleep, evict_last=True, return_logits=False
+        )
+        state = after.state.rows(batch.context_row)
+    return sleep_forward(
+        model, batch.tokens, batch.loss_mask, sleep, state=state, return_logits=return_logits
+    )
+
+
+@dataclass
+class Score:
+    """Sums over evaluated batches; the properties are the figures.
+
+    Attributes:
+        correct: right answers per difficulty key.
+        total: answers per difficulty key.
+        nll: nats over all predicted tokens, and over those of windows that began after an eviction.
+        tokens: the numbers of these tokens.
+    """
+
+    correct: dict[int, int] = field(default_factory=dict)
+    total: dict[int, int] = field(default_factory=dict)
+    nll: dict[str, float] = field(default_factory=lambda: {"all": 0.0, "after_eviction": 0.0})
+    tokens: dict[str, int] = field(default_factory=lambda: {"all": 0, "after_eviction": 0})
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right answers, all difficulties."""
+        return sum(self.correct.values()) / max(sum(self.total.values()), 1)
+
+    @property
+    def per_difficulty(self) -> dict[int, float]:
+        """Share of right answers per difficulty key."""
+        return {key: self.correct[key] / self.total[key] for key in sorted(self.total)}
+
+    def bits(self, which: str = "all") -> float:
+        """Bits per predicted token (per byte, for text); nan where there was none."""
+        return self.nll[which] / self.tokens[which] / math.log(2) if self.tokens[which] else math.nan
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready figures."""
+        return {
+            "accuracy": self.accuracy,
+            "per_difficulty": {str(k): v for k, v in self.per_difficulty.items()},
+            "answers": {str(k): self.total[k] for k in sorted(self.total)},
+            "bits": self.bits(),
+            "bits_after_eviction": self.bits("after_eviction") if self.tokens["after_eviction"] else None,
+        }
+
+
+@torch.no_grad()
+def evaluate(
+    model: Backbone,
+    task: Task,
+    sleep: SleepConfig,
+    *,
+    batches: int = 8,
+    batch_size: int = 64,
+    seed: int = EVAL_SEED,
+    device: torch.device | str = "cpu",
+) -> Score:
+    """Score `model` on `batches * batch_size` held-out samples, the same for every call with a seed."""
+    score = Score()
+    for index in range(batches):
+        batch = task.batch(stream(seed, "test", index), batch_size, "test").to(device)
+        logits = read_batch(model, batch, sleep, return_logits=True).logits
+        assert logits is not None
+        _add(score, batch, logits[:, :-1], sleep.window)
+    return score
+
+
+def _add(score: Score, batch: Batch, logits: Tensor, window: int | None) -> None:
+    """Add one batch; `logits` `[R, T - 1, V]` predict tokens 1 ... T - 1."""
+    tokens, answers = batch.tokens[:, 1:], batch.answers[:, 1:]
+    hit = logits.argmax(-1) == tokens
+    right = torch.ones(len(batch.difficulty), dtype=torch.bool, device=tokens.device)
+    right[answers[(answers >= 0) & ~hit]] = False  # one wrong token spoils its answer
+    asked = torch.zeros_like(right)
+    asked[answers[answers >= 0]] = True
+    for key in batch.difficulty[asked].unique().tolist():
+        mine = asked & (batch.difficulty == key)
+        score.correct[key] = score.correct.get(key, 0) + int(right[mine].sum())
+        score.total[key] = score.total.get(key, 0) + int(mine.sum())
+
+    nll = F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten(), reduction="none")
+    wanted = batch.loss_mask[:, 1:].flatten()
+    position = torch.arange(tokens.shape[1], device=tokens.device).repeat(len(tokens))
+    evicted = position >= (window or tokens.shape[1])
+    if window is not None and batch.context is not None:
+        evicted = torch.ones_like(evicted)
+    for which, mask in (("all", wanted), ("after_eviction", wanted & evicted)):
+        score.nll[which] += float(nll[mask].double().sum())
+        score.tokens[which] += int(mask.sum())
+
+
+def wilson(correct: int, total: int, z: float = 1.96) -> tuple[float, float]:
+    """95 % confidence interval of a proportion (Wilson's score interval)."""
+    if total == 0:
+        return 0.0, 1.0
+    p, zz = correct / total, z * z / total
+    centre = (p + zz / 2) / (1 + zz)
+    half = z * math.sqrt(p * (1 - p) / total + zz / total / 4) / (1 + zz)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t, 1 ... 9 degrees
+
+
+def mean_interval(values: Iterable[float]) -> tuple[float, float, float]:
+    """Mean over seeds with its 95 % confidence interval (Student's t; (mean, low, high))."""
+    x = torch.tensor(list(values), dtype=torch.float64)
+    mean = float(x.mean())
+    if len(x) < 2:
+        return mean, math.nan, math.nan
+    t = T_975[len(x) - 2] if len(x) - 2 < len(T_975) else 1.96
+    half = t * float(x.std()) / math.sqrt(len(x))
+    return mean, mean - half, mean + half

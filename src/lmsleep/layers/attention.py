@@ -1,0 +1,86 @@
+"""Causal softmax attention over the window, with a cache of unrotated keys."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lmsleep.layers.rope import rotate
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions.
+
+    Keys are cached before rotation: positions count from the oldest visible key, so they restart
+    when a window is evicted and stay small on an endless stream; only offsets matter to RoPE.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        head_dim: int,
+        *,
+        num_kv_heads: int,
+        rope_theta: float | None,
+        qk_norm: bool,
+        norm_eps: float,
+    ) -> None:
+        super().__init__()
+        self.head_dim, self.rope_theta = head_dim, rope_theta
+        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
+        self.q_proj = nn.Linear(d_model, num_heads * head_dim, bias=False)
+        self.k_proj = nn.Linear(d_model, num_kv_heads * head_dim, bias=False)
+        self.v_proj = nn.Linear(d_model, num_kv_heads * head_dim, bias=False)
+        self.o_proj = nn.Linear(num_heads * head_dim, d_model, bias=False)
+        self.q_norm = nn.RMSNorm(head_dim, eps=norm_eps) if qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(head_dim, eps=norm_eps) if qk_norm else nn.Identity()
+
+    @property
+    def memory_shape(self) -> None:
+        """Attention has no fast weights."""
+        return None
+
+    def empty_cache(self, batch_size: int) -> tuple[Tensor, ...]:
+        """No keys, no values: two tensors `[B, 0, kv heads, head_dim]`."""
+        weight = self.k_proj.weight
+        return tuple(weight.new_empty(batch_size, 0, self.num_kv_heads, self.head_dim) for _ in "kv")
+
+    def forward(
+        self,
+        x: Tensor,
+        memory: Tensor | None,
+        cache: tuple[Tensor, ...],
+        valid: Tensor | None,
+        span: int | None,
+    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
+        """`x` `[B, T, d]` -> the same; each token sees at most `span` positions, itself included."""
+        del valid  # padding follows the tokens of its row, so causality already hides it
+        q, k, v = (
+            proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = self.q_norm(q), self.k_norm(k)
+        past = cache[0].shape[1]
+        k, v = torch.cat([cache[0].to(k.dtype), k], dim=1), torch.cat([cache[1].to(v.dtype), v], dim=1)
+        cache = (k, v)
+        if self.rope_theta is not None:
+            q, k = rotate(q, past, self.rope_theta), rotate(k, 0, self.rope_theta)
+        T, whole = q.shape[1], past == 0 and (span is None or q.shape[1] <= span)
+        o = F.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            attn_mask=None if whole else _mask(T, past, span, x.device),
+            is_causal=whole,
+            enable_gqa=self.num_kv_heads != self.num_heads,
+        )
+        return self.o_proj(o.transpose(1, 2).flatten(2)), memory, cache
+
+
+def _mask(T: int, past: int, span: int | None, device: torch.device) -> Tensor:
+    """`[T, past + T]`: query i sees key j if `i - span < j <= i`."""
+    query = torch.arange(past, past + T, device=device)[:, None]
+    key = torch.arange(past + T, device=device)
+    causal = key <= query
+    return causal if span is None else causal & (key > query - span)
+
+

@@ -1,0 +1,109 @@
+"""The layer with fast weights: projections and gates around an update rule."""
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lmsleep import ops
+from lmsleep.ops import Backend
+
+Rule = Literal["gated_delta_rule", "gated_linear_rule"]
+
+
+class FastWeights(nn.Module):
+    """Writes what it reads into a matrix state `S` per head by a learned local rule.
+
+    With `rule="gated_delta_rule"` this is the Gated DeltaNet layer (arXiv 2412.06464): keys and
+    queries of unit norm, a short convolution with SiLU on q, k and v, decay
+    `alpha = exp(-A softplus(W_a x + dt))`, write strength `beta = sigmoid(W_b x)`, and a gated RMS norm
+    on the output. With `"gated_linear_rule"` the same layer writes without the delta correction (the
+    paper's eq. 3).
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        key_dim: int,
+        value_dim: int,
+        *,
+        rule: Rule,
+        conv_size: int,
+        forget: tuple[float, float],
+        negative_eigenvalues: bool,
+        norm_eps: float,
+        backend: Backend,
+    ) -> None:
+        super().__init__()
+        self.rule, self.backend = getattr(ops, rule), backend
+        self.num_heads, self.key_dim, self.value_dim = num_heads, key_dim, value_dim
+        self.beta_scale = 2.0 if negative_eigenvalues else 1.0
+        self.forget = forget
+        qk, vs = num_heads * key_dim, num_heads * value_dim
+        self.q_proj = nn.Linear(d_model, qk, bias=False)
+        self.k_proj = nn.Linear(d_model, qk, bias=False)
+        self.v_proj = nn.Linear(d_model, vs, bias=False)
+        self.g_proj = nn.Linear(d_model, vs, bias=False)  # gate of the output
+        self.o_proj = nn.Linear(vs, d_model, bias=False)
+        self.a_proj = nn.Linear(d_model, num_heads, bias=False)  # forgetting
+        self.b_proj = nn.Linear(d_model, num_heads, bias=True)  # writing
+        self.A_log = nn.Parameter(torch.empty(num_heads))
+        self.dt_bias = nn.Parameter(torch.empty(num_heads))
+        self.conv = nn.Parameter(torch.empty(2 * qk + vs, conv_size)) if conv_size > 0 else None
+        self.norm = nn.RMSNorm(value_dim, eps=norm_eps)
+        self.reset_gates()
+
+    @torch.no_grad()
+    def reset_gates(self) -> None:
+        """Heads forget between `forget[0]` and `forget[1]` a token (log-spaced); beta starts at 0.73."""
+        low, high = map(math.log, self.forget)
+        rate = torch.linspace(low, high, self.num_heads).exp()
+        self.A_log.zero_()
+        self.dt_bias.copy_(rate.expm1().log())  # softplus(dt_bias) = rate
+        self.a_proj.weight.zero_()
+        self.b_proj.weight.zero_()
+        self.b_proj.bias.fill_(1.0)
+        if self.conv is not None:
+            self.conv.zero_()
+            self.conv[:, -1] = 1.0  # starts as the identity
+
+    @property
+    def memory_shape(self) -> tuple[int, int, int]:
+        """`(H, K, V)` of `S` for one sequence."""
+        return self.num_heads, self.key_dim, self.value_dim
+
+    def empty_cache(self, batch_size: int) -> tuple[Tensor, ...]:
+        """The tail of the short convolution, before any token: `[B, 0, channels]`."""
+        if self.conv is None:
+            return ()
+        return (self.conv.new_empty(batch_size, 0, self.conv.shape[0]),)
+
+    def forward(
+        self,
+        x: Tensor,
+        memory: Tensor | None,
+        cache: tuple[Tensor, ...],
+        valid: Tensor | None,
+        span: int | None,
+    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
+        """`x` `[B, T, d]`, `S` `[B, H, K, V]` -> the same; tokens that are not `valid` write nothing."""
+        del span  # the state has no window
+        qkv = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
+        if self.conv is not None:
+            qkv, tail = ops.short_conv(qkv, self.conv.to(qkv.dtype), cache[0].to(qkv.dtype))
+            cache = (tail,)
+        qk = self.num_heads * self.key_dim
+        q, k, v = F.silu(qkv).split([qk, qk, self.num_heads * self.value_dim], dim=-1)
+        q, k = (F.normalize(y.unflatten(-1, (-1, self.key_dim)), dim=-1, eps=1e-6) for y in (q, k))
+        v = v.unflatten(-1, (-1, self.value_dim))
+        dt = F.softplus(self.a_proj(x).to(self.dt_bias.dtype) + self.dt_bias)
+        g = -self.A_log.exp() * dt
+        beta = self.beta_scale * self.b_proj(x).to(g.dtype).sigmoid()
+        if valid is not None:
+            g, beta = g * valid[..., None], beta * valid[..., None]
+        o, memory = self.rule(q, k, v, g, beta, initial_state=memory, backend=self.backend)
+        o = self.norm(o).flatten(2) * F.silu(self.g_proj(x))
+        return self.o_proj(o), memory, cache

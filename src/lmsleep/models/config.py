@@ -1,0 +1,116 @@
+"""The architecture of a hybrid decoder as plain data."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Literal, Self, get_args
+
+from lmsleep.ops import Backend
+
+BlockKind = Literal["attention", "gated_delta_net", "gated_linear"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HybridConfig:
+    """A decoder of attention and fast-weight blocks in any order.
+
+    Every option from `num_heads` on may differ per block: `overrides={1: {"mlp_dim": 0}}` gives
+    block 1 no feed-forward layer.
+    """
+
+    vocab_size: int = 256
+    """Tokens in the vocabulary."""
+    d_model: int = 256
+    """Width of the residual stream."""
+    blocks: tuple[BlockKind, ...] = ("attention", "gated_delta_net", "attention", "gated_delta_net")
+    """Kind of each block, first to last."""
+    tie_embeddings: bool = False
+    """Use the embedding as output projection too."""
+    norm_eps: float = 1e-6
+    """Epsilon of every RMS norm."""
+    residual_init: float = 1.0
+    """Scale of the projections that write into the residual stream, at initialisation, over 1/sqrt(fan-in)."""
+    num_heads: int = 4
+    """Heads of attention and of fast weights."""
+    head_dim: int | None = None
+    """Size of a query, key (and attention value) head; default d_model / num_heads."""
+    value_dim: int | None = None
+    """Size of a fast-weight value head; default head_dim."""
+    num_kv_heads: int | None = None
+    """Key-value heads of attention (grouped queries); default num_heads."""
+    mlp_dim: int | None = None
+    """Hidden size of the SwiGLU after the mixer; default 8/3 d_model rounded up to 8, 0 for none."""
+    conv_size: int = 4
+    """Taps of the short convolution in fast-weight blocks; 0 for none."""
+    rope_theta: float | None = 10_000.0
+    """Base of the rotary positions; None for attention without positions."""
+    qk_norm: bool = False
+    """RMS-normalise queries and keys of attention."""
+    forget: tuple[float, float] = (0.001, 0.1)
+    """Log decay per token at initialisation, slowest and fastest head."""
+    negative_eigenvalues: bool = False
+    """Let the write strength beta reach 2 instead of 1 (state transitions may reflect)."""
+    backend: Backend = "auto"
+    """Implementation of the recurrence: auto, reference, chunked or fla."""
+    overrides: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
+    """Options of single blocks, by block number."""
+
+    def __post_init__(self) -> None:
+        if not self.blocks:
+            raise ValueError("blocks must name at least one block")
+        for kind in self.blocks:
+            if kind not in get_args(BlockKind):
+                raise ValueError(f"blocks: {kind!r} is unknown; choose from {', '.join(get_args(BlockKind))}")
+        for name in ("vocab_size", "d_model", "num_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.head_dim is None and self.d_model % self.num_heads:
+            raise ValueError(
+                f"d_model={self.d_model} is not a multiple of num_heads={self.num_heads}; set head_dim"
+            )
+        if self.num_heads % (self.num_kv_heads or self.num_heads):
+            raise ValueError(
+                f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}"
+            )
+        if not 0 < self.forget[0] <= self.forget[1]:
+            raise ValueError(f"forget must be (slowest, fastest) with 0 < slowest <= fastest, got {self.forget}")
+        shared = {"vocab_size", "d_model", "blocks", "tie_embeddings", "overrides"}
+        known = {f.name for f in fields(self)} - shared
+        for i, options in self.overrides.items():
+            if not 0 <= i < len(self.blocks):
+                raise ValueError(f"overrides: there is no block {i}, only 0 ... {len(self.blocks) - 1}")
+            if unknown := set(options) - known:
+                raise ValueError(f"overrides of block {i}: unknown option {', '.join(sorted(unknown))}")
+
+    def for_block(self, i: int) -> "HybridConfig":
+        """The options in force in block `i`."""
+        return replace(self, overrides={}, **self.overrides.get(i, {}))
+
+    @property
+    def key_dim(self) -> int:
+        """Size of a query or key head."""
+        return self.head_dim or self.d_model // self.num_heads
+
+    @property
+    def hidden_dim(self) -> int:
+        """Hidden size of the SwiGLU, 0 for none."""
+        return -(-self.d_model * 8 // 3 // 8) * 8 if self.mlp_dim is None else self.mlp_dim
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form, read back by `from_dict`."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Inverse of `to_dict`, also after a trip through JSON.
+
+        Raises:
+            ValueError: for an unknown or invalid field.
+        """
+        if unknown := set(data) - {f.name for f in fields(cls)}:
+            raise ValueError(f"unknown field {', '.join(sorted(unknown))} in the model configuration")
+        data = dict(data)
+        for name in ("blocks", "forget"):
+            if name in data:
+                data[name] = tuple(data[name])
+        data["overrides"] = {int(i): dict(o) for i, o in data.get("overrides", {}).items()}
+        return cls(**data)

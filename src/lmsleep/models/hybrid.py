@@ -1,0 +1,194 @@
+"""`HybridLM`: a decoder-only language model of attention and fast-weight blocks."""
+
+import json
+from pathlib import Path
+from typing import Self
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from lmsleep.files import write_atomic
+from lmsleep.layers import Attention, FastWeights, SwiGLU
+from lmsleep.models.config import HybridConfig
+from lmsleep.state import Cache, Memory, State
+
+
+class Block(nn.Module):
+    """Pre-norm residual block: a mixer that carries a state, then a SwiGLU (if it has any)."""
+
+    def __init__(self, config: HybridConfig, kind: str) -> None:
+        super().__init__()
+        c = config
+        self.mixer: Attention | FastWeights
+        if kind == "attention":
+            self.mixer = Attention(
+                c.d_model,
+                c.num_heads,
+                c.key_dim,
+                num_kv_heads=c.num_kv_heads or c.num_heads,
+                rope_theta=c.rope_theta,
+                qk_norm=c.qk_norm,
+                norm_eps=c.norm_eps,
+            )
+        else:
+            self.mixer = FastWeights(
+                c.d_model,
+                c.num_heads,
+                c.key_dim,
+                c.value_dim or c.key_dim,
+                rule="gated_delta_rule" if kind == "gated_delta_net" else "gated_linear_rule",
+                conv_size=c.conv_size,
+                forget=c.forget,
+                negative_eigenvalues=c.negative_eigenvalues,
+                norm_eps=c.norm_eps,
+                backend=c.backend,
+            )
+        self.norm = nn.RMSNorm(c.d_model, eps=c.norm_eps)
+        self.mlp = SwiGLU(c.d_model, c.hidden_dim) if c.hidden_dim else None
+        self.mlp_norm = nn.RMSNorm(c.d_model, eps=c.norm_eps) if c.hidden_dim else None
+
+    def forward(
+        self,
+        h: Tensor,
+        memory: Tensor | None,
+        cache: tuple[Tensor, ...],
+        valid: Tensor | None,
+        span: int | None,
+    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
+        """`h` `[B, T, d]` with the block's own fast weights and cache -> the next ones."""
+        mixed, memory, cache = self.mixer(self.norm(h), memory, cache, valid, span)
+        h = h + mixed
+        if self.mlp is not None and self.mlp_norm is not None:
+            h = h + self.mlp(self.mlp_norm(h))
+        return h, memory, cache
+
+
+class HybridLM(nn.Module):
+    """A hybrid language model; offers the `Backbone` protocol, so it can sleep.
+
+    Called on tokens `[B, T]` it is a plain causal language model and returns logits `[B, T, V]`.
+    """
+
+    def __init__(self, config: HybridConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.blocks = nn.ModuleList(
+            Block(config.for_block(i), kind) for i, kind in enumerate(config.blocks)
+        )
+        self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.embedding.weight
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Embedding and linear weights ~ N(0, 1/fan-in); see the table in docs/architecture.md."""
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear) and not name.endswith(("a_proj", "b_proj")):
+                writes = name.endswith(("o_proj", "down_proj"))
+                std = module.in_features**-0.5 * (self.config.residual_init if writes else 1.0)
+                nn.init.normal_(module.weight, std=std)
+        nn.init.normal_(self.embedding.weight, std=self.config.d_model**-0.5)
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks a sleep may loop over."""
+        return len(self.blocks)
+
+    def initial_state(self, batch_size: int) -> State:
+        """`S = 0` and nothing in the working memory."""
+        weight = self.embedding.weight
+        mixers = [block.mixer for block in self.blocks]
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        memory = Memory.zeros(
+            [m.memory_shape for m in mixers], batch_size, dtype=dtype, device=weight.device
+        )
+        return State(memory, Cache(tuple(m.empty_cache(batch_size) for m in mixers)))
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Tokens `[B, T]` (int64) -> hidden states `h` `[B, T, d]`."""
+        h: Tensor = self.embedding(tokens)
+        return h
+
+    def run(
+        self,
+        h: Tensor,
+        state: State,
+        start: int,
+        stop: int,
+        *,
+        valid: Tensor | None = None,
+        span: int | None = None,
+    ) -> tuple[Tensor, State]:
+        """Blocks `start ... stop - 1` over `h` `[B, T, d]`, continuing from `state`.
+
+        Args:
+            h: hidden states.
+            state: what the tokens before `h` left behind.
+            start: first block.
+            stop: block after the last.
+            valid: `[B, T]` bool; padding (False) must follow the tokens of its row and writes nothing.
+            span: most positions a token attends to, itself included; None: all that are cached.
+        """
+        new = []
+        for i in range(start, stop):
+            h, memory, cache = self.blocks[i](
+                h, state.memory.layers[i], state.cache.layers[i], valid, span
+            )
+            new.append((memory, cache))
+        return h, state.replace(start, new)
+
+    def head(self, h: Tensor) -> Tensor:
+        """Hidden states `[B, T, d]` -> logits `[B, T, V]`."""
+        logits: Tensor = self.lm_head(self.norm(h))
+        return logits
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits `[B, T, V]` of the plain model: one window, no sleep."""
+        h, _ = self.run(self.embed(tokens), self.initial_state(len(tokens)), 0, self.num_blocks)
+        return self.head(h)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `config.json` and `model.safetensors` into `folder` (made if missing), atomically each."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
+        if self.config.tie_embeddings:
+            del tensors["lm_head.weight"]
+        write_atomic(folder / "model.safetensors", save(tensors, {"format": "pt"}))
+        write_atomic(folder / "config.json", json.dumps(self.config.to_dict(), indent=2).encode())
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, device: torch.device | str = "cpu") -> Self:
+        """Load what `save_pretrained` wrote.
+
+        Raises:
+            FileNotFoundError: if the folder holds no model.
+            ValueError: for a damaged file or one that belongs to another configuration.
+        """
+        folder = Path(folder)
+        for name in ("config.json", "model.safetensors"):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"{folder} holds no model: {name} is missing")
+        try:
+            config = HybridConfig.from_dict(json.loads((folder / "config.json").read_text()))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{folder / 'config.json'} is not a lmsleep model: {error}") from error
+        try:
+            tensors = load_file(folder / "model.safetensors", device=str(device))
+        except SafetensorError as error:
+            raise ValueError(f"{folder / 'model.safetensors'} is damaged or foreign: {error}") from error
+        if config.tie_embeddings and "embedding.weight" in tensors:
+            tensors["lm_head.weight"] = tensors["embedding.weight"]
+        model = cls(config)
+        if tensors:
+            model = model.to(device=device, dtype=next(iter(tensors.values())).dtype)
+        try:
+            model.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise ValueError(f"{folder} holds weights of another configuration: {error}") from error
+        return model

@@ -1,0 +1,6 @@
+"""Recurrences as pure functions: tensors and a state in, tensors and a state out."""
+
+from lmsleep.ops.conv import short_conv
+from lmsleep.ops.rules import RULES, Backend, gated_delta_rule, gated_linear_rule
+
+__all__ = ["RULES", "Backend", "gated_delta_rule", "gated_linear_rule", "short_conv"]

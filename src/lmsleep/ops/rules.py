@@ -1,0 +1,140 @@
+"""The update rules of the fast weights, with their backends, behind one signature.
+
+A rule is one entry of `RULES`: a function per backend with the signature of
+`reference.gated_delta_rule`. `backend="auto"` takes fla's Triton kernels for CUDA tensors where
+`flash-linear-attention` is installed, and the chunk-parallel PyTorch form everywhere else.
+"""
+
+import importlib.util
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from lmsleep.ops import chunked, fla, reference
+
+Backend = Literal["auto", "reference", "chunked", "fla"]
+Recurrence = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float, Tensor], tuple[Tensor, Tensor]]
+
+RULES: dict[str, dict[str, Recurrence]] = {
+    rule: {
+        "reference": getattr(reference, rule),
+        "chunked": getattr(chunked, rule),
+        "fla": getattr(fla, rule),
+    }
+    for rule in ("gated_delta_rule", "gated_linear_rule")
+}
+
+
+def gated_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Gated delta rule: `S = e^g (I - beta k k^T) S + beta k v^T`, `o = scale S^T q`.
+
+    The conventions are those of flash-linear-attention's `chunk_gated_delta_rule`: keys are used as
+    given (normalise them first) and `scale` multiplies the queries. Differentiable with respect to
+    every tensor, `initial_state` included.
+
+    Args:
+        q: queries `[B, T, H, K]`, any floating dtype; any `T`, 0 included.
+        k: keys `[B, T, H, K]`, of unit L2 norm for a contraction.
+        v: values `[B, T, H, V]`.
+        g: log decay `[B, T, H]`, at most 0. A token with `g = beta = 0` leaves the state as it is.
+        beta: write strength `[B, T, H]`, in (0, 1), or (0, 2) for negative eigenvalues.
+        scale: factor on the queries; default `K ** -0.5`.
+        initial_state: `S` before the first token, `[B, H, K, V]`; default zeros.
+        backend: "reference" (token by token, the definition), "chunked" (PyTorch), "fla" (Triton)
+            or "auto".
+
+    Returns:
+        Outputs `[B, T, H, V]` in the dtype of `v`, and the final state `[B, H, K, V]` in float32,
+        or in float64 where an input is float64.
+
+    Raises:
+        ValueError: for shapes that do not fit, an unknown backend, or one that cannot run here.
+
+    Source: Yang et al., "Gated Delta Networks", arXiv 2412.06464, eq. 10; the update of the paper's
+    experiments.
+    """
+    return _run("gated_delta_rule", q, k, v, g, beta, scale, initial_state, backend)
+
+
+def gated_linear_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Gated Hebbian rule (Mamba-2 form): `S = e^g S + beta k v^T`, `o = scale S^T q`.
+
+    Arguments, result and errors as for `gated_delta_rule`. Source: the paper's eq. 3.
+    """
+    return _run("gated_linear_rule", q, k, v, g, beta, scale, initial_state, backend)
+
+
+def _run(
+    rule: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    scale: float | None,
+    initial_state: Tensor | None,
+    backend: Backend,
+) -> tuple[Tensor, Tensor]:
+    _check_shapes(q, k, v, g, beta, initial_state)
+    B, _, H, K = q.shape
+    inputs = (q, k, v, g, beta) if initial_state is None else (q, k, v, g, beta, initial_state)
+    dtype = torch.float64 if any(x.dtype == torch.float64 for x in inputs) else torch.float32
+    if initial_state is None:
+        state = torch.zeros(B, H, K, v.shape[-1], dtype=dtype, device=q.device)
+    else:
+        state = initial_state.to(dtype)
+    if scale is None:
+        scale = K**-0.5
+    o, state = RULES[rule][_choose(backend, q)](q, k, v, g, beta, scale, state)
+    return o.to(v.dtype), state
+
+
+def _choose(backend: Backend, q: Tensor) -> str:
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend={backend!r} is unknown; choose one of {', '.join(get_args(Backend))}")
+    usable = q.is_cuda and importlib.util.find_spec("fla") is not None
+    if backend == "auto":
+        return "fla" if usable and q.dtype != torch.float64 and q.shape[1] > 0 else "chunked"
+    if backend == "fla" and not usable:
+        raise ValueError(
+            "backend='fla' needs CUDA tensors and flash-linear-attention (pip install 'lmsleep[cuda]'); "
+            f"got tensors on {q.device.type!r}. Use backend='chunked'"
+        )
+    return backend
+
+
+def _check_shapes(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, initial_state: Tensor | None
+) -> None:
+    if q.ndim != 4:
+        raise ValueError(f"q must be [B, T, H, K], got shape {tuple(q.shape)}")
+    B, T, H, K = q.shape
+    expected = {"k": (k, (B, T, H, K)), "g": (g, (B, T, H)), "beta": (beta, (B, T, H))}
+    expected["v"] = (v, (B, T, H, v.shape[-1]))
+    if initial_state is not None:
+        expected["initial_state"] = (initial_state, (B, H, K, v.shape[-1]))
+    for name, (x, shape) in expected.items():
+        if tuple(x.shape) != shape:
+            raise ValueError(f"{name} must have shape {shape} to fit q, got {tuple(x.shape)}")

@@ -1,0 +1,312 @@
+"""Algorithm 1: read a window, sleep on it, keep the fast weights, forget the rest.
+
+The paper ("Do Language Models Need Sleep?", arXiv 2605.26099) writes it for hard eviction and
+training. Here it is one algorithm for training, text and inference: pass 1 over a window *is* the
+ordinary wake pass, and its logits serve prediction; passes 2 ... N are the sleep, run when the window
+is about to be evicted. Nothing in this file knows a model class: a `Backbone` is enough.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, Protocol, TypedDict, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from lmsleep.state import Memory, State
+
+
+class Backbone(Protocol):
+    """What a model must offer to sleep."""
+
+    @property
+    def num_blocks(self) -> int:
+        """Number `D` of blocks."""
+        ...
+
+    def initial_state(self, batch_size: int) -> State:
+        """`S = 0` and an empty working memory, for `batch_size` rows."""
+        ...
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Tokens `[B, T]` -> hidden states `h` `[B, T, d]`."""
+        ...
+
+    def run(
+        self,
+        h: Tensor,
+        state: State,
+        start: int,
+        stop: int,
+        *,
+        valid: Tensor | None = None,
+        span: int | None = None,
+    ) -> tuple[Tensor, State]:
+        """Blocks `start ... stop - 1`; see `HybridLM.run`."""
+        ...
+
+    def head(self, h: Tensor) -> Tensor:
+        """Hidden states -> logits `[B, T, V]`."""
+        ...
+
+
+Eviction = Literal["hard", "sliding"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SleepConfig:
+    """When and how a model sleeps."""
+
+    window: int | None = None
+    """L: tokens of attention context; a sleep happens every L tokens. None: nothing is ever evicted."""
+    passes: int = 1
+    """N: passes over a window before it is evicted. 1 is the plain hybrid."""
+    eviction: Eviction = "hard"
+    """What leaves attention after a sleep: the whole window (hard), or all but the last L - 1 tokens (sliding)."""
+    loop: tuple[int, int] | None = None
+    """Blocks first ... last - 1 that are looped; those before and after run once. None: all blocks."""
+    backprop_passes: int | None = None
+    """Passes of a window, counted from the last, through which gradients flow. None: all."""
+    normalize: bool = False
+    """Scale h to unit RMS before each further pass."""
+    reinject: bool = False
+    """Add what entered the loop to h before each further pass."""
+    sleep_on_loss: bool = True
+    """Sleep on windows that carry loss too. False: Algorithm 1's rule, they get one ordinary pass."""
+    checkpoint: bool = False
+    """Keep no activations of a window for the backward pass; recompute them."""
+
+    def __post_init__(self) -> None:
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"window must be at least 1 token, got {self.window}")
+        if self.passes < 1:
+            raise ValueError(f"passes must be at least 1 (1 = the plain model, no sleep), got {self.passes}")
+        if self.eviction not in get_args(Eviction):
+            raise ValueError(f"eviction must be 'hard' or 'sliding', got {self.eviction!r}")
+        if self.loop is not None and not 0 <= self.loop[0] < self.loop[1]:
+            raise ValueError(f"loop must be (first, last) with 0 <= first < last, got {self.loop}")
+        if self.backprop_passes is not None and not 1 <= self.backprop_passes <= self.passes:
+            raise ValueError(
+                f"backprop_passes must lie in 1 ... passes={self.passes}, got {self.backprop_passes}"
+            )
+
+    def loop_range(self, num_blocks: int) -> tuple[int, int]:
+        """First block of the loop and the one after its last, for a model of `num_blocks`."""
+        first, last = self.loop or (0, num_blocks)
+        if last > num_blocks:
+            raise ValueError(f"loop={self.loop} reaches outside the model: it has blocks 0 ... {num_blocks - 1}")
+        return first, last
+
+    @property
+    def span(self) -> int | None:
+        """Most positions a token attends to: L under sliding eviction."""
+        return self.window if self.eviction == "sliding" else None
+
+    @property
+    def kept(self) -> int:
+        """Positions of working memory that survive a sleep."""
+        return self.window - 1 if self.eviction == "sliding" and self.window is not None else 0
+
+
+@dataclass(frozen=True, eq=False)
+class SleepOutput:
+    """What `sleep_forward` returns.
+
+    Attributes:
+        loss: mean cross entropy over the tokens of the loss mask, in nats; None if it marks none.
+        logits: `[B, T, V]` of the wake passes; None unless asked for.
+        state: fast weights and working memory after the last window.
+        sleeps: `[B]` int64, how often each row slept.
+    """
+
+    loss: Tensor | None
+    logits: Tensor | None
+    state: State
+    sleeps: Tensor
+
+    @property
+    def memory(self) -> Memory:
+        """The fast weights after the last window."""
+        return self.state.memory
+
+
+def read_window(
+    model: Backbone,
+    tokens: Tensor,
+    state: State,
+    sleep: SleepConfig,
+    *,
+    passes: int,
+    valid: Tensor | None = None,
+    logits: bool = True,
+) -> tuple[Tensor | None, State]:
+    """Read one window `[B, L]` in `passes` passes: the body of Algorithm 1.
+
+    Returns the logits `[B, L, V]` of pass 1, the wake pass (None unless `logits`), and the state after
+    the last pass; evicting is up to the caller. `S` accumulates over the passes. Keys and values do
+    not: every pass begins with the working memory that the window began with.
+    """
+    first, last = sleep.loop_range(model.num_blocks)
+    D, awake = model.num_blocks, None
+    rows: _RowOptions = {"valid": valid, "span": sleep.span}
+    h, state = model.run(model.embed(tokens), state, 0, first, **rows)
+    entered, cache = h, state.cache
+    for n in range(1, passes + 1):
+        if n > 1 and sleep.backprop_passes == passes + 1 - n:
+            h, entered, state, cache = h.detach(), entered.detach(), state.detach(), cache.detach()
+        if n > 1:
+            h = _between_passes(h, entered, sleep)
+        h, state = model.run(h, State(state.memory, cache), first, last, **rows)
+        if n == 1 and logits:
+            seen, after = model.run(h, state, last, D, **rows)
+            awake = model.head(seen)
+            if passes == 1:
+                return awake, after
+    _, state = model.run(h, state, last, D, **rows)
+    return awake, state
+
+
+def sleep_forward(
+    model: Backbone,
+    tokens: Tensor,
+    loss_mask: Tensor | None,
+    sleep: SleepConfig,
+    *,
+    state: State | None = None,
+    lengths: Tensor | None = None,
+    evict_last: bool = False,
+    return_logits: bool = True,
+) -> SleepOutput:
+    """Algorithm 1 over whole sequences: windows of L tokens, a sleep at the end of each.
+
+    Every window that is followed by another is slept on and evicted. The last one is not: its
+    tokens are still in attention (`evict_last=True` sleeps on it too, as before a question).
+
+    Args:
+        model: any `Backbone`.
+        tokens: `[B, T]` int64.
+        loss_mask: `[B, T]` bool: the tokens to be predicted, each from the position before it (the
+            first token of a sequence never is). None: no loss.
+        sleep: the `SleepConfig`.
+        state: what came before; default nothing (`S = 0`).
+        lengths: `[B]` int64, tokens per row; what follows is padding, which writes nothing and carries
+            no loss. A row sleeps only on windows of its own.
+        evict_last: sleep on the last window as well.
+        return_logits: keep the wake logits of every position (memory `[B, T, V]`).
+
+    Raises:
+        ValueError: for shapes that do not fit or a loop outside the model.
+    """
+    _check(tokens, loss_mask, lengths)
+    B, T = tokens.shape
+    ends = torch.full((B,), T) if lengths is None else lengths.cpu()
+    valid = None if lengths is None else torch.arange(T, device=tokens.device) < lengths[:, None]
+    targets = _targets(tokens, loss_mask, valid)
+    carries_loss = torch.zeros(B, T, dtype=torch.bool) if targets is None else (targets >= 0).cpu()
+    state = model.initial_state(B) if state is None else state
+    total: Tensor | None = None
+    kept_logits: list[Tensor] = []
+    sleeps = torch.zeros(B, dtype=torch.int64)
+
+    for a, b in _windows(T, sleep.window):
+        loss_rows = carries_loss[:, a:b].any(dim=1)
+        asleep = _asleep(ends, a, b, loss_rows, sleep, evict_last)
+        need_logits = return_logits or bool(loss_rows.any())
+        in_window = None if valid is None else valid[:, a:b]
+        logits, state = _read_rows(model, tokens[:, a:b], state, sleep, asleep, in_window, need_logits)
+        if logits is not None and targets is not None and loss_rows.any():
+            nll = _nll(logits, targets[:, a:b])
+            total = nll if total is None else total + nll
+        if return_logits and logits is not None:
+            kept_logits.append(logits)
+        if sleep.window is not None and (b < T or evict_last):
+            state = State(state.memory, state.cache.last(sleep.kept))  # only S crosses
+        sleeps += asleep
+
+    return SleepOutput(
+        loss=None if total is None else total / int(carries_loss.sum()),
+        logits=torch.cat(kept_logits, dim=1) if kept_logits else None,
+        state=state,
+        sleeps=sleeps,
+    )
+
+
+class _RowOptions(TypedDict):
+    valid: Tensor | None
+    span: int | None
+
+
+def _windows(T: int, window: int | None) -> Iterator[tuple[int, int]]:
+    L = window or max(T, 1)
+    return ((a, min(a + L, T)) for a in range(0, T, L))
+
+
+def _asleep(
+    ends: Tensor, a: int, b: int, loss_rows: Tensor, sleep: SleepConfig, evict_last: bool
+) -> Tensor:
+    """`[B]` bool: which rows sleep on the window of tokens a ... b - 1."""
+    if sleep.window is None:
+        return torch.zeros_like(loss_rows)
+    asleep = ends > (a if evict_last else b)
+    return asleep if sleep.sleep_on_loss else asleep & ~loss_rows
+
+
+def _read_rows(
+    model: Backbone,
+    tokens: Tensor,
+    state: State,
+    sleep: SleepConfig,
+    asleep: Tensor,
+    valid: Tensor | None,
+    logits: bool,
+) -> tuple[Tensor | None, State]:
+    """`read_window` where rows that are due sleep together and the others make one pass."""
+
+    def read(rows: Tensor | None, passes: int) -> tuple[Tensor | None, State]:
+        x, s, ok = tokens, state, valid
+        if rows is not None:
+            x, s, ok = x[rows], s.rows(rows), None if ok is None else ok[rows]
+        if not sleep.checkpoint or not torch.is_grad_enabled():
+            return read_window(model, x, s, sleep, passes=passes, valid=ok, logits=logits)
+        result: tuple[Tensor | None, State] = checkpoint(
+            read_window, model, x, s, sleep, passes=passes, valid=ok, logits=logits, use_reentrant=False
+        )
+        return result
+
+    if bool(asleep.all()) or not asleep.any() or sleep.passes == 1:
+        return read(None, sleep.passes if asleep.any() else 1)
+    groups = [asleep.nonzero()[:, 0], (~asleep).nonzero()[:, 0]]
+    parts = [read(rows, passes) for rows, passes in zip(groups, (sleep.passes, 1), strict=True)]
+    order = torch.cat(groups).argsort()
+    both = [x for x, _ in parts if x is not None]
+    return torch.cat(both)[order] if both else None, State.join([s for _, s in parts], order)
+
+
+def _between_passes(h: Tensor, entered: Tensor, sleep: SleepConfig) -> Tensor:
+    if sleep.normalize:
+        h = F.rms_norm(h, h.shape[-1:])
+    return h + entered if sleep.reinject else h
+
+
+def _targets(tokens: Tensor, loss_mask: Tensor | None, valid: Tensor | None) -> Tensor | None:
+    """`[B, T]`: at each position the token it must predict, -100 for none."""
+    if loss_mask is None:
+        return None
+    wanted = loss_mask.bool() if valid is None else loss_mask.bool() & valid
+    return F.pad(tokens.masked_fill(~wanted, -100)[:, 1:], (0, 1), value=-100)
+
+
+def _nll(logits: Tensor, targets: Tensor) -> Tensor:
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+
+
+def _check(tokens: Tensor, loss_mask: Tensor | None, lengths: Tensor | None) -> None:
+    if tokens.ndim != 2:
+        raise ValueError(f"tokens must be [B, T], got shape {tuple(tokens.shape)}")
+    if loss_mask is not None and loss_mask.shape != tokens.shape:
+        raise ValueError(f"loss_mask must have the shape of tokens {tuple(tokens.shape)}, got {tuple(loss_mask.shape)}")
+    if lengths is not None and lengths.shape != tokens.shape[:1]:
+        raise ValueError(f"lengths must be [B] = [{len(tokens)}], got {tuple(lengths.shape)}")

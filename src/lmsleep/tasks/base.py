@@ -1,0 +1,73 @@
+"""What a task is: a seeded stream of batches, a vocabulary, and the floors to beat."""
+
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Split = Literal["train", "test"]
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Sequences to be read, and the answers expected in them.
+
+    Attributes:
+        tokens: `[R, T]` int64.
+        loss_mask: `[R, T]` bool, the tokens to be predicted.
+        answers: `[R, T]` int64: the number of the answer that a token is part of, -1 for none. An
+            answer counts as right only if all its tokens are.
+        difficulty: `[A]` int64, the difficulty key of each answer (hops, automaton steps, ...).
+        context: `[C, Tc]` int64 or None: what is read and slept on before `tokens`.
+        context_row: `[R]` int64: the context of each row (several rows may fork one memory).
+    """
+
+    tokens: Tensor
+    loss_mask: Tensor
+    answers: Tensor
+    difficulty: Tensor
+    context: Tensor | None = None
+    context_row: Tensor | None = None
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch on another device."""
+        moved = {k: v.to(device) for k, v in vars(self).items() if v is not None}
+        return replace(self, **moved)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens read: contexts once, however many questions fork them."""
+        return self.tokens.numel() + (0 if self.context is None else self.context.numel())
+
+
+class Task(Protocol):
+    """A task: plain data (a frozen dataclass of options) that can draw batches."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens in the vocabulary."""
+        ...
+
+    @property
+    def difficulty_name(self) -> str:
+        """What the difficulty key counts."""
+        ...
+
+    def batch(self, rng: np.random.Generator, size: int, split: Split, level: float = 1.0) -> Batch:
+        """Draw `size` samples; `level` in (0, 1] caps the difficulty (a curriculum)."""
+        ...
+
+    def floors(self) -> dict[str, float]:
+        """Accuracy of guessing ("chance") and of the best constant answer ("constant")."""
+        ...
+
+    def show(self, batch: Batch, row: int) -> str:
+        """Row `row` in human-readable form."""
+        ...
+
+
+def stream(seed: int, split: Split, index: int) -> np.random.Generator:
+    """The generator of batch `index`: a function of its arguments alone, so that resuming needs no state."""
+    return np.random.Generator(np.random.Philox(key=[seed, 2 * index + (split == "test")]))

@@ -1,0 +1,227 @@
+"""Depo: follow a hidden cycle k hops (Allen-Zhu, Physics of Language Models 4.1, arXiv 2512.17351)."""
+
+from dataclasses import dataclass
+from itertools import product
+from typing import Literal
+
+import numpy as np
+import torch
+
+from lmsleep.tasks.base import Batch, Split
+
+PAD = 0
+HELD_OUT = 8  # one cycle in 8 is kept for testing
+
+
+@dataclass(frozen=True, kw_only=True)
+class Depo:
+    """A cycle over n named nodes, its edges in random order; then: where is node x after k hops?
+
+    One sample with nodes=4, names=4, hops=2, name_lengths=(1, 1); the cycle is a -> c -> d -> b -> a:
+
+        tokens   d b   a c   b a   c d   HOP_2 a ANS d
+        loss                                      *  *     (* in the loss; d is the answer)
+
+    Names are words of fresh random tokens per sequence; the last token of a word is drawn from a
+    second copy of the alphabet, so words need no separators. The context is padded on the left to a
+    constant length.
+    """
+
+    nodes: int = 75
+    """n: nodes on the cycle (at most, if node_distribution is "depo")."""
+    hops: int = 16
+    """K: questions ask for 1 ... K hops."""
+    queries: int = 10
+    """M: questions asked about one graph."""
+    names: int = 50
+    """Letters that names are made of."""
+    name_lengths: tuple[int, int] = (1, 2)
+    """Shortest and longest name, in tokens."""
+    node_distribution: Literal["depo", "fixed"] = "depo"
+    """Nodes while training: "depo" draws 3 ... n with weight 1/(n + sqrt(N)); tests always use n."""
+    test_hops: Literal["powers", "all"] = "powers"
+    """Hops in a test: powers of two up to K and K itself, or all of 1 ... K."""
+    ask: Literal["block", "fork"] = "block"
+    """Questions follow in one block (the paper), or each alone to its own fork of the memory."""
+    held_out_cycles: bool = False
+    """Keep one cycle in 8 (by hash) out of training and test on those only; for small n."""
+
+    def __post_init__(self) -> None:
+        low, high = self.name_lengths
+        if not 1 <= low <= high <= 8:
+            raise ValueError(f"name_lengths must be 1 <= shortest <= longest <= 8, got {self.name_lengths}")
+        if self.nodes < 3:
+            raise ValueError(f"nodes must be at least 3, got {self.nodes}")
+        if self.hops < 1 or self.queries < 1:
+            raise ValueError(f"hops and queries must be at least 1, got {self.hops} and {self.queries}")
+        if self.ask == "fork" and self.queries > self.nodes:
+            raise ValueError(f"queries={self.queries} must not exceed nodes={self.nodes} with ask='fork'")
+        if sum(self.names**length for length in range(low, high + 1)) < self.nodes:
+            raise ValueError(f"names={self.names} with name_lengths={self.name_lengths} cannot name {self.nodes} nodes")
+
+    @property
+    def ans(self) -> int:
+        """The token that asks for the answer."""
+        return 2 * self.names + 1
+
+    @property
+    def vocab_size(self) -> int:
+        """PAD, letters, last letters, ANS, HOP_1 ... HOP_K."""
+        return self.ans + 1 + self.hops
+
+    @property
+    def difficulty_name(self) -> str:
+        """Hops."""
+        return "k"
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of the padded context."""
+        return 2 * self.nodes * self.name_lengths[1]
+
+    def floors(self) -> dict[str, float]:
+        """A guess among the nodes that are not the start; no constant answer does better than 1/n."""
+        return {"chance": 1 / (self.nodes - 1), "constant": 1 / self.nodes}
+
+    def batch(self, rng: np.random.Generator, size: int, split: Split, level: float = 1.0) -> Batch:
+        """Draw `size` graphs with their questions; `level` caps the hops at `ceil(level K)`."""
+        words, counts = self._graphs(rng, size, split)  # words [B, n, w], in cycle order
+        B, n, w = words.shape
+        present = np.arange(n) < counts[:, None]
+        edge_order = np.argsort(rng.random((B, n)) + ~present, axis=1)
+        after = _hop(words, counts, np.arange(n)[None, :] + 1)
+        edges = np.concatenate([words, after], axis=2)
+        edges[~present] = PAD
+        edges = np.take_along_axis(edges, edge_order[:, :, None], axis=1)
+        context = _align(edges.reshape(B, -1), left=False)
+
+        start = np.argsort(rng.random((B, n)) + ~present, axis=1)[:, : self.queries]
+        asked = np.arange(start.shape[1]) < counts[:, None]
+        k = self._hops(rng, start.shape, split, level)
+        M = start.shape[1]
+        question = np.concatenate(
+            [
+                self.ans + k[:, :, None],
+                _hop(words, counts, start),
+                np.full((B, M, 1), self.ans),
+                _hop(words, counts, start + k),
+            ],
+            axis=2,
+        )
+        kind = np.r_[0, np.zeros(w, int), 1, np.full(w, 2)]  # 1: the ANS marker, 2: the answer
+        kind = np.where((question != PAD) & asked[:, :, None], kind, 0)
+        question = np.where(asked[:, :, None], question, PAD)
+        number = np.where(kind == 2, np.arange(B * M).reshape(B, M, 1), -1)
+        rows = (B * M, -1) if self.ask == "fork" else (B, -1)
+        question, kind, number = (x.reshape(rows) for x in (question, kind, number))
+        order = np.argsort(question == PAD, axis=1, kind="stable")
+        tokens, kind, number = (np.take_along_axis(x, order, axis=1) for x in (question, kind, number))
+        if self.ask == "block":
+            tokens = np.concatenate([context, tokens], axis=1)
+            kind, number = (
+                np.concatenate([np.full(context.shape, fill), x], axis=1)
+                for x, fill in ((kind, 0), (number, -1))
+            )
+        fork = self.ask == "fork"
+        return Batch(
+            tokens=torch.from_numpy(tokens),
+            loss_mask=torch.from_numpy(kind > 0),
+            answers=torch.from_numpy(number),
+            difficulty=torch.from_numpy(k.reshape(-1)),
+            context=torch.from_numpy(context) if fork else None,
+            context_row=torch.arange(B).repeat_interleave(M) if fork else None,
+        )
+
+    def show(self, batch: Batch, row: int) -> str:
+        """Tokens as names, HOP and ANS; the answer in brackets."""
+        parts = []
+        if batch.context is not None and batch.context_row is not None:
+            parts = [self._token(t) for t in batch.context[batch.context_row[row]].tolist()] + ["|"]
+        for token, answer in zip(batch.tokens[row].tolist(), batch.answers[row].tolist(), strict=True):
+            parts.append(f"[{self._token(token)}]" if answer >= 0 else self._token(token))
+        return " ".join(parts)
+
+    def _token(self, token: int) -> str:
+        if token == PAD:
+            return "."
+        if token > self.ans:
+            return f"HOP_{token - self.ans}"
+        if token == self.ans:
+            return "ANS"
+        return f"n{token - self.names}" if token > self.names else f"l{token}"
+
+    def _hops(self, rng: np.random.Generator, shape: tuple[int, ...], split: Split, level: float) -> np.ndarray:
+        K = self.hops
+        if split == "test" and self.test_hops == "powers":
+            powers = [2**i for i in range(K.bit_length()) if 2**i <= K]
+            return rng.choice(np.array(sorted({*powers, K})), shape)
+        return rng.integers(1, max(1, int(np.ceil(level * K))) + 1, shape)
+
+    def _graphs(self, rng: np.random.Generator, size: int, split: Split) -> tuple[np.ndarray, np.ndarray]:
+        """Words `[B, n, w]` (0-padded) of the nodes in cycle order, and the node counts `[B]`."""
+        if not self.held_out_cycles:
+            return self._draw(rng, size, split)
+        words, counts, have = [], [], 0
+        while have < size:
+            some, count = self._draw(rng, 2 * size if split == "train" else HELD_OUT * size, split)
+            mine = (_cycle_hash(some, count) % HELD_OUT == 0) == (split == "test")
+            words.append(some[mine])
+            counts.append(count[mine])
+            have += int(mine.sum())
+        return np.concatenate(words)[:size], np.concatenate(counts)[:size]
+
+    def _draw(self, rng: np.random.Generator, B: int, split: Split) -> tuple[np.ndarray, np.ndarray]:
+        n = self.nodes
+        universe, weight = self._universe()
+        # Drawing words until n distinct ones exist = the n first arrivals of an exponential race.
+        arrival = rng.exponential(size=(B, len(universe))) / weight
+        chosen = np.argpartition(arrival, n - 1, axis=1)[:, :n]
+        if split == "train" and self.node_distribution == "depo":
+            sizes = np.arange(3, n + 1)
+            p = 1 / (sizes + np.sqrt(n))
+            counts = rng.choice(sizes, B, p=p / p.sum())
+        else:
+            counts = np.full(B, n)
+        chosen = np.take_along_axis(chosen, np.argsort(rng.random((B, n)), axis=1), axis=1)
+        words = universe[chosen]
+        words[np.arange(n) >= counts[:, None]] = PAD
+        return words, counts
+
+    def _universe(self) -> tuple[np.ndarray, np.ndarray]:
+        """All names, 0-padded `[U, w]`, and the probability of drawing each."""
+        low, high = self.name_lengths
+        letters = range(1, self.names + 1)
+        rows, weight = [], []
+        for length in range(low, high + 1):
+            for word in product(letters, repeat=length):
+                rows.append([*word[:-1], word[-1] + self.names] + [PAD] * (high - length))
+                weight.append(self.names**-length / (high - low + 1))
+        return np.array(rows), np.array(weight)
+
+
+def _hop(words: np.ndarray, counts: np.ndarray, node: np.ndarray) -> np.ndarray:
+    """Words `[B, m, w]` of nodes `[B, m]`, modulo the length of the cycle."""
+    index = np.broadcast_to(node, (len(words), node.shape[1])) % counts[:, None]
+    return np.take_along_axis(words, index[:, :, None], axis=1)
+
+
+def _align(tokens: np.ndarray, *, left: bool) -> np.ndarray:
+    """Move the padding of each row to the right (`left`) or to the left, keeping the order."""
+    pad = tokens == PAD
+    order = np.argsort(pad if left else ~pad, axis=1, kind="stable")
+    return np.take_along_axis(tokens, order, axis=1)
+
+
+def _cycle_hash(words: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """A hash of the successor map: the same for every rotation of the same cycle."""
+    code = np.zeros(words.shape[:2], dtype=np.uint64)
+    for i in range(words.shape[2]):
+        code = code * np.uint64(1_000_003) + words[:, :, i].astype(np.uint64)
+    after = np.take_along_axis(code, (np.arange(code.shape[1]) + 1)[None, :] % counts[:, None], axis=1)
+    edge = (code * np.uint64(0x9E3779B97F4A7C15)) ^ (after * np.uint64(0xC2B2AE3D27D4EB4F))
+    edge ^= edge >> np.uint64(29)
+    edge *= np.uint64(0xBF58476D1CE4E5B9)
+    edge ^= edge >> np.uint64(32)
+    present = np.arange(code.shape[1]) < counts[:, None]
+    total: np.ndarray = (edge * present).sum(axis=1, dtype=np.uint64)
+    return (total ^ (total >> np.uint64(31))) >> np.uint64(3)

@@ -1,0 +1,125 @@
+"""A run as plain data: task, model, sleep, training."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from lmsleep.models import HybridConfig
+from lmsleep.sleep import SleepConfig
+from lmsleep.tasks import TASKS, Depo, Rule110, Text
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Optimisation, evaluation and saving. Defaults are tuned for small models on a CPU."""
+
+    steps: int = 1000
+    """Optimizer steps."""
+    batch_size: int = 64
+    """Sequences (graphs, for depo with ask="fork") per step."""
+    seed: int = 0
+    """Seed of the weights and of the data order; the data do not depend on anything else."""
+    lr: float = 0.02
+    """Learning rate of Muon (the matrices inside the blocks). The paper: 2e-3."""
+    adam_lr: float = 0.01
+    """Learning rate of AdamW (embedding, head, norms, gates, convolutions). The paper: 5e-5."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of both."""
+    warmup: int = 20
+    """Steps over which the learning rates rise."""
+    decay: float = 0.3
+    """Last share of the steps, over which they fall to zero."""
+    clip: float = 1.0
+    """Largest gradient norm."""
+    curriculum: int = 0
+    """Steps over which the difficulty rises to its full range; 0: full from the start."""
+    eval_every: int = 100
+    """Steps between evaluations."""
+    eval_batches: int = 4
+    """Test batches in each (the final report takes four times as many)."""
+    save_every: int = 500
+    """Steps between checkpoints (one is also saved at the end and on SIGINT or SIGTERM)."""
+    device: str = "auto"
+    """auto (CUDA where present), cpu, cuda, ..."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Arithmetic of the blocks; auto: bfloat16 autocast on CUDA, float32 elsewhere. S stays float32."""
+    threads: int | None = None
+    """CPU threads; default all."""
+    tensorboard: bool = False
+    """Write TensorBoard events beside metrics.jsonl (needs the extra "track")."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "eval_every", "eval_batches", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("lr", "adam_lr", "clip"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("weight_decay", "warmup", "curriculum", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if not 0 <= self.decay <= 1:
+            raise ValueError(f"decay must lie in 0 ... 1, got {self.decay}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that determines a run."""
+
+    task: Depo | Rule110 | Text
+    model: HybridConfig
+    sleep: SleepConfig
+    train: TrainConfig
+
+    def __post_init__(self) -> None:
+        if self.model.vocab_size != self.task.vocab_size:
+            object.__setattr__(self, "model", replace(self.model, vocab_size=self.task.vocab_size))
+        self.sleep.loop_range(len(self.model.blocks))
+
+    @property
+    def task_name(self) -> str:
+        """Name of the task in `TASKS`."""
+        return next(name for name, cls in TASKS.items() if type(self.task) is cls)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form, read back by `from_dict`."""
+        task = {k: v for k, v in asdict(self.task).items()}
+        if "data" in task:
+            task["data"] = [str(Path(p).resolve()) for p in task["data"]]
+        return {
+            "task": {"name": self.task_name, **task},
+            "model": self.model.to_dict(),
+            "sleep": asdict(self.sleep),
+            "train": asdict(self.train),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Inverse of `to_dict`, also after a trip through JSON.
+
+        Raises:
+            ValueError: for a missing, unknown or invalid field.
+        """
+        try:
+            task = dict(data["task"])
+            name = task.pop("name")
+            if name not in TASKS:
+                raise ValueError(f"unknown task {name!r}; known: {', '.join(TASKS)}")
+            if "data" in task:
+                task["data"] = tuple(Path(p) for p in task["data"])
+            return cls(
+                task=TASKS[name](**_tuples(TASKS[name], task)),
+                model=HybridConfig.from_dict(data["model"]),
+                sleep=SleepConfig(**_tuples(SleepConfig, data["sleep"])),
+                train=TrainConfig(**_tuples(TrainConfig, data["train"])),
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"not a run configuration: {error}") from error
+
+
+def _tuples(cls: type, data: Mapping[str, Any]) -> dict[str, Any]:
+    """`data` with JSON's lists as tuples; unknown fields are named."""
+    if unknown := set(data) - {f.name for f in fields(cls)}:
+        raise ValueError(f"unknown field {', '.join(sorted(unknown))} of {cls.__name__}")
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}

@@ -1,0 +1,40 @@
+"""Muon for the matrices inside the blocks, AdamW for the rest (the paper's recipe), and the schedule."""
+
+from torch import nn
+from torch.optim import AdamW, Muon, Optimizer
+
+from lmsleep.training.config import TrainConfig
+
+# Rows of these few-row projections are independent gates, not a map to be orthogonalised.
+GATES = ("a_proj", "b_proj")
+
+
+def optimizers(model: nn.Module, config: TrainConfig) -> list[Optimizer]:
+    """Muon over the weights of linear layers in `model.blocks` (gates excepted), AdamW over all others."""
+    matrices = [
+        module.weight
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name.startswith("blocks.") and not name.endswith(GATES)
+    ]
+    ids = {id(p) for p in matrices}
+    rest = [p for p in model.parameters() if id(p) not in ids]
+    return [
+        Muon(matrices, lr=config.lr, weight_decay=config.weight_decay),
+        AdamW(rest, lr=config.adam_lr, weight_decay=config.weight_decay, betas=(0.9, 0.95)),
+    ]
+
+
+def schedule(step: int, config: TrainConfig) -> float:
+    """Factor on the learning rates at `step` (from 0): linear rise, plateau, linear fall to zero.
+
+    Before the fall it does not depend on `config.steps`: a long run shares its start with a short one.
+    """
+    rise = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
+    falling = config.decay * config.steps
+    fall = min(1.0, (config.steps - step) / falling) if falling else 1.0
+    return rise * fall
+
+
+def level(step: int, config: TrainConfig) -> float:
+    """Difficulty level in (0, 1] at `step`: the curriculum."""
+    return min(1.0, (step + 1) / config.curriculum) if config.curriculum else 1.0

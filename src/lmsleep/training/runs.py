@@ -1,0 +1,167 @@
+"""A run is a folder: configuration, metrics, checkpoints, report.
+
+    RUN/config.json           what determines the run, and where it was made
+    RUN/metrics.jsonl         one JSON object per line: training losses and evaluations
+    RUN/checkpoints/step-*/   model (config.json, model.safetensors) and trainer.pt
+    RUN/report.json           the final evaluation
+"""
+
+import json
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import lmsleep
+from lmsleep.files import write_atomic
+from lmsleep.models import HybridLM
+from lmsleep.training.config import RunConfig
+
+KEEP = 2  # checkpoints
+
+
+class RunFolder:
+    """Reads and writes one run's folder; every file is replaced atomically or appended to."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    @classmethod
+    def create(cls, path: str | Path, config: RunConfig) -> "RunFolder":
+        """A new folder with the configuration in it.
+
+        Raises:
+            FileExistsError: if the folder exists and is not empty.
+        """
+        folder = cls(path)
+        if folder.path.exists() and any(folder.path.iterdir()):
+            raise FileExistsError(
+                f"{folder.path} exists and is not empty; continue it with --resume, or name another --out"
+            )
+        folder.path.mkdir(parents=True, exist_ok=True)
+        folder._write_json("config.json", {**config.to_dict(), "made_by": provenance()})
+        return folder
+
+    @classmethod
+    def open(cls, path: str | Path) -> "RunFolder":
+        """An existing run.
+
+        Raises:
+            FileNotFoundError: if there is none at `path`.
+        """
+        folder = cls(path)
+        if not (folder.path / "config.json").is_file() or not folder.config_is_run():
+            raise FileNotFoundError(f"{folder.path} is not a run: it has no config.json of one (see lmsleep train)")
+        return folder
+
+    def config_is_run(self) -> bool:
+        """Whether config.json describes a run (and not, say, a model)."""
+        try:
+            return "train" in json.loads((self.path / "config.json").read_text())
+        except ValueError:
+            return False
+
+    def config(self) -> RunConfig:
+        """The run's configuration.
+
+        Raises:
+            ValueError: naming the file, if it is damaged.
+        """
+        path = self.path / "config.json"
+        try:
+            return RunConfig.from_dict(json.loads(path.read_text()))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Append one line to the metrics."""
+        with (self.path / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def metrics(self) -> Iterator[dict[str, Any]]:
+        """The metrics so far; a line that a kill cut short is left out."""
+        path = self.path / "metrics.jsonl"
+        for line in path.read_text().splitlines() if path.exists() else ():
+            try:
+                yield json.loads(line)
+            except ValueError:
+                return
+
+    def rewind(self, step: int) -> None:
+        """Drop metrics after `step`, those of steps that are about to be repeated."""
+        lines = [json.dumps(m) + "\n" for m in self.metrics() if m["step"] <= step]
+        write_atomic(self.path / "metrics.jsonl", "".join(lines).encode())
+
+    def save_checkpoint(self, step: int, model: HybridLM, trainer: dict[str, Any], name: str = "step") -> Path:
+        """Write a checkpoint beside the others, complete or not at all; keep the newest two."""
+        root = self.path / "checkpoints"
+        root.mkdir(exist_ok=True)
+        final, partial = root / f"{name}-{step:08d}", root / f".partial-{os.getpid()}"
+        shutil.rmtree(partial, ignore_errors=True)
+        model.save_pretrained(partial)
+        with (partial / "trainer.pt").open("wb") as file:
+            torch.save(trainer, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if final.exists():
+            shutil.rmtree(final)
+        partial.rename(final)
+        for old in self.checkpoints()[:-KEEP]:
+            shutil.rmtree(old)
+        return final
+
+    def checkpoints(self) -> list[Path]:
+        """Complete checkpoints, oldest first."""
+        return sorted((self.path / "checkpoints").glob("step-????????"))
+
+    def latest(self) -> Path:
+        """The newest checkpoint.
+
+        Raises:
+            FileNotFoundError: if there is none yet.
+        """
+        found = self.checkpoints()
+        if not found:
+            raise FileNotFoundError(f"{self.path} has no checkpoint yet; train it (further) with --resume")
+        return found[-1]
+
+    def model(self, device: torch.device | str = "cpu") -> HybridLM:
+        """The model of the newest checkpoint."""
+        return HybridLM.from_pretrained(self.latest(), device)
+
+    def report(self) -> dict[str, Any] | None:
+        """The final report, if the run has ended."""
+        path = self.path / "report.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def write_report(self, report: dict[str, Any]) -> None:
+        """Write the final report."""
+        self._write_json("report.json", report)
+
+    def _write_json(self, name: str, data: dict[str, Any]) -> None:
+        write_atomic(self.path / name, (json.dumps(data, indent=2) + "\n").encode())
+
+
+def provenance() -> dict[str, Any]:
+    """What made a result: version, command, software, hardware."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name()
+    return {
+        "lmsleep": lmsleep.__version__,
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "hardware": f"{device}, {os.cpu_count()} cores",
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), platform.machine())

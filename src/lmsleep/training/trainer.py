@@ -1,0 +1,208 @@
+"""The training loop: one for every task, model and sleep."""
+
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from lmsleep.evaluation import Score, evaluate, read_batch
+from lmsleep.models import HybridLM
+from lmsleep.tasks import Batch, stream
+from lmsleep.training.config import RunConfig
+from lmsleep.training.optim import level, optimizers, schedule
+from lmsleep.training.runs import RunFolder
+
+LOG_EVERY = 10  # steps between lines of the metrics
+
+
+class Diverged(RuntimeError):
+    """The loss or a gradient became non-finite; the state before that step was saved."""
+
+
+class Interrupted(RuntimeError):
+    """A signal asked the run to stop; it was saved first."""
+
+    def __init__(self, signum: int, message: str) -> None:
+        super().__init__(message)
+        self.signum = signum
+
+
+class Trainer:
+    """Trains one run in its folder. The state after step `i` is a function of the configuration alone."""
+
+    def __init__(self, folder: RunFolder, config: RunConfig) -> None:
+        self.folder, self.config = folder, config
+        train = config.train
+        self.device = torch.device(_device(train.device))
+        if train.threads:
+            torch.set_num_threads(train.threads)
+        torch.manual_seed(train.seed)
+        self.model = HybridLM(config.model).to(self.device)
+        self.optimizers = optimizers(self.model, train)
+        self.step, self.tokens, self.flops, self.seconds = 0, 0, 0, 0.0
+        self.autocast = train.precision == "bfloat16" or (
+            train.precision == "auto" and self.device.type == "cuda" and torch.cuda.is_bf16_supported()
+        )
+        self._flops_of: dict[tuple[Any, ...], int] = {}
+
+    @classmethod
+    def resume(cls, folder: RunFolder, checkpoint: Path | None = None, config: RunConfig | None = None) -> "Trainer":
+        """Continue from the newest (or another) checkpoint exactly as if there had been no stop.
+
+        Raises:
+            FileNotFoundError: if there is no checkpoint.
+            ValueError: if it is damaged or belongs to another configuration.
+        """
+        trainer = cls(folder, config or folder.config())
+        path = checkpoint or folder.latest()
+        model = HybridLM.from_pretrained(path, trainer.device)
+        if model.config != trainer.config.model:
+            raise ValueError(f"{path} holds a model of another configuration than {folder.path / 'config.json'}")
+        try:
+            saved = torch.load(path / "trainer.pt", map_location=trainer.device, weights_only=True)
+            for optimizer, state in zip(trainer.optimizers, saved["optimizers"], strict=True):
+                optimizer.load_state_dict(state)
+            torch.set_rng_state(saved["rng"].cpu())
+        except (OSError, RuntimeError, KeyError, ValueError, EOFError) as error:
+            raise ValueError(f"{path / 'trainer.pt'} is damaged or foreign: {error}") from error
+        trainer.model.load_state_dict(model.state_dict())
+        for name in ("step", "tokens", "flops", "seconds"):
+            setattr(trainer, name, saved[name])
+        folder.rewind(trainer.step)
+        return trainer
+
+    def fit(self, until: int | None = None, *, progress: bool = True, title: str = "") -> Score | None:
+        """Train up to step `until` (default: the end, with a final evaluation and report).
+
+        Raises:
+            Diverged: if the loss or a gradient became non-finite.
+            Interrupted: after SIGINT or SIGTERM.
+        """
+        train, last = self.config.train, until or self.config.train.steps
+        bar = tqdm(
+            total=last, initial=self.step, desc=title or self.folder.path.name, unit="step",
+            disable=None if progress else True,
+        )  # fmt: skip
+        with _signals() as caught, bar:
+            while self.step < last:
+                record = self._train_step()
+                bar.update()
+                if self.step % LOG_EVERY == 0 or self.step == last:
+                    self.folder.log(record)
+                    bar.set_postfix(loss=f"{record['loss']:.3f}", refresh=False)
+                if self.step % train.eval_every == 0 or self.step == train.steps:
+                    score = self.evaluate(train.eval_batches)
+                    self.folder.log({**self._position(), "eval": score.to_dict()})
+                    bar.set_postfix(loss=f"{record['loss']:.3f}", accuracy=f"{score.accuracy:.3f}")
+                if self.step % train.save_every == 0 or self.step == train.steps or caught:
+                    self.save()
+                if caught and self.step < last:
+                    raise Interrupted(
+                        caught[0], f"stopped by a signal after step {self.step}; {self.folder.path} is saved, continue it with --resume"
+                    )
+        if self.step < train.steps:
+            return None
+        score = self.evaluate(4 * train.eval_batches)
+        self.folder.write_report({**self._position(), "eval": score.to_dict(), "floors": self.config.task.floors()})
+        return score
+
+    def evaluate(self, batches: int) -> Score:
+        """Score on held-out samples with the run's own sleep."""
+        with self._autocast():
+            return evaluate(
+                self.model, self.config.task, self.config.sleep, batches=batches, device=self.device,
+                batch_size=self.config.train.batch_size,
+            )  # fmt: skip
+
+    def save(self, name: str = "step") -> Path:
+        """Write a checkpoint."""
+        state = {
+            **self._position(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "rng": torch.get_rng_state(),
+        }
+        return self.folder.save_checkpoint(self.step, self.model, state, name)
+
+    def _train_step(self) -> dict[str, Any]:
+        config, train = self.config, self.config.train
+        rng = stream(train.seed, "train", self.step)
+        batch = config.task.batch(rng, train.batch_size, "train", level(self.step, train)).to(self.device)
+        flops = self._count_flops(batch)
+        started = time.perf_counter()
+        factor = schedule(self.step, train)
+        for optimizer, lr in zip(self.optimizers, (train.lr, train.adam_lr), strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = lr * factor
+        loss = self._backward(batch)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), train.clip)
+        value, norm_value = loss.item(), norm.item()
+        if not (math.isfinite(value) and math.isfinite(norm_value)):
+            path = self.save("diverged")
+            raise Diverged(
+                f"step {self.step}: loss {value}, gradient norm {norm_value}; the state before it is in {path}. "
+                "A lower lr or adam_lr, a smaller clip or a longer warmup usually helps"
+            )
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        self.step += 1
+        self.tokens += batch.num_tokens
+        self.flops += flops
+        self.seconds += time.perf_counter() - started
+        return {**self._position(), "loss": value, "grad_norm": norm_value, "lr_factor": factor}
+
+    def _backward(self, batch: Batch) -> Tensor:
+        """Loss of the batch; gradients are left on the parameters."""
+        with self._autocast():
+            loss = read_batch(self.model, batch, self.config.sleep).loss
+        assert loss is not None, "a training batch without a token to predict"
+        loss.backward()
+        return loss.detach()
+
+    def _count_flops(self, batch: Batch) -> int:
+        """FLOPs of a forward and backward pass over a batch of this shape.
+
+        Counted in a pass of its own: under the counter PyTorch picks other kernels, and a run must not
+        round differently in the step where it happens to count.
+        """
+        key = (batch.tokens.shape, None if batch.context is None else batch.context.shape)
+        if key not in self._flops_of:
+            with FlopCounterMode(display=False) as counter:
+                self._backward(batch)
+            self._flops_of[key] = counter.get_total_flops()
+            self.model.zero_grad()
+        return self._flops_of[key]
+
+    def _position(self) -> dict[str, Any]:
+        return {"step": self.step, "tokens": self.tokens, "flops": self.flops, "seconds": round(self.seconds, 3)}
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast)
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM while a step is under way, so that the state can be saved after it."""
+    caught: list[int] = []
+    before = {s: signal.signal(s, lambda n, _: caught.append(n)) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def _device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device={name!r}: PyTorch sees no CUDA device here; use device='cpu' or 'auto'")
+    return name
