@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lmsleep.sleep import Backbone, SleepConfig, SleepOutput, sleep_forward
+from lmsleep.sleep import Backbone, SleepConfig, SleepOutput, read_window, sleep_forward
+from lmsleep.state import Memory, State
 from lmsleep.tasks import Batch, Task, stream
 
 EVAL_SEED = 1_000_003  # the test stream is the same for every run
@@ -24,9 +25,7 @@ def read_batch(
     """
     state = None
     if batch.context is not None and batch.context_row is not None:
-        after = sleep_forward(
-            model, batch.context, None, sleep, evict_last=True, return_logits=False
-        )
+        after = sleep_forward(model, batch.context, None, sleep, evict_last=True, return_logits=False)
         state = after.state.rows(batch.context_row)
     return sleep_forward(
         model, batch.tokens, batch.loss_mask, sleep, state=state, return_logits=return_logits
@@ -117,6 +116,23 @@ def _add(score: Score, batch: Batch, logits: Tensor, window: int | None) -> None
     for which, mask in (("all", wanted), ("after_eviction", wanted & evicted)):
         score.nll[which] += float(nll[mask].double().sum())
         score.tokens[which] += int(mask.sum())
+
+
+@torch.no_grad()
+def trace_sleep(model: Backbone, tokens: Tensor, sleep: SleepConfig) -> list[list[Memory]]:
+    """The fast weights after every pass over every window of `tokens` `[B, T]`, all of it slept on.
+
+    Entry `[w][n]` is the memory after pass `n + 1` over window `w`.
+    """
+    state, trace = model.initial_state(len(tokens)), []
+    for window in tokens.split(sleep.window or tokens.shape[1], dim=1):
+        after = [
+            read_window(model, window, state, sleep, passes=n, logits=False)[1]
+            for n in range(1, sleep.passes + 1)
+        ]
+        trace.append([s.memory for s in after])
+        state = State(after[-1].memory, after[-1].cache.last(sleep.kept))
+    return trace
 
 
 def wilson(correct: int, total: int, z: float = 1.96) -> tuple[float, float]:

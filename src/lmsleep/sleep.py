@@ -64,7 +64,7 @@ class SleepConfig:
     passes: int = 1
     """N: passes over a window before it is evicted. 1 is the plain hybrid."""
     eviction: Eviction = "hard"
-    """What leaves attention after a sleep: the whole window (hard), or all but the last L - 1 tokens (sliding)."""
+    """After a sleep attention keeps nothing of the window (hard) or its last L - 1 tokens (sliding)."""
     loop: tuple[int, int] | None = None
     """Blocks first ... last - 1 that are looped; those before and after run once. None: all blocks."""
     backprop_passes: int | None = None
@@ -96,7 +96,9 @@ class SleepConfig:
         """First block of the loop and the one after its last, for a model of `num_blocks`."""
         first, last = self.loop or (0, num_blocks)
         if last > num_blocks:
-            raise ValueError(f"loop={self.loop} reaches outside the model: it has blocks 0 ... {num_blocks - 1}")
+            raise ValueError(
+                f"loop={self.loop} reaches outside the model: it has blocks 0 ... {num_blocks - 1}"
+            )
         return first, last
 
     @property
@@ -243,9 +245,7 @@ def _windows(T: int, window: int | None) -> Iterator[tuple[int, int]]:
     return ((a, min(a + L, T)) for a in range(0, T, L))
 
 
-def _asleep(
-    ends: Tensor, a: int, b: int, loss_rows: Tensor, sleep: SleepConfig, evict_last: bool
-) -> Tensor:
+def _asleep(ends: Tensor, a: int, b: int, loss_rows: Tensor, sleep: SleepConfig, evict_last: bool) -> Tensor:
     """`[B]` bool: which rows sleep on the window of tokens a ... b - 1."""
     if sleep.window is None:
         return torch.zeros_like(loss_rows)
@@ -307,6 +307,8 @@ def _check(tokens: Tensor, loss_mask: Tensor | None, lengths: Tensor | None) -> 
     if tokens.ndim != 2:
         raise ValueError(f"tokens must be [B, T], got shape {tuple(tokens.shape)}")
     if loss_mask is not None and loss_mask.shape != tokens.shape:
-        raise ValueError(f"loss_mask must have the shape of tokens {tuple(tokens.shape)}, got {tuple(loss_mask.shape)}")
+        raise ValueError(
+            f"loss_mask must have the shape of tokens {tuple(tokens.shape)}, got {tuple(loss_mask.shape)}"
+        )
     if lengths is not None and lengths.shape != tokens.shape[:1]:
         raise ValueError(f"lengths must be [B] = [{len(tokens)}], got {tuple(lengths.shape)}")

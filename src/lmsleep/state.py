@@ -37,8 +37,7 @@ class Memory:
         """`S = 0`, as every sequence begins (Algorithm 1). `shapes`: `(H, K, V)` or None a block."""
         return cls(
             tuple(
-                None if s is None else torch.zeros(batch_size, *s, dtype=dtype, device=device)
-                for s in shapes
+                None if s is None else torch.zeros(batch_size, *s, dtype=dtype, device=device) for s in shapes
             )
         )
 

@@ -82,5 +82,3 @@ def _mask(T: int, past: int, span: int | None, device: torch.device) -> Tensor:
     key = torch.arange(past + T, device=device)
     causal = key <= query
     return causal if span is None else causal & (key > query - span)
-
-

@@ -28,7 +28,7 @@ class HybridConfig:
     norm_eps: float = 1e-6
     """Epsilon of every RMS norm."""
     residual_init: float = 1.0
-    """Scale of the projections that write into the residual stream, at initialisation, over 1/sqrt(fan-in)."""
+    """Initial scale of the projections into the residual stream, in units of 1/sqrt(fan-in)."""
     num_heads: int = 4
     """Heads of attention and of fast weights."""
     head_dim: int | None = None
@@ -72,7 +72,9 @@ class HybridConfig:
                 f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}"
             )
         if not 0 < self.forget[0] <= self.forget[1]:
-            raise ValueError(f"forget must be (slowest, fastest) with 0 < slowest <= fastest, got {self.forget}")
+            raise ValueError(
+                f"forget must be (slowest, fastest) with 0 < slowest <= fastest, got {self.forget}"
+            )
         shared = {"vocab_size", "d_model", "blocks", "tie_embeddings", "overrides"}
         known = {f.name for f in fields(self)} - shared
         for i, options in self.overrides.items():

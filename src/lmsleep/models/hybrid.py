@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Self
+from typing import Self, cast
 
 import torch
 from safetensors import SafetensorError
@@ -75,9 +75,7 @@ class HybridLM(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
-        self.blocks = nn.ModuleList(
-            Block(config.for_block(i), kind) for i, kind in enumerate(config.blocks)
-        )
+        self.blocks = nn.ModuleList(Block(config.for_block(i), kind) for i, kind in enumerate(config.blocks))
         self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         if config.tie_embeddings:
@@ -86,13 +84,14 @@ class HybridLM(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Embedding and linear weights ~ N(0, 1/fan-in); see the table in docs/architecture.md."""
+        """Linear weights ~ N(0, 1/fan-in); an untied embedding ~ N(0, 1), the scale blocks add at."""
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear) and not name.endswith(("a_proj", "b_proj")):
                 writes = name.endswith(("o_proj", "down_proj"))
                 std = module.in_features**-0.5 * (self.config.residual_init if writes else 1.0)
                 nn.init.normal_(module.weight, std=std)
-        nn.init.normal_(self.embedding.weight, std=self.config.d_model**-0.5)
+        std = self.config.d_model**-0.5 if self.config.tie_embeddings else 1.0
+        nn.init.normal_(self.embedding.weight, std=std)
 
     @property
     def num_blocks(self) -> int:
@@ -102,11 +101,9 @@ class HybridLM(nn.Module):
     def initial_state(self, batch_size: int) -> State:
         """`S = 0` and nothing in the working memory."""
         weight = self.embedding.weight
-        mixers = [block.mixer for block in self.blocks]
+        mixers = [cast(Block, block).mixer for block in self.blocks]
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        memory = Memory.zeros(
-            [m.memory_shape for m in mixers], batch_size, dtype=dtype, device=weight.device
-        )
+        memory = Memory.zeros([m.memory_shape for m in mixers], batch_size, dtype=dtype, device=weight.device)
         return State(memory, Cache(tuple(m.empty_cache(batch_size) for m in mixers)))
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -136,9 +133,7 @@ class HybridLM(nn.Module):
         """
         new = []
         for i in range(start, stop):
-            h, memory, cache = self.blocks[i](
-                h, state.memory.layers[i], state.cache.layers[i], valid, span
-            )
+            h, memory, cache = self.blocks[i](h, state.memory.layers[i], state.cache.layers[i], valid, span)
             new.append((memory, cache))
         return h, state.replace(start, new)
 

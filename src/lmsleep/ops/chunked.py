@@ -8,13 +8,15 @@ solution of the unit lower triangular system
     u_t + beta_t sum_{s<t} e^{G_t - G_s} (k_t . k_s) u_s = beta_t (v_t - e^{G_t} S^T k_t)
 
 (the WY form of arXiv 2406.06484, gated as in arXiv 2412.06464). Outputs and the next state are
-then matrix products. The systems of all chunks are inverted in one batch; only `S` runs from chunk
-to chunk.
+then matrix products. The backward pass is written out: for the short windows of a sleep autograd
+would spend more on its many small steps than on the products.
 """
 
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 CHUNK = 64  # tokens; longer chunks pay more for the C x C systems than they save in steps
 
@@ -44,36 +46,70 @@ def _chunked(
     *,
     delta: bool,
 ) -> tuple[Tensor, Tensor]:
-    T, dtype = q.shape[1], state.dtype
-    if T == 0:
+    if q.shape[1] == 0:
         return torch.zeros_like(v), state
-    C = min(T, CHUNK)
-    q, k, v = (_split(x.to(dtype), C) for x in (scale * q, k, v))
-    g, beta = (_split(x[..., None], C) for x in (g, beta.to(dtype)))
-    # Differences of a long cumulative sum cancel badly in float32 when the gates forget hard.
-    G = g.double().cumsum(-2)
-    later = torch.ones(C, C, dtype=torch.bool, device=q.device).triu(1)
-    between = (G - G.mT).to(dtype).masked_fill(later, -torch.inf).exp()  # e^{G_t - G_s}, s <= t
-    since_start = G.to(dtype).exp()
-    until_end = (G[..., -1:, :] - G).to(dtype).exp()
-    read = (q @ k.mT) * between
-    u = beta * v
-    if delta:
-        A = (beta * (k @ k.mT) * between).tril(-1)
-        eye = torch.eye(C, dtype=dtype, device=q.device)
-        inverse = torch.linalg.solve_triangular(A + eye, eye, upper=False, unitriangular=True)
-        u, w = inverse @ u, inverse @ (beta * since_start * k)
-    q, k = q * since_start, (k * until_end).mT
+    # [B, T, H, ...] -> [B, H, T, ...]
+    q, k, v, g, beta = (x.transpose(1, 2).to(state.dtype) for x in (scale * q, k, v, g, beta))
     outputs = []
-    for c in range(q.shape[0]):
-        written = u[c] - w[c] @ state if delta else u[c]
-        outputs.append(q[c] @ state + read[c] @ written)
-        state = since_start[c, ..., -1:, :] * state + k[c] @ written
-    o = torch.stack(outputs, dim=2)  # [B, H, n, C, V]
-    return o.flatten(2, 3)[:, :, :T].transpose(1, 2), state
+    for qc, kc, vc, gc, bc in zip(*(x.split(CHUNK, dim=2) for x in (q, k, v, g, beta)), strict=True):
+        o, state = _Chunk.apply(qc, kc, vc, gc, bc[..., None], state, delta)  # type: ignore[no-untyped-call]
+        outputs.append(o)
+    return torch.cat(outputs, dim=2).transpose(1, 2), state
 
 
-def _split(x: Tensor, C: int) -> Tensor:
-    """`[B, T, H, d]` -> `[n, B, H, C, d]`; a ragged tail is zero-filled: g = beta = 0 writes nothing."""
-    x = F.pad(x.transpose(1, 2), (0, 0, 0, -x.shape[1] % C))
-    return x.unflatten(2, (-1, C)).permute(2, 0, 1, 3, 4)
+class _Chunk(torch.autograd.Function):
+    """One chunk: `q, k` `[B, H, C, K]`, `v` `[B, H, C, V]`, `g` `[B, H, C]`, `beta` `[B, H, C, 1]`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, S: Tensor, delta: bool
+    ) -> tuple[Tensor, Tensor]:
+        C = g.shape[-1]
+        # Differences of a long cumulative sum cancel badly in float32 when the gates forget hard.
+        G = g.double().cumsum(-1)[..., None]
+        later = torch.ones(C, C, dtype=torch.bool, device=g.device).triu(1)
+        decay = (G - G.mT).to(S.dtype).masked_fill_(later, -torch.inf).exp_()  # e^{G_t - G_s}, s <= t
+        start, end = G.to(S.dtype).exp(), (G[..., -1:, :] - G).to(S.dtype).exp()
+        qk, qS = q @ k.mT, q @ S
+        kk = kS = inverse = None
+        if delta:
+            kk, kS = k @ k.mT, k @ S
+            eye = torch.eye(C, dtype=S.dtype, device=S.device)
+            A = (beta * kk * decay).tril_(-1)
+            inverse = torch.linalg.solve_triangular(A.add_(eye), eye, upper=False, unitriangular=True)
+            u = inverse @ (beta * (v - start * kS))
+        else:
+            u = beta * v
+        o = (qk * decay) @ u + start * qS
+        ctx.save_for_backward(q, k, v, beta, S, u, decay, start, end, qk, qS, kk, kS, inverse)
+        return o, start[..., -1:, :] * S + (k * end).mT @ u
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, do: Tensor, dS_next: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, beta, S, u, decay, start, end, qk, qS, kk, kS, inverse = ctx.saved_tensors
+        last, start_do = start[..., -1:, :], start * do
+        du = (qk * decay).mT @ do + (k * end) @ dS_next
+        dread, from_next = do @ u.mT, u @ dS_next.mT
+        dqk = dread * decay
+        dlog = dqk * qk  # gradient of every G_t - G_s
+        dq = dqk @ k + start_do @ S.mT
+        dk = dqk.mT @ q + end * from_next
+        dS = q.mT @ start_do + last * dS_next
+        dstart = (start_do * qS).sum(-1)  # gradients of the exponents, not of the exponentials
+        dend = (end * from_next * k).sum(-1)
+        if inverse is None:
+            dv, dbeta = beta * du, (du * v).sum(-1, keepdim=True)
+        else:
+            dr = inverse.mT @ du
+            dA = -(dr @ u.mT).tril_(-1) * decay
+            dbeta = (dr * (v - start * kS)).sum(-1, keepdim=True) + (dA * kk).sum(-1, keepdim=True)
+            dv, dkk = beta * dr, beta * dA
+            dkS = -start * dv
+            dlog += dkk * kk
+            dk += dkS @ S.mT + (dkk + dkk.mT) @ k
+            dS += k.mT @ dkS
+            dstart += (dkS * kS).sum(-1)
+        dG = dlog.sum(-1) - dlog.sum(-2) + dstart - dend
+        dG[..., -1] += dend.sum(-1) + (last * S * dS_next).sum((-1, -2))
+        return dq, dk, dv, dG.flip(-1).cumsum(-1).flip(-1), dbeta, dS, None

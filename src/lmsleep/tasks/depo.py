@@ -22,6 +22,7 @@ class Depo:
         tokens   d b   a c   b a   c d   HOP_2 a ANS d
         loss                                      *  *     (* in the loss; d is the answer)
 
+    A question that is asked alone (ask="fork") has no ANS: its end is where the name ends.
     Names are words of fresh random tokens per sequence; the last token of a word is drawn from a
     second copy of the alphabet, so words need no separators. The context is padded on the left to a
     constant length.
@@ -57,7 +58,9 @@ class Depo:
         if self.ask == "fork" and self.queries > self.nodes:
             raise ValueError(f"queries={self.queries} must not exceed nodes={self.nodes} with ask='fork'")
         if sum(self.names**length for length in range(low, high + 1)) < self.nodes:
-            raise ValueError(f"names={self.names} with name_lengths={self.name_lengths} cannot name {self.nodes} nodes")
+            raise ValueError(
+                f"names={self.names} with name_lengths={self.name_lengths} cannot name {self.nodes} nodes"
+            )
 
     @property
     def ans(self) -> int:
@@ -93,36 +96,33 @@ class Depo:
         edges = np.concatenate([words, after], axis=2)
         edges[~present] = PAD
         edges = np.take_along_axis(edges, edge_order[:, :, None], axis=1)
-        context = _align(edges.reshape(B, -1), left=False)
+        context = edges.reshape(B, -1)
+        to_left = np.argsort(context != PAD, axis=1, kind="stable")
+        context = np.take_along_axis(context, to_left, axis=1)  # padding first
 
         start = np.argsort(rng.random((B, n)) + ~present, axis=1)[:, : self.queries]
         asked = np.arange(start.shape[1]) < counts[:, None]
         k = self._hops(rng, start.shape, split, level)
-        M = start.shape[1]
+        M, fork = start.shape[1], self.ask == "fork"
+        marker = np.full((B, M, 0 if fork else 1), self.ans)
         question = np.concatenate(
-            [
-                self.ans + k[:, :, None],
-                _hop(words, counts, start),
-                np.full((B, M, 1), self.ans),
-                _hop(words, counts, start + k),
-            ],
+            [self.ans + k[:, :, None], _hop(words, counts, start), marker, _hop(words, counts, start + k)],
             axis=2,
         )
-        kind = np.r_[0, np.zeros(w, int), 1, np.full(w, 2)]  # 1: the ANS marker, 2: the answer
+        kind = np.r_[np.zeros(1 + w, int), np.ones(marker.shape[2], int), np.full(w, 2)]  # 1: ANS, 2: answer
         kind = np.where((question != PAD) & asked[:, :, None], kind, 0)
         question = np.where(asked[:, :, None], question, PAD)
         number = np.where(kind == 2, np.arange(B * M).reshape(B, M, 1), -1)
-        rows = (B * M, -1) if self.ask == "fork" else (B, -1)
+        rows = (B * M, -1) if fork else (B, -1)
         question, kind, number = (x.reshape(rows) for x in (question, kind, number))
-        order = np.argsort(question == PAD, axis=1, kind="stable")
-        tokens, kind, number = (np.take_along_axis(x, order, axis=1) for x in (question, kind, number))
-        if self.ask == "block":
+        to_right = np.argsort(question == PAD, axis=1, kind="stable")
+        tokens, kind, number = (np.take_along_axis(x, to_right, axis=1) for x in (question, kind, number))
+        if not fork:
             tokens = np.concatenate([context, tokens], axis=1)
             kind, number = (
                 np.concatenate([np.full(context.shape, fill), x], axis=1)
                 for x, fill in ((kind, 0), (number, -1))
             )
-        fork = self.ask == "fork"
         return Batch(
             tokens=torch.from_numpy(tokens),
             loss_mask=torch.from_numpy(kind > 0),
@@ -150,7 +150,9 @@ class Depo:
             return "ANS"
         return f"n{token - self.names}" if token > self.names else f"l{token}"
 
-    def _hops(self, rng: np.random.Generator, shape: tuple[int, ...], split: Split, level: float) -> np.ndarray:
+    def _hops(
+        self, rng: np.random.Generator, shape: tuple[int, ...], split: Split, level: float
+    ) -> np.ndarray:
         K = self.hops
         if split == "test" and self.test_hops == "powers":
             powers = [2**i for i in range(K.bit_length()) if 2**i <= K]
@@ -205,23 +207,17 @@ def _hop(words: np.ndarray, counts: np.ndarray, node: np.ndarray) -> np.ndarray:
     return np.take_along_axis(words, index[:, :, None], axis=1)
 
 
-def _align(tokens: np.ndarray, *, left: bool) -> np.ndarray:
-    """Move the padding of each row to the right (`left`) or to the left, keeping the order."""
-    pad = tokens == PAD
-    order = np.argsort(pad if left else ~pad, axis=1, kind="stable")
-    return np.take_along_axis(tokens, order, axis=1)
-
-
 def _cycle_hash(words: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """A hash of the successor map: the same for every rotation of the same cycle."""
-    code = np.zeros(words.shape[:2], dtype=np.uint64)
-    for i in range(words.shape[2]):
+    B, n, w = words.shape
+    code = np.zeros((B, n), dtype=np.uint64)
+    for i in range(w):
         code = code * np.uint64(1_000_003) + words[:, :, i].astype(np.uint64)
-    after = np.take_along_axis(code, (np.arange(code.shape[1]) + 1)[None, :] % counts[:, None], axis=1)
+    after = np.take_along_axis(code, (np.arange(n) + 1)[None, :] % counts[:, None], axis=1)
     edge = (code * np.uint64(0x9E3779B97F4A7C15)) ^ (after * np.uint64(0xC2B2AE3D27D4EB4F))
     edge ^= edge >> np.uint64(29)
     edge *= np.uint64(0xBF58476D1CE4E5B9)
     edge ^= edge >> np.uint64(32)
-    present = np.arange(code.shape[1]) < counts[:, None]
+    present = np.arange(n) < counts[:, None]
     total: np.ndarray = (edge * present).sum(axis=1, dtype=np.uint64)
     return (total ^ (total >> np.uint64(31))) >> np.uint64(3)

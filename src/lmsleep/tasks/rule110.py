@@ -29,7 +29,7 @@ def automaton(cells: np.ndarray, steps: int, rule: int = 110, boundary: str = "r
 class Rule110:
     """Random states, each of one window; then: what are they after t steps?
 
-    One sample with width=4, states=2 (answer="first": the first cell of each state after t steps):
+    One sample with width=4, states=2, asked=1 (the first cell of each state after t steps):
 
         tokens   0 1 1 0   1 0 0 0   SEP 1 1
         loss                             * *     (* in the loss and the answer)
@@ -39,19 +39,21 @@ class Rule110:
     """Cells of a state (the paper's window is one state)."""
     states: int = 4
     """Independent states in a sequence."""
-    steps: int = 8
-    """t: updates between the state and the answer."""
+    t: int = 8
+    """Updates between the state and the answer."""
     rule: int = 110
     """Elementary automaton, 0 ... 255."""
     boundary: Literal["ring", "zero"] = "ring"
     """Cells outside the state: the other end, or zeros."""
-    answer: Literal["first", "all"] = "first"
-    """Ask for the first cell of each state (the paper), or for all of its cells."""
+    asked: int = 1
+    """Cells of each state that are asked for, from the first; the paper asks for one."""
 
     def __post_init__(self) -> None:
-        for name in ("width", "states", "steps"):
+        for name in ("width", "states", "t", "asked"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.asked > self.width:
+            raise ValueError(f"asked={self.asked} must not exceed width={self.width}")
         if not 0 <= self.rule <= 255:
             raise ValueError(f"rule must lie in 0 ... 255, got {self.rule}")
 
@@ -67,19 +69,19 @@ class Rule110:
 
     def floors(self) -> dict[str, float]:
         """Exact match of a coin, and of the better constant bit (estimated on 4096 states)."""
-        bits = self.states * (1 if self.answer == "first" else self.width)
+        bits = self.states * self.asked
         rng = np.random.default_rng(0)
         cells = rng.integers(0, 2, (4096 * self.states, self.width), dtype=np.int64)
-        after = self._asked(automaton(cells, self.steps, self.rule, self.boundary)).reshape(4096, bits)
+        after = self._after(cells, self.t).reshape(4096, bits)
         constant = max(float((after == bit).all(axis=1).mean()) for bit in (0, 1))
         return {"chance": 0.5**bits, "constant": constant}
 
     def batch(self, rng: np.random.Generator, size: int, split: Split, level: float = 1.0) -> Batch:
         """Draw `size` sequences; `level` caps the steps at `ceil(level t)`, asked of the whole batch."""
         del split  # 2^(states * width) inputs: train and test never meet by chance
-        steps = max(1, int(np.ceil(level * self.steps)))
+        t = max(1, int(np.ceil(level * self.t)))
         cells = rng.integers(0, 2, (size, self.states, self.width), dtype=np.int64)
-        after = self._asked(automaton(cells, steps, self.rule, self.boundary)).reshape(size, -1)
+        after = self._after(cells, t).reshape(size, -1)
         tokens = np.concatenate([cells.reshape(size, -1), np.full((size, 1), SEP), after], axis=1)
         mask = np.zeros(tokens.shape, dtype=bool)
         mask[:, -after.shape[1] :] = True
@@ -87,7 +89,7 @@ class Rule110:
             tokens=torch.from_numpy(tokens),
             loss_mask=torch.from_numpy(mask),
             answers=torch.from_numpy(np.where(mask, np.arange(size)[:, None], -1)),
-            difficulty=torch.full((size,), steps),
+            difficulty=torch.full((size,), t),
         )
 
     def show(self, batch: Batch, row: int) -> str:
@@ -97,5 +99,5 @@ class Rule110:
         groups = [tokens[i : i + self.width] for i in range(0, split, self.width)]
         return f"{' '.join(groups)} {tokens[split]} [{tokens[split + 1 :]}]"
 
-    def _asked(self, cells: np.ndarray) -> np.ndarray:
-        return cells[..., :1] if self.answer == "first" else cells
+    def _after(self, cells: np.ndarray, t: int) -> np.ndarray:
+        return automaton(cells, t, self.rule, self.boundary)[..., : self.asked]

@@ -84,7 +84,7 @@ class RunConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form, read back by `from_dict`."""
-        task = {k: v for k, v in asdict(self.task).items()}
+        task = asdict(self.task)
         if "data" in task:
             task["data"] = [str(Path(p).resolve()) for p in task["data"]]
         return {

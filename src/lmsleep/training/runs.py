@@ -1,15 +1,16 @@
 """A run is a folder: configuration, metrics, checkpoints, report.
 
-    RUN/config.json           what determines the run, and where it was made
-    RUN/metrics.jsonl         one JSON object per line: training losses and evaluations
-    RUN/checkpoints/step-*/   model (config.json, model.safetensors) and trainer.pt
-    RUN/report.json           the final evaluation
+RUN/config.json           what determines the run, and where it was made
+RUN/metrics.jsonl         one JSON object per line: training losses and evaluations
+RUN/checkpoints/step-*/   model (config.json, model.safetensors) and trainer.pt
+RUN/report.json           the final evaluation
 """
 
 import json
 import os
 import platform
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,7 +57,9 @@ class RunFolder:
         """
         folder = cls(path)
         if not (folder.path / "config.json").is_file() or not folder.config_is_run():
-            raise FileNotFoundError(f"{folder.path} is not a run: it has no config.json of one (see lmsleep train)")
+            raise FileNotFoundError(
+                f"{folder.path} is not a run: it has no config.json of one (see lmsleep train)"
+            )
         return folder
 
     def config_is_run(self) -> bool:
@@ -97,7 +100,9 @@ class RunFolder:
         lines = [json.dumps(m) + "\n" for m in self.metrics() if m["step"] <= step]
         write_atomic(self.path / "metrics.jsonl", "".join(lines).encode())
 
-    def save_checkpoint(self, step: int, model: HybridLM, trainer: dict[str, Any], name: str = "step") -> Path:
+    def save_checkpoint(
+        self, step: int, model: HybridLM, trainer: dict[str, Any], name: str = "step"
+    ) -> Path:
         """Write a checkpoint beside the others, complete or not at all; keep the newest two."""
         root = self.path / "checkpoints"
         root.mkdir(exist_ok=True)
@@ -152,11 +157,27 @@ def provenance() -> dict[str, Any]:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name()
     return {
         "lmsleep": lmsleep.__version__,
+        "commit": _commit(),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "hardware": f"{device}, {os.cpu_count()} cores",
     }
+
+
+def _commit() -> str | None:
+    """The commit of the source tree that runs, with a + if it was changed since; None outside a checkout."""
+    here = Path(__file__).parent
+    git = ["git", "-C", str(here)]
+    try:
+        tracked = subprocess.run([*git, "ls-files", __file__], capture_output=True, text=True, check=True)
+        if not tracked.stdout:
+            return None
+        found = subprocess.run([*git, "describe", "--always", "--dirty=+", "--exclude=*"],
+                               capture_output=True, text=True, check=True)  # fmt: skip
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip()
 
 
 def _cpu_name() -> str:

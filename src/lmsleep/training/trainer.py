@@ -23,6 +23,21 @@ from lmsleep.training.runs import RunFolder
 LOG_EVERY = 10  # steps between lines of the metrics
 
 
+def flops_per_step(config: RunConfig) -> int:
+    """FLOPs of the forward and backward pass of one training step (its first batch)."""
+    batch = config.task.batch(stream(config.train.seed, "train", 0), config.train.batch_size, "train")
+    return _count_flops(HybridLM(config.model), batch, config)
+
+
+def _count_flops(model: HybridLM, batch: Batch, config: RunConfig) -> int:
+    with FlopCounterMode(display=False) as counter:
+        loss = read_batch(model, batch, config.sleep).loss
+        assert loss is not None, "a training batch without a token to predict"
+        loss.backward()
+    model.zero_grad()
+    return counter.get_total_flops()
+
+
 class Diverged(RuntimeError):
     """The loss or a gradient became non-finite; the state before that step was saved."""
 
@@ -54,7 +69,9 @@ class Trainer:
         self._flops_of: dict[tuple[Any, ...], int] = {}
 
     @classmethod
-    def resume(cls, folder: RunFolder, checkpoint: Path | None = None, config: RunConfig | None = None) -> "Trainer":
+    def resume(
+        cls, folder: RunFolder, checkpoint: Path | None = None, config: RunConfig | None = None
+    ) -> "Trainer":
         """Continue from the newest (or another) checkpoint exactly as if there had been no stop.
 
         Raises:
@@ -65,7 +82,9 @@ class Trainer:
         path = checkpoint or folder.latest()
         model = HybridLM.from_pretrained(path, trainer.device)
         if model.config != trainer.config.model:
-            raise ValueError(f"{path} holds a model of another configuration than {folder.path / 'config.json'}")
+            raise ValueError(
+                f"{path} holds a model of another configuration than {folder.path / 'config.json'}"
+            )
         try:
             saved = torch.load(path / "trainer.pt", map_location=trainer.device, weights_only=True)
             for optimizer, state in zip(trainer.optimizers, saved["optimizers"], strict=True):
@@ -79,39 +98,42 @@ class Trainer:
         folder.rewind(trainer.step)
         return trainer
 
-    def fit(self, until: int | None = None, *, progress: bool = True, title: str = "") -> Score | None:
+    def fit(self, until: int | None = None, *, position: int | None = None) -> Score | None:
         """Train up to step `until` (default: the end, with a final evaluation and report).
+
+        `position` is the line of the progress bar, for runs side by side.
 
         Raises:
             Diverged: if the loss or a gradient became non-finite.
             Interrupted: after SIGINT or SIGTERM.
         """
         train, last = self.config.train, until or self.config.train.steps
+        name = self.folder.path.name
         bar = tqdm(
-            total=last, initial=self.step, desc=title or self.folder.path.name, unit="step",
-            disable=None if progress else True,
+            total=last, initial=self.step, desc=name, unit="step", disable=None,
+            position=position, leave=position is None,
         )  # fmt: skip
         with _signals() as caught, bar:
             while self.step < last:
                 record = self._train_step()
                 bar.update()
+                bar.set_postfix(loss=f"{record['loss']:.3f}", refresh=False)
                 if self.step % LOG_EVERY == 0 or self.step == last:
                     self.folder.log(record)
-                    bar.set_postfix(loss=f"{record['loss']:.3f}", refresh=False)
                 if self.step % train.eval_every == 0 or self.step == train.steps:
                     score = self.evaluate(train.eval_batches)
                     self.folder.log({**self._position(), "eval": score.to_dict()})
-                    bar.set_postfix(loss=f"{record['loss']:.3f}", accuracy=f"{score.accuracy:.3f}")
                 if self.step % train.save_every == 0 or self.step == train.steps or caught:
                     self.save()
                 if caught and self.step < last:
-                    raise Interrupted(
-                        caught[0], f"stopped by a signal after step {self.step}; {self.folder.path} is saved, continue it with --resume"
-                    )
-        if self.step < train.steps:
-            return None
-        score = self.evaluate(4 * train.eval_batches)
-        self.folder.write_report({**self._position(), "eval": score.to_dict(), "floors": self.config.task.floors()})
+                    resume = f"lmsleep train --resume {self.folder.path}"
+                    raise Interrupted(caught[0], f"stopped after step {self.step}; to go on: {resume}")
+        return self._finish() if self.step == train.steps else None
+
+    def _finish(self) -> Score:
+        score = self.evaluate(4 * self.config.train.eval_batches)
+        floors = self.config.task.floors()
+        self.folder.write_report({**self._position(), "eval": score.to_dict(), "floors": floors})
         return score
 
     def evaluate(self, batches: int) -> Score:
@@ -135,7 +157,7 @@ class Trainer:
         config, train = self.config, self.config.train
         rng = stream(train.seed, "train", self.step)
         batch = config.task.batch(rng, train.batch_size, "train", level(self.step, train)).to(self.device)
-        flops = self._count_flops(batch)
+        flops = self._flops(batch)
         started = time.perf_counter()
         factor = schedule(self.step, train)
         for optimizer, lr in zip(self.optimizers, (train.lr, train.adam_lr), strict=True):
@@ -147,8 +169,8 @@ class Trainer:
         if not (math.isfinite(value) and math.isfinite(norm_value)):
             path = self.save("diverged")
             raise Diverged(
-                f"step {self.step}: loss {value}, gradient norm {norm_value}; the state before it is in {path}. "
-                "A lower lr or adam_lr, a smaller clip or a longer warmup usually helps"
+                f"step {self.step}: loss {value}, gradient norm {norm_value}; the state before it is in "
+                f"{path}. A lower lr or adam_lr, a smaller clip or a longer warmup usually helps"
             )
         for optimizer in self.optimizers:
             optimizer.step()
@@ -167,7 +189,7 @@ class Trainer:
         loss.backward()
         return loss.detach()
 
-    def _count_flops(self, batch: Batch) -> int:
+    def _flops(self, batch: Batch) -> int:
         """FLOPs of a forward and backward pass over a batch of this shape.
 
         Counted in a pass of its own: under the counter PyTorch picks other kernels, and a run must not
@@ -175,14 +197,17 @@ class Trainer:
         """
         key = (batch.tokens.shape, None if batch.context is None else batch.context.shape)
         if key not in self._flops_of:
-            with FlopCounterMode(display=False) as counter:
-                self._backward(batch)
-            self._flops_of[key] = counter.get_total_flops()
-            self.model.zero_grad()
+            with self._autocast():
+                self._flops_of[key] = _count_flops(self.model, batch, self.config)
         return self._flops_of[key]
 
     def _position(self) -> dict[str, Any]:
-        return {"step": self.step, "tokens": self.tokens, "flops": self.flops, "seconds": round(self.seconds, 3)}
+        return {
+            "step": self.step,
+            "tokens": self.tokens,
+            "flops": self.flops,
+            "seconds": round(self.seconds, 3),
+        }
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast)

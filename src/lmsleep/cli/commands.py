@@ -1,0 +1,253 @@
+"""What each command does; options are dataclasses, turned into flags by tyro."""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, make_dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+from tyro.conf import Positional
+
+from lmsleep.cli.presets import PRESETS, preset
+from lmsleep.cost import cost
+from lmsleep.demo import command as demo_command
+from lmsleep.evaluation import Score, evaluate, wilson
+from lmsleep.models import HybridConfig, HybridLM
+from lmsleep.plots import plot_runs
+from lmsleep.sleep import SleepConfig
+from lmsleep.tasks import TASKS, Text
+from lmsleep.training import RunConfig, RunFolder, TrainConfig, Trainer
+
+FLAT = (tyro.conf.OmitArgPrefixes, tyro.conf.SuppressFixed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(HybridConfig):
+    """The hybrid decoder: attention and fast-weight blocks in any order."""
+
+    vocab_size: tyro.conf.Suppress[int] = 256  # the task decides
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Where the run goes and what it starts from."""
+
+    out: Path | None = None
+    """Folder of the run, which must not exist; default runs/TASK-N<passes>-seed<seed>."""
+    preset: str = "demo"
+    """Named setting that provides all defaults shown here; demo (small, CPU) or paper."""
+
+
+def train(argv: list[str]) -> None:
+    """`lmsleep train TASK [OPTIONS]` or `lmsleep train --resume RUN`."""
+    if not argv or argv[0] in ("-h", "--help"):
+        sys.stdout.write(TRAIN_HELP)
+        return
+    if argv[0] == "--resume":
+        if len(argv) != 2:
+            raise ValueError("--resume takes the folder of a run and nothing else: its own options hold")
+        folder = RunFolder.open(argv[1])
+        trainer = Trainer.resume(folder)
+    else:
+        folder, trainer = _new_run(argv[0], argv[1:])
+    trainer.fit()
+    sys.stdout.write(_score_text(folder, trainer.config, folder.report() or {}))
+
+
+TRAIN_HELP = f"""usage: lmsleep train TASK [OPTIONS]
+       lmsleep train --resume RUN
+
+Train a hybrid that reads in windows of L tokens and sleeps N passes at the end of each.
+
+  depo      follow a hidden cycle k hops
+  rule110   cells of an automaton after t steps
+  text      your own files, byte by byte (--data FILES...)
+
+Presets: {"; ".join(f"{task}: {', '.join(names)}" for task, names in PRESETS.items())}
+All options, with their defaults: lmsleep train TASK --help
+"""
+
+
+def _new_run(task: str, argv: list[str]) -> tuple[RunFolder, Trainer]:
+    if task not in TASKS:
+        raise ValueError(f"unknown task {task!r}; choose one of {', '.join(TASKS)}")
+    chosen = next((argv[i + 1] for i, a in enumerate(argv[:-1]) if a == "--preset"), "demo")
+    sections = preset(task, chosen)
+    model = ModelOptions(**{f.name: getattr(sections["model"], f.name) for f in fields(HybridConfig)})
+    task_fields: list[Any] = [("task", TASKS[task])]
+    if "task" in sections:
+        task_fields = [("task", TASKS[task], sections["task"])]
+    Options = make_dataclass(
+        "Options",
+        [
+            *task_fields,
+            ("model", ModelOptions, model),
+            ("sleep", SleepConfig, sections["sleep"]),
+            ("train", TrainConfig, sections["train"]),
+            ("run", RunOptions, RunOptions(preset=chosen)),
+        ],
+        frozen=True,
+        kw_only=True,
+    )
+    options: Any = tyro.cli(
+        Options, args=argv, config=FLAT, prog=f"lmsleep train {task}", description=TASKS[task].__doc__
+    )
+    architecture = HybridConfig(**{f.name: getattr(options.model, f.name) for f in fields(HybridConfig)})
+    config = RunConfig(task=options.task, model=architecture, sleep=options.sleep, train=options.train)
+    out = options.run.out or Path("runs") / f"{task}-N{config.sleep.passes}-seed{config.train.seed}"
+    folder = RunFolder.create(out, config)
+    return folder, Trainer(folder, config)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions:
+    """Evaluate the newest checkpoint of a run on held-out samples, at one or several numbers of passes."""
+
+    run: Positional[Path]
+    """Folder of the run."""
+    passes: tuple[int, ...] = ()
+    """Numbers of passes to read with; default the run's own."""
+    batches: int = 32
+    """Test batches of the run's batch size."""
+    data: tuple[Path, ...] = ()
+    """Other files to evaluate a text run on (their last tenth)."""
+    json: bool = False
+    """Print one JSON document instead of a table."""
+
+
+def evaluate_run(argv: list[str]) -> None:
+    """`lmsleep eval RUN`."""
+    options = tyro.cli(EvalOptions, args=argv, config=FLAT, prog="lmsleep eval")
+    folder = RunFolder.open(options.run)
+    config, model = folder.config(), folder.model()
+    task = config.task
+    if options.data:
+        if not isinstance(task, Text):
+            raise ValueError(f"--data is for runs on text; {options.run} was trained on {config.task_name}")
+        task = replace(task, data=options.data)
+    result = {}
+    for passes in options.passes or (config.sleep.passes,):
+        backprop = config.sleep.backprop_passes
+        sleep = replace(config.sleep, passes=passes, backprop_passes=backprop and min(backprop, passes))
+        score = evaluate(model, task, sleep, batches=options.batches, batch_size=config.train.batch_size)
+        result[passes] = score
+    if options.json:
+        document = {"run": str(folder.path), "passes": {str(n): s.to_dict() for n, s in result.items()}}
+        sys.stdout.write(json.dumps({**document, "floors": task.floors()}, indent=2) + "\n")
+    else:
+        sys.stdout.write(_eval_text(config, result))
+
+
+def _eval_text(config: RunConfig, result: dict[int, Score]) -> str:
+    lines = []
+    for passes, score in result.items():
+        line = f"N = {passes}:"
+        if config.task_name == "text":
+            line += f" {score.bits():.4f} bits per byte"
+            if score.tokens["after_eviction"]:
+                line += f", {score.bits('after_eviction'):.4f} after eviction"
+                line += f" ({score.tokens['after_eviction']} bytes)"
+        else:
+            for key, accuracy in score.per_difficulty.items():
+                low, high = wilson(score.correct[key], score.total[key])
+                line += f"  {config.task.difficulty_name}={key}: {accuracy:.3f} [{low:.3f}, {high:.3f}]"
+        lines.append(line)
+    floors = ", ".join(f"{name} {value:.3f}" for name, value in config.task.floors().items())
+    return "\n".join([*lines, f"floors of accuracy: {floors}", ""])
+
+
+def _score_text(folder: RunFolder, config: RunConfig, report: dict[str, Any]) -> str:
+    score = report["eval"]
+    if config.task_name == "text":
+        figures = f"{score['bits']:.4f} bits per byte held out"
+    else:
+        name = config.task.difficulty_name
+        figures = "  ".join(f"{name}={k}: {v:.3f}" for k, v in score["per_difficulty"].items())
+    return (
+        f"{figures}\n{report['tokens']} tokens, {report['flops']:.3g} FLOP, {report['seconds']:.0f} s\n"
+        f"{folder.path} is complete; next: lmsleep eval {folder.path} --passes 1 2 4\n"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlotOptions:
+    """Draw loss and accuracy of runs into one picture."""
+
+    runs: Positional[tuple[Path, ...]]
+    """Folders of the runs."""
+    out: Path = Path("curves.png")
+    """Picture to write: .png, .svg or .pdf."""
+    x: Literal["tokens", "flops", "seconds", "step"] = "tokens"
+    """Quantity of the horizontal axis."""
+
+
+def plot(argv: list[str]) -> None:
+    """`lmsleep plot RUN...`."""
+    options = tyro.cli(PlotOptions, args=argv, config=FLAT, prog="lmsleep plot")
+    if options.out.suffix not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"out={options.out} must end in .png, .svg or .pdf")
+    plot_runs([RunFolder.open(path) for path in options.runs], options.out, options.x)
+    sys.stdout.write(f"{options.out}\n")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InfoOptions:
+    """Cost of a run's or model's architecture, before anyone pays it."""
+
+    path: Positional[Path]
+    """Folder of a run or of a saved model."""
+    window: int | None = None
+    """L; default the run's, or 64."""
+    passes: int | None = None
+    """N; default the run's, or 4."""
+    json: bool = False
+    """Print one JSON document instead of text."""
+
+
+def info(argv: list[str]) -> None:
+    """`lmsleep info RUN|MODEL`."""
+    options = tyro.cli(InfoOptions, args=argv, config=FLAT, prog="lmsleep info")
+    folder = RunFolder(options.path)
+    if (folder.path / "config.json").is_file() and folder.config_is_run():
+        config = folder.config()
+        model, sleep = config.model, config.sleep
+    else:
+        model, sleep = HybridLM.from_pretrained(options.path).config, SleepConfig(window=64, passes=4)
+    sleep = replace(
+        sleep,
+        window=options.window or sleep.window,
+        passes=options.passes or sleep.passes,
+        backprop_passes=None,
+    )
+    figures = cost(model, sleep)
+    if options.json:
+        sys.stdout.write(json.dumps(figures, indent=2) + "\n")
+        return
+    sys.stdout.write(
+        INFO.format_map({**figures, "blocks": " ".join(figures["blocks"]), "break_even": _even(figures)})
+    )
+
+
+INFO = """parameters               {parameters:,}
+blocks                   {blocks}
+fast weights             {fast_weight_bytes:,} bytes a sequence (float32), whatever its length
+keys and values          {kv_bytes_per_token:,} bytes a token (float32)
+{break_even}
+a wake token             {flops_wake_token:,} FLOP (the last of a window of {window})
+a sleep, N = {passes}           {flops_sleep:,} FLOP, {flops_sleep_per_token:,.0f} a token of the window
+"""
+
+
+def _even(figures: dict[str, Any]) -> str:
+    tokens = figures["break_even_tokens"]
+    if tokens is None:
+        return "break-even               none: no block has a cache that grows"
+    return f"break-even               the fast weights are the smaller of the two from {tokens:,} tokens on"
+
+
+def demo(argv: Sequence[str]) -> None:
+    """`lmsleep demo`."""
+    options = tyro.cli(demo_command.DemoOptions, args=list(argv), config=FLAT, prog="lmsleep demo")
+    demo_command.run(options)

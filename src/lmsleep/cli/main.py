@@ -1,0 +1,64 @@
+"""Dispatch, and errors as one line: bad input leaves with 2, a failed run with 1."""
+
+import sys
+from collections.abc import Callable, Sequence
+
+from lmsleep.cli import commands
+from lmsleep.training import Diverged, Interrupted
+
+COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
+    "train": (commands.train, "train a model that sleeps, on a task or on your own text"),
+    "eval": (commands.evaluate_run, "evaluate a run at one or several numbers of passes"),
+    "plot": (commands.plot, "draw the curves of runs"),
+    "info": (commands.info, "parameters, bytes, break-even length and FLOPs of a run or model"),
+    "demo": (commands.demo, "what longer sleep buys, in minutes on two cores"),
+}
+
+
+def usage() -> str:
+    """The help of the bare command."""
+    lines = [f"  {name:<7} {text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: lmsleep COMMAND [OPTIONS]",
+            "",
+            "Language models that sleep: when the context window is full, N passes over it write what",
+            "matters into fast weights; then the window is forgotten.",
+            "",
+            *lines,
+            "",
+            "lmsleep COMMAND --help explains each. Start with: lmsleep demo",
+        ]
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line `argv` (default: the process's own)."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help"):
+        sys.stdout.write(usage() + "\n")
+        sys.exit(0 if args else 2)
+    if args[0] == "--version":
+        from lmsleep import __version__
+
+        sys.stdout.write(f"lmsleep {__version__}\n")
+        return
+    if args[0] not in COMMANDS:
+        _leave(2, f"unknown command {args[0]!r}; choose one of {', '.join(COMMANDS)}")
+    try:
+        COMMANDS[args[0]][0](args[1:])
+    except Interrupted as error:
+        _leave(128 + error.signum, str(error))
+    except KeyboardInterrupt:
+        _leave(130, "interrupted")
+    except Diverged as error:
+        _leave(1, str(error))
+    except (ValueError, OSError) as error:
+        _leave(2, str(error))
+    except RuntimeError as error:
+        _leave(1, str(error))
+
+
+def _leave(code: int, message: str) -> None:
+    sys.stderr.write(f"lmsleep: {message}\n")
+    sys.exit(code)

@@ -1,0 +1,62 @@
+"""Named settings of `lmsleep train`: experiments as data."""
+
+from typing import Any
+
+from lmsleep.demo import settings
+from lmsleep.models import BlockKind, HybridConfig
+from lmsleep.sleep import SleepConfig
+from lmsleep.tasks import Depo, Rule110
+from lmsleep.training import RunConfig, TrainConfig
+
+PAPER_TRAIN: dict[str, Any] = {
+    "lr": 2e-3,
+    "adam_lr": 5e-5,
+    "curriculum": 0,
+    "eval_every": 1000,
+    "save_every": 1000,
+}
+ALTERNATING: tuple[BlockKind, ...] = ("attention", "gated_delta_net", "attention", "gated_delta_net")
+
+
+def _sections(config: RunConfig) -> dict[str, Any]:
+    return {"task": config.task, "model": config.model, "sleep": config.sleep, "train": config.train}
+
+
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "depo": {
+        "demo": _sections(settings.depo(4, 0, settings.DEPO_STEPS, threads=None)),
+        "paper": {
+            "task": Depo(),
+            "model": HybridConfig(d_model=512, num_heads=8, blocks=ALTERNATING),
+            "sleep": SleepConfig(window=75, passes=4),
+            "train": TrainConfig(batch_size=128, steps=100_000, **PAPER_TRAIN),
+        },
+    },
+    "rule110": {
+        "demo": _sections(settings.rule110(4, 0, threads=None)),
+        "paper": {
+            "task": Rule110(t=32),
+            "model": HybridConfig(d_model=256, num_heads=4, blocks=ALTERNATING),
+            "sleep": SleepConfig(window=24, passes=4),
+            "train": TrainConfig(batch_size=512, steps=97_000, **PAPER_TRAIN),
+        },
+    },
+    "text": {
+        "demo": {
+            "model": HybridConfig(d_model=128, num_heads=4, blocks=ALTERNATING, forget=(0.001, 0.05)),
+            "sleep": SleepConfig(window=64, passes=2),
+            "train": TrainConfig(steps=2000, batch_size=16, lr=0.01, adam_lr=3e-3),
+        },
+    },
+}
+
+
+def preset(task: str, name: str) -> dict[str, Any]:
+    """Sections (task, model, sleep, train) of a preset.
+
+    Raises:
+        ValueError: if the task has no preset of that name.
+    """
+    if name not in PRESETS[task]:
+        raise ValueError(f"preset={name!r} is unknown for {task}; choose one of {', '.join(PRESETS[task])}")
+    return PRESETS[task][name]

@@ -1,0 +1,65 @@
+"""What a model costs: parameters, bytes of memory, FLOPs of waking and of sleeping."""
+
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from lmsleep.models import HybridConfig, HybridLM
+from lmsleep.sleep import SleepConfig, read_window
+
+
+def cost(config: HybridConfig, sleep: SleepConfig, *, dtype_bytes: int = 4) -> dict[str, Any]:
+    """Figures of one sequence (batch of 1).
+
+    FLOPs are those of matrix products (multiply and add count as two), counted by PyTorch's own
+    counter on the real forward pass: one more token at the end of a full window, and the passes
+    2 ... N of a sleep on it. Keys and values take `dtype_bytes` per number, fast weights four.
+
+    Args:
+        config: the model.
+        sleep: its window and passes; the window defaults to 64 tokens where nothing is evicted.
+        dtype_bytes: bytes of a key or value: 4 in float32, 2 in bfloat16.
+    """
+    L = sleep.window or 64
+    with torch.device("meta"):
+        model = HybridLM(config)
+    tokens = torch.zeros(1, L, dtype=torch.int64, device="meta")
+    empty = model.initial_state(1)
+    with torch.no_grad():
+        _, full = model.run(model.embed(tokens[:, 1:]), empty, 0, model.num_blocks)
+
+        def wake() -> None:
+            h, _ = model.run(model.embed(tokens[:, :1]), full, 0, model.num_blocks)
+            model.head(h)
+
+        def read(passes: int) -> None:
+            read_window(model, tokens, empty, sleep, passes=passes, logits=False)
+
+        wake_flops = _flops(wake)
+        sleep_flops = _flops(lambda: read(sleep.passes)) - _flops(lambda: read(1))
+    kv_bytes = sum(
+        c[0, 0].numel() * dtype_bytes
+        for kind, layer in zip(config.blocks, full.cache.layers, strict=True)
+        for c in layer
+        if kind == "attention"
+    )
+    memory_bytes = empty.memory.nbytes
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "blocks": list(config.blocks),
+        "window": sleep.window,
+        "passes": sleep.passes,
+        "fast_weight_bytes": memory_bytes,
+        "kv_bytes_per_token": kv_bytes,
+        "break_even_tokens": memory_bytes // kv_bytes + 1 if kv_bytes else None,
+        "flops_wake_token": wake_flops,
+        "flops_sleep": sleep_flops,
+        "flops_sleep_per_token": sleep_flops / L,
+    }
+
+
+def _flops(call: Any) -> int:
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()

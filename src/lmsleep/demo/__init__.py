@@ -1,0 +1,1 @@
+"""The demo: what longer sleep buys, shown on a laptop."""

@@ -1,0 +1,133 @@
+"""The demo's results in words: the table, and the page around the picture."""
+
+import base64
+import html
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lmsleep.evaluation import mean_interval
+
+Row = dict[str, Any]
+
+
+def table(result: dict[str, Any], task: str) -> list[list[str]]:
+    """Header and rows: mean accuracy over seeds with its 95 % interval, per difficulty and in all.
+
+    One block of rows at equal training tokens, one at equal training compute, then the floors.
+    """
+    part = result[task]
+    keys = list(part["rows"][0]["eval"]["per_difficulty"])
+    header = ["at equal", "model", "steps", "s", *(f"{part['difficulty']}={k}" for k in keys)]
+    if len(keys) > 1:
+        header.append("all")
+    lines = [header]
+    for budget in ("tokens", "compute"):
+        rows = [r for r in part["rows"] if r["budget"] in (budget, "both", f"{budget} only")]
+        for label in sorted({r["label"] for r in rows}):
+            mine = [r for r in rows if r["label"] == label]
+            cells = [_cell([r["eval"]["per_difficulty"][k] for r in mine]) for k in keys]
+            if len(keys) > 1:
+                cells.append(_cell([r["eval"]["accuracy"] for r in mine]))
+            seconds = sum(r["seconds"] for r in mine) / len(mine)
+            lines.append([budget, label, str(mine[0]["step"]), f"{seconds:.0f}", *cells])
+    for name, value in part["floors"].items():
+        lines.append(["", {"chance": "chance", "constant": "best constant answer"}[name], "", ""]
+                     + [f"{value:.3f}"] * (len(header) - 4))  # fmt: skip
+    return lines
+
+
+def _cell(values: list[float]) -> str:
+    mean, low, high = mean_interval(values)
+    if len(values) == 1:
+        return f"{mean:.3f}"
+    if len(values) == 2:  # an interval from two seeds says nothing: show both
+        return f"{values[0]:.3f} {values[1]:.3f}"
+    return f"{mean:.3f} [{max(low, 0):.3f}, {min(high, 1):.3f}]"
+
+
+def as_text(lines: list[list[str]]) -> str:
+    """The table with aligned columns."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    rows = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
+    return "\n".join([rows[0], "-" * len(rows[0]), *rows[1:]])
+
+
+def as_markdown(lines: list[list[str]]) -> str:
+    """The table as Markdown."""
+    rows = ["| " + " | ".join(line) + " |" for line in lines]
+    return "\n".join([rows[0], "|" + "---|" * len(lines[0]), *rows[1:]])
+
+
+@dataclass(frozen=True)
+class Section:
+    """One task of one result, with its picture."""
+
+    result: dict[str, Any]
+    task: str
+    picture: Path
+    committed: bool
+
+    @property
+    def heading(self) -> str:
+        """What the task shows, and whose result it is."""
+        seeds = len(self.result["seeds"])
+        whose = f"the committed result, {seeds} seeds" if self.committed else f"this run, {seeds} seeds"
+        return f"{HEADINGS[self.task]} ({whose})"
+
+    def text(self) -> str:
+        """Heading and table for a terminal."""
+        return f"\n{self.heading}\n{as_text(table(self.result, self.task))}\n"
+
+    def html(self) -> str:
+        """Heading, picture (inside the page) and table."""
+        data = base64.b64encode(self.picture.read_bytes()).decode()
+        return "\n".join(
+            [
+                f"<h2>{html.escape(self.heading)}</h2>",
+                f"<p>{html.escape(_made_by(self.result))}</p>",
+                f'<img alt="{html.escape(HEADINGS[self.task])}" src="data:image/png;base64,{data}">',
+                _html_table(table(self.result, self.task)),
+            ]
+        )
+
+
+def page(sections: list[Section]) -> str:
+    """A self-contained HTML page: no network, no scripts."""
+    return PAGE.format(body="\n".join(section.html() for section in sections))
+
+
+HEADINGS = {
+    "depo": "Pointer chase: where is a node after k hops, once the graph is out of sight?",
+    "rule110": "Rule 110: what are the cells after t steps, once the state is out of sight?",
+}
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>lmsleep demo</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto;
+       padding: 0 1em; color: #222 }}
+img {{ width: 100% }}
+table {{ border-collapse: collapse; font-size: 14px; display: block; overflow-x: auto }}
+td, th {{ padding: .25em .8em; text-align: left; border-bottom: 1px solid #ddd; white-space: nowrap }}
+</style></head><body>
+<h1>What longer sleep buys</h1>
+{body}
+</body></html>
+"""
+
+
+def _html_table(lines: list[list[str]]) -> str:
+    def row(cells: list[str], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
+
+    return "<table>" + row(lines[0], "th") + "".join(row(line, "td") for line in lines[1:]) + "</table>"
+
+
+def _made_by(result: dict[str, Any]) -> str:
+    made = result["made_by"]
+    return (
+        f"{made['command']}: {len(result['seeds'])} seeds on {made['hardware']}, torch {made['torch']}, "
+        f"lmsleep {made['lmsleep']} ({made['commit'] or 'installed'})"
+    )

@@ -1,0 +1,80 @@
+"""The demo's runs as data: small models, tasks, and the settings found best for each N.
+
+How they were found: `experiments/tune.py`; what else was tried: docs/demo.md.
+"""
+
+from dataclasses import replace
+from typing import Any, Literal
+
+from lmsleep.models import HybridConfig
+from lmsleep.sleep import SleepConfig
+from lmsleep.tasks import Depo, Rule110
+from lmsleep.training import RunConfig, TrainConfig
+
+Architecture = Literal["hybrid", "transformer evicted", "transformer cached"]
+
+DEPO = Depo(
+    nodes=8,
+    hops=4,
+    queries=8,
+    names=8,
+    name_lengths=(1, 1),
+    node_distribution="fixed",
+    test_hops="all",
+    ask="fork",
+    held_out_cycles=True,
+)
+DEPO_MODEL = HybridConfig(
+    d_model=64,
+    num_heads=4,
+    blocks=("attention", "gated_delta_net"),
+    mlp_dim=0,
+    forget=(0.001, 0.001),
+)
+DEPO_WINDOW = 8  # tokens: four edges, half of the graph
+DEPO_STEPS = 1000  # of N = 4; the others get as many for equal tokens, more for equal compute
+DEPO_TUNED: dict[int, dict[str, Any]] = {
+    1: {"lr": 0.02, "adam_lr": 0.02, "curriculum": 650},
+    2: {"lr": 0.02, "adam_lr": 0.02, "curriculum": 650},
+    4: {"lr": 0.02, "adam_lr": 0.02, "curriculum": 650},
+}
+
+RULE110 = Rule110(width=12, states=2, t=6, asked=5)
+RULE110_MODEL = HybridConfig(
+    d_model=64,
+    num_heads=2,
+    blocks=("attention", "gated_delta_net"),
+    mlp_dim=128,
+    conv_size=0,
+    forget=(0.001, 0.001),
+)
+RULE110_WINDOW = 12  # one state
+RULE110_STEPS = 600
+RULE110_TUNED: dict[int, dict[str, Any]] = {1: {}, 2: {}, 4: {}}
+
+
+def depo(
+    passes: int, seed: int, steps: int, architecture: Architecture = "hybrid", **train: Any
+) -> RunConfig:
+    """A pointer-chase run: a graph in two windows, both evicted, then eight questions."""
+    model, window = DEPO_MODEL, DEPO_WINDOW if architecture != "transformer cached" else None
+    if architecture != "hybrid":
+        model = replace(model, blocks=("attention", "attention"))
+    settings = {"eval_every": 50, "save_every": steps, "threads": 1, **DEPO_TUNED[passes], **train}
+    return RunConfig(
+        task=DEPO,
+        model=model,
+        sleep=SleepConfig(window=window, passes=passes),
+        train=TrainConfig(seed=seed, steps=steps, batch_size=64, **settings),
+    )
+
+
+def rule110(passes: int, seed: int, steps: int = RULE110_STEPS, **train: Any) -> RunConfig:
+    """An automaton run: two states of 12 cells, evicted, then five cells of each after 6 steps."""
+    settings = {"eval_every": 50, "save_every": steps, "threads": 1, **RULE110_TUNED[passes], **train}
+    return RunConfig(
+        task=RULE110,
+        model=RULE110_MODEL,
+        sleep=SleepConfig(window=RULE110_WINDOW, passes=passes),
+        train=TrainConfig(seed=seed, steps=steps, batch_size=128, **settings),
+    )

@@ -1,0 +1,116 @@
+"""Many runs side by side, one process each, finished ones skipped."""
+
+import math
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tqdm import tqdm
+
+from lmsleep.training.config import RunConfig
+from lmsleep.training.runs import RunFolder
+from lmsleep.training.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run, and optionally a shorter one that shares its start.
+
+    A shorter run with the same settings makes the same steps until its learning rates begin to fall
+    (`optim.schedule`), so it is continued from there instead of being trained twice.
+    """
+
+    path: Path
+    config: RunConfig
+    shorter: "Job | None" = None
+
+    @property
+    def branch_step(self) -> int:
+        """The step at which the shorter run leaves; raises ValueError if it is not a shorter twin."""
+        assert self.shorter is not None
+        short, long = self.shorter.config, self.config
+        if replace(short, train=replace(short.train, steps=long.train.steps)) != long:
+            raise ValueError(f"{self.shorter.path} must differ from {self.path} in its steps alone")
+        return math.floor((1 - short.train.decay) * short.train.steps)
+
+
+def run_all(jobs: Sequence[Job], workers: int | None = None) -> None:
+    """Train every run that has no report yet, `workers` at a time (default: one per CPU core).
+
+    A run that was stopped goes on from its last checkpoint.
+
+    Raises:
+        ValueError: if a folder holds a run of another configuration.
+        RuntimeError: if a run failed; the others are finished first.
+    """
+    todo = [job for job in jobs if not _finished(job)]
+    if not todo:
+        return
+    workers = min(workers or os.cpu_count() or 1, len(todo))
+    context = multiprocessing.get_context("spawn")
+    lock, failed = context.RLock(), []  # one lock, so that progress bars do not overwrite each other
+    tqdm.set_lock(lock)
+    with context.Pool(workers, _start, (lock,)) as pool, _overall(len(jobs)) as bar:
+        bar.update(len(jobs) - len(todo))
+        for path, error in pool.imap_unordered(_run, todo):
+            bar.update()
+            bar.set_postfix_str(path.name)
+            if error:
+                failed.append(f"{path}: {error}")
+    if failed:
+        raise RuntimeError("; ".join(failed))
+
+
+def _overall(total: int) -> "tqdm[None]":
+    return tqdm(total=total, desc="runs", unit="run", position=0, file=sys.stderr)
+
+
+def _finished(job: Job) -> bool:
+    if not (job.path / "config.json").exists():
+        return False
+    folder = RunFolder.open(job.path)
+    if folder.config().to_dict() != job.config.to_dict():
+        raise ValueError(
+            f"{job.path} holds a run of another configuration; remove it or choose another folder"
+        )
+    return folder.report() is not None and (job.shorter is None or _finished(job.shorter))
+
+
+def _start(lock: object) -> None:
+    tqdm.set_lock(lock)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the pool
+
+
+def _run(job: Job) -> tuple[Path, str | None]:
+    """Train a job in a worker; errors are returned, for exceptions do not all survive the way back."""
+    position = multiprocessing.current_process()._identity[0]
+    try:
+        trainer = _trainer(job)
+        if job.shorter is not None and not _finished(job.shorter):
+            if trainer.step > job.branch_step:
+                trainer = Trainer(trainer.folder, job.config)  # the shared start is gone: begin again
+                trainer.folder.rewind(0)
+            trainer.fit(until=job.branch_step, position=position)
+            start = trainer.save("branch")
+            shutil.rmtree(job.shorter.path, ignore_errors=True)
+            short = RunFolder.create(job.shorter.path, job.shorter.config)
+            for record in trainer.folder.metrics():
+                short.log(record)
+            Trainer.resume(short, start).fit(position=position)
+            shutil.rmtree(start)
+        trainer.fit(position=position)
+    except (RuntimeError, ValueError, OSError) as error:
+        return job.path, str(error)
+    return job.path, None
+
+
+def _trainer(job: Job) -> Trainer:
+    if not (job.path / "config.json").exists():
+        return Trainer(RunFolder.create(job.path, job.config), job.config)
+    folder = RunFolder.open(job.path)
+    return Trainer.resume(folder) if folder.checkpoints() else Trainer(folder, job.config)

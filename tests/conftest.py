@@ -1,0 +1,53 @@
+import torch
+from hypothesis import settings
+from torch import Tensor
+
+from lmsleep import HybridConfig, HybridLM
+
+torch.set_num_threads(1)
+settings.register_profile("suite", deadline=None, derandomize=True, max_examples=30)
+settings.load_profile("suite")
+
+VOCAB = 11
+
+
+def tiny(*blocks, **options) -> HybridConfig:
+    defaults = {"vocab_size": VOCAB, "d_model": 16, "num_heads": 2, "mlp_dim": 24}
+    return HybridConfig(blocks=blocks or ("attention", "gated_delta_net"), **{**defaults, **options})
+
+
+def lively(config: HybridConfig, seed: int = 0, dtype: torch.dtype = torch.float64) -> HybridLM:
+    # Every parameter is moved off its initial value: gates that start at zero hide errors.
+    torch.manual_seed(seed)
+    model = HybridLM(config).to(dtype)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * (0.7 * p.shape[-1] ** -0.5 if p.ndim > 1 else 0.3))
+    return model
+
+
+def random_tokens(*shape: int, seed: int = 0, vocab: int = VOCAB) -> Tensor:
+    return torch.randint(0, vocab, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def relative_error(actual: Tensor, expected: Tensor, floor: float = 0.0) -> float:
+    # RMS of the difference over the RMS of what is expected (or over the floor, if that is larger).
+    assert actual.shape == expected.shape
+    difference = (actual.double() - expected.double()).norm().item()
+    return difference / max(expected.double().norm().item(), floor, 1e-300)
+
+
+def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-12) -> bool:
+    # Largest difference against the largest expected value.
+    assert actual.shape == expected.shape
+    if expected.numel() == 0:
+        return True
+    worst = (actual - expected).abs().max().item()
+    return worst <= tolerance * max(expected.abs().max().item(), 1e-300)
+
+
+def same_memory(actual, expected, tolerance: float = 1e-12) -> bool:
+    return all(
+        (s is None and r is None) or close(s, r, tolerance)
+        for s, r in zip(actual.layers, expected.layers, strict=True)
+    )

@@ -1,0 +1,314 @@
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import close, relative_error
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lmsleep import ops
+from lmsleep.ops import RULES, reference
+
+RULE_NAMES = sorted(RULES)
+GATES = ("none", "near zero", "mild", "strong", "mixed")
+WRITES = ("none", "sigmoid", "full", "reflecting")
+KEYS = ("random", "correlated")
+
+# Relative RMS, about ten times the worst measured over all cases below. With beta = 2, no forgetting and
+# keys that are nearly alike, a chunk adds up large terms that cancel, which costs float32 two digits.
+FLOAT64 = {"forward": 5e-12, "gradient": 5e-12}
+FLOAT32 = {"forward": 5e-6, "gradient": 1.5e-5}
+FLOAT32_REFLECTING = {"forward": 5e-4, "gradient": 5e-4}
+BFLOAT16 = {"forward": 2e-2, "gradient": 2e-2}
+FLA = {"forward": 1e-2, "gradient": 2e-2}  # its kernels multiply in TF32 at best
+
+
+class Inputs(NamedTuple):
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    g: Tensor
+    beta: Tensor
+    initial_state: Tensor
+
+    def to(self, dtype: torch.dtype) -> "Inputs":
+        return Inputs(*(x.to(dtype) for x in self))
+
+
+def inputs(B=2, T=130, H=2, K=5, V=3, *, gates="mixed", writes="sigmoid", keys="random", seed=0) -> Inputs:
+    rng = torch.Generator().manual_seed(seed)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=rng, dtype=torch.float64)
+
+    k = randn(B, T, H, K) if keys == "random" else randn(B, 1, H, K) + 0.1 * randn(B, T, H, K)
+    uniform = torch.rand(B, T, H, generator=rng, dtype=torch.float64)
+    decay = {
+        "none": torch.zeros_like(uniform),
+        "near zero": 1e-6 * uniform,
+        "mild": (randn(B, T, H) - 2).exp(),
+        "strong": 60 * uniform,
+    }
+    decay["mixed"] = torch.where(uniform < 0.1, 60.0, torch.where(uniform < 0.3, 0.0, decay["mild"]))
+    write = {
+        "none": torch.zeros_like(uniform),
+        "sigmoid": randn(B, T, H).sigmoid(),
+        "full": torch.ones_like(uniform),
+        "reflecting": torch.full_like(uniform, 2.0),
+    }
+    return Inputs(
+        F.normalize(randn(B, T, H, K), dim=-1), F.normalize(k, dim=-1), randn(B, T, H, V),
+        -decay[gates], write[writes], randn(B, H, K, V),
+    )  # fmt: skip
+
+
+def shapes() -> st.SearchStrategy[Inputs]:
+    lengths = st.one_of(st.sampled_from([0, 1, 2, 63, 64, 65, 128, 129]), st.integers(0, 200))
+    return st.builds(
+        inputs, st.integers(1, 3), lengths, st.integers(1, 3), st.integers(1, 9), st.integers(1, 9),
+        gates=st.sampled_from(GATES), writes=st.sampled_from(WRITES), keys=st.sampled_from(KEYS),
+        seed=st.integers(0, 2**32),
+    )  # fmt: skip
+
+
+def run(rule: str, backend: str, x: Inputs) -> dict[str, Tensor]:
+    # Output, final state, and the gradient of a random linear function of both for every input.
+    leaves = Inputs(*(y.detach().clone().requires_grad_() for y in x))
+    o, state = getattr(ops, rule)(*leaves[:5], initial_state=leaves.initial_state, backend=backend)
+    rng = torch.Generator().manual_seed(1)
+    score = sum(
+        (y.cpu().double() * torch.randn(y.shape, generator=rng, dtype=torch.float64)).sum()
+        for y in (o, state)
+    )
+    score.backward()
+    # A sequence of no tokens has no path from its (empty) inputs.
+    gradients = {
+        f"d{name}": torch.zeros_like(y) if y.grad is None else y.grad for name, y in leaves._asdict().items()
+    }
+    return {"o": o.detach(), "state": state.detach(), **gradients}
+
+
+def tolerance(x: Inputs) -> dict[str, float]:
+    if x.q.dtype == torch.float64:
+        return FLOAT64
+    return FLOAT32_REFLECTING if (x.beta > 1).any() else FLOAT32
+
+
+def assert_agree(actual: dict[str, Tensor], expected: dict[str, Tensor], limits: dict[str, float]) -> None:
+    # A gate that forgets all has a gradient of e^-60 in exact arithmetic and rounding noise in ours:
+    # no gradient is held to more than a hundredth of the size of all of them.
+    gradients = [y for name, y in expected.items() if name.startswith("d")]
+    floor = 0.01 * torch.stack([y.double().norm() for y in gradients]).norm().item()
+    for name, wanted in expected.items():
+        kind = "gradient" if name.startswith("d") else "forward"
+        got = actual[name].cpu()
+        assert got.isfinite().all(), name
+        # A state that forgot all is compared as zero: float32 cannot hold e^-120.
+        error = relative_error(got, wanted, floor if kind == "gradient" else 1e-20)
+        assert error <= limits[kind], f"{name}: {error:.1e} > {limits[kind]:.0e}"
+
+
+def brute_force(rule: str, x: Inputs) -> tuple[Tensor, Tensor]:
+    # The update as matrices, in the paper's orientation (S is [V, K]), one head at a time.
+    B, T, H, K = x.k.shape
+    o, final = torch.zeros_like(x.v), torch.zeros_like(x.initial_state)
+    for b in range(B):
+        for h in range(H):
+            S = x.initial_state[b, h].T
+            for t in range(T):
+                q, k, v = x.q[b, t, h], x.k[b, t, h], x.v[b, t, h]
+                alpha, beta = x.g[b, t, h].exp(), x.beta[b, t, h]
+                erase = torch.eye(K, dtype=k.dtype)
+                if rule == "gated_delta_rule":
+                    erase = erase - beta * torch.outer(k, k)
+                S = alpha * S @ erase + beta * torch.outer(v, k)
+                o[b, t, h] = S @ q / K**0.5
+            final[b, h] = S.T
+    return o, final
+
+
+@pytest.mark.parametrize("rule", RULE_NAMES)
+@pytest.mark.parametrize("writes", WRITES)
+def test_reference_is_the_matrix_form(rule, writes):
+    x = inputs(T=40, writes=writes, gates="mild")
+    o, state = brute_force(rule, x)
+    got = run(rule, "reference", x)
+    assert relative_error(got["o"], o) <= 1e-14
+    assert relative_error(got["state"], state) <= 1e-14
+
+
+@pytest.mark.parametrize("rule", RULE_NAMES)
+def test_reference_gradient_is_the_derivative(rule):
+    x = tuple(y.requires_grad_() for y in inputs(1, 5, 2, 3, 2, gates="mild"))
+    assert torch.autograd.gradcheck(lambda *y: getattr(reference, rule)(*y[:5], 0.7, y[5]), x)
+
+
+@pytest.mark.parametrize("rule", RULE_NAMES)
+@given(x=shapes())
+def test_chunked_agrees_in_float64(rule, x):
+    assert_agree(run(rule, "chunked", x), run(rule, "reference", x), tolerance(x))
+
+
+@pytest.mark.parametrize("rule", RULE_NAMES)
+@pytest.mark.parametrize("gates", GATES)
+@pytest.mark.parametrize("writes", WRITES)
+@pytest.mark.parametrize("keys", KEYS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+def test_chunked_agrees_at_the_extremes(rule, gates, writes, keys, dtype):
+    x = inputs(gates=gates, writes=writes, keys=keys).to(dtype)
+    assert_agree(run(rule, "chunked", x), run(rule, "reference", x.to(torch.float64)), tolerance(x))
+
+
+@pytest.mark.parametrize("rule", RULE_NAMES)
+@given(x=shapes())
+def test_chunked_agrees_in_float32(rule, x):
+    x = x.to(torch.float32)
+    assert_agree(run(rule, "chunked", x), run(rule, "reference", x.to(torch.float64)), tolerance(x))
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+@pytest.mark.parametrize("rule", RULE_NAMES)
+def test_low_precision_inputs_keep_a_float32_state(rule, backend):
+    x = inputs(K=16, V=16)
+    x = x._replace(**{name: getattr(x, name).bfloat16() for name in "qkv"})
+    x = x._replace(**{name: getattr(x, name).float() for name in ("g", "beta", "initial_state")})
+    got = run(rule, backend, x)
+    assert got["o"].dtype == torch.bfloat16
+    assert got["state"].dtype == torch.float32
+    assert_agree(got, run(rule, "reference", x.to(torch.float64)), BFLOAT16)
+
+
+@pytest.mark.parametrize("rule", RULE_NAMES)
+def test_one_float64_input_makes_the_state_float64(rule):
+    x = inputs(T=3).to(torch.float32)
+    x = x._replace(initial_state=x.initial_state.double())
+    o, state = getattr(ops, rule)(*x[:5], initial_state=x.initial_state)
+    assert (o.dtype, state.dtype) == (torch.float32, torch.float64)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rule", RULE_NAMES)
+@pytest.mark.parametrize("T", [1, 63, 64, 200])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_fla_agrees(rule, T, dtype):
+    pytest.importorskip("fla")
+    x = inputs(B=2, T=T, H=2, K=64, V=64, gates="mild").to(torch.float32)
+    x = x._replace(**{name: getattr(x, name).to(dtype) for name in "qkv"})
+    got = run(rule, "fla", Inputs(*(y.cuda() for y in x)))
+    assert got["state"].dtype == torch.float32
+    assert_agree(got, run(rule, "reference", x.to(torch.float64)), FLA)
+
+
+@pytest.mark.parametrize("name", ["torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"])
+@pytest.mark.parametrize("writes", ["sigmoid", "full"])
+def test_agrees_with_transformers(name, writes):
+    qwen = pytest.importorskip("transformers.models.qwen3_next.modeling_qwen3_next")
+    theirs = getattr(qwen, name)
+    x = inputs(T=130, K=8, V=6, gates="mild", writes=writes).to(torch.float32)
+    o, state = getattr(theirs, "__wrapped__", theirs)(
+        *x[:5], initial_state=x.initial_state, output_final_state=True
+    )
+    for backend in ("reference", "chunked"):
+        got = run("gated_delta_rule", backend, x)
+        assert relative_error(got["o"], o) <= 5e-6
+        assert relative_error(got["state"], state) <= 5e-6
+
+
+@pytest.mark.parametrize("rule", RULE_NAMES)
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+@given(x=shapes(), data=st.data())
+def test_a_sequence_may_be_cut_anywhere(rule, backend, x, data):
+    T = x.q.shape[1]
+    cuts = sorted(data.draw(st.lists(st.integers(0, T), max_size=3), label="cuts"))
+    op, state, outputs = getattr(ops, rule), x.initial_state, []
+    for a, b in zip([0, *cuts], [*cuts, T], strict=True):
+        o, state = op(*(y[:, a:b] for y in x[:5]), initial_state=state, backend=backend)
+        outputs.append(o)
+    whole, final = op(*x[:5], initial_state=x.initial_state, backend=backend)
+    assert close(torch.cat(outputs, dim=1), whole)
+    assert close(state, final)
+
+
+@pytest.mark.parametrize("rule", RULE_NAMES)
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+def test_tokens_that_neither_forget_nor_write_leave_the_state_bit_identical(rule, backend, dtype):
+    x = inputs(gates="none", writes="none").to(dtype)
+    _, state = getattr(ops, rule)(*x[:5], initial_state=x.initial_state, backend=backend)
+    assert torch.equal(state, x.initial_state)
+
+
+@pytest.mark.parametrize("rule", RULE_NAMES)
+@given(x=shapes())
+def test_tokens_that_neither_forget_nor_write_change_nothing_for_the_others(rule, x):
+    op, idle = getattr(ops, rule), torch.arange(x.q.shape[1]) % 3 == 1
+    g, beta = (y.masked_fill(idle[:, None], 0.0) for y in (x.g, x.beta))
+    o, state = op(x.q, x.k, x.v, g, beta, initial_state=x.initial_state)
+    o_busy, state_busy = op(*(y[:, ~idle] for y in (x.q, x.k, x.v, g, beta)), initial_state=x.initial_state)
+    assert close(o[:, ~idle], o_busy)
+    assert close(state, state_busy)
+
+
+@pytest.mark.parametrize("rule", RULE_NAMES)
+def test_defaults_are_zero_state_key_scale_and_chunked_on_cpu(rule):
+    x, op = inputs(), getattr(ops, rule)
+    plain = op(*x[:5])
+    spelled = op(*x[:5], scale=5**-0.5, initial_state=torch.zeros_like(x.initial_state), backend="chunked")
+    assert torch.equal(plain[0], spelled[0])
+    assert torch.equal(plain[1], spelled[1])
+    doubled = op(*x[:5], scale=2 * 5**-0.5)
+    assert close(doubled[0], 2 * plain[0])
+    assert torch.equal(doubled[1], plain[1])
+
+
+BAD_SHAPES = [
+    ("q", lambda x: {"q": x.q[0]}),
+    ("k", lambda x: {"k": x.k[:, 1:]}),
+    ("v", lambda x: {"v": x.v[:, :, :1]}),
+    ("g", lambda x: {"g": x.g[..., None]}),
+    ("beta", lambda x: {"beta": x.beta[:1]}),
+    ("initial_state", lambda x: {"initial_state": x.initial_state.mT}),
+    ("backend", lambda x: {"backend": "triton"}),
+    ("backend", lambda x: {"backend": "fla"}),  # the tensors are on the CPU
+]
+
+
+@pytest.mark.parametrize("rule", RULE_NAMES)
+@pytest.mark.parametrize(("name", "change"), BAD_SHAPES)
+def test_bad_arguments_are_named(rule, name, change):
+    x = inputs(T=4)
+    arguments = {**x._asdict(), **change(x)}
+    with pytest.raises(ValueError, match=rf"^{name}\b"):
+        getattr(ops, rule)(**arguments)
+
+
+@given(
+    B=st.integers(1, 3), T=st.integers(1, 12), C=st.integers(1, 5), W=st.integers(1, 5),
+    tail=st.integers(0, 4), seed=st.integers(0, 2**32),
+)  # fmt: skip
+def test_short_conv_is_conv1d_with_zeros_on_the_left(B, T, C, W, tail, seed):
+    rng = torch.Generator().manual_seed(seed)
+    tail = min(tail, W - 1)
+    seen = torch.randn(B, tail + T, C, generator=rng, dtype=torch.float64)
+    weight = torch.randn(C, W, generator=rng, dtype=torch.float64)
+    y, new_tail = ops.short_conv(seen[:, tail:], weight, seen[:, :tail])
+    expected = F.conv1d(F.pad(seen.mT, (W - 1, 0)), weight[:, None], groups=C).mT[:, tail:]
+    assert close(y, expected, 1e-14)
+    assert torch.equal(new_tail, seen[:, max(tail + T - W + 1, 0) :])
+
+
+@given(W=st.integers(1, 5), T=st.integers(0, 12), data=st.data(), seed=st.integers(0, 2**32))
+def test_short_conv_may_be_cut_anywhere(W, T, data, seed):
+    rng = torch.Generator().manual_seed(seed)
+    x = torch.randn(2, T, 3, generator=rng, dtype=torch.float64)
+    weight = torch.randn(3, W, generator=rng, dtype=torch.float64)
+    cuts = sorted(data.draw(st.lists(st.integers(0, T), max_size=4), label="cuts"))
+    tail, outputs = x[:, :0], []
+    for a, b in zip([0, *cuts], [*cuts, T], strict=True):
+        y, tail = ops.short_conv(x[:, a:b], weight, tail)
+        outputs.append(y)
+    whole, final = ops.short_conv(x, weight, x[:, :0])
+    assert torch.equal(torch.cat(outputs, dim=1), whole)
+    assert torch.equal(tail, final)
