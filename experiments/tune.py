@@ -1,57 +1,93 @@
 """Learning rate and protocol for each N on the demo's tasks: the sweep behind demo/settings.py.
 
-    python experiments/tune.py depo --out runs/tune-depo      (prints a table, best first)
+    python experiments/tune.py depo --out runs/tune-depo            (prints a table, best first)
+    python experiments/tune.py rule110 --out runs/tune-rule110
+    python experiments/tune.py depo-variants --out runs/variants    (what else was tried, N = 4)
+    python experiments/tune.py rule110-variants --out runs/variants
 
 Every N gets the same grid, the same seed (none of the demo's) and the same training compute.
 """
 
 import argparse
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from lmsleep.demo import settings
 from lmsleep.demo.runs import PASSES, equal_compute
-from lmsleep.training import Job, RunFolder, run_all
+from lmsleep.training import Job, RunConfig, RunFolder, run_all
 
 SEED = 100
 
+Grid = list[tuple[str, RunConfig]]
 
-def depo(out: Path, steps: int) -> list[Job]:
+
+def depo(steps: int) -> Grid:
     """Muon's rate with the curriculum over hops, then without it at the middle rate."""
-    jobs = []
+    grid = []
     for passes in reversed(PASSES):
         length = equal_compute(settings.depo, passes, steps)
-        for lr, curriculum in ((0.015, True), (0.03, True), (0.06, True), (0.03, False)):
-            options = {"lr": lr, "adam_lr": 0.02, "curriculum": steps // 2 if curriculum else 0}
-            name = f"depo-N{passes}-lr{lr}-curriculum{options['curriculum']}"
-            jobs.append(Job(out / name, settings.depo(passes, SEED, length, **options)))
-    return jobs
+        protocols = [(lr, steps // 2) for lr in (0.0075, 0.015, 0.03, 0.06)] + [(0.03, 0)]
+        for lr, curriculum in protocols:
+            config = settings.depo(passes, SEED, length, lr=lr, adam_lr=0.02, curriculum=curriculum)
+            grid.append((f"depo-N{passes}-lr{lr}-curriculum{curriculum}", config))
+    return grid
 
 
-def rule110(out: Path, steps: int) -> list[Job]:
-    """Muon's rate, and what may stabilise the passes: normalising h, adding the input again."""
-    jobs = []
+def rule110(steps: int) -> Grid:
+    """Muon's rate."""
+    grid = []
     for passes in reversed(PASSES):
         length = equal_compute(settings.rule110, passes, steps)
         for lr in (0.01, 0.02, 0.04):
-            name = f"rule110-N{passes}-lr{lr}"
-            jobs.append(Job(out / name, settings.rule110(passes, SEED, length, lr=lr)))
-    return jobs
+            grid.append((f"rule110-N{passes}-lr{lr}", settings.rule110(passes, SEED, length, lr=lr)))
+    return grid
 
 
-GRIDS = {"depo": (depo, settings.DEPO_STEPS), "rule110": (rule110, settings.RULE110_STEPS)}
+def variants(task: str, make: Callable[..., RunConfig], steps: int, level: int) -> Grid:
+    """N = 4 with one thing changed at a time."""
+    base = make(4, SEED, steps)
+    changes: dict[str, dict[str, dict[str, Any]]] = {
+        "as chosen": {},
+        "normalize h between passes": {"sleep": {"normalize": True}},
+        "reinject the embedding": {"sleep": {"reinject": True}},
+        "backprop through 2 passes": {"sleep": {"backprop_passes": 2}},
+        "residual_init 0.3": {"model": {"residual_init": 0.3}},
+        "forget 0.05": {"model": {"forget": (0.05, 0.05)}},
+        "negative eigenvalues": {"model": {"negative_eigenvalues": True}},
+        "two heads of 32" if task == "depo" else "four heads of 16": {
+            "model": {"num_heads": 2 if task == "depo" else 4}
+        },
+        "no curriculum" if base.train.curriculum else "curriculum": {
+            "train": {"curriculum": 0 if base.train.curriculum else level}
+        },
+    }
+    grid = []
+    for name, change in changes.items():
+        parts = {part: replace(getattr(base, part), **options) for part, options in change.items()}
+        grid.append((f"{task}-{name.replace(' ', '-')}", replace(base, **parts)))
+    return grid
+
+
+GRIDS: dict[str, Callable[[int | None], Grid]] = {
+    "depo": lambda steps: depo(steps or settings.DEPO_STEPS),
+    "rule110": lambda steps: rule110(steps or settings.RULE110_STEPS),
+    "depo-variants": lambda n: variants("depo", settings.depo, n or settings.DEPO_STEPS, 0),
+    "rule110-variants": lambda n: variants("rule110", settings.rule110, n or settings.RULE110_STEPS, 300),
+}
 
 
 def main() -> None:
-    """Run the grid and print it."""
+    """Run a grid and print it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("task", choices=GRIDS)
+    parser.add_argument("grid", choices=GRIDS)
     parser.add_argument("--out", type=Path, required=True, help="folder for the runs")
     parser.add_argument("--steps", type=int, help="steps of N = 4")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time")
     options = parser.parse_args()
-    grid, steps = GRIDS[options.task]
-    jobs = grid(options.out, options.steps or steps)
+    jobs = [Job(options.out / name, config) for name, config in GRIDS[options.grid](options.steps)]
     run_all(jobs, options.workers)
     rows = []
     for job in jobs:

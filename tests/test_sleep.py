@@ -4,9 +4,8 @@ from dataclasses import FrozenInstanceError
 
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import VOCAB, close, lively, random_tokens, same_memory, tiny
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -122,9 +121,7 @@ def test_rows_decide_by_their_own_loss_whether_to_sleep(model, tokens):
         assert close(out.logits[[row]], alone.logits)
 
 
-def by_hand(
-    model, tokens, *, N, loop=(0, len(BLOCKS)), kept=0, span=None, normalize=False, reinject=False, k=None
-):
+def by_hand(model, tokens, *, N, loop=(0, 4), kept=0, span=None, normalize=False, reinject=False, k=None):
     # Every window is read once for its logits, then slept on unless it is the last.
     first, last = loop
     D, state, logits = model.num_blocks, model.initial_state(len(tokens)), []
@@ -148,9 +145,8 @@ def by_hand(
                 logits.append(model.head(model.run(h, state, last, D, span=span)[0]))
         _, state = model.run(h, state, last, D, span=span)
         if i < len(windows) - 1:
-            state = State(state.memory, Cache(tuple(
-                tuple(t[:, t.shape[1] - min(kept, t.shape[1]) :] for t in layer) for layer in state.cache.layers
-            )))  # fmt: skip
+            evicted = [[t[:, max(t.shape[1] - kept, 0) :] for t in c] for c in state.cache.layers]
+            state = State(state.memory, Cache(tuple(map(tuple, evicted))))
     return torch.cat(logits, dim=1), state
 
 
@@ -411,6 +407,7 @@ def test_permuting_the_batch_permutes_the_result(model, tokens, eviction):
 
 @EVICTIONS
 @pytest.mark.parametrize("evict_last", [False, True])
+@example(lengths=[3, 15, 9, 5], pad_seed=1, passes=3)
 @given(
     lengths=st.lists(st.integers(1, 3 * L), min_size=1, max_size=4), pad_seed=st.integers(0, 99),
     passes=st.integers(1, 3),
@@ -433,6 +430,17 @@ def test_padding_never_changes_memory(model, eviction, evict_last, lengths, pad_
         loss += 0.0 if alone.loss is None else alone.loss * (length - 1)
         count += length - 1
     assert (padded.loss is None) if count == 0 else close(padded.loss, loss / count)
+
+
+@EVICTIONS
+def test_questions_after_a_padded_context_see_none_of_its_padding(model, tokens, eviction):
+    config, questions, lengths = sleeping(eviction=eviction), random_tokens(3, 4, seed=7), [15, 4, 9]
+    padded = sleep_forward(model, tokens, None, config, lengths=torch.tensor(lengths), evict_last=True)
+    after = sleep_forward(model, questions, None, config, state=padded.state)
+    for row, length in enumerate(lengths):
+        own = sleep_forward(model, tokens[[row], :length], None, config, evict_last=True).state
+        alone = sleep_forward(model, questions[[row]], None, config, state=own)
+        assert close(after.logits[[row]], alone.logits)
 
 
 def test_an_empty_row_keeps_its_memory(model, tokens):

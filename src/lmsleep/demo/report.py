@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lmsleep.evaluation import mean_interval
+from lmsleep.evaluation import mean_interval, wilson
 
 Row = dict[str, Any]
 
@@ -23,12 +23,16 @@ def table(result: dict[str, Any], task: str) -> list[list[str]]:
         header.append("all")
     lines = [header]
     for budget in ("tokens", "compute"):
-        rows = [r for r in part["rows"] if r["budget"] in (budget, "both", f"{budget} only")]
+        rows = [r for r in part["rows"] if r["budget"] in (budget, "both")]
         for label in sorted({r["label"] for r in rows}):
             mine = [r for r in rows if r["label"] == label]
-            cells = [_cell([r["eval"]["per_difficulty"][k] for r in mine]) for k in keys]
+            cells = [
+                _cell([(r["eval"]["per_difficulty"][k], r["eval"]["answers"][k]) for r in mine]) for k in keys
+            ]
             if len(keys) > 1:
-                cells.append(_cell([r["eval"]["accuracy"] for r in mine]))
+                cells.append(
+                    _cell([(r["eval"]["accuracy"], sum(r["eval"]["answers"].values())) for r in mine])
+                )
             seconds = sum(r["seconds"] for r in mine) / len(mine)
             lines.append([budget, label, str(mine[0]["step"]), f"{seconds:.0f}", *cells])
     for name, value in part["floors"].items():
@@ -37,12 +41,17 @@ def table(result: dict[str, Any], task: str) -> list[list[str]]:
     return lines
 
 
-def _cell(values: list[float]) -> str:
-    mean, low, high = mean_interval(values)
-    if len(values) == 1:
-        return f"{mean:.3f}"
-    if len(values) == 2:  # an interval from two seeds says nothing: show both
-        return f"{values[0]:.3f} {values[1]:.3f}"
+def _cell(scores: list[tuple[float, int]]) -> str:
+    """From (accuracy, answers) per seed: the mean with its interval over seeds, if there are enough.
+
+    Two seeds are shown as they are, for an interval of two says nothing; one seed with the interval of
+    its own sample (Wilson).
+    """
+    if len(scores) == 2:
+        return f"{scores[0][0]:.3f} {scores[1][0]:.3f}"
+    mean, low, high = mean_interval(accuracy for accuracy, _ in scores)
+    if len(scores) == 1:
+        low, high = wilson(round(mean * scores[0][1]), scores[0][1])
     return f"{mean:.3f} [{max(low, 0):.3f}, {min(high, 1):.3f}]"
 
 

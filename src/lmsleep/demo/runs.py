@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from lmsleep.demo import settings
+from lmsleep.demo.settings import ARCHITECTURES
 from lmsleep.evaluation import EVAL_SEED, evaluate, trace_sleep
 from lmsleep.tasks import stream
 from lmsleep.training import Job, RunConfig, RunFolder, flops_per_step, provenance
@@ -42,11 +43,11 @@ def demo_jobs(out: Path, seeds: Sequence[int], tasks: Sequence[str], scale: floa
                 tokens = Job(out / name if passes == 4 else out / f"{name}-tokens", make(passes, seed, steps))
                 long = equal_compute(make, passes, steps)
                 jobs.append(tokens if passes == 4 else Job(out / name, make(passes, seed, long), tokens))
-        if "depo" in tasks:
-            for architecture in ("transformer cached", "transformer evicted"):
-                name = f"depo-{architecture.replace(' ', '-')}-seed{seed}"
-                config = settings.depo(1, seed, makers["depo"][1], architecture=architecture)
-                jobs.append(Job(out / name, config))
+    if "depo" in tasks:
+        for architecture in ARCHITECTURES[1:]:  # bounds, not contestants: one seed tells enough
+            steps = equal_compute(settings.depo, 1, makers["depo"][1], architecture=architecture)
+            config = settings.depo(1, seeds[0], steps, architecture=architecture)
+            jobs.append(Job(out / f"depo-{architecture.replace(' ', '-')}-seed{seeds[0]}", config))
     return jobs
 
 
@@ -90,7 +91,7 @@ def _label(config: RunConfig, name: str) -> tuple[str, str]:
     """What a row is called, and what it has in common with the N = 4 run: tokens, compute, or both."""
     if "gated_delta_net" not in config.model.blocks:
         kept = config.sleep.window is None
-        return ("transformer, cache kept" if kept else "transformer, cache evicted"), "tokens only"
+        return ("transformer, cache kept" if kept else "transformer, cache evicted"), "compute"
     label = f"hybrid, N = {config.sleep.passes}"
     if config.sleep.passes == 4:
         return label, "both"

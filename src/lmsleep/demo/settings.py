@@ -4,14 +4,14 @@ How they were found: `experiments/tune.py`; what else was tried: docs/demo.md.
 """
 
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 from lmsleep.models import HybridConfig
 from lmsleep.sleep import SleepConfig
 from lmsleep.tasks import Depo, Rule110
 from lmsleep.training import RunConfig, TrainConfig
 
-Architecture = Literal["hybrid", "transformer evicted", "transformer cached"]
+ARCHITECTURES = ("hybrid", "transformer evicted", "transformer cached")
 
 DEPO = Depo(
     nodes=8,
@@ -53,28 +53,29 @@ RULE110_STEPS = 600
 RULE110_TUNED: dict[int, dict[str, Any]] = {1: {}, 2: {}, 4: {}}
 
 
-def depo(
-    passes: int, seed: int, steps: int, architecture: Architecture = "hybrid", **train: Any
-) -> RunConfig:
+def depo(passes: int, seed: int, steps: int, architecture: str = "hybrid", **train: Any) -> RunConfig:
     """A pointer-chase run: a graph in two windows, both evicted, then eight questions."""
     model, window = DEPO_MODEL, DEPO_WINDOW if architecture != "transformer cached" else None
     if architecture != "hybrid":
         model = replace(model, blocks=("attention", "attention"))
-    settings = {"eval_every": 50, "save_every": steps, "threads": 1, **DEPO_TUNED[passes], **train}
     return RunConfig(
         task=DEPO,
         model=model,
         sleep=SleepConfig(window=window, passes=passes),
-        train=TrainConfig(seed=seed, steps=steps, batch_size=64, **settings),
+        train=_train(seed, steps, **{"batch_size": 64, **DEPO_TUNED[passes], **train}),
     )
 
 
 def rule110(passes: int, seed: int, steps: int = RULE110_STEPS, **train: Any) -> RunConfig:
     """An automaton run: two states of 12 cells, evicted, then five cells of each after 6 steps."""
-    settings = {"eval_every": 50, "save_every": steps, "threads": 1, **RULE110_TUNED[passes], **train}
     return RunConfig(
         task=RULE110,
         model=RULE110_MODEL,
         sleep=SleepConfig(window=RULE110_WINDOW, passes=passes),
-        train=TrainConfig(seed=seed, steps=steps, batch_size=128, **settings),
+        train=_train(seed, steps, **{"batch_size": 128, **RULE110_TUNED[passes], **train}),
     )
+
+
+def _train(seed: int, steps: int, **options: Any) -> TrainConfig:
+    defaults: dict[str, Any] = {"eval_every": 50, "save_every": 250, "threads": 1}
+    return TrainConfig(seed=seed, steps=steps, **{**defaults, **options})
