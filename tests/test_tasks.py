@@ -194,20 +194,20 @@ def cycle_of(after: dict) -> tuple:
 def solve(task: Depo, context: list[int], questions: list[int]) -> tuple[list[bool], list[int], int, int]:
     # Answers every question from the tokens alone; returns the loss mask and answer numbers they imply
     # (counted from 0), the nodes of the cycle and the hops asked.
-    after, ans = successors(context, task.names), 2 * task.names + 1
+    after, marker = successors(context, task.names), 2 * task.names + 1
     cycle_of(after)
     mask, number, hops, starts = [], [], [], []
     questions = [t for t in questions if t]
     while questions:
-        assert questions[0] > ans
-        hops.append(questions.pop(0) - ans)
+        assert questions[0] > marker
+        hops.append(questions.pop(0) - marker)
         end = next(i for i, t in enumerate(questions) if t > task.names) + 1
         start, questions = tuple(questions[:end]), questions[end:]
         starts.append(start)
         mask += [False] * (1 + len(start))
         number += [-1] * (1 + len(start))
         if task.ask == "block":
-            assert questions.pop(0) == ans
+            assert questions.pop(0) == marker
             mask.append(True)
             number.append(-1)
         answer = follow(after, start, hops[-1])

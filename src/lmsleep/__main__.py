@@ -1,0 +1,5 @@
+"""`python -m lmsleep`."""
+
+from lmsleep.cli import main
+
+main()
