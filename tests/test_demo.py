@@ -74,9 +74,9 @@ def test_page_and_table_hold_every_row(demo):
     lines = table(result, "depo")
     assert [line[:2] for line in lines[1:]] == [
         *(["tokens", f"hybrid, N = {n}"] for n in PASSES),
+        ["tokens", "transformer, cache evicted"],
+        ["tokens", "transformer, cache kept"],
         *(["compute", f"hybrid, N = {n}"] for n in PASSES),
-        ["compute", "transformer, cache evicted"],
-        ["compute", "transformer, cache kept"],
         ["", "chance"],
         ["", "best constant answer"],
     ]

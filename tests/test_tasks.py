@@ -285,10 +285,11 @@ def count_nodes(batch: Batch, task: Depo) -> np.ndarray:
 
 def test_training_graphs_are_drawn_by_the_depo_weights():
     task = Depo()
-    nodes = np.concatenate([count_nodes(draw(task, 500, index=i), task) for i in range(8)])
+    nodes = np.concatenate([count_nodes(draw(task, 500, index=i), task) for i in range(32)])
     weight = 1 / (np.arange(3, 76) + np.sqrt(75))
     weight /= weight.sum()
     assert abs((weight * np.arange(3, 76)).sum() - 27.5) < 0.05  # the published mean
+    assert abs(nodes.mean() - 27.5) < 4 * nodes.std() / np.sqrt(len(nodes))
     counts = np.bincount(nodes, minlength=76)[3:]
     edges = range(0, 73, 8)
     assert chi_square(np.add.reduceat(counts, edges), np.add.reduceat(weight, edges)) < 35.6  # 99.99 %, 9

@@ -80,13 +80,14 @@ def _curves(ax: Axes, part: dict[str, Any], x: str, unit: float, label: str) -> 
 
 
 def _bars(ax: Axes, part: dict[str, Any]) -> None:
-    """Accuracy per difficulty at equal training compute, with 95 % intervals over seeds."""
+    """Accuracy per difficulty at equal training compute (transformers: tokens), with 95 % intervals."""
     shown = COLOURS | LEFT
-    labels = [n for n in shown if any(r["label"] == n and r["budget"] != "tokens" for r in part["rows"])]
+    drawn = [r for r in part["rows"] if r["budget"] != "tokens" or r["label"] in LEFT]
+    labels = [n for n in shown if any(r["label"] == n for r in drawn)]
     keys = list(part["rows"][0]["eval"]["per_difficulty"])
     width = 0.8 / len(labels)
     for i, name in enumerate(labels):
-        rows = [r for r in part["rows"] if r["label"] == name and r["budget"] != "tokens"]
+        rows = [r for r in drawn if r["label"] == name]
         stats = [mean_interval(r["eval"]["per_difficulty"][k] for r in rows) for k in keys]
         means = [m for m, _, _ in stats]
         error = np.nan_to_num([[m - max(lo, 0), min(hi, 1) - m] for m, lo, hi in stats]).T.clip(min=0)
@@ -95,7 +96,10 @@ def _bars(ax: Axes, part: dict[str, Any]) -> None:
                error_kw={"lw": 0.8})  # fmt: skip
     ax.axhline(part["floors"]["chance"], color="#999999", ls=":", lw=1)
     ax.set(
-        xticks=range(len(keys)), ylabel="accuracy at the end", ylim=(0, 1.02), title="equal training compute"
+        xticks=range(len(keys)),
+        ylabel="accuracy at the end",
+        ylim=(0, 1.02),
+        title="equal training compute (transformers: tokens)",
     )
     ax.set_xticklabels([f"{part['difficulty']} = {k}" for k in keys])
     ax.legend(fontsize=7)

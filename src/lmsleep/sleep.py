@@ -192,7 +192,8 @@ def sleep_forward(
         loss_mask: `[B, T]` bool: the tokens to be predicted, each from the position before it (the
             first token of a sequence never is). None: no loss.
         sleep: the `SleepConfig`.
-        state: what came before; default nothing (`S = 0`).
+        state: what came before; default nothing (`S = 0`). Its working memory is seen by the first window
+            and leaves with it.
         lengths: `[B]` int64, tokens per row; what follows is padding, which writes nothing and carries
             no loss. A row sleeps only on windows of its own.
         evict_last: sleep on the last window as well.
@@ -312,3 +313,5 @@ def _check(tokens: Tensor, loss_mask: Tensor | None, lengths: Tensor | None) -> 
         )
     if lengths is not None and lengths.shape != tokens.shape[:1]:
         raise ValueError(f"lengths must be [B] = [{len(tokens)}], got {tuple(lengths.shape)}")
+    if lengths is not None and not bool(((lengths >= 0) & (lengths <= tokens.shape[1])).all()):
+        raise ValueError(f"lengths must lie in 0 ... T={tokens.shape[1]}, got {lengths.tolist()}")

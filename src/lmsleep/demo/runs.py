@@ -18,14 +18,13 @@ PASSES = (1, 2, 4)
 
 
 @cache
-def _flops(make: Callable[..., RunConfig], passes: int, options: tuple[tuple[str, str], ...]) -> int:
-    return flops_per_step(make(passes, 0, 1, **dict(options)))
+def _flops(make: Callable[..., RunConfig], passes: int) -> int:
+    return flops_per_step(make(passes, 0, 1))
 
 
-def equal_compute(make: Callable[..., RunConfig], passes: int, steps: int, **options: str) -> int:
+def equal_compute(make: Callable[..., RunConfig], passes: int, steps: int) -> int:
     """Steps that cost as many training FLOPs as `steps` steps with N = 4."""
-    budget = steps * _flops(make, 4, ())
-    return math.floor(budget / _flops(make, passes, tuple(options.items())))
+    return math.floor(steps * _flops(make, 4) / _flops(make, passes))
 
 
 def demo_jobs(out: Path, seeds: Sequence[int], tasks: Sequence[str], scale: float = 1.0) -> list[Job]:
@@ -45,8 +44,7 @@ def demo_jobs(out: Path, seeds: Sequence[int], tasks: Sequence[str], scale: floa
                 jobs.append(tokens if passes == 4 else Job(out / name, make(passes, seed, long), tokens))
     if "depo" in tasks:
         for architecture in ARCHITECTURES[1:]:  # bounds, not contestants: one seed tells enough
-            steps = equal_compute(settings.depo, 1, makers["depo"][1], architecture=architecture)
-            config = settings.depo(1, seeds[0], steps, architecture=architecture)
+            config = settings.depo(1, seeds[0], makers["depo"][1], architecture=architecture)
             jobs.append(Job(out / f"depo-{architecture.replace(' ', '-')}-seed{seeds[0]}", config))
     return jobs
 
@@ -91,7 +89,7 @@ def _label(config: RunConfig, name: str) -> tuple[str, str]:
     """What a row is called, and what it has in common with the N = 4 run: tokens, compute, or both."""
     if "gated_delta_net" not in config.model.blocks:
         kept = config.sleep.window is None
-        return ("transformer, cache kept" if kept else "transformer, cache evicted"), "compute"
+        return ("transformer, cache kept" if kept else "transformer, cache evicted"), "tokens"
     label = f"hybrid, N = {config.sleep.passes}"
     if config.sleep.passes == 4:
         return label, "both"

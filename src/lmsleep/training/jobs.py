@@ -5,8 +5,9 @@ import multiprocessing
 import os
 import shutil
 import signal
-import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from tqdm import tqdm
 
 from lmsleep.training.config import RunConfig
 from lmsleep.training.runs import RunFolder
-from lmsleep.training.trainer import Trainer
+from lmsleep.training.trainer import Interrupted, Trainer
 
 
 @dataclass(frozen=True)
@@ -47,27 +48,47 @@ def run_all(jobs: Sequence[Job], workers: int | None = None) -> None:
     Raises:
         ValueError: if a folder holds a run of another configuration.
         RuntimeError: if a run failed; the others are finished first.
+        Interrupted: after SIGINT or SIGTERM; the runs under way are saved first.
     """
     todo = [job for job in jobs if not _finished(job)]
     if not todo:
         return
-    workers = min(workers or os.cpu_count() or 1, len(todo))
     context = multiprocessing.get_context("spawn")
     lock, failed = context.RLock(), []  # one lock, so that progress bars do not overwrite each other
     tqdm.set_lock(lock)
-    with context.Pool(workers, _start, (lock,)) as pool, _overall(len(jobs)) as bar:
-        bar.update(len(jobs) - len(todo))
-        for path, error in pool.imap_unordered(_run, todo):
-            bar.update()
-            bar.set_postfix_str(path.name)
-            if error:
-                failed.append(f"{path}: {error}")
+    workers = min(workers or os.cpu_count() or 1, len(todo))
+    with (
+        ProcessPoolExecutor(workers, context, initializer=_start, initargs=(lock,)) as pool,
+        tqdm(total=len(jobs), initial=len(jobs) - len(todo), desc="runs", unit="run", position=0) as bar,
+        _raising_interrupted(),
+    ):
+        try:
+            for done in as_completed([pool.submit(_run, job) for job in todo]):
+                path, error = done.result()
+                bar.update()
+                bar.set_postfix_str(path.name)
+                if error:
+                    failed.append(f"{path}: {error}")
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for worker in multiprocessing.active_children():
+                worker.terminate()  # its run saves itself
+            raise
     if failed:
         raise RuntimeError("; ".join(failed))
 
 
-def _overall(total: int) -> "tqdm[None]":
-    return tqdm(total=total, desc="runs", unit="run", position=0, file=sys.stderr)
+@contextmanager
+def _raising_interrupted() -> Iterator[None]:
+    def stop(signum: int, _: object) -> None:
+        raise Interrupted(signum, "stopped; the same command goes on where it was")
+
+    before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 def _finished(job: Job) -> bool:
@@ -83,7 +104,7 @@ def _finished(job: Job) -> bool:
 
 def _start(lock: object) -> None:
     tqdm.set_lock(lock)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the pool
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # between runs the parent decides
 
 
 def _run(job: Job) -> tuple[Path, str | None]:
@@ -104,6 +125,8 @@ def _run(job: Job) -> tuple[Path, str | None]:
             Trainer.resume(short, start).fit(position=position)
             shutil.rmtree(start)
         trainer.fit(position=position)
+    except Interrupted as stop:
+        os._exit(128 + stop.signum)  # an exception would only end the run, and the worker take the next
     except (RuntimeError, ValueError, OSError) as error:
         return job.path, str(error)
     return job.path, None
