@@ -32,11 +32,11 @@ DEPO_MODEL = HybridConfig(
     forget=(0.001, 0.001),
 )
 DEPO_WINDOW = 8  # tokens: four edges, half of the graph
-DEPO_STEPS = 1000  # of N = 4; the others get as many for equal tokens, more for equal compute
+DEPO_STEPS = 1200  # of N = 4; the others get as many for equal tokens, more for equal compute
 DEPO_TUNED: dict[int, dict[str, Any]] = {
-    1: {"lr": 0.0075, "adam_lr": 0.02, "curriculum": 500},
-    2: {"lr": 0.015, "adam_lr": 0.02, "curriculum": 500},
-    4: {"lr": 0.02, "adam_lr": 0.02, "curriculum": 500},
+    1: {"lr": 0.0075, "adam_lr": 0.02, "curriculum": 600},
+    2: {"lr": 0.015, "adam_lr": 0.02, "curriculum": 600},
+    4: {"lr": 0.02, "adam_lr": 0.02, "curriculum": 600},
 }
 
 RULE110 = Rule110(width=12, states=2, t=6, asked=5)
@@ -77,5 +77,5 @@ def rule110(passes: int, seed: int, steps: int = RULE110_STEPS, **train: Any) ->
 
 
 def _train(seed: int, steps: int, **options: Any) -> TrainConfig:
-    defaults: dict[str, Any] = {"eval_every": 50, "save_every": 250, "threads": 1}
+    defaults: dict[str, Any] = {"eval_every": 100, "save_every": 250, "threads": 1}
     return TrainConfig(seed=seed, steps=steps, **{**defaults, **options})

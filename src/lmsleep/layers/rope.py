@@ -1,5 +1,7 @@
 """Rotary position embedding (Su et al., arXiv 2104.09864)."""
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -9,10 +11,18 @@ def rotate(x: Tensor, first: int, theta: float) -> Tensor:
 
     Angles are computed in float32 or better; halves of the head are paired (the NeoX layout).
     """
-    T, D = x.shape[1], x.shape[3]
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    frequency = theta ** (-torch.arange(0, D, 2, device=x.device, dtype=dtype) / D)
-    angle = torch.arange(first, first + T, device=x.device, dtype=dtype)[:, None] * frequency
-    cos, sin = angle.cos()[:, None].to(x.dtype), angle.sin()[:, None].to(x.dtype)
+    cos, sin = _table(first, x.shape[1], x.shape[3], theta, x.dtype, x.device)
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+@lru_cache(maxsize=64)  # the passes over a window ask for the same few tables again and again
+def _table(
+    first: int, T: int, D: int, theta: float, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines `[T, 1, D / 2]`."""
+    exact = torch.promote_types(dtype, torch.float32)
+    with torch.inference_mode(False):
+        frequency = theta ** (-torch.arange(0, D, 2, device=device, dtype=exact) / D)
+        angle = torch.arange(first, first + T, device=device, dtype=exact)[:, None] * frequency
+        return angle.cos()[:, None].to(dtype), angle.sin()[:, None].to(dtype)

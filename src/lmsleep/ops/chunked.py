@@ -81,23 +81,35 @@ class _Chunk(torch.autograd.Function):
         else:
             u = beta * v
         o = (qk * decay) @ u + start * qS
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, v, beta, S, u, decay, start, end, qk, qS, kk, kS, inverse)
         return o, start[..., -1:, :] * S + (k * end).mT @ u
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, do: Tensor, dS_next: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, do: Tensor | None, dS_next: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, beta, S, u, decay, start, end, qk, qS, kk, kS, inverse = ctx.saved_tensors
-        last, start_do = start[..., -1:, :], start * do
-        du = (qk * decay).mT @ do + (k * end) @ dS_next
-        dread, from_next = do @ u.mT, u @ dS_next.mT
-        dqk = dread * decay
-        dlog = dqk * qk  # gradient of every G_t - G_s
-        dq = dqk @ k + start_do @ S.mT
-        dk = dqk.mT @ q + end * from_next
-        dS = q.mT @ start_do + last * dS_next
-        dstart = (start_do * qS).sum(-1)  # gradients of the exponents, not of the exponentials
-        dend = (end * from_next * k).sum(-1)
+        dq = torch.zeros_like(q)
+        du, dk, dS, dG = (
+            torch.zeros_like(u),
+            torch.zeros_like(k),
+            torch.zeros_like(S),
+            k.new_zeros(k.shape[:-1]),
+        )
+        dlog = torch.zeros_like(decay)  # gradient of every G_t - G_s
+        if do is not None:  # None for the last pass of a sleep: nobody reads what it outputs
+            start_do = start * do
+            dqk = (do @ u.mT) * decay
+            du = (qk * decay).mT @ do
+            dq, dk, dS = dqk @ k + start_do @ S.mT, dqk.mT @ q, q.mT @ start_do
+            dlog, dG = dqk * qk, (start_do * qS).sum(-1)
+        if dS_next is not None:  # None where the state is dropped, as after an answer
+            last, from_next = start[..., -1:, :], end * (u @ dS_next.mT)
+            du = du + (k * end) @ dS_next
+            dk, dS = dk + from_next, dS + last * dS_next
+            dend = (from_next * k).sum(-1)
+            dG = dG - dend
+            dG[..., -1] += dend.sum(-1) + (last * S * dS_next).sum((-1, -2))
         if inverse is None:
             dv, dbeta = beta * du, (du * v).sum(-1, keepdim=True)
         else:
@@ -106,10 +118,9 @@ class _Chunk(torch.autograd.Function):
             dbeta = (dr * (v - start * kS)).sum(-1, keepdim=True) + (dA * kk).sum(-1, keepdim=True)
             dv, dkk = beta * dr, beta * dA
             dkS = -start * dv
-            dlog += dkk * kk
-            dk += dkS @ S.mT + (dkk + dkk.mT) @ k
-            dS += k.mT @ dkS
-            dstart += (dkS * kS).sum(-1)
-        dG = dlog.sum(-1) - dlog.sum(-2) + dstart - dend
-        dG[..., -1] += dend.sum(-1) + (last * S * dS_next).sum((-1, -2))
+            dlog = dlog + dkk * kk
+            dk = dk + dkS @ S.mT + (dkk + dkk.mT) @ k
+            dS = dS + k.mT @ dkS
+            dG = dG + (dkS * kS).sum(-1)
+        dG = dG + dlog.sum(-1) - dlog.sum(-2)
         return dq, dk, dv, dG.flip(-1).cumsum(-1).flip(-1), dbeta, dS, None
