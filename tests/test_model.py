@@ -90,6 +90,17 @@ def test_no_token_sees_a_later_one(config):
             assert not torch.equal(after[:, t:], before[:, t:])
 
 
+def test_a_forward_pass_without_gradients_leaves_nothing_behind():
+    # What is cached between calls must not be marked as unusable in training.
+    model, x = lively(tiny(*MIXED, rope_theta=777.0)), random_tokens(2, 9)
+    with torch.inference_mode():
+        before = model(x).clone()
+    after = model(x)
+    after.sum().backward()
+    assert torch.equal(after, before)
+    assert all(p.grad.any() for p in model.parameters())
+
+
 @pytest.mark.parametrize("kind", ["attention", "gated_delta_net", "gated_linear"])
 @pytest.mark.parametrize("conv_size", [0, 4])
 def test_every_token_sees_all_earlier_ones(kind, conv_size):

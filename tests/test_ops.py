@@ -73,14 +73,15 @@ def shapes() -> st.SearchStrategy[Inputs]:
     )  # fmt: skip
 
 
-def run(rule: str, backend: str, x: Inputs) -> dict[str, Tensor]:
-    # Output, final state, and the gradient of a random linear function of both for every input.
+def run(rule: str, backend: str, x: Inputs, unread: str = "") -> dict[str, Tensor]:
+    # Output, final state, and the gradient of a random linear function of both (but of what is unread).
     leaves = Inputs(*(y.detach().clone().requires_grad_() for y in x))
     o, state = getattr(ops, rule)(*leaves[:5], initial_state=leaves.initial_state, backend=backend)
     rng = torch.Generator().manual_seed(1)
     score = sum(
         (y.cpu().double() * torch.randn(y.shape, generator=rng, dtype=torch.float64)).sum()
-        for y in (o, state)
+        for name, y in (("o", o), ("state", state))
+        if name != unread
     )
     score.backward()
     # A sequence of no tokens has no path from its (empty) inputs.
@@ -166,6 +167,36 @@ def test_chunked_agrees_at_the_extremes(rule, gates, writes, keys, dtype):
 def test_chunked_agrees_in_float32(rule, x):
     x = x.to(torch.float32)
     assert_agree(run(rule, "chunked", x), run(rule, "reference", x.to(torch.float64)), tolerance(x))
+
+
+@pytest.mark.parametrize("rule", RULE_NAMES)
+@pytest.mark.parametrize("unread", ["o", "state"])
+def test_chunked_gradients_agree_where_a_result_is_not_used(rule, unread):
+    x = inputs()
+    assert_agree(run(rule, "chunked", x, unread), run(rule, "reference", x, unread), FLOAT64)
+
+
+@pytest.mark.parametrize("rule", RULE_NAMES)
+@pytest.mark.parametrize("name", Inputs._fields)
+def test_chunked_gradient_of_one_input_alone(rule, name):
+    x = inputs(T=70)
+    expected = run(rule, "chunked", x)[f"d{name}"]
+    leaf = getattr(x, name).requires_grad_()
+    o, state = getattr(ops, rule)(**x._asdict(), backend="chunked")
+    rng = torch.Generator().manual_seed(1)
+    weights = [torch.randn(y.shape, generator=rng, dtype=torch.float64) for y in (o, state)]
+    (gradient,) = torch.autograd.grad((o, state), leaf, weights)
+    assert torch.equal(gradient, expected)
+
+
+@pytest.mark.parametrize("rule", RULE_NAMES)
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+def test_autocast_does_not_lower_the_precision_of_the_state(rule, backend):
+    x = inputs().to(torch.float32)
+    expected = run(rule, backend, x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = run(rule, backend, x)
+    assert all(torch.equal(got[name], y) for name, y in expected.items())
 
 
 @pytest.mark.parametrize("backend", ["reference", "chunked"])
@@ -297,6 +328,14 @@ def test_short_conv_is_conv1d_with_zeros_on_the_left(B, T, C, W, tail, seed):
     expected = F.conv1d(F.pad(seen.mT, (W - 1, 0)), weight[:, None], groups=C).mT[:, tail:]
     assert close(y, expected, 1e-14)
     assert torch.equal(new_tail, seen[:, max(tail + T - W + 1, 0) :])
+
+
+@given(T=st.integers(0, 9), W=st.integers(1, 5), tail=st.integers(0, 4), seed=st.integers(0, 2**32))
+def test_short_conv_gradient_is_the_derivative(T, W, tail, seed):
+    rng = torch.Generator().manual_seed(seed)
+    shapes = [(2, T, 3), (3, W), (2, min(tail, W - 1), 3)]
+    leaves = [torch.randn(s, generator=rng, dtype=torch.float64).requires_grad_() for s in shapes]
+    assert torch.autograd.gradcheck(ops.short_conv, leaves)
 
 
 @given(W=st.integers(1, 5), T=st.integers(0, 12), data=st.data(), seed=st.integers(0, 2**32))

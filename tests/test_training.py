@@ -150,6 +150,20 @@ def test_sixty_steps_lower_the_loss(tmp_path, task, blocks):
     assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
 
 
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")  # no fused norm on the CPU for mixed precision
+def test_bfloat16_training_begins_as_float32_and_resumes_exactly(tmp_path, uninterrupted):
+    config = run_config(precision="bfloat16")
+    whole = start(tmp_path / "whole", config)
+    whole.fit(until=10)
+    start(tmp_path / "stopped", config).fit(until=7)
+    resumed = Trainer.resume(RunFolder.open(tmp_path / "stopped"))
+    resumed.fit(until=10)
+    assert_same_run(resumed, whole)
+    assert {p.dtype for p in whole.model.parameters()} == {torch.float32}
+    low, full = next(whole.folder.metrics())["loss"], next(uninterrupted.folder.metrics())["loss"]
+    assert 0 < abs(low - full) < 0.02 * full
+
+
 def test_batches_and_first_weights_do_not_depend_on_the_sleep(tmp_path, monkeypatch):
     seen, original = [], Rule110.batch
 
@@ -298,10 +312,11 @@ def test_a_process_that_is_killed_can_be_resumed(tmp_path, uninterrupted, signum
     with subprocess.Popen(
         [sys.executable, script, path, go], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
     ) as process:
-        assert process.stdout.readline() == b"in the middle of a step\n"
+        said = process.stdout.readline()
         process.send_signal(signum)
         go.touch()
         assert process.wait(60) == code
+    assert said == b"in the middle of a step\n"
     run = Trainer.resume(RunFolder.open(path))
     assert run.step == step
     run.fit()

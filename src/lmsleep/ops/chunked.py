@@ -49,7 +49,7 @@ def _chunked(
     if q.shape[1] == 0:
         return torch.zeros_like(v), state
     # [B, T, H, ...] -> [B, H, T, ...]
-    q, k, v, g, beta = (x.transpose(1, 2).to(state.dtype) for x in (scale * q, k, v, g, beta))
+    q, k, v, g, beta = (x.transpose(1, 2) for x in (scale * q, k, v, g, beta))
     outputs = []
     for qc, kc, vc, gc, bc in zip(*(x.split(CHUNK, dim=2) for x in (q, k, v, g, beta)), strict=True):
         o, state = _Chunk.apply(qc, kc, vc, gc, bc[..., None], state, delta)  # type: ignore[no-untyped-call]

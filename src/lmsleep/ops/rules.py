@@ -107,8 +107,11 @@ def _run(
         state = initial_state.to(dtype)
     if scale is None:
         scale = K**-0.5
-    o, state = RULES[rule][_choose(backend, q)](q, k, v, g, beta, scale, state)
-    return o.to(v.dtype), state
+    chosen = _choose(backend, q)
+    if chosen != "fla":  # its kernels take low precision as it is and accumulate in float32
+        q, k, v, g, beta = (x.to(dtype) for x in (q, k, v, g, beta))
+    o, state = RULES[rule][chosen](q, k, v, g, beta, scale, state)
+    return o.to(inputs[2].dtype), state
 
 
 def _choose(backend: Backend, q: Tensor) -> str:
