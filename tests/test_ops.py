@@ -73,10 +73,11 @@ def shapes() -> st.SearchStrategy[Inputs]:
     )  # fmt: skip
 
 
-def run(rule: str, backend: str, x: Inputs, unread: str = "") -> dict[str, Tensor]:
+def run(rule: str, backend: str, x: Inputs, unread: str = "", autocast: bool = False) -> dict[str, Tensor]:
     # Output, final state, and the gradient of a random linear function of both (but of what is unread).
     leaves = Inputs(*(y.detach().clone().requires_grad_() for y in x))
-    o, state = getattr(ops, rule)(*leaves[:5], initial_state=leaves.initial_state, backend=backend)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        o, state = getattr(ops, rule)(*leaves[:5], initial_state=leaves.initial_state, backend=backend)
     rng = torch.Generator().manual_seed(1)
     score = sum(
         (y.cpu().double() * torch.randn(y.shape, generator=rng, dtype=torch.float64)).sum()
@@ -193,10 +194,8 @@ def test_chunked_gradient_of_one_input_alone(rule, name):
 @pytest.mark.parametrize("backend", ["reference", "chunked"])
 def test_autocast_does_not_lower_the_precision_of_the_state(rule, backend):
     x = inputs().to(torch.float32)
-    expected = run(rule, backend, x)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        got = run(rule, backend, x)
-    assert all(torch.equal(got[name], y) for name, y in expected.items())
+    got = run(rule, backend, x, autocast=True)
+    assert all(torch.equal(got[name], y) for name, y in run(rule, backend, x).items())
 
 
 @pytest.mark.parametrize("backend", ["reference", "chunked"])

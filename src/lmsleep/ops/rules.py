@@ -110,7 +110,8 @@ def _run(
     chosen = _choose(backend, q)
     if chosen != "fla":  # its kernels take low precision as it is and accumulate in float32
         q, k, v, g, beta = (x.to(dtype) for x in (q, k, v, g, beta))
-    o, state = RULES[rule][chosen](q, k, v, g, beta, scale, state)
+    with torch.autocast(q.device.type, enabled=False):  # S is summed over a whole stream
+        o, state = RULES[rule][chosen](q, k, v, g, beta, scale, state)
     return o.to(inputs[2].dtype), state
 
 
