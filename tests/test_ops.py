@@ -19,8 +19,8 @@ KEYS = ("random", "correlated")
 # Relative RMS, about ten times the worst measured over all cases below. With beta = 2, no forgetting and
 # keys that are nearly alike, a chunk adds up large terms that cancel, which costs float32 two digits.
 FLOAT64 = {"forward": 5e-12, "gradient": 5e-12}
-FLOAT32 = {"forward": 5e-6, "gradient": 1.5e-5}
-FLOAT32_REFLECTING = {"forward": 5e-4, "gradient": 5e-4}
+FLOAT32 = {"forward": 1e-5, "gradient": 1e-4}
+FLOAT32_REFLECTING = {"forward": 1e-3, "gradient": 1e-3}
 BFLOAT16 = {"forward": 2e-2, "gradient": 2e-2}
 FLA = {"forward": 1e-2, "gradient": 2e-2}  # its kernels multiply in TF32 at best
 
@@ -219,6 +219,7 @@ def test_one_float64_input_makes_the_state_float64(rule):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("rule", RULE_NAMES)
 @pytest.mark.parametrize("T", [1, 63, 64, 200])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

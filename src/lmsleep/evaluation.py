@@ -83,18 +83,23 @@ def evaluate(
     batch_size: int = 64,
     seed: int = EVAL_SEED,
     device: torch.device | str = "cpu",
+    after: int | None = None,
 ) -> Score:
-    """Score `model` on `batches * batch_size` held-out samples, the same for every call with a seed."""
+    """Score `model` on `batches * batch_size` held-out samples, the same for every call with a seed.
+
+    What counts as "after eviction" are tokens from position `after` on, by default the window: give it
+    to score the same tokens with a model that evicts nothing.
+    """
     score = Score()
     for index in range(batches):
         batch = task.batch(stream(seed, "test", index), batch_size, "test").to(device)
         logits = read_batch(model, batch, sleep, return_logits=True).logits
         assert logits is not None
-        _add(score, batch, logits[:, :-1], sleep.window)
+        _add(score, batch, logits[:, :-1], after or sleep.window)
     return score
 
 
-def _add(score: Score, batch: Batch, logits: Tensor, window: int | None) -> None:
+def _add(score: Score, batch: Batch, logits: Tensor, after: int | None) -> None:
     """Add one batch; `logits` `[R, T - 1, V]` predict tokens 1 ... T - 1."""
     tokens, answers = batch.tokens[:, 1:], batch.answers[:, 1:]
     hit = logits.argmax(-1) == tokens
@@ -110,8 +115,8 @@ def _add(score: Score, batch: Batch, logits: Tensor, window: int | None) -> None
     nll = F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten(), reduction="none")
     wanted = batch.loss_mask[:, 1:].flatten()
     position = torch.arange(tokens.shape[1], device=tokens.device).repeat(len(tokens))
-    evicted = position >= (window or tokens.shape[1])
-    if window is not None and batch.context is not None:
+    evicted = position >= (after or tokens.shape[1])
+    if after is not None and batch.context is not None:
         evicted = torch.ones_like(evicted)
     for which, mask in (("all", wanted), ("after_eviction", wanted & evicted)):
         score.nll[which] += float(nll[mask].double().sum())

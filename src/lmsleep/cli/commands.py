@@ -111,6 +111,8 @@ class EvalOptions:
     """Numbers of passes to read with; default the run's own."""
     batches: int = 32
     """Test batches of the run's batch size."""
+    after: int | None = None
+    """Count as "after eviction" what is predicted from this position on; default: the window."""
     data: tuple[Path, ...] = ()
     """Other files to evaluate a text run on (their last tenth)."""
     json: bool = False
@@ -131,7 +133,14 @@ def evaluate_run(argv: list[str]) -> None:
     for passes in options.passes or (config.sleep.passes,):
         backprop = config.sleep.backprop_passes
         sleep = replace(config.sleep, passes=passes, backprop_passes=backprop and min(backprop, passes))
-        score = evaluate(model, task, sleep, batches=options.batches, batch_size=config.train.batch_size)
+        score = evaluate(
+            model,
+            task,
+            sleep,
+            batches=options.batches,
+            batch_size=config.train.batch_size,
+            after=options.after,
+        )
         result[passes] = score
     if options.json:
         document = {"run": str(folder.path), "passes": {str(n): s.to_dict() for n, s in result.items()}}

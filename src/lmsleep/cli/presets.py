@@ -43,9 +43,9 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "text": {
         "demo": {
-            "model": HybridConfig(d_model=128, num_heads=4, blocks=ALTERNATING, forget=(0.001, 0.05)),
+            "model": HybridConfig(d_model=128, blocks=ALTERNATING[:2], forget=(0.001, 0.05)),
             "sleep": SleepConfig(window=64, passes=2),
-            "train": TrainConfig(steps=2000, batch_size=16, lr=0.01, adam_lr=3e-3),
+            "train": TrainConfig(steps=600, batch_size=16, lr=0.01, adam_lr=3e-3),
         },
     },
 }

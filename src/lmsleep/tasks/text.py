@@ -21,7 +21,7 @@ class Text:
 
     data: tuple[Path, ...] = ()
     """Files to read (any bytes; UTF-8 text is what they are usually)."""
-    length: int = 512
+    length: int = 256
     """Bytes in a sequence."""
 
     def __post_init__(self) -> None:
