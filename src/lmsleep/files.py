@@ -1,7 +1,6 @@
 """Files that are either old or new, never half written."""
 
 import os
-import tempfile
 from pathlib import Path
 
 
@@ -11,13 +10,13 @@ def write_atomic(path: Path, data: bytes) -> None:
     Raises:
         OSError: if the folder cannot be written or the disk is full; the old file is untouched.
     """
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    name = path.parent / f".{path.name}.{os.getpid()}"
     try:
-        with os.fdopen(handle, "wb") as file:
+        with name.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        Path(name).replace(path)
+        name.replace(path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        name.unlink(missing_ok=True)
         raise

@@ -195,14 +195,15 @@ def sleep_forward(
         state: what came before; default nothing (`S = 0`). Its working memory is seen by the first window
             and leaves with it.
         lengths: `[B]` int64, tokens per row; what follows is padding, which writes nothing and carries
-            no loss. A row sleeps only on windows of its own.
+            no loss. A row sleeps only on windows of its own. Under sliding eviction go on from such
+            rows by their memory alone: their working memory holds padding.
         evict_last: sleep on the last window as well.
         return_logits: keep the wake logits of every position (memory `[B, T, V]`).
 
     Raises:
         ValueError: for shapes that do not fit or a loop outside the model.
     """
-    _check(tokens, loss_mask, lengths)
+    _check(tokens, loss_mask, lengths, state)
     B, T = tokens.shape
     ends = torch.full((B,), T) if lengths is None else lengths.cpu()
     valid = None if lengths is None else torch.arange(T, device=tokens.device) < lengths[:, None]
@@ -304,7 +305,7 @@ def _nll(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
 
 
-def _check(tokens: Tensor, loss_mask: Tensor | None, lengths: Tensor | None) -> None:
+def _check(tokens: Tensor, loss_mask: Tensor | None, lengths: Tensor | None, state: State | None) -> None:
     if tokens.ndim != 2:
         raise ValueError(f"tokens must be [B, T], got shape {tuple(tokens.shape)}")
     if loss_mask is not None and loss_mask.shape != tokens.shape:
@@ -315,3 +316,10 @@ def _check(tokens: Tensor, loss_mask: Tensor | None, lengths: Tensor | None) -> 
         raise ValueError(f"lengths must be [B] = [{len(tokens)}], got {tuple(lengths.shape)}")
     if lengths is not None and not bool(((lengths >= 0) & (lengths <= tokens.shape[1])).all()):
         raise ValueError(f"lengths must lie in 0 ... T={tokens.shape[1]}, got {lengths.tolist()}")
+    if state is not None and any(
+        len(t) != len(tokens)
+        for layer in (state.memory.layers, *state.cache.layers)
+        for t in layer
+        if t is not None
+    ):
+        raise ValueError(f"state must have the rows of tokens, {len(tokens)}")

@@ -60,9 +60,22 @@ class HybridConfig:
         for kind in self.blocks:
             if kind not in get_args(BlockKind):
                 raise ValueError(f"blocks: {kind!r} is unknown; choose from {', '.join(get_args(BlockKind))}")
-        for name in ("vocab_size", "d_model", "num_heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("vocab_size", "d_model", "num_heads", "head_dim", "value_dim", "num_kv_heads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        for name in ("mlp_dim", "conv_size", "residual_init"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"{name} must not be negative, got {value}")
+        for name in ("norm_eps", "rope_theta"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+        if self.backend not in get_args(Backend):
+            raise ValueError(
+                f"backend={self.backend!r} is unknown; choose from {', '.join(get_args(Backend))}"
+            )
         if self.head_dim is None and self.d_model % self.num_heads:
             raise ValueError(
                 f"d_model={self.d_model} is not a multiple of num_heads={self.num_heads}; set head_dim"
@@ -71,17 +84,25 @@ class HybridConfig:
             raise ValueError(
                 f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}"
             )
-        if not 0 < self.forget[0] <= self.forget[1]:
+        if "attention" in self.blocks and self.rope_theta is not None and self.key_dim % 2:
+            raise ValueError(
+                f"head_dim={self.key_dim} must be even for rotary positions (or rope_theta None)"
+            )
+        if len(self.forget) != 2 or not 0 < self.forget[0] <= self.forget[1]:
             raise ValueError(
                 f"forget must be (slowest, fastest) with 0 < slowest <= fastest, got {self.forget}"
             )
-        shared = {"vocab_size", "d_model", "blocks", "tie_embeddings", "overrides"}
+        shared = {"vocab_size", "d_model", "blocks", "tie_embeddings", "residual_init", "overrides"}
         known = {f.name for f in fields(self)} - shared
         for i, options in self.overrides.items():
             if not 0 <= i < len(self.blocks):
                 raise ValueError(f"overrides: there is no block {i}, only 0 ... {len(self.blocks) - 1}")
             if unknown := set(options) - known:
                 raise ValueError(f"overrides of block {i}: unknown option {', '.join(sorted(unknown))}")
+            try:
+                self.for_block(i)
+            except ValueError as error:
+                raise ValueError(f"overrides of block {i}: {error}") from error
 
     def for_block(self, i: int) -> "HybridConfig":
         """The options in force in block `i`."""
@@ -108,11 +129,19 @@ class HybridConfig:
         Raises:
             ValueError: for an unknown or invalid field.
         """
+        if not isinstance(data, Mapping):
+            raise ValueError(f"a model configuration is a mapping, got {type(data).__name__}")
         if unknown := set(data) - {f.name for f in fields(cls)}:
             raise ValueError(f"unknown field {', '.join(sorted(unknown))} in the model configuration")
         data = dict(data)
         for name in ("blocks", "forget"):
             if name in data:
                 data[name] = tuple(data[name])
-        data["overrides"] = {int(i): dict(o) for i, o in data.get("overrides", {}).items()}
+        overrides = data.get("overrides", {})
+        if not isinstance(overrides, Mapping):
+            raise ValueError(f"overrides must be a mapping, got {type(overrides).__name__}")
+        data["overrides"] = {
+            int(i): {k: tuple(v) if isinstance(v, list) else v for k, v in dict(o).items()}
+            for i, o in overrides.items()
+        }
         return cls(**data)

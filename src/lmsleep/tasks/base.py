@@ -1,7 +1,7 @@
 """What a task is: a seeded stream of batches, a vocabulary, and the floors to beat."""
 
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol, get_args, get_type_hints
 
 import numpy as np
 import torch
@@ -71,3 +71,11 @@ class Task(Protocol):
 def stream(seed: int, split: Split, index: int) -> np.random.Generator:
     """The generator of batch `index`: a function of its arguments alone, so that resuming needs no state."""
     return np.random.Generator(np.random.Philox(key=[seed, 2 * index + (split == "test")]))
+
+
+def check_literals(options: Any, names: tuple[str, ...]) -> None:
+    """Raise ValueError for an option that is none of its `Literal`'s values."""
+    for name in names:
+        allowed, value = get_args(get_type_hints(type(options))[name]), getattr(options, name)
+        if value not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")

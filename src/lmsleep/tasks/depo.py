@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from lmsleep.tasks.base import Batch, Split
+from lmsleep.tasks.base import Batch, Split, check_literals
 
 PAD = 0
 HELD_OUT = 8  # one cycle in 8 is kept for testing
@@ -48,6 +48,7 @@ class Depo:
     """Keep one cycle in 8 (by hash) out of training and test on those only; for small n."""
 
     def __post_init__(self) -> None:
+        check_literals(self, ("node_distribution", "test_hops", "ask"))
         low, high = self.name_lengths
         if not 1 <= low <= high <= 8:
             raise ValueError(f"name_lengths must be 1 <= shortest <= longest <= 8, got {self.name_lengths}")
@@ -163,13 +164,19 @@ class Depo:
         """Words `[B, n, w]` (0-padded) of the nodes in cycle order, and the node counts `[B]`."""
         if not self.held_out_cycles:
             return self._draw(rng, size, split)
-        words, counts, have = [], [], 0
+        words, counts, have, draws = [], [], 0, 0
         while have < size:
             some, count = self._draw(rng, 2 * size if split == "train" else HELD_OUT * size, split)
             mine = (_cycle_hash(some, count) % HELD_OUT == 0) == (split == "test")
             words.append(some[mine])
             counts.append(count[mine])
             have += int(mine.sum())
+            draws += len(mine)
+            if draws > 1000 * HELD_OUT and not have:
+                raise ValueError(
+                    f"held_out_cycles: no cycle of nodes={self.nodes} and names={self.names} falls into the "
+                    f"{split} part; use more nodes or names"
+                )
         return np.concatenate(words)[:size], np.concatenate(counts)[:size]
 
     def _draw(self, rng: np.random.Generator, B: int, split: Split) -> tuple[np.ndarray, np.ndarray]:

@@ -6,7 +6,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from lmsleep.tasks.base import Batch, Split
+from lmsleep.tasks.base import Batch, Split, check_literals
 
 SEP = 2
 
@@ -49,6 +49,7 @@ class Rule110:
     """Cells of each state that are asked for, from the first; the paper asks for one."""
 
     def __post_init__(self) -> None:
+        check_literals(self, ("boundary",))
         for name in ("width", "states", "t", "asked"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

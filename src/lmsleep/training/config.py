@@ -53,8 +53,12 @@ class TrainConfig:
         for name in ("steps", "batch_size", "eval_every", "eval_batches", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.precision not in ("auto", "float32", "bfloat16"):
+            raise ValueError(f"precision must be auto, float32 or bfloat16, got {self.precision!r}")
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"threads must be at least 1, got {self.threads}")
         for name in ("lr", "adam_lr", "clip"):
-            if getattr(self, name) <= 0:
+            if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         for name in ("weight_decay", "warmup", "curriculum", "seed"):
             if getattr(self, name) < 0:

@@ -136,4 +136,7 @@ def _trainer(job: Job) -> Trainer:
     if not (job.path / "config.json").exists():
         return Trainer(RunFolder.create(job.path, job.config), job.config)
     folder = RunFolder.open(job.path)
-    return Trainer.resume(folder) if folder.checkpoints() else Trainer(folder, job.config)
+    if folder.checkpoints():
+        return Trainer.resume(folder)
+    folder.rewind(0)
+    return Trainer(folder, job.config)

@@ -65,9 +65,10 @@ class RunFolder:
     def config_is_run(self) -> bool:
         """Whether config.json describes a run (and not, say, a model)."""
         try:
-            return "train" in json.loads((self.path / "config.json").read_text())
+            config = json.loads((self.path / "config.json").read_text())
         except ValueError:
             return False
+        return isinstance(config, dict) and "train" in config
 
     def config(self) -> RunConfig:
         """The run's configuration.

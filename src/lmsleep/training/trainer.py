@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -90,11 +91,19 @@ class Trainer:
             for optimizer, state in zip(trainer.optimizers, saved["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
             torch.set_rng_state(saved["rng"].cpu())
-        except (OSError, RuntimeError, KeyError, ValueError, EOFError) as error:
+            for name in ("step", "tokens", "flops", "seconds"):
+                setattr(trainer, name, saved[name])
+        except (
+            OSError,
+            RuntimeError,
+            LookupError,
+            TypeError,
+            ValueError,
+            EOFError,
+            UnpicklingError,
+        ) as error:
             raise ValueError(f"{path / 'trainer.pt'} is damaged or foreign: {error}") from error
         trainer.model.load_state_dict(model.state_dict())
-        for name in ("step", "tokens", "flops", "seconds"):
-            setattr(trainer, name, saved[name])
         folder.rewind(trainer.step)
         return trainer
 
@@ -107,7 +116,8 @@ class Trainer:
             Diverged: if the loss or a gradient became non-finite.
             Interrupted: after SIGINT or SIGTERM.
         """
-        train, last = self.config.train, until or self.config.train.steps
+        train = self.config.train
+        last = train.steps if until is None else min(until, train.steps)
         name = self.folder.path.name
         bar = tqdm(
             total=last, initial=self.step, desc=name, unit="step", disable=None,
