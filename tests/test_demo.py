@@ -1,5 +1,7 @@
 import json
+import runpy
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -63,7 +65,7 @@ def test_finished_runs_are_not_repeated_and_foreign_ones_refused(demo, capsys):
     before = {p: p.stat().st_mtime_ns for p in demo.rglob("report.json")}
     main(["demo", "--out", str(demo), "--scale", "0.004", "--json"])
     assert before == {p: p.stat().st_mtime_ns for p in demo.rglob("report.json")}
-    assert json.loads(capsys.readouterr().out)["seeds"] == [0, 1]
+    assert json.loads(capsys.readouterr().out)["depo"]["seeds"] == [0, 1]
     with pytest.raises(SystemExit) as leaving:
         main(["demo", "--out", str(demo), "--scale", "0.005"])
     assert leaving.value.code == 2 and "another configuration" in capsys.readouterr().err
@@ -95,3 +97,12 @@ def test_the_committed_result_was_made_with_these_settings():
         assert part["tuned"] == {str(n): t for n, t in getattr(settings, f"{task.upper()}_TUNED").items()}
         seeds = {r["seed"] for r in part["rows"] if r["label"] == "hybrid, N = 4"}
         assert len(seeds) >= 5
+
+
+def test_the_tables_in_the_documentation_are_those_of_the_committed_result():
+    root = Path(__file__).parents[1]
+    publish = runpy.run_path(str(root / "experiments/publish.py"))
+    for page in publish["PAGES"]:
+        text = page.read_text()
+        assert "<!-- table:depo -->" in text
+        assert publish["with_tables"](text, committed_result()) == text

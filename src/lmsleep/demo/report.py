@@ -80,7 +80,7 @@ class Section:
     @property
     def heading(self) -> str:
         """What the task shows, and whose result it is."""
-        seeds = len(self.result["seeds"])
+        seeds = len(self.result[self.task]["seeds"])
         whose = f"the committed result, {seeds} seeds" if self.committed else f"this run, {seeds} seeds"
         return f"{HEADINGS[self.task]} ({whose})"
 
@@ -94,7 +94,7 @@ class Section:
         return "\n".join(
             [
                 f"<h2>{html.escape(self.heading)}</h2>",
-                f"<p>{html.escape(_made_by(self.result))}</p>",
+                f"<p>{html.escape(_made_by(self.result[self.task]))}</p>",
                 f'<img alt="{html.escape(HEADINGS[self.task])}" src="data:image/png;base64,{data}">',
                 _html_table(table(self.result, self.task)),
             ]
@@ -134,9 +134,9 @@ def _html_table(lines: list[list[str]]) -> str:
     return "<table>" + row(lines[0], "th") + "".join(row(line, "td") for line in lines[1:]) + "</table>"
 
 
-def _made_by(result: dict[str, Any]) -> str:
-    made = result["made_by"]
+def _made_by(part: dict[str, Any]) -> str:
+    made = part["made_by"]
     return (
-        f"{made['command']}: {len(result['seeds'])} seeds on {made['hardware']}, torch {made['torch']}, "
+        f"{made['command']}: {len(part['seeds'])} seeds on {made['hardware']}, torch {made['torch']}, "
         f"lmsleep {made['lmsleep']} ({made['commit'] or 'installed'})"
     )

@@ -51,7 +51,7 @@ def demo_jobs(out: Path, seeds: Sequence[int], tasks: Sequence[str], scale: floa
 
 def collect(out: Path, seeds: Sequence[int], tasks: Sequence[str]) -> dict[str, Any]:
     """All figures of finished demo runs as one JSON document: rows, curves, passes read, fast weights."""
-    result: dict[str, Any] = {"made_by": provenance(), "seeds": list(seeds)}
+    result: dict[str, Any] = {}
     for task in tasks:
         rows, curves = [], []
         for folder in sorted(p for p in out.iterdir() if p.name.startswith(f"{task}-")):
@@ -72,6 +72,8 @@ def collect(out: Path, seeds: Sequence[int], tasks: Sequence[str]) -> dict[str, 
                 })  # fmt: skip
         config = getattr(settings, task)(4, 0, 1)
         result[task] = {
+            "made_by": provenance(),
+            "seeds": list(seeds),
             "config": config.to_dict(),
             "tuned": {str(n): t for n, t in getattr(settings, f"{task.upper()}_TUNED").items()},
             "floors": config.task.floors(),
