@@ -90,8 +90,9 @@ def test_page_and_table_hold_every_row(demo):
 
 def test_the_committed_result_was_made_with_these_settings():
     result = committed_result()
-    for task, make in (("depo", settings.depo), ("rule110", settings.rule110)):
-        part = result[task]
+    assert "depo" in result
+    for task, part in result.items():
+        make = getattr(settings, task)
         steps = part["config"]["train"]["steps"]
         assert RunConfig.from_dict(part["config"]) == make(4, 0, steps)
         assert part["tuned"] == {str(n): t for n, t in getattr(settings, f"{task.upper()}_TUNED").items()}

@@ -93,7 +93,7 @@ def _bars(ax: Axes, part: dict[str, Any]) -> None:
         error = np.nan_to_num([[m - max(lo, 0), min(hi, 1) - m] for m, lo, hi in stats]).T.clip(min=0)
         place = np.arange(len(keys)) + (i - (len(labels) - 1) / 2) * width
         ax.bar(place, means, width, yerr=error if len(rows) > 2 else None, color=shown[name], label=name,
-               error_kw={"lw": 0.8})  # fmt: skip
+               error_kw={"lw": 1.2})  # fmt: skip
     ax.axhline(part["floors"]["chance"], color="#999999", ls=":", lw=1)
     ax.set(
         xticks=range(len(keys)),
@@ -102,7 +102,7 @@ def _bars(ax: Axes, part: dict[str, Any]) -> None:
         title="equal training compute (transformers: tokens)",
     )
     ax.set_xticklabels([f"{part['difficulty']} = {k}" for k in keys])
-    ax.legend(fontsize=7)
+    ax.legend(fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.08), frameon=False)
 
 
 def _passes_read(ax: Axes, by_seed: dict[str, dict[str, dict[str, float]]]) -> None:
@@ -137,7 +137,7 @@ def _norms(ax: Axes, sleep: dict[str, Any]) -> None:
 def _matrices(figure: Figure, place: Any, sleep: dict[str, Any]) -> None:
     """S of one head for one graph after each pass: a row of pictures per window."""
     windows = sleep["matrices"]
-    limit = np.abs(np.array(windows)).max()
+    limit = np.quantile(np.abs(np.array(windows)), 0.98)  # a few large entries would hide the rest
     grid = place.subgridspec(len(windows), len(windows[0]))
     for w, window in enumerate(windows):
         for n, matrix in enumerate(window):

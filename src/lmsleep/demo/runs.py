@@ -12,7 +12,7 @@ from lmsleep.demo import settings
 from lmsleep.demo.settings import ARCHITECTURES
 from lmsleep.evaluation import EVAL_SEED, evaluate, trace_sleep
 from lmsleep.tasks import stream
-from lmsleep.training import Job, RunConfig, RunFolder, flops_per_step, provenance
+from lmsleep.training import Job, RunConfig, RunFolder, flops_per_step
 
 PASSES = (1, 2, 4)
 
@@ -72,7 +72,7 @@ def collect(out: Path, seeds: Sequence[int], tasks: Sequence[str]) -> dict[str, 
                 })  # fmt: skip
         config = getattr(settings, task)(4, 0, 1)
         result[task] = {
-            "made_by": provenance(),
+            "made_by": RunFolder.open(out / f"{task}-N4-seed{seeds[0]}").made_by(),
             "seeds": list(seeds),
             "config": config.to_dict(),
             "tuned": {str(n): t for n, t in getattr(settings, f"{task.upper()}_TUNED").items()},

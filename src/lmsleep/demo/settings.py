@@ -39,18 +39,13 @@ DEPO_TUNED: dict[int, dict[str, Any]] = {
     4: {"lr": 0.02, "adam_lr": 0.02, "curriculum": 600},
 }
 
-RULE110 = Rule110(width=12, states=2, t=6, asked=5)
-RULE110_MODEL = HybridConfig(
-    d_model=64,
-    num_heads=2,
-    blocks=("attention", "gated_delta_net"),
-    mlp_dim=128,
-    conv_size=0,
-    forget=(0.001, 0.001),
-)
-RULE110_WINDOW = 12  # one state
-RULE110_STEPS = 600
-RULE110_TUNED: dict[int, dict[str, Any]] = {1: {}, 2: {}, 4: {}}
+RULE110 = Rule110(width=20, states=1, t=4, asked=8)
+RULE110_MODEL = DEPO_MODEL
+RULE110_WINDOW = 20  # the state
+RULE110_STEPS = 400
+RULE110_TUNED: dict[int, dict[str, Any]] = {
+    n: {"lr": 0.02, "adam_lr": 0.02} for n in (1, 2, 4)
+}  # not tuned yet
 
 
 def depo(passes: int, seed: int, steps: int, architecture: str = "hybrid", **train: Any) -> RunConfig:
@@ -67,12 +62,12 @@ def depo(passes: int, seed: int, steps: int, architecture: str = "hybrid", **tra
 
 
 def rule110(passes: int, seed: int, steps: int = RULE110_STEPS, **train: Any) -> RunConfig:
-    """An automaton run: two states of 12 cells, evicted, then five cells of each after 6 steps."""
+    """An automaton run: a state of 20 cells, evicted, then eight of its cells after 4 steps."""
     return RunConfig(
         task=RULE110,
         model=RULE110_MODEL,
         sleep=SleepConfig(window=RULE110_WINDOW, passes=passes),
-        train=_train(seed, steps, **{"batch_size": 128, **RULE110_TUNED[passes], **train}),
+        train=_train(seed, steps, **{"batch_size": 64, **RULE110_TUNED[passes], **train}),
     )
 
 

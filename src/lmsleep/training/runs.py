@@ -82,6 +82,11 @@ class RunFolder:
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 
+    def made_by(self) -> dict[str, Any]:
+        """What made the run: version, commit, command, software, hardware."""
+        made: dict[str, Any] = json.loads((self.path / "config.json").read_text())["made_by"]
+        return made
+
     def log(self, record: dict[str, Any]) -> None:
         """Append one line to the metrics."""
         with (self.path / "metrics.jsonl").open("a") as file:
