@@ -17,6 +17,7 @@ TINY = [str(word) for name, value in OPTIONS.items() for word in (f"--{name}", v
 
 def run(capsys, *argv):
     """Exit code, stdout and stderr of a command."""
+    capsys.readouterr()  # what fixtures printed
     try:
         main([str(a) for a in argv])
         code = 0
@@ -79,7 +80,7 @@ def test_plot_draws_a_picture(trained, capsys, tmp_path):
         (["train", "depo", "--nosuch", "1"], "--nosuch"),
         (["train", "depo", "--preset", "nosuch"], "preset='nosuch' is unknown for depo"),
         (["train", "depo", "--device", "cuda"], "device='cuda'"),
-        (["train", "text"], "--data"),
+        (["train", "text"], "data must name at least one file"),
         (["train", "text", "--data", "missing.txt"], "missing.txt is not a file"),
         (["train", "--resume", "nowhere"], "nowhere is not a run"),
         (["eval", "nowhere"], "nowhere is not a run"),
@@ -162,7 +163,7 @@ def test_the_readme_example_runs(capsys):
     example = readme.split("```python\n")[1].split("```")[0]
     assert len([x for x in example.splitlines() if x]) <= 15
     exec(compile(example, "README.md", "exec"), {})
-    assert "32 " in capsys.readouterr().out
+    assert "[32] 4096" in capsys.readouterr().out
 
 
 def test_readme_commands_parse(trained, capsys, monkeypatch, tmp_path):

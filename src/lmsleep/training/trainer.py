@@ -128,7 +128,7 @@ class Trainer:
                 record = self._train_step()
                 bar.update()
                 bar.set_postfix(loss=f"{record['loss']:.3f}", refresh=False)
-                if self.step % LOG_EVERY == 0 or self.step == last:
+                if self.step % LOG_EVERY == 0 or self.step == train.steps:
                     self.folder.log(record)
                 if self.step % train.eval_every == 0 or self.step == train.steps:
                     score = self.evaluate(train.eval_batches)
