@@ -7,6 +7,7 @@ A rule is one entry of `RULES`: a function per backend with the signature of
 
 import importlib.util
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Literal, get_args
 
 import torch
@@ -110,7 +111,9 @@ def _run(
     chosen = _choose(backend, q)
     if chosen != "fla":  # its kernels take low precision as it is and accumulate in float32
         q, k, v, g, beta = (x.to(dtype) for x in (q, k, v, g, beta))
-    with torch.autocast(q.device.type, enabled=False):  # S is summed over a whole stream
+    device = q.device.type  # "meta", which counts costs, knows no autocast
+    full = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    with full:  # S is summed over a whole stream
         o, state = RULES[rule][chosen](q, k, v, g, beta, scale, state)
     return o.to(inputs[2].dtype), state
 
