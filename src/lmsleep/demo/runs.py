@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -104,9 +105,7 @@ def _passes_read(path: Path) -> dict[str, dict[str, float]]:
     config, model = run.config(), run.model()
     scores = {}
     for passes in (1, 2, 3, 4, 6):
-        sleep = settings.depo(4, 0, 1).sleep
-        read = type(sleep)(window=sleep.window, passes=passes)
-        score = evaluate(model, config.task, read, batches=4)
+        score = evaluate(model, config.task, replace(config.sleep, passes=passes), batches=4)
         scores[str(passes)] = {str(k): v for k, v in score.per_difficulty.items()}
     return scores
 

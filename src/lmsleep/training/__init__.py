@@ -2,7 +2,7 @@
 
 from lmsleep.training.config import RunConfig, TrainConfig
 from lmsleep.training.jobs import Job, run_all
-from lmsleep.training.runs import RunFolder, provenance
+from lmsleep.training.runs import RunFolder
 from lmsleep.training.trainer import Diverged, Interrupted, Trainer, flops_per_step
 
 __all__ = [
@@ -14,6 +14,5 @@ __all__ = [
     "TrainConfig",
     "Trainer",
     "flops_per_step",
-    "provenance",
     "run_all",
 ]
