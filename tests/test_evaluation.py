@@ -110,7 +110,7 @@ def test_questions_fork_the_memory_of_their_context(eviction):
     for row, graph in enumerate(batch.context_row.tolist()):
         context = sleep_forward(model, batch.context[[graph]], None, sleep, evict_last=True)
         alone = sleep_forward(model, batch.tokens[[row]], None, sleep, state=context.state)
-        assert close(out.logits[[row]], alone.logits)
+        assert close(out.logits[[row]], alone.logits[:, :-1])
     assert read_batch(model, batch, sleep).logits is None
 
 

@@ -366,6 +366,25 @@ def test_without_a_window_questions_see_the_whole_context(model, tokens):
 
 
 @EVICTIONS
+@pytest.mark.parametrize("T", [1, L, 2 * L, 2 * L + 1, 3 * L - 1])
+def test_a_last_token_that_is_only_predicted_changes_no_loss(model, tokens, eviction, T):
+    x, sleep = tokens[:, :T], sleeping(eviction=eviction)
+    lengths = torch.tensor([T, max(T - 3, 0), T])
+    for given_lengths in (None, lengths):
+        read = sleep_forward(model, x, everything(x), sleep, lengths=given_lengths)
+        spared = sleep_forward(model, x, everything(x), sleep, lengths=given_lengths, read_last=False)
+        if T == 1:
+            assert read.loss is spared.loss is None
+            continue
+        assert close(read.loss, spared.loss)
+        assert close(read.logits[:, :-1], spared.logits)
+        before = None if given_lengths is None else lengths.clamp(max=T - 1)
+        prefix = sleep_forward(model, x[:, :-1], None, sleep, lengths=before)
+        assert same_memory(spared.memory, prefix.memory)
+        assert spared.sleeps.tolist() == prefix.sleeps.tolist()
+
+
+@EVICTIONS
 def test_loss_counts_each_marked_token_once_from_the_position_before(model, tokens, eviction):
     mask = random_tokens(3, 3 * L, seed=5) < 4
     mask[:, [0, L]] = True  # the first token has nothing before it; L is predicted from the window before

@@ -21,14 +21,21 @@ def read_batch(
 ) -> SleepOutput:
     """Read the context of a batch (if it has one), sleep on all of it, then read its rows.
 
-    Rows that share a context fork the memory that was left of it.
+    Rows that share a context fork the memory that was left of it. The last token of a row is predicted
+    and not read: logits are `[R, T - 1, V]`.
     """
     state = None
     if batch.context is not None and batch.context_row is not None:
         after = sleep_forward(model, batch.context, None, sleep, evict_last=True, return_logits=False)
         state = after.state.rows(batch.context_row)
     return sleep_forward(
-        model, batch.tokens, batch.loss_mask, sleep, state=state, return_logits=return_logits
+        model,
+        batch.tokens,
+        batch.loss_mask,
+        sleep,
+        state=state,
+        read_last=False,
+        return_logits=return_logits,
     )
 
 
@@ -95,7 +102,7 @@ def evaluate(
         batch = task.batch(stream(seed, "test", index), batch_size, "test").to(device)
         logits = read_batch(model, batch, sleep, return_logits=True).logits
         assert logits is not None
-        _add(score, batch, logits[:, :-1], after or sleep.window)
+        _add(score, batch, logits, after or sleep.window)
     return score
 
 

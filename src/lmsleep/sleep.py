@@ -179,6 +179,7 @@ def sleep_forward(
     state: State | None = None,
     lengths: Tensor | None = None,
     evict_last: bool = False,
+    read_last: bool = True,
     return_logits: bool = True,
 ) -> SleepOutput:
     """Algorithm 1 over whole sequences: windows of L tokens, a sleep at the end of each.
@@ -198,6 +199,8 @@ def sleep_forward(
             no loss. A row sleeps only on windows of its own. Under sliding eviction go on from such
             rows by their memory alone: their working memory holds padding.
         evict_last: sleep on the last window as well.
+        read_last: False: token T is only predicted, not read, as in training, where nothing follows it. The
+            loss is the same; logits are `[B, T - 1, V]` and the state is that before token T.
         return_logits: keep the wake logits of every position (memory `[B, T, V]`).
 
     Raises:
@@ -208,6 +211,9 @@ def sleep_forward(
     ends = torch.full((B,), T) if lengths is None else lengths.cpu()
     valid = None if lengths is None else torch.arange(T, device=tokens.device) < lengths[:, None]
     targets = _targets(tokens, loss_mask, valid)
+    if not read_last:
+        T = max(T - 1, 0)
+        tokens, targets, ends = tokens[:, :T], None if targets is None else targets[:, :T], ends.clamp(max=T)
     carries_loss = torch.zeros(B, T, dtype=torch.bool) if targets is None else (targets >= 0).cpu()
     state = model.initial_state(B) if state is None else state
     total: Tensor | None = None

@@ -48,17 +48,19 @@ def _chunked(
 ) -> tuple[Tensor, Tensor]:
     if q.shape[1] == 0:
         return torch.zeros_like(v), state
-    # [B, T, H, ...] -> [B, H, T, ...]
-    q, k, v, g, beta = (x.transpose(1, 2) for x in (scale * q, k, v, g, beta))
-    outputs = []
-    for qc, kc, vc, gc, bc in zip(*(x.split(CHUNK, dim=2) for x in (q, k, v, g, beta)), strict=True):
+    B, _, H, _ = q.shape
+    # [B, T, H, ...] -> [B H, T, ...], once: every product below would otherwise copy its operands
+    q, k, v, g, beta = (x.transpose(1, 2).flatten(0, 1) for x in (scale * q, k, v, g, beta))
+    state, outputs = state.flatten(0, 1), []
+    for qc, kc, vc, gc, bc in zip(*(x.split(CHUNK, dim=1) for x in (q, k, v, g, beta)), strict=True):
         o, state = _Chunk.apply(qc, kc, vc, gc, bc[..., None], state, delta)  # type: ignore[no-untyped-call]
         outputs.append(o)
-    return torch.cat(outputs, dim=2).transpose(1, 2), state
+    o = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+    return o.unflatten(0, (B, H)).transpose(1, 2), state.unflatten(0, (B, H))
 
 
 class _Chunk(torch.autograd.Function):
-    """One chunk: `q, k` `[B, H, C, K]`, `v` `[B, H, C, V]`, `g` `[B, H, C]`, `beta` `[B, H, C, 1]`."""
+    """One chunk: `q, k` `[B H, C, K]`, `v` `[B H, C, V]`, `g` `[B H, C]`, `beta` `[B H, C, 1]`."""
 
     @staticmethod
     def forward(
@@ -69,58 +71,63 @@ class _Chunk(torch.autograd.Function):
         G = g.double().cumsum(-1)[..., None]
         later = torch.ones(C, C, dtype=torch.bool, device=g.device).triu(1)
         decay = (G - G.mT).to(S.dtype).masked_fill_(later, -torch.inf).exp_()  # e^{G_t - G_s}, s <= t
-        start, end = G.to(S.dtype).exp(), (G[..., -1:, :] - G).to(S.dtype).exp()
+        start, end = G.to(S.dtype).exp(), (G[:, -1:] - G).to(S.dtype).exp()
         qk, qS = q @ k.mT, q @ S
         kk = kS = inverse = None
         if delta:
             kk, kS = k @ k.mT, k @ S
             eye = torch.eye(C, dtype=S.dtype, device=S.device)
-            A = (beta * kk * decay).tril_(-1)
+            A = (beta * kk).mul_(decay).tril_(-1)
             inverse = torch.linalg.solve_triangular(A.add_(eye), eye, upper=False, unitriangular=True)
-            u = inverse @ (beta * (v - start * kS))
+            u = inverse @ torch.addcmul(v, start, kS, value=-1).mul_(beta)
         else:
             u = beta * v
-        o = (qk * decay) @ u + start * qS
+        reads, writes = qk * decay, k * end
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, beta, S, u, decay, start, end, qk, qS, kk, kS, inverse)
-        return o, start[..., -1:, :] * S + (k * end).mT @ u
+        ctx.save_for_backward(
+            q, k, v, beta, S, u, decay, start, end, reads, writes, qk, qS, kk, kS, inverse
+        )  # fmt: skip
+        return torch.baddbmm(start * qS, reads, u), torch.baddbmm(start[:, -1:] * S, writes.mT, u)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: Tensor | None, dS_next: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, beta, S, u, decay, start, end, qk, qS, kk, kS, inverse = ctx.saved_tensors
-        dq = torch.zeros_like(q)
-        du, dk, dS, dG = (
-            torch.zeros_like(u),
-            torch.zeros_like(k),
-            torch.zeros_like(S),
-            k.new_zeros(k.shape[:-1]),
-        )
-        dlog = torch.zeros_like(decay)  # gradient of every G_t - G_s
+        q, k, v, beta, S, u, decay, start, end, reads, writes, qk, qS, kk, kS, inverse = ctx.saved_tensors
+        dq: Any = None
+        dk: Any = None
+        dS: Any = None
+        du = dlog = None  # dlog: gradient of every G_t - G_s
+        dG = k.new_zeros(k.shape[:-1])
         if do is not None:  # None for the last pass of a sleep: nobody reads what it outputs
             start_do = start * do
-            dqk = (do @ u.mT) * decay
-            du = (qk * decay).mT @ do
-            dq, dk, dS = dqk @ k + start_do @ S.mT, dqk.mT @ q, q.mT @ start_do
-            dlog, dG = dqk * qk, (start_do * qS).sum(-1)
+            dqk = (do @ u.mT).mul_(decay)
+            du, dk, dS = reads.mT @ do, dqk.mT @ q, q.mT @ start_do
+            dq = torch.baddbmm(start_do @ S.mT, dqk, k)
+            dlog = dqk.mul_(qk)
+            dG += start_do.mul_(qS).sum(-1)
         if dS_next is not None:  # None where the state is dropped, as after an answer
-            last, from_next = start[..., -1:, :], end * (u @ dS_next.mT)
-            du = du + (k * end) @ dS_next
-            dk, dS = dk + from_next, dS + last * dS_next
-            dend = (from_next * k).sum(-1)
-            dG = dG - dend
-            dG[..., -1] += dend.sum(-1) + (last * S * dS_next).sum((-1, -2))
+            last = start[:, -1:]
+            dwrites = (u @ dS_next.mT).mul_(end)
+            dend = (dwrites * k).sum(-1)
+            dG -= dend
+            dG[:, -1] += dend.sum(-1) + (last * S).mul_(dS_next).sum((-1, -2))
+            du = writes @ dS_next if du is None else torch.baddbmm(du, writes, dS_next)
+            dk = dwrites if dk is None else dk.add_(dwrites)
+            dS = last * dS_next if dS is None else dS.addcmul_(last, dS_next)
         if inverse is None:
             dv, dbeta = beta * du, (du * v).sum(-1, keepdim=True)
         else:
             dr = inverse.mT @ du
-            dA = -(dr @ u.mT).tril_(-1) * decay
-            dbeta = (dr * (v - start * kS)).sum(-1, keepdim=True) + (dA * kk).sum(-1, keepdim=True)
-            dv, dkk = beta * dr, beta * dA
-            dkS = -start * dv
-            dlog = dlog + dkk * kk
-            dk = dk + dkS @ S.mT + (dkk + dkk.mT) @ k
-            dS = dS + k.mT @ dkS
-            dG = dG + (dkS * kS).sum(-1)
-        dG = dG + dlog.sum(-1) - dlog.sum(-2)
+            dA = (dr @ u.mT).neg_().tril_(-1).mul_(decay)
+            dbeta = (dr * torch.addcmul(v, start, kS, value=-1)).sum(-1, keepdim=True)
+            dbeta += (dA * kk).sum(-1, keepdim=True)
+            dv, dkk = beta * dr, dA.mul_(beta)
+            dkS = (start * dv).neg_()
+            dk = torch.baddbmm(torch.baddbmm(dk, dkS, S.mT), dkk + dkk.mT, k)
+            dS = torch.baddbmm(dS, k.mT, dkS)
+            dG += dkS.mul_(kS).sum(-1)
+            dkk.mul_(kk)
+            dlog = dkk if dlog is None else dlog.add_(dkk)
+        if dlog is not None:
+            dG += dlog.sum(-1) - dlog.sum(-2)
         return dq, dk, dv, dG.flip(-1).cumsum(-1).flip(-1), dbeta, dS, None

@@ -1,8 +1,10 @@
 """Causal depthwise short convolution with a carried tail."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -19,34 +21,42 @@ def short_conv(x: Tensor, weight: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]
         Outputs `[B, T, C]` and the new tail: the last `W - 1` inputs (fewer if fewer were seen), so
         that a sequence cut anywhere gives the result of the uncut one.
     """
-    W, seen = weight.shape[1], torch.cat([tail, x], dim=1)
-    padded = torch.cat([x.new_zeros(x.shape[0], W - 1 - tail.shape[1], x.shape[2]), seen], dim=1)
-    y: Tensor = _Taps.apply(padded, weight)  # type: ignore[no-untyped-call]
-    return y, seen[:, max(seen.shape[1] - (W - 1), 0) :]
+    seen = torch.cat([tail, x], dim=1)
+    y: Tensor = _Taps.apply(seen, weight, x.shape[1])  # type: ignore[no-untyped-call]
+    return y, seen[:, max(seen.shape[1] - (weight.shape[1] - 1), 0) :]
 
 
 class _Taps(torch.autograd.Function):
-    """`y_t = sum_i weight_i x_{t+i}`: W shifted products, summed in place.
+    """`y_t = sum_j weight_{W-1-j} x_{t-j}` over the inputs there are: shifted products, summed in place.
 
     For the few taps and tokens of a window faster on a CPU than conv1d, which wants channels first.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        T, taps = x.shape[1] - weight.shape[1] + 1, weight.unbind(1)
-        y = x[:, :T] * taps[0]
-        for i, tap in enumerate(taps[1:], start=1):
-            y.addcmul_(x[:, i : i + T], tap)
+    def forward(ctx: Any, seen: Tensor, weight: Tensor, T: int) -> Tensor:
+        taps = weight.mT.contiguous()  # [W, C], newest last
+        ctx.save_for_backward(seen, taps)
+        ctx.T, past = T, seen.shape[1] - T
+        y = seen[:, past:] * taps[-1]
+        for tap, first, inputs in _lags(len(taps), T, past):
+            y[:, first:].addcmul_(seen[:, inputs], taps[tap])
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
-        x, weight = ctx.saved_tensors
-        T, dx = dy.shape[1], torch.zeros_like(x)
-        dweight = []
-        for i, tap in enumerate(weight.unbind(1)):
-            dx[:, i : i + T].addcmul_(dy, tap)
-            dweight.append((dy * x[:, i : i + T]).sum((0, 1)))
-        return dx, torch.stack(dweight, dim=1)
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
+        seen, taps = ctx.saved_tensors
+        past = seen.shape[1] - ctx.T
+        dseen, dtaps = F.pad(dy * taps[-1], (0, 0, past, 0)), torch.zeros_like(taps)
+        dtaps[-1] = (dy * seen[:, past:]).sum((0, 1))
+        for tap, first, inputs in _lags(len(taps), ctx.T, past):
+            dseen[:, inputs].addcmul_(dy[:, first:], taps[tap])
+            dtaps[tap] = (dy[:, first:] * seen[:, inputs]).sum((0, 1))
+        return dseen, dtaps.mT, None
+
+
+def _lags(W: int, T: int, past: int) -> Iterator[tuple[int, int, slice]]:
+    """For each earlier input: its tap, the first output that has it, and where the inputs lie."""
+    for lag in range(1, min(W, past + T)):
+        first = max(lag - past, 0)
+        yield W - 1 - lag, first, slice(past + first - lag, past + T - lag)
