@@ -1,6 +1,7 @@
 """Learning rate and protocol for each N on the demo's tasks: the sweep behind demo/settings.py.
 
     python experiments/tune.py depo --out runs/tune-depo            (prints a table, best first)
+    python experiments/tune.py depo-curriculum --out runs/tune-depo-curriculum
     python experiments/tune.py rule110 --out runs/tune-rule110
     python experiments/tune.py depo-variants --out runs/variants    (what else was tried, N = 4)
     python experiments/tune.py rule110-variants --out runs/variants
@@ -36,12 +37,24 @@ def depo(steps: int) -> Grid:
     return grid
 
 
+def depo_curriculum(steps: int) -> Grid:
+    """The chosen rates with a long and a short curriculum, two seeds each."""
+    grid = []
+    for passes in reversed(PASSES):
+        length = equal_compute(settings.depo, passes, steps)
+        for curriculum in (350, 600):
+            for seed in (200, 201):
+                config = settings.depo(passes, seed, length, curriculum=curriculum)
+                grid.append((f"depo-N{passes}-curriculum{curriculum}-seed{seed}", config))
+    return grid
+
+
 def rule110(steps: int) -> Grid:
     """Muon's rate."""
     grid = []
     for passes in reversed(PASSES):
         length = equal_compute(settings.rule110, passes, steps)
-        for lr in (0.01, 0.02, 0.04):
+        for lr in (0.0025, 0.005, 0.01, 0.02):
             grid.append((f"rule110-N{passes}-lr{lr}", settings.rule110(passes, SEED, length, lr=lr)))
     return grid
 
@@ -73,6 +86,7 @@ def variants(task: str, make: Callable[..., RunConfig], steps: int, level: int) 
 
 GRIDS: dict[str, Callable[[int | None], Grid]] = {
     "depo": lambda steps: depo(steps or settings.DEPO_STEPS),
+    "depo-curriculum": lambda steps: depo_curriculum(steps or settings.DEPO_STEPS),
     "rule110": lambda steps: rule110(steps or settings.RULE110_STEPS),
     "depo-variants": lambda n: variants("depo", settings.depo, n or settings.DEPO_STEPS, 0),
     "rule110-variants": lambda n: variants("rule110", settings.rule110, n or settings.RULE110_STEPS, 300),

@@ -32,11 +32,11 @@ DEPO_MODEL = HybridConfig(
     forget=(0.001, 0.001),
 )
 DEPO_WINDOW = 8  # tokens: four edges, half of the graph
-DEPO_STEPS = 1200  # of N = 4; the others get as many for equal tokens, more for equal compute
+DEPO_STEPS = 1300  # of N = 4; the others get as many for equal tokens, more for equal compute
 DEPO_TUNED: dict[int, dict[str, Any]] = {
-    1: {"lr": 0.0075, "adam_lr": 0.02, "curriculum": 600},
-    2: {"lr": 0.015, "adam_lr": 0.02, "curriculum": 600},
-    4: {"lr": 0.02, "adam_lr": 0.02, "curriculum": 600},
+    1: {"lr": 0.0075, "adam_lr": 0.02, "curriculum": 350},
+    2: {"lr": 0.015, "adam_lr": 0.02, "curriculum": 350},
+    4: {"lr": 0.02, "adam_lr": 0.02, "curriculum": 350},
 }
 
 RULE110 = Rule110(width=20, states=1, t=4, asked=8)
