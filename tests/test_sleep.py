@@ -180,6 +180,41 @@ def test_normalize_and_reinject_by_hand(model, tokens, normalize, reinject, loop
     assert_by_hand(model, tokens, sleeping(**options), **options)
 
 
+def other_carries_by_hand(model, tokens, *, N=1, W=1, reset=None):
+    # Hard eviction, all blocks: what a pass begins with, and which pass speaks.
+    D, S, logits = model.num_blocks, model.initial_state(len(tokens)).memory, []
+    windows = tokens.split(L, dim=1)
+    for i, window in enumerate(windows):
+        embedded = h = model.embed(window)
+        start = S
+        for _ in range(W):
+            h, state = model.run(h, fresh(model, start, len(h)), 0, D)
+        logits.append(model.head(h))
+        for _ in range(N - 1 if i < len(windows) - 1 else 0):
+            begin = start if reset == "S" else state.memory
+            h, state = model.run(embedded if reset == "h" else h, fresh(model, begin, len(h)), 0, D)
+        S = state.memory
+    return torch.cat(logits, dim=1), S
+
+
+@pytest.mark.parametrize("reset", [None, "S", "h"])
+@pytest.mark.parametrize(("N", "W"), [(3, 1), (1, 3), (3, 2)])
+def test_resets_and_looped_wake_passes_by_hand(model, tokens, reset, N, W):
+    logits, S = other_carries_by_hand(model, tokens, N=N, W=W, reset=reset)
+    out = sleep_forward(model, tokens, everything(tokens), sleeping(passes=N, wake_passes=W, reset=reset))
+    assert close(out.logits, logits)
+    assert same_memory(out.memory, S)
+    expected = gradients(cross_entropy(logits, tokens, everything(tokens)), model)
+    assert all(close(a, b, 1e-11) for a, b in zip(gradients(out.loss, model), expected, strict=True))
+
+
+def test_each_reset_and_looped_wake_passes_change_the_result(model, tokens):
+    options = [{}, {"reset": "S"}, {"reset": "h"}, {"passes": 1}, {"passes": 1, "wake_passes": 3}]
+    memories = [sleep_forward(model, tokens, None, sleeping(**o)).memory for o in options]
+    for i, a in enumerate(memories):
+        assert not any(same_memory(a, b, 1e-3) for b in memories[:i])
+
+
 @pytest.mark.parametrize("k", [1, 2, 3])
 @EVICTIONS
 @pytest.mark.parametrize("options", [{}, {"reinject": True, "loop": (1, 3)}], ids=["plain", "reinject"])
@@ -314,8 +349,9 @@ def test_only_the_looped_blocks_run_again(model, tokens):
 
 @EVICTIONS
 @pytest.mark.parametrize("t", [1, L - 1, L, 2 * L, 3 * L - 1])
-def test_nothing_depends_on_later_tokens(model, tokens, eviction, t):
-    config = sleeping(eviction=eviction)
+@pytest.mark.parametrize("wake_passes", [1, 3])
+def test_nothing_depends_on_later_tokens(model, tokens, eviction, t, wake_passes):
+    config = sleeping(eviction=eviction, wake_passes=wake_passes)
     changed = tokens.clone()
     changed[:, t:] = (changed[:, t:] + 1) % VOCAB
     before = sleep_forward(model, tokens, None, config).logits
@@ -648,6 +684,8 @@ def test_the_algorithm_imports_no_model():
         ("window", {"window": 0}),
         ("passes", {"passes": 0}),
         ("eviction", {"eviction": "soft"}),
+        ("wake_passes", {"wake_passes": 0}),
+        ("reset", {"reset": "s"}),
         ("loop", {"loop": (2, 2)}),
         ("loop", {"loop": (-1, 2)}),
         ("backprop_passes", {"backprop_passes": 0}),
@@ -657,6 +695,12 @@ def test_the_algorithm_imports_no_model():
 def test_an_invalid_option_is_named(name, options):
     with pytest.raises(ValueError, match=rf"^{name} must"):
         sleeping(**options)
+
+
+@pytest.mark.parametrize("option", ["normalize", "reinject"])
+def test_an_h_that_is_reset_takes_no_other_changes(option):
+    with pytest.raises(ValueError, match=r"^reset='h'"):
+        sleeping(reset="h", **{option: True})
 
 
 def test_options_cannot_be_changed():

@@ -69,6 +69,10 @@ class SleepConfig:
     """Blocks first ... last - 1 that are looped; those before and after run once. None: all blocks."""
     backprop_passes: int | None = None
     """Passes of a window, counted from the last, through which gradients flow. None: all."""
+    reset: Literal["S", "h"] | None = None
+    """What each further pass begins anew: S as before the window, or h as before the loop (ablations)."""
+    wake_passes: int = 1
+    """Passes of the wake pass itself; more make a looped model. Each begins with S as before the window."""
     normalize: bool = False
     """Scale h to unit RMS before each further pass."""
     reinject: bool = False
@@ -83,6 +87,12 @@ class SleepConfig:
             raise ValueError(f"window must be at least 1 token, got {self.window}")
         if self.passes < 1:
             raise ValueError(f"passes must be at least 1 (1 = the plain model, no sleep), got {self.passes}")
+        if self.wake_passes < 1:
+            raise ValueError(f"wake_passes must be at least 1, got {self.wake_passes}")
+        if self.reset not in (None, "S", "h"):
+            raise ValueError(f"reset must be None, 'S' or 'h', got {self.reset!r}")
+        if self.reset == "h" and (self.normalize or self.reinject):
+            raise ValueError("reset='h' leaves no h to normalize or reinject into; drop one of them")
         if self.eviction not in get_args(Eviction):
             raise ValueError(f"eviction must be 'hard' or 'sliding', got {self.eviction!r}")
         if self.loop is not None and not 0 <= self.loop[0] < self.loop[1]:
@@ -149,19 +159,23 @@ def read_window(
     Returns the logits `[B, L, V]` of pass 1, the wake pass (None unless `logits`), and the state after
     the last pass; evicting is up to the caller. `S` accumulates over the passes. Keys and values do
     not: every pass begins with the working memory that the window began with.
+
+    A looped model (`wake_passes=W`) wakes in W passes. None of them begins with an `S` that another
+    wrote, for that holds later tokens of the window, which prediction must not see.
     """
     first, last = sleep.loop_range(model.num_blocks)
-    D, awake = model.num_blocks, None
+    D, W, awake = model.num_blocks, sleep.wake_passes, None
     rows: _RowOptions = {"valid": valid, "span": sleep.span}
     h, state = model.run(model.embed(tokens), state, 0, first, **rows)
-    entered, cache = h, state.cache
-    for n in range(1, passes + 1):
-        if n > 1 and sleep.backprop_passes == passes + 1 - n:
-            h, entered, state, cache = h.detach(), entered.detach(), state.detach(), cache.detach()
+    entered, before = h, state
+    for n in range(1, W + passes):
+        if n > 1 and sleep.backprop_passes == W + passes - n:
+            h, entered, state, before = h.detach(), entered.detach(), state.detach(), before.detach()
         if n > 1:
-            h = _between_passes(h, entered, sleep)
-        h, state = model.run(h, State(state.memory, cache), first, last, **rows)
-        if n == 1 and logits:
+            h = entered if n > W and sleep.reset == "h" else _between_passes(h, entered, sleep)
+        memory = before.memory if n <= W or sleep.reset == "S" else state.memory
+        h, state = model.run(h, State(memory, before.cache), first, last, **rows)
+        if n == W and logits:
             seen, after = model.run(h, state, last, D, **rows)
             awake = model.head(seen)
             if passes == 1:
