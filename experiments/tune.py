@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lmsleep.demo import settings
-from lmsleep.demo.runs import PASSES, equal_compute
+from lmsleep.demo.runs import PASSES, equal_steps
 from lmsleep.training import Job, RunConfig, RunFolder, run_all
 
 SEED = 100
@@ -29,7 +29,7 @@ def depo(steps: int) -> Grid:
     """Muon's rate with the curriculum over hops, then without it at the middle rate."""
     grid = []
     for passes in reversed(PASSES):
-        length = equal_compute(settings.depo, passes, steps)
+        length = equal_steps(settings.depo, passes, steps)
         protocols = [(lr, steps // 2) for lr in (0.0075, 0.015, 0.03, 0.06)] + [(0.03, 0)]
         for lr, curriculum in protocols:
             config = settings.depo(passes, SEED, length, lr=lr, adam_lr=0.02, curriculum=curriculum)
@@ -41,7 +41,7 @@ def depo_curriculum(steps: int) -> Grid:
     """The chosen rates with a long and a short curriculum, two seeds each."""
     grid = []
     for passes in reversed(PASSES):
-        length = equal_compute(settings.depo, passes, steps)
+        length = equal_steps(settings.depo, passes, steps)
         for curriculum in (350, 600):
             for seed in (200, 201):
                 config = settings.depo(passes, seed, length, curriculum=curriculum)
@@ -53,7 +53,7 @@ def rule110(steps: int) -> Grid:
     """Muon's rate."""
     grid = []
     for passes in reversed(PASSES):
-        length = equal_compute(settings.rule110, passes, steps)
+        length = equal_steps(settings.rule110, passes, steps)
         for lr in (0.0025, 0.005, 0.01, 0.02):
             grid.append((f"rule110-N{passes}-lr{lr}", settings.rule110(passes, SEED, length, lr=lr)))
     return grid

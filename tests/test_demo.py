@@ -9,7 +9,7 @@ from lmsleep.cli import main
 from lmsleep.demo import settings
 from lmsleep.demo.command import committed_result
 from lmsleep.demo.report import as_text, table
-from lmsleep.demo.runs import PASSES, demo_jobs, equal_compute
+from lmsleep.demo.runs import PASSES, demo_jobs, equal_steps
 from lmsleep.training import Job, RunConfig, RunFolder, Trainer, flops_per_step, run_all
 
 
@@ -24,7 +24,7 @@ def demo(tmp_path_factory):
 def test_equal_compute_is_equal_to_within_a_step(make):
     budget = 100 * flops_per_step(make(4, 0, 1))
     for passes in PASSES:
-        spent = equal_compute(make, passes, 100) * flops_per_step(make(passes, 0, 1))
+        spent = equal_steps(make, passes, 100) * flops_per_step(make(passes, 0, 1))
         assert 0 <= budget - spent < flops_per_step(make(passes, 0, 1))
 
 

@@ -18,7 +18,7 @@ from lmsleep.models import HybridConfig, HybridLM
 from lmsleep.plots import plot_runs
 from lmsleep.sleep import SleepConfig
 from lmsleep.tasks import TASKS, Text
-from lmsleep.training import RunConfig, RunFolder, TrainConfig, Trainer
+from lmsleep.training import BASELINES, RunConfig, RunFolder, TrainConfig, Trainer, baseline
 
 FLAT = (tyro.conf.OmitArgPrefixes, tyro.conf.SuppressFixed)
 
@@ -35,9 +35,11 @@ class RunOptions:
     """Where the run goes and what it starts from."""
 
     out: Path | None = None
-    """Folder of the run, which must not exist; default runs/TASK-N<passes>-seed<seed>."""
+    """Folder of the run, which must not exist; default runs/TASK-N<passes or baseline>-seed<seed>."""
     preset: str = "demo"
     """Named setting that provides all defaults shown here; demo (small, CPU) or paper."""
+    baseline: Literal[tuple(BASELINES)] | None = None  # type: ignore[valid-type]
+    """Train a baseline of the run described by all other options instead; see lmsleep train --help."""
 
 
 def train(argv: list[str]) -> None:
@@ -67,6 +69,9 @@ Train a hybrid that reads in windows of L tokens and sleeps N passes at the end 
 
 Presets: {"; ".join(f"{task}: {', '.join(names)}" for task, names in PRESETS.items())}
 All options, with their defaults: lmsleep train TASK --help
+
+Baselines (--baseline NAME) of a run with N passes:
+{chr(10).join(f"  {name:<20} {(make.__doc__ or '').splitlines()[0]}" for name, make in BASELINES.items())}
 """
 
 
@@ -96,7 +101,10 @@ def _new_run(task: str, argv: list[str]) -> tuple[RunFolder, Trainer]:
     )
     architecture = HybridConfig(**{f.name: getattr(options.model, f.name) for f in fields(HybridConfig)})
     config = RunConfig(task=options.task, model=architecture, sleep=options.sleep, train=options.train)
-    out = options.run.out or Path("runs") / f"{task}-N{config.sleep.passes}-seed{config.train.seed}"
+    name = f"N{config.sleep.passes}"
+    if options.run.baseline is not None:
+        name, config = options.run.baseline, baseline(options.run.baseline, config)
+    out = options.run.out or Path("runs") / f"{task}-{name}-seed{config.train.seed}"
     folder = RunFolder.create(out, config)
     return folder, Trainer(folder, config)
 

@@ -1,6 +1,5 @@
 """The demo's runs: which there are, how long each is, and what is read off them."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
@@ -10,22 +9,18 @@ from typing import Any
 import torch
 
 from lmsleep.demo import settings
-from lmsleep.demo.settings import ARCHITECTURES
 from lmsleep.evaluation import EVAL_SEED, evaluate, trace_sleep
 from lmsleep.tasks import stream
-from lmsleep.training import Job, RunConfig, RunFolder, flops_per_step
+from lmsleep.training import Job, RunConfig, RunFolder, baseline, equal_compute
 
 PASSES = (1, 2, 4)
+BOUNDS = ("transformer-evicted", "transformer-cached")  # not contestants: one seed tells enough
 
 
 @cache
-def _flops(make: Callable[..., RunConfig], passes: int) -> int:
-    return flops_per_step(make(passes, 0, 1))
-
-
-def equal_compute(make: Callable[..., RunConfig], passes: int, steps: int) -> int:
+def equal_steps(make: Callable[..., RunConfig], passes: int, steps: int) -> int:
     """Steps that cost as many training FLOPs as `steps` steps with N = 4."""
-    return math.floor(steps * _flops(make, 4) / _flops(make, passes))
+    return equal_compute(make(passes, 0, steps), make(4, 0, steps)).train.steps
 
 
 def demo_jobs(out: Path, seeds: Sequence[int], tasks: Sequence[str], scale: float = 1.0) -> list[Job]:
@@ -41,12 +36,12 @@ def demo_jobs(out: Path, seeds: Sequence[int], tasks: Sequence[str], scale: floa
             for passes in reversed(PASSES):
                 name = f"{task}-N{passes}-seed{seed}"
                 tokens = Job(out / name if passes == 4 else out / f"{name}-tokens", make(passes, seed, steps))
-                long = equal_compute(make, passes, steps)
+                long = equal_steps(make, passes, steps)
                 jobs.append(tokens if passes == 4 else Job(out / name, make(passes, seed, long), tokens))
     if "depo" in tasks:
-        for architecture in ARCHITECTURES[1:]:  # bounds, not contestants: one seed tells enough
-            config = settings.depo(1, seeds[0], makers["depo"][1], architecture=architecture)
-            jobs.append(Job(out / f"depo-{architecture.replace(' ', '-')}-seed{seeds[0]}", config))
+        for name in BOUNDS:
+            config = baseline(name, settings.depo(1, seeds[0], makers["depo"][1]))
+            jobs.append(Job(out / f"depo-{name}-seed{seeds[0]}", config))
     return jobs
 
 

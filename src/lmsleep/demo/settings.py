@@ -3,15 +3,12 @@
 How they were found: `experiments/tune.py`; what else was tried: docs/demo.md.
 """
 
-from dataclasses import replace
 from typing import Any
 
 from lmsleep.models import HybridConfig
 from lmsleep.sleep import SleepConfig
 from lmsleep.tasks import Depo, Rule110
 from lmsleep.training import RunConfig, TrainConfig
-
-ARCHITECTURES = ("hybrid", "transformer evicted", "transformer cached")
 
 DEPO = Depo(
     nodes=8,
@@ -48,15 +45,12 @@ RULE110_TUNED: dict[int, dict[str, Any]] = {
 }  # not tuned yet
 
 
-def depo(passes: int, seed: int, steps: int, architecture: str = "hybrid", **train: Any) -> RunConfig:
+def depo(passes: int, seed: int, steps: int, **train: Any) -> RunConfig:
     """A pointer-chase run: a graph in two windows, both evicted, then eight questions."""
-    model, window = DEPO_MODEL, DEPO_WINDOW if architecture != "transformer cached" else None
-    if architecture != "hybrid":
-        model = replace(model, blocks=("attention", "attention"))
     return RunConfig(
         task=DEPO,
-        model=model,
-        sleep=SleepConfig(window=window, passes=passes),
+        model=DEPO_MODEL,
+        sleep=SleepConfig(window=DEPO_WINDOW, passes=passes),
         train=_train(seed, steps, **{"batch_size": 64, **DEPO_TUNED[passes], **train}),
     )
 

@@ -1,11 +1,13 @@
 """Training: configuration, optimizers, run folders, the loop."""
 
+from lmsleep.training.baselines import BASELINES, baseline, equal_compute
 from lmsleep.training.config import RunConfig, TrainConfig
 from lmsleep.training.jobs import Job, run_all
 from lmsleep.training.runs import RunFolder
 from lmsleep.training.trainer import Diverged, Interrupted, Trainer, flops_per_step
 
 __all__ = [
+    "BASELINES",
     "Diverged",
     "Interrupted",
     "Job",
@@ -13,6 +15,8 @@ __all__ = [
     "RunFolder",
     "TrainConfig",
     "Trainer",
+    "baseline",
+    "equal_compute",
     "flops_per_step",
     "run_all",
 ]

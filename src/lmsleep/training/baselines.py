@@ -1,0 +1,139 @@
+"""What a sleeping run is compared with: each baseline differs from it in the one thing it names."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import count, cycle, islice
+
+from lmsleep.models import BlockKind, HybridConfig
+from lmsleep.sleep import SleepConfig
+from lmsleep.training.config import RunConfig
+from lmsleep.training.trainer import flops_per_step
+
+
+def baseline(name: str, run: RunConfig) -> RunConfig:
+    """The baseline `name` (a key of `BASELINES`) of a run that sleeps N passes.
+
+    Task, batch, seed and learning rates stay; tune the rates where a comparison hangs on them.
+
+    Raises:
+        ValueError: for an unknown name, or a run that the baseline cannot be made from.
+    """
+    if name not in BASELINES:
+        raise ValueError(f"baseline={name!r} is unknown; choose one of {', '.join(BASELINES)}")
+    return BASELINES[name](run)
+
+
+def transformer_cached(run: RunConfig) -> RunConfig:
+    """A transformer that keeps its whole key-value cache."""
+    return _transformer(run, replace(_one_pass(run.sleep), window=None))
+
+
+def transformer_evicted(run: RunConfig) -> RunConfig:
+    """A transformer under the same hard eviction: it has no fast weights, so nothing crosses."""
+    return _transformer(run, replace(_one_pass(run.sleep), eviction="hard"))
+
+
+def transformer_sliding(run: RunConfig) -> RunConfig:
+    """A transformer in which a token sees the last L tokens."""
+    return _transformer(run, replace(_one_pass(run.sleep), eviction="sliding"))
+
+
+def one_pass(run: RunConfig) -> RunConfig:
+    """The same hybrid with N = 1, for as many tokens."""
+    return replace(run, sleep=_one_pass(run.sleep))
+
+
+def one_pass_longer(run: RunConfig) -> RunConfig:
+    """N = 1 for as many training FLOPs, spent on more steps."""
+    return equal_compute(one_pass(run), run)
+
+
+def one_pass_deeper(run: RunConfig) -> RunConfig:
+    """N = 1 for as many training FLOPs, spent on depth: the pattern of blocks goes on."""
+    pattern = run.model.blocks
+    return _grown(
+        run, lambda size: replace(run.model, blocks=tuple(islice(cycle(pattern), len(pattern) + size - 1)))
+    )
+
+
+def one_pass_wider(run: RunConfig) -> RunConfig:
+    """N = 1 for as many training FLOPs, spent on width: more heads of the same size."""
+    model = run.model
+    group = model.num_heads // (model.num_kv_heads or model.num_heads)  # query heads of a key head
+
+    def wider(size: int) -> HybridConfig:
+        heads = model.num_heads + (size - 1) * group
+        return replace(
+            model,
+            d_model=model.d_model * heads // model.num_heads,
+            num_heads=heads,
+            num_kv_heads=heads // group,
+            head_dim=model.key_dim,
+            mlp_dim=None if model.mlp_dim is None else model.mlp_dim * heads // model.num_heads,
+        )
+
+    return _grown(run, wider)
+
+
+def looped_awake(run: RunConfig) -> RunConfig:
+    """The N passes made while awake, on every token that is read or predicted (a looped hybrid)."""
+    return replace(run, sleep=replace(_one_pass(run.sleep), wake_passes=run.sleep.passes))
+
+
+def reset_S(run: RunConfig) -> RunConfig:
+    """N passes that hand on h alone: each begins with S as before the window."""
+    return replace(run, sleep=replace(run.sleep, reset="S"))
+
+
+def reset_h(run: RunConfig) -> RunConfig:
+    """N passes that hand on S alone: each begins with what entered the loop."""
+    return replace(run, sleep=replace(run.sleep, reset="h", normalize=False, reinject=False))
+
+
+BASELINES: dict[str, Callable[[RunConfig], RunConfig]] = {
+    make.__name__.replace("_", "-"): make
+    for make in (
+        transformer_cached,
+        transformer_evicted,
+        transformer_sliding,
+        one_pass,
+        one_pass_longer,
+        one_pass_deeper,
+        one_pass_wider,
+        looped_awake,
+        reset_S,
+        reset_h,
+    )
+}
+
+
+def equal_compute(run: RunConfig, other: RunConfig) -> RunConfig:
+    """`run` with as many steps as cost the training FLOPs of `other` (rounded down, at least 1)."""
+    steps = math.floor(other.train.steps * flops_per_step(other) / flops_per_step(run))
+    return replace(run, train=replace(run.train, steps=max(steps, 1)))
+
+
+def _one_pass(sleep: SleepConfig) -> SleepConfig:
+    return replace(sleep, passes=1, backprop_passes=None, reset=None)
+
+
+def _transformer(run: RunConfig, sleep: SleepConfig) -> RunConfig:
+    blocks: list[BlockKind] = ["attention" for _ in run.model.blocks]
+    return replace(run, model=replace(run.model, blocks=tuple(blocks)), sleep=sleep)
+
+
+def _grown(run: RunConfig, model: Callable[[int], HybridConfig]) -> RunConfig:
+    """N = 1 with the largest of `model(1), model(2), ...` whose step costs no more than one of `run`.
+
+    What is left of the FLOPs goes into steps.
+    """
+    if run.model.overrides:
+        raise ValueError("overrides: a larger model leaves open which of its blocks they are for")
+    limit, largest = flops_per_step(run), one_pass(run)
+    for size in count(2):
+        larger = replace(largest, model=model(size))
+        if flops_per_step(larger) > limit:
+            break
+        largest = larger
+    return equal_compute(largest, run)

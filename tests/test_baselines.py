@@ -1,0 +1,106 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lmsleep import HybridConfig, HybridLM, SleepConfig
+from lmsleep.evaluation import read_batch
+from lmsleep.tasks import Depo, stream
+from lmsleep.training import BASELINES, RunConfig, TrainConfig, baseline, flops_per_step
+
+RUN = RunConfig(
+    task=Depo(nodes=6, hops=2, queries=4, names=6, name_lengths=(1, 1), ask="fork"),
+    model=HybridConfig(d_model=32, num_heads=4, blocks=("attention", "gated_delta_net"), mlp_dim=48),
+    sleep=SleepConfig(window=6, passes=6, backprop_passes=2),
+    train=TrainConfig(steps=100, batch_size=4),
+)
+
+
+def parts(config: RunConfig) -> dict[str, object]:
+    return {name: getattr(config, name) for name in ("task", "model", "sleep", "train")}
+
+
+def answers(config: RunConfig, *, change_context: bool) -> torch.Tensor:
+    torch.manual_seed(0)
+    model = HybridLM(config.model)
+    batch = config.task.batch(stream(0, "test", 0), 4, "test")
+    assert batch.context is not None
+    if change_context:
+        batch = replace(batch, context=(batch.context + 1) % config.task.vocab_size)
+    logits = read_batch(model, batch, config.sleep, return_logits=True).logits
+    assert logits is not None
+    return logits
+
+
+def test_names_are_spelt_like_options():
+    assert {"transformer-evicted", "one-pass-longer", "looped-awake", "reset-S", "reset-h"} <= set(BASELINES)
+    with pytest.raises(ValueError, match=r"^baseline='nap' is unknown; choose one of transformer-cached"):
+        baseline("nap", RUN)
+
+
+@pytest.mark.parametrize(
+    ("name", "changed", "sleep"),
+    [
+        ("transformer-cached", {"model", "sleep"}, {"window": None, "passes": 1, "backprop_passes": None}),
+        ("transformer-evicted", {"model", "sleep"}, {"passes": 1, "backprop_passes": None}),
+        (
+            "transformer-sliding",
+            {"model", "sleep"},
+            {"passes": 1, "backprop_passes": None, "eviction": "sliding"},
+        ),
+        ("one-pass", {"sleep"}, {"passes": 1, "backprop_passes": None}),
+        ("one-pass-longer", {"sleep", "train"}, {"passes": 1, "backprop_passes": None}),
+        ("one-pass-deeper", {"sleep", "train", "model"}, {"passes": 1, "backprop_passes": None}),
+        ("one-pass-wider", {"sleep", "train", "model"}, {"passes": 1, "backprop_passes": None}),
+        ("looped-awake", {"sleep"}, {"passes": 1, "backprop_passes": None, "wake_passes": 6}),
+        ("reset-S", {"sleep"}, {"reset": "S"}),
+        ("reset-h", {"sleep"}, {"reset": "h"}),
+    ],
+)
+def test_a_baseline_changes_what_it_names_and_nothing_else(name, changed, sleep):
+    made = baseline(name, RUN)
+    before, after = parts(RUN), parts(made)
+    assert {part for part in before if before[part] != after[part]} == changed
+    assert made.sleep == replace(RUN.sleep, **sleep)
+    assert made.train == replace(RUN.train, steps=made.train.steps)
+    if name.startswith("transformer"):
+        assert made.model == replace(RUN.model, blocks=("attention", "attention"))
+    if name == "one-pass-deeper":
+        assert len(made.model.blocks) > 2
+        longer = (RUN.model.blocks * 9)[: len(made.model.blocks)]
+        assert made.model == replace(RUN.model, blocks=longer)
+    if name == "one-pass-wider":
+        assert made.model.num_heads > 4 and made.model.key_dim == RUN.model.key_dim
+        assert made.model.d_model == 8 * made.model.num_heads
+        assert made.model.mlp_dim == 12 * made.model.num_heads
+
+
+@pytest.mark.parametrize("name", ["one-pass-longer", "one-pass-deeper", "one-pass-wider"])
+def test_equal_compute_is_equal_to_within_a_step(name):
+    made = baseline(name, RUN)
+    left = RUN.train.steps * flops_per_step(RUN) - made.train.steps * flops_per_step(made)
+    assert 0 <= left < flops_per_step(made)
+    assert made.train.steps >= RUN.train.steps
+
+
+def test_a_wider_model_keeps_its_query_groups():
+    grouped = replace(RUN, model=replace(RUN.model, num_kv_heads=2))
+    wide = baseline("one-pass-wider", grouped).model
+    assert wide.num_kv_heads is not None and wide.num_heads == 2 * wide.num_kv_heads > 4
+
+
+@pytest.mark.parametrize("name", ["one-pass-deeper", "one-pass-wider"])
+def test_overrides_of_single_blocks_have_no_larger_model(name):
+    with pytest.raises(ValueError, match=r"^overrides"):
+        baseline(name, replace(RUN, model=replace(RUN.model, overrides={0: {"mlp_dim": 0}})))
+
+
+def test_an_evicted_transformer_answers_without_its_context():
+    evicted = baseline("transformer-evicted", RUN)
+    assert torch.equal(answers(evicted, change_context=False), answers(evicted, change_context=True))
+
+
+@pytest.mark.parametrize("name", sorted(set(BASELINES) - {"transformer-evicted"}))
+def test_every_other_baseline_answers_from_its_context(name):
+    made = baseline(name, RUN)
+    assert not torch.equal(answers(made, change_context=False), answers(made, change_context=True))
