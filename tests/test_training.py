@@ -241,6 +241,28 @@ def test_a_run_may_be_saved_and_resumed_at_any_step(tmp_path, uninterrupted):
     assert_same_run(run, uninterrupted)
 
 
+def test_random_passes_are_drawn_anew_each_step_and_again_after_a_resume(tmp_path, monkeypatch):
+    drawn, original = [], trainer.read_batch
+
+    def read_batch(model, batch, sleep, **options):
+        drawn.append(sleep)
+        return original(model, batch, sleep, **options)
+
+    monkeypatch.setattr(trainer, "read_batch", read_batch)
+    sleep = SleepConfig(window=5, passes=3, backprop_passes=2)
+    config = replace(run_config(random_passes=True), sleep=sleep)
+    whole = start(tmp_path / "whole", config)
+    whole.fit(until=12)
+    counts = {passes: sum(s.passes == passes for s in drawn) for passes in (1, 2, 3)}
+    assert min(counts.values()) > 0 and set(counts) == {s.passes for s in drawn}
+    assert {s.backprop_passes for s in drawn if s.passes == 1} == {1}
+    start(tmp_path / "stopped", config).fit(until=7)
+    resumed = Trainer.resume(RunFolder.open(tmp_path / "stopped"))
+    resumed.fit(until=12)
+    assert_same_weights(resumed.model, whole.model)
+    assert resumed.flops == whole.flops
+
+
 def test_an_older_checkpoint_may_be_chosen(tmp_path, uninterrupted):
     start(tmp_path / "run").fit()
     folder = RunFolder.open(tmp_path / "run")

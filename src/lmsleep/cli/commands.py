@@ -16,6 +16,8 @@ from lmsleep.demo import command as demo_command
 from lmsleep.evaluation import Score, evaluate, wilson
 from lmsleep.models import HybridConfig, HybridLM
 from lmsleep.plots import plot_runs
+from lmsleep.reproduce import RECIPES
+from lmsleep.reproduce import command as reproduce_command
 from lmsleep.sleep import SleepConfig
 from lmsleep.tasks import TASKS, Text
 from lmsleep.training import BASELINES, RunConfig, RunFolder, TrainConfig, Trainer, baseline
@@ -268,3 +270,19 @@ def demo(argv: Sequence[str]) -> None:
     """`lmsleep demo`."""
     options = tyro.cli(demo_command.DemoOptions, args=list(argv), config=FLAT, prog="lmsleep demo")
     demo_command.run(options)
+
+
+def reproduce(argv: Sequence[str]) -> None:
+    """`lmsleep reproduce FIGURE`."""
+    options = tyro.cli(
+        reproduce_command.ReproduceOptions,
+        args=list(argv),
+        config=FLAT,
+        prog="lmsleep reproduce",
+        description=f"{reproduce_command.ReproduceOptions.__doc__}\n\nFigures:\n{_figures()}",
+    )
+    reproduce_command.run(options)
+
+
+def _figures() -> str:
+    return "\n".join(f"  {name:<10} {recipe.title}" for name, recipe in RECIPES.items())

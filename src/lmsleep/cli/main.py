@@ -11,13 +11,14 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "eval": (commands.evaluate_run, "evaluate a run at one or several numbers of passes"),
     "plot": (commands.plot, "draw the curves of runs"),
     "info": (commands.info, "parameters, bytes, break-even length and FLOPs of a run or model"),
+    "reproduce": (commands.reproduce, "train the runs behind a figure; write its data, table and picture"),
     "demo": (commands.demo, "what longer sleep buys, in minutes on two cores"),
 }
 
 
 def usage() -> str:
     """The help of the bare command."""
-    lines = [f"  {name:<7} {text}" for name, (_, text) in COMMANDS.items()]
+    lines = [f"  {name:<9} {text}" for name, (_, text) in COMMANDS.items()]
     return "\n".join(
         [
             "usage: lmsleep COMMAND [OPTIONS]",

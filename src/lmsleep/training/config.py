@@ -34,6 +34,8 @@ class TrainConfig:
     """Largest gradient norm."""
     curriculum: int = 0
     """Steps over which the difficulty rises to its full range; 0: full from the start."""
+    random_passes: bool = False
+    """Draw the passes of each step uniformly from 1 ... N, for a model that can be read with any."""
     eval_every: int = 100
     """Steps between evaluations."""
     eval_batches: int = 4

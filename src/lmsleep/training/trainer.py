@@ -5,10 +5,12 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -16,6 +18,7 @@ from tqdm import tqdm
 
 from lmsleep.evaluation import Score, evaluate, read_batch
 from lmsleep.models import HybridLM
+from lmsleep.sleep import SleepConfig
 from lmsleep.tasks import Batch, stream
 from lmsleep.training.config import RunConfig
 from lmsleep.training.optim import level, optimizers, schedule
@@ -25,14 +28,14 @@ LOG_EVERY = 10  # steps between lines of the metrics
 
 
 def flops_per_step(config: RunConfig) -> int:
-    """FLOPs of the forward and backward pass of one training step (its first batch)."""
+    """FLOPs of the forward and backward pass of one training step (its first batch, all N passes)."""
     batch = config.task.batch(stream(config.train.seed, "train", 0), config.train.batch_size, "train")
-    return _count_flops(HybridLM(config.model), batch, config)
+    return _count_flops(HybridLM(config.model), batch, config.sleep)
 
 
-def _count_flops(model: HybridLM, batch: Batch, config: RunConfig) -> int:
+def _count_flops(model: HybridLM, batch: Batch, sleep: SleepConfig) -> int:
     with FlopCounterMode(display=False) as counter:
-        loss = read_batch(model, batch, config.sleep).loss
+        loss = read_batch(model, batch, sleep).loss
         assert loss is not None, "a training batch without a token to predict"
         loss.backward()
     model.zero_grad()
@@ -167,13 +170,14 @@ class Trainer:
         config, train = self.config, self.config.train
         rng = stream(train.seed, "train", self.step)
         batch = config.task.batch(rng, train.batch_size, "train", level(self.step, train)).to(self.device)
-        flops = self._flops(batch)
+        sleep = self._sleep()
+        flops = self._flops(batch, sleep)
         started = time.perf_counter()
         factor = schedule(self.step, train)
         for optimizer, lr in zip(self.optimizers, (train.lr, train.adam_lr), strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = lr * factor
-        loss = self._backward(batch)
+        loss = self._backward(batch, sleep)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), train.clip)
         value, norm_value = loss.item(), norm.item()
         if not (math.isfinite(value) and math.isfinite(norm_value)):
@@ -191,24 +195,32 @@ class Trainer:
         self.seconds += time.perf_counter() - started
         return {**self._position(), "loss": value, "grad_norm": norm_value, "lr_factor": factor}
 
-    def _backward(self, batch: Batch) -> Tensor:
+    def _sleep(self) -> SleepConfig:
+        """The sleep of this step."""
+        sleep, train = self.config.sleep, self.config.train
+        if not train.random_passes:
+            return sleep
+        passes = int(np.random.default_rng((train.seed, self.step)).integers(1, sleep.passes + 1))
+        return replace(sleep, passes=passes, backprop_passes=_at_most(sleep.backprop_passes, passes))
+
+    def _backward(self, batch: Batch, sleep: SleepConfig) -> Tensor:
         """Loss of the batch; gradients are left on the parameters."""
         with self._autocast():
-            loss = read_batch(self.model, batch, self.config.sleep).loss
+            loss = read_batch(self.model, batch, sleep).loss
         assert loss is not None, "a training batch without a token to predict"
         loss.backward()
         return loss.detach()
 
-    def _flops(self, batch: Batch) -> int:
+    def _flops(self, batch: Batch, sleep: SleepConfig) -> int:
         """FLOPs of a forward and backward pass over a batch of this shape.
 
         Counted in a pass of its own: under the counter PyTorch picks other kernels, and a run must not
         round differently in the step where it happens to count.
         """
-        key = (batch.tokens.shape, None if batch.context is None else batch.context.shape)
+        key = (batch.tokens.shape, None if batch.context is None else batch.context.shape, sleep.passes)
         if key not in self._flops_of:
             with self._autocast():
-                self._flops_of[key] = _count_flops(self.model, batch, self.config)
+                self._flops_of[key] = _count_flops(self.model, batch, sleep)
         return self._flops_of[key]
 
     def _position(self) -> dict[str, Any]:
@@ -233,6 +245,10 @@ def _signals() -> Iterator[list[int]]:
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
+
+
+def _at_most(value: int | None, limit: int) -> int | None:
+    return None if value is None else min(value, limit)
 
 
 def _device(name: str) -> str:
