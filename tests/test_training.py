@@ -263,6 +263,36 @@ def test_random_passes_are_drawn_anew_each_step_and_again_after_a_resume(tmp_pat
     assert resumed.flops == whole.flops
 
 
+def test_worker_processes_draw_the_same_batches(tmp_path, uninterrupted):
+    config = run_config(data_workers=2)
+    start(tmp_path / "run", config).fit(until=9)
+    run = Trainer.resume(RunFolder.open(tmp_path / "run"))
+    run.fit()
+    assert_same_run(run, uninterrupted)
+
+
+KILLED = """
+import os, signal, sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from lmsleep.training.workers import leave_with_parent
+
+if __name__ == "__main__":
+    pool = ProcessPoolExecutor(1, get_context("spawn"), initializer=leave_with_parent)
+    print(pool.submit(os.getpid).result(), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_workers_leave_with_a_parent_that_was_killed(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(KILLED)
+    # ends when the last holder of its output is gone, the worker included
+    parent = subprocess.run([sys.executable, script], capture_output=True, timeout=60)
+    assert parent.returncode == -signal.SIGKILL
+    assert int(parent.stdout) > 0
+
+
 def test_an_older_checkpoint_may_be_chosen(tmp_path, uninterrupted):
     start(tmp_path / "run").fit()
     folder = RunFolder.open(tmp_path / "run")

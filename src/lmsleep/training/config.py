@@ -48,6 +48,8 @@ class TrainConfig:
     """Arithmetic of the blocks; auto: bfloat16 autocast on CUDA, float32 elsewhere. S stays float32."""
     threads: int | None = None
     """CPU threads; default all."""
+    data_workers: int = 0
+    """Processes that draw batches ahead; 0: the training process draws them itself."""
     tensorboard: bool = False
     """Write TensorBoard events beside metrics.jsonl (needs the extra "track")."""
 
@@ -62,7 +64,7 @@ class TrainConfig:
         for name in ("lr", "adam_lr", "clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("weight_decay", "warmup", "curriculum", "seed"):
+        for name in ("weight_decay", "warmup", "curriculum", "seed", "data_workers"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if not 0 <= self.decay <= 1:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from lmsleep.training.config import RunConfig
 from lmsleep.training.runs import RunFolder
 from lmsleep.training.trainer import Interrupted, Trainer
+from lmsleep.training.workers import leave_with_parent
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,7 @@ def _finished(job: Job) -> bool:
 
 
 def _start(lock: object) -> None:
+    leave_with_parent()
     tqdm.set_lock(lock)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # between runs the parent decides
 

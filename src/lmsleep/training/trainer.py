@@ -4,7 +4,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from pickle import UnpicklingError
@@ -19,9 +19,10 @@ from tqdm import tqdm
 from lmsleep.evaluation import Score, evaluate, read_batch
 from lmsleep.models import HybridLM
 from lmsleep.sleep import SleepConfig
-from lmsleep.tasks import Batch, stream
+from lmsleep.tasks import Batch
+from lmsleep.training.batches import Batches, draw
 from lmsleep.training.config import RunConfig
-from lmsleep.training.optim import level, optimizers, schedule
+from lmsleep.training.optim import optimizers, schedule
 from lmsleep.training.runs import RunFolder
 
 LOG_EVERY = 10  # steps between lines of the metrics
@@ -29,8 +30,8 @@ LOG_EVERY = 10  # steps between lines of the metrics
 
 def flops_per_step(config: RunConfig) -> int:
     """FLOPs of the forward and backward pass of one training step (its first batch, all N passes)."""
-    batch = config.task.batch(stream(config.train.seed, "train", 0), config.train.batch_size, "train")
-    return _count_flops(HybridLM(config.model), batch, config.sleep)
+    whole = replace(config, train=replace(config.train, curriculum=0))
+    return _count_flops(HybridLM(config.model), draw(whole, 0), config.sleep)
 
 
 def _count_flops(model: HybridLM, batch: Batch, sleep: SleepConfig) -> int:
@@ -70,6 +71,7 @@ class Trainer:
         self.autocast = train.precision == "bfloat16" or (
             train.precision == "auto" and self.device.type == "cuda" and torch.cuda.is_bf16_supported()
         )
+        self.batches = Batches(config)
         self._flops_of: dict[tuple[Any, ...], int] = {}
 
     @classmethod
@@ -126,7 +128,7 @@ class Trainer:
             total=last, initial=self.step, desc=name, unit="step", disable=None,
             position=position, leave=position is None,
         )  # fmt: skip
-        with _signals() as caught, bar:
+        with _signals() as caught, bar, closing(self.batches):
             while self.step < last:
                 record = self._train_step()
                 bar.update()
@@ -167,9 +169,8 @@ class Trainer:
         return self.folder.save_checkpoint(self.step, self.model, state, name)
 
     def _train_step(self) -> dict[str, Any]:
-        config, train = self.config, self.config.train
-        rng = stream(train.seed, "train", self.step)
-        batch = config.task.batch(rng, train.batch_size, "train", level(self.step, train)).to(self.device)
+        train = self.config.train
+        batch = self.batches[self.step].to(self.device)
         sleep = self._sleep()
         flops = self._flops(batch, sleep)
         started = time.perf_counter()

@@ -1,0 +1,56 @@
+"""Training batches by step: a function of the seed alone, whoever draws them."""
+
+import multiprocessing
+import signal
+from concurrent.futures import Future, ProcessPoolExecutor
+
+import torch
+
+from lmsleep.tasks import Batch, stream
+from lmsleep.training.config import RunConfig
+from lmsleep.training.optim import level
+from lmsleep.training.workers import leave_with_parent
+
+AHEAD = 2  # batches a worker draws before they are wanted
+
+
+def draw(config: RunConfig, step: int) -> Batch:
+    """The training batch of a step."""
+    train = config.train
+    rng = stream(train.seed, "train", step)
+    return config.task.batch(rng, train.batch_size, "train", level(step, train))
+
+
+class Batches:
+    """Batches of consecutive steps, drawn ahead by `config.train.data_workers` processes (0: here)."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self._pool: ProcessPoolExecutor | None = None
+        self._drawn: dict[int, Future[Batch]] = {}
+
+    def __getitem__(self, step: int) -> Batch:
+        """The batch of a step; steps should be asked for in order."""
+        workers = self.config.train.data_workers
+        if not workers:
+            return draw(self.config, step)
+        if self._pool is None:
+            context = multiprocessing.get_context("spawn")  # a fork would copy threads' locks
+            self._pool = ProcessPoolExecutor(workers, context, initializer=_start)
+        for ahead in range(step, min(step + AHEAD * workers, self.config.train.steps)):
+            if ahead not in self._drawn:
+                self._drawn[ahead] = self._pool.submit(draw, self.config, ahead)
+        return self._drawn.pop(step).result()
+
+    def close(self) -> None:
+        """Stop the workers; the next batch starts them again."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+        self._pool, self._drawn = None, {}
+
+
+def _start() -> None:
+    leave_with_parent()
+    torch.set_num_threads(1)
+    for signum in (signal.SIGINT, signal.SIGTERM):  # the trainer decides when to stop
+        signal.signal(signum, signal.SIG_IGN)
