@@ -97,7 +97,9 @@ def test_training_is_the_written_out_loop(tmp_path):
     muon, adam = optim.optimizers(model, config.train)
     for step, factor in enumerate([1 / 3, 2 / 3, 1, 1, 1, 3 / 4]):
         batch = config.task.batch(stream(0, "train", step), 4, "train")
-        out = sleep_forward(model, batch.tokens, batch.loss_mask, config.sleep, return_logits=False)
+        out = sleep_forward(
+            model, batch.tokens, batch.loss_mask, config.sleep, read_last=False, return_logits=False
+        )
         model.zero_grad()
         out.loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
@@ -416,18 +418,26 @@ def test_a_kill_in_the_middle_of_a_checkpoint_leaves_the_one_before(tmp_path, un
     assert_same_run(resumed, uninterrupted)
 
 
+def test_a_damaged_configuration_is_not_mistaken_for_no_run(tmp_path):
+    RunFolder.create(tmp_path / "run", run_config())
+    path = tmp_path / "run/config.json"
+    path.write_text(path.read_text()[:-20])
+    with pytest.raises(ValueError, match=r"config\.json is damaged"):
+        RunFolder.open(tmp_path / "run")
+
+
 def test_a_leftover_of_a_half_written_checkpoint_is_ignored(tmp_path, uninterrupted):
     start(tmp_path / "run").fit(until=12)
     folder = RunFolder.open(tmp_path / "run")
-    for pid in (1, os.getpid()):
-        leftover = folder.path / "checkpoints" / f".partial-{pid}"
-        leftover.mkdir()
-        (leftover / "trainer.pt").write_bytes(b"half of a f")
+    leftover = folder.path / "checkpoints/.partial"
+    leftover.mkdir()
+    (leftover / "trainer.pt").write_bytes(b"half of a f")
     run = Trainer.resume(folder)
     assert run.step == 12
     run.fit()
     assert_same_run(run, uninterrupted)
     assert {p.name for p in folder.latest().iterdir()} == {"config.json", "model.safetensors", "trainer.pt"}
+    assert not leftover.exists()
 
 
 # Divergence

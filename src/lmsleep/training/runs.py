@@ -54,6 +54,7 @@ class RunFolder:
 
         Raises:
             FileNotFoundError: if there is none at `path`.
+            ValueError: if its config.json is damaged.
         """
         folder = cls(path)
         if not (folder.path / "config.json").is_file() or not folder.config_is_run():
@@ -63,11 +64,15 @@ class RunFolder:
         return folder
 
     def config_is_run(self) -> bool:
-        """Whether config.json describes a run (and not, say, a model)."""
+        """Whether config.json describes a run (and not, say, a model).
+
+        Raises:
+            ValueError: if it is damaged.
+        """
         try:
             config = json.loads((self.path / "config.json").read_text())
-        except ValueError:
-            return False
+        except ValueError as error:
+            raise ValueError(f"{self.path / 'config.json'} is damaged: {error}") from error
         return isinstance(config, dict) and "train" in config
 
     def config(self) -> RunConfig:
@@ -112,7 +117,7 @@ class RunFolder:
         """Write a checkpoint beside the others, complete or not at all; keep the newest two."""
         root = self.path / "checkpoints"
         root.mkdir(exist_ok=True)
-        final, partial = root / f"{name}-{step:08d}", root / f".partial-{os.getpid()}"
+        final, partial = root / f"{name}-{step:08d}", root / ".partial"
         shutil.rmtree(partial, ignore_errors=True)
         model.save_pretrained(partial)
         with (partial / "trainer.pt").open("wb") as file:
