@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmsleep.tasks import TASKS, Batch, Depo, Rule110, Text, stream
+from lmsleep.tasks import MQAR, TASKS, Batch, Depo, Rule110, Text, Variables, WordProblem, stream
 from lmsleep.tasks.rule110 import SEP, automaton
 
 
@@ -35,7 +35,15 @@ def document(tmp_path):
 
 @pytest.fixture
 def tasks(document):
-    return [Depo(nodes=20), Depo(nodes=20, ask="fork"), Rule110(), Text(data=(document,), length=40)]
+    return [
+        Depo(nodes=20),
+        Depo(nodes=20, ask="fork"),
+        Rule110(),
+        MQAR(),
+        WordProblem(),
+        Variables(),
+        Text(data=(document,), length=40),
+    ]
 
 
 # Streams
@@ -62,7 +70,14 @@ def test_streams_are_equal_only_for_equal_arguments(a, b):
 
 
 def test_every_task_is_listed():
-    assert {"depo": Depo, "rule110": Rule110, "text": Text} == TASKS
+    assert {
+        "depo": Depo,
+        "rule110": Rule110,
+        "mqar": MQAR,
+        "word-problem": WordProblem,
+        "variables": Variables,
+        "text": Text,
+    } == TASKS
 
 
 def test_tokens_fit_the_vocabulary_and_answers_lie_in_the_loss(tasks):

@@ -60,20 +60,23 @@ def train(argv: list[str]) -> None:
     sys.stdout.write(_score_text(folder, trainer.config, folder.report() or {}))
 
 
+def _listed(docstrings: dict[str, str | None]) -> str:
+    """Names with the first line of what is said about them."""
+    return "\n".join(f"  {name:<20} {(text or '').splitlines()[0]}" for name, text in docstrings.items())
+
+
 TRAIN_HELP = f"""usage: lmsleep train TASK [OPTIONS]
        lmsleep train --resume RUN
 
 Train a hybrid that reads in windows of L tokens and sleeps N passes at the end of each.
 
-  depo      follow a hidden cycle k hops
-  rule110   cells of an automaton after t steps
-  text      your own files, byte by byte (--data FILES...)
+{_listed({name: task.__doc__ for name, task in TASKS.items()})}
 
 Presets: {"; ".join(f"{task}: {', '.join(names)}" for task, names in PRESETS.items())}
 All options, with their defaults: lmsleep train TASK --help
 
 Baselines (--baseline NAME) of a run with N passes:
-{chr(10).join(f"  {name:<20} {(make.__doc__ or '').splitlines()[0]}" for name, make in BASELINES.items())}
+{_listed({name: make.__doc__ for name, make in BASELINES.items()})}
 """
 
 

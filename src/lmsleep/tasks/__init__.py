@@ -3,15 +3,36 @@
 A task is one file and one line of `TASKS`.
 """
 
-from lmsleep.tasks.base import Batch, Split, Task, stream
+from typing import Any
+
+from lmsleep.tasks.base import Batch, Split, Task, hide_answers, stream
 from lmsleep.tasks.depo import Depo
+from lmsleep.tasks.mqar import MQAR
 from lmsleep.tasks.rule110 import Rule110
 from lmsleep.tasks.text import Text
+from lmsleep.tasks.variables import Variables
+from lmsleep.tasks.word_problem import WordProblem
 
-TASKS: dict[str, type[Depo] | type[Rule110] | type[Text]] = {
+TASKS: dict[str, type[Any]] = {
     "depo": Depo,
     "rule110": Rule110,
+    "mqar": MQAR,
+    "word-problem": WordProblem,
+    "variables": Variables,
     "text": Text,
 }
 
-__all__ = ["TASKS", "Batch", "Depo", "Rule110", "Split", "Task", "Text", "stream"]
+__all__ = [
+    "MQAR",
+    "TASKS",
+    "Batch",
+    "Depo",
+    "Rule110",
+    "Split",
+    "Task",
+    "Text",
+    "Variables",
+    "WordProblem",
+    "hide_answers",
+    "stream",
+]

@@ -1,13 +1,15 @@
 """What a task is: a seeded stream of batches, a vocabulary, and the floors to beat."""
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol, get_args, get_type_hints
+from typing import Any, ClassVar, Literal, Protocol, get_args, get_type_hints
 
 import numpy as np
 import torch
 from torch import Tensor
 
 Split = Literal["train", "test"]
+
+HIDDEN = -1  # stands for an answer where it is to be found
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +47,8 @@ class Batch:
 class Task(Protocol):
     """A task: plain data (a frozen dataclass of options) that can draw batches."""
 
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
     @property
     def vocab_size(self) -> int:
         """Tokens in the vocabulary."""
@@ -63,6 +67,17 @@ class Task(Protocol):
         """Accuracy of guessing ("chance") and of the best constant answer ("constant")."""
         ...
 
+    def solve(self, tokens: list[int]) -> list[list[int]]:
+        """The answers, recomputed from what a model reads.
+
+        Args:
+            tokens: a context and a row, with every answer replaced by one `HIDDEN` (see `hide_answers`).
+
+        Returns:
+            The tokens of each hidden answer, in order.
+        """
+        ...
+
     def show(self, batch: Batch, row: int) -> str:
         """Row `row` in human-readable form."""
         ...
@@ -71,6 +86,37 @@ class Task(Protocol):
 def stream(seed: int, split: Split, index: int) -> np.random.Generator:
     """The generator of batch `index`: a function of its arguments alone, so that resuming needs no state."""
     return np.random.Generator(np.random.Philox(key=[seed, 2 * index + (split == "test")]))
+
+
+def hide_answers(batch: Batch, row: int) -> tuple[list[int], list[list[int]]]:
+    """What `Task.solve` takes for row `row`, and what it should return."""
+    seen: list[int] = []
+    if batch.context is not None and batch.context_row is not None:
+        seen += batch.context[batch.context_row[row]].tolist()
+    hidden: dict[int, list[int]] = {}
+    for token, answer in zip(batch.tokens[row].tolist(), batch.answers[row].tolist(), strict=True):
+        if answer < 0:
+            seen.append(token)
+        elif answer in hidden:
+            hidden[answer].append(token)
+        else:
+            seen.append(HIDDEN)
+            hidden[answer] = [token]
+    return seen, list(hidden.values())
+
+
+def single_answers(context: np.ndarray, rows: np.ndarray, difficulty: np.ndarray) -> Batch:
+    """Contexts `[C, Tc]`, each with as many of the questions `[R, T]`, whose last token is the answer."""
+    answers = np.full(rows.shape, -1)
+    answers[:, -1] = np.arange(len(rows))
+    return Batch(
+        tokens=torch.from_numpy(rows),
+        loss_mask=torch.from_numpy(answers >= 0),
+        answers=torch.from_numpy(answers),
+        difficulty=torch.from_numpy(difficulty),
+        context=torch.from_numpy(context),
+        context_row=torch.arange(len(context)).repeat_interleave(len(rows) // len(context)),
+    )
 
 
 def check_literals(options: Any, names: tuple[str, ...]) -> None:

@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from lmsleep.tasks.base import Batch, Split, check_literals
+from lmsleep.tasks.base import HIDDEN, Batch, Split, check_literals
 
 PAD = 0
 HELD_OUT = 8  # one cycle in 8 is kept for testing
@@ -132,6 +132,27 @@ class Depo:
             context=torch.from_numpy(context) if fork else None,
             context_row=torch.arange(B).repeat_interleave(M) if fork else None,
         )
+
+    def solve(self, tokens: list[int]) -> list[list[int]]:
+        """See `Task.solve`."""
+        edges: dict[tuple[int, ...], tuple[int, ...]] = {}
+        words: list[tuple[int, ...]] = []
+        letters: tuple[int, ...] = ()
+        k, answers = 0, []
+        for token in tokens:
+            if token == HIDDEN:
+                node = words.pop()
+                for _ in range(k):
+                    node = edges[node]
+                answers.append(list(node))
+            elif token > self.ans:
+                edges = edges or dict(zip(words[::2], words[1::2], strict=True))
+                k = token - self.ans
+            elif token not in (PAD, self.ans):
+                letters += (token,)
+                if token > self.names:  # the last letter of a word
+                    words, letters = [*words, letters], ()
+        return answers
 
     def show(self, batch: Batch, row: int) -> str:
         """Tokens as names, HOP and ANS; the answer in brackets."""

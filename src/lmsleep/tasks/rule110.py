@@ -93,6 +93,19 @@ class Rule110:
             difficulty=torch.full((size,), t),
         )
 
+    def solve(self, tokens: list[int]) -> list[list[int]]:
+        """See `Task.solve`."""
+        answer = []
+        for state in range(self.states):
+            cells = tokens[state * self.width : (state + 1) * self.width]
+            for _ in range(self.t):
+                ends = [cells[-1], cells[0]] if self.boundary == "ring" else [0, 0]
+                wide = [ends[0], *cells, ends[1]]
+                triples = zip(wide, cells, wide[2:], strict=False)
+                cells = [self.rule // 2 ** (4 * left + 2 * own + right) % 2 for left, own, right in triples]
+            answer += cells[: self.asked]
+        return [answer]
+
     def show(self, batch: Batch, row: int) -> str:
         """One state a group, the answer in brackets."""
         tokens = "".join("01|"[t] for t in batch.tokens[row].tolist())

@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 
 from lmsleep.models import HybridConfig
 from lmsleep.sleep import SleepConfig
-from lmsleep.tasks import TASKS, Depo, Rule110, Text
+from lmsleep.tasks import TASKS, Task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +75,7 @@ class TrainConfig:
 class RunConfig:
     """Everything that determines a run."""
 
-    task: Depo | Rule110 | Text
+    task: Task
     model: HybridConfig
     sleep: SleepConfig
     train: TrainConfig

@@ -1,0 +1,111 @@
+"""The word problem of a finite group: multiply (Merrill et al., arXiv 2404.08819)."""
+
+from dataclasses import dataclass
+from functools import cache
+from itertools import permutations
+from typing import Literal
+
+import numpy as np
+
+from lmsleep.tasks.base import Batch, Split, check_literals, single_answers
+
+Group = Literal["S5", "A5", "A4xZ5", "Z60"]
+
+
+@cache
+def multiplication_table(group: Group) -> np.ndarray:
+    """`table[a, b]` is the product of `a`, then `b`; element 0 is the identity.
+
+    S5 and A5 are not solvable (their word problems are complete for NC1); A4 x Z5 and Z60 have as many
+    elements as A5 and are.
+    """
+    if group == "Z60":
+        return np.add.outer(np.arange(60), np.arange(60)) % 60
+    if group == "A4xZ5":
+        four, five = _permutations(4, even=True), np.add.outer(np.arange(5), np.arange(5)) % 5
+        table: np.ndarray = 5 * four[:, None, :, None] + five[None, :, None, :]
+        return table.reshape(60, 60)
+    return _permutations(5, even=group == "A5")
+
+
+def _permutations(n: int, *, even: bool) -> np.ndarray:
+    elements = [p for p in permutations(range(n)) if not even or _is_even(p)]
+    number = {p: i for i, p in enumerate(elements)}
+    return np.array([[number[tuple(b[i] for i in a)] for b in elements] for a in elements])
+
+
+def _is_even(p: tuple[int, ...]) -> bool:
+    return sum(p[i] > p[j] for i in range(len(p)) for j in range(i, len(p))) % 2 == 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class WordProblem:
+    """Random elements of a group, read and evicted; then: what is the product of the first j?
+
+    One sample with group="Z60", length=4 and one question:
+
+        context  12 50 7 33
+        question FIRST_3 9        (12 + 50 + 7 = 9 mod 60; 9 is the answer, and all of the loss)
+    """
+
+    group: Group = "A5"
+    """S5 (120 elements), A5 (60); solvable controls of 60 elements: A4xZ5, Z60."""
+    length: int = 16
+    """Elements in a word."""
+    queries: int = 8
+    """Prefixes asked for, of one word; each alone, on its own fork of the memory."""
+
+    def __post_init__(self) -> None:
+        check_literals(self, ("group",))
+        if self.length < 1:
+            raise ValueError(f"length must be at least 1, got {self.length}")
+        if not 1 <= self.queries <= self.length:
+            raise ValueError(f"queries must lie in 1 ... length={self.length}, got {self.queries}")
+
+    @property
+    def order(self) -> int:
+        """Elements of the group."""
+        return len(multiplication_table(self.group))
+
+    @property
+    def vocab_size(self) -> int:
+        """Elements, then FIRST_1 ... FIRST_length."""
+        return self.order + self.length
+
+    @property
+    def difficulty_name(self) -> str:
+        """Length of the prefix asked for."""
+        return "j"
+
+    def floors(self) -> dict[str, float]:
+        """Products are uniform over the group."""
+        return {"chance": 1 / self.order, "constant": 1 / self.order}
+
+    def batch(self, rng: np.random.Generator, size: int, split: Split, level: float = 1.0) -> Batch:
+        """Draw `size` words with their questions; `level` caps the prefixes at `ceil(level length)`."""
+        del split  # order^length words: train and test never meet by chance
+        table, order = multiplication_table(self.group), self.order
+        word = rng.integers(0, order, (size, self.length))
+        product = word.copy()
+        for j in range(1, self.length):
+            product[:, j] = table[product[:, j - 1], word[:, j]]
+        longest = max(self.queries, int(np.ceil(level * self.length)))
+        asked = rng.permuted(np.tile(np.arange(longest), (size, 1)), axis=1)[:, : self.queries]
+        answer = np.take_along_axis(product, asked, axis=1)
+        rows = np.stack([order + asked.ravel(), answer.ravel()], axis=1)
+        return single_answers(word, rows, asked.ravel() + 1)
+
+    def solve(self, tokens: list[int]) -> list[list[int]]:
+        """See `Task.solve`."""
+        *word, asked, _ = tokens
+        product, table = 0, multiplication_table(self.group)
+        for element in word[: asked - self.order + 1]:
+            product = int(table[product, element])
+        return [[product]]
+
+    def show(self, batch: Batch, row: int) -> str:
+        """Elements by number; the answer in brackets."""
+        assert batch.context is not None and batch.context_row is not None
+        word = " ".join(map(str, batch.context[batch.context_row[row]].tolist()))
+        asked, answer = batch.tokens[row].tolist()
+        return f"{word} | FIRST_{asked - self.order + 1} [{answer}]"
