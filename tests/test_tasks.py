@@ -434,7 +434,9 @@ def test_text_is_shown_as_it_was_written(tmp_path):
     for row in range(20):
         # A letter that the excerpt cuts in two is shown as escaped bytes.
         shown = re.sub(
-            rb"\\x([0-9a-f]{2})", lambda m: bytes.fromhex(m[1].decode()), task.show(batch, row).encode()
+            rb"\\x([0-9a-f]{2})",
+            lambda m: bytes.fromhex(m[1].decode()),
+            task.spell(batch.tokens[row].tolist()).encode(),
         )
         assert shown == bytes(batch.tokens[row].tolist())
         assert shown in path.read_bytes()

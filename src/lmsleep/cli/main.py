@@ -1,5 +1,6 @@
 """Dispatch, and errors as one line: bad input leaves with 2, a failed run with 1."""
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -8,6 +9,7 @@ from lmsleep.training import Diverged, Interrupted
 
 COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "train": (commands.train, "train a model that sleeps, on a task or on your own text"),
+    "data": (commands.data, "samples of a task, to read or as JSON lines"),
     "eval": (commands.evaluate_run, "evaluate a run at one or several numbers of passes"),
     "plot": (commands.plot, "draw the curves of runs"),
     "info": (commands.info, "parameters, bytes, break-even length and FLOPs of a run or model"),
@@ -48,12 +50,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         _leave(2, f"unknown command {args[0]!r}; choose one of {', '.join(COMMANDS)}")
     try:
         COMMANDS[args[0]][0](args[1:])
+        sys.stdout.flush()
     except Interrupted as error:
         _leave(128 + error.signum, str(error))
     except KeyboardInterrupt:
         _leave(130, "interrupted")
     except Diverged as error:
         _leave(1, str(error))
+    except BrokenPipeError:  # the reader of our output (head, less) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (ValueError, OSError) as error:
         _leave(2, str(error))
     except RuntimeError as error:

@@ -78,8 +78,8 @@ class Task(Protocol):
         """
         ...
 
-    def show(self, batch: Batch, row: int) -> str:
-        """Row `row` in human-readable form."""
+    def spell(self, tokens: list[int]) -> str:
+        """Tokens in human-readable form."""
         ...
 
 

@@ -154,14 +154,9 @@ class Depo:
                     words, letters = [*words, letters], ()
         return answers
 
-    def show(self, batch: Batch, row: int) -> str:
-        """Tokens as names, HOP and ANS; the answer in brackets."""
-        parts = []
-        if batch.context is not None and batch.context_row is not None:
-            parts = [self._token(t) for t in batch.context[batch.context_row[row]].tolist()] + ["|"]
-        for token, answer in zip(batch.tokens[row].tolist(), batch.answers[row].tolist(), strict=True):
-            parts.append(f"[{self._token(token)}]" if answer >= 0 else self._token(token))
-        return " ".join(parts)
+    def spell(self, tokens: list[int]) -> str:
+        """Letters as l, last letters of names as n, HOP and ANS; padding as dots."""
+        return " ".join(map(self._token, tokens))
 
     def _token(self, token: int) -> str:
         if token == PAD:

@@ -69,12 +69,6 @@ class MQAR:
         *pairs, asked, _ = tokens
         return [[dict(zip(pairs[::2], pairs[1::2], strict=True))[asked]]]
 
-    def show(self, batch: Batch, row: int) -> str:
-        """Keys as k, values as v; the answer in brackets."""
-        assert batch.context is not None and batch.context_row is not None
-        context = [self._token(t) for t in batch.context[batch.context_row[row]].tolist()]
-        asked, answer = (self._token(t) for t in batch.tokens[row].tolist())
-        return " ".join([*context, "|", asked, f"[{answer}]"])
-
-    def _token(self, token: int) -> str:
-        return f"k{token}" if token < self.keys else f"v{token - self.keys}"
+    def spell(self, tokens: list[int]) -> str:
+        """Keys as k, values as v."""
+        return " ".join(f"k{t}" if t < self.keys else f"v{t - self.keys}" for t in tokens)

@@ -106,12 +106,9 @@ class Rule110:
             answer += cells[: self.asked]
         return [answer]
 
-    def show(self, batch: Batch, row: int) -> str:
-        """One state a group, the answer in brackets."""
-        tokens = "".join("01|"[t] for t in batch.tokens[row].tolist())
-        split = self.states * self.width
-        groups = [tokens[i : i + self.width] for i in range(0, split, self.width)]
-        return f"{' '.join(groups)} {tokens[split]} [{tokens[split + 1 :]}]"
+    def spell(self, tokens: list[int]) -> str:
+        """Cells as digits, SEP as a bar."""
+        return "".join("01|"[token] for token in tokens)
 
     def _after(self, cells: np.ndarray, t: int) -> np.ndarray:
         return automaton(cells, t, self.rule, self.boundary)[..., : self.asked]

@@ -78,9 +78,9 @@ class Text:
         del tokens
         return []
 
-    def show(self, batch: Batch, row: int) -> str:
-        """The excerpt as text; bytes that are no UTF-8 as escapes."""
-        return bytes(batch.tokens[row].tolist()).decode("utf-8", "backslashreplace")
+    def spell(self, tokens: list[int]) -> str:
+        """The bytes as text; what is no UTF-8 as escapes."""
+        return bytes(tokens).decode("utf-8", "backslashreplace")
 
     @cached_property
     def _parts(self) -> dict[Split, list[np.ndarray]]:

@@ -92,12 +92,9 @@ class Variables:
             node = source[node]
         return [[node]]
 
-    def show(self, batch: Batch, row: int) -> str:
-        """As text; the answer in brackets."""
-        assert batch.context is not None and batch.context_row is not None
-        context = " ".join(map(self._token, batch.context[batch.context_row[row]].tolist()))
-        ask, variable, answer = map(self._token, batch.tokens[row].tolist())
-        return f"{context} | {ask} {variable} [{answer}]"
+    def spell(self, tokens: list[int]) -> str:
+        """As it would be written."""
+        return " ".join(map(self._token, tokens))
 
     def _token(self, token: int) -> str:
         if token < 3:

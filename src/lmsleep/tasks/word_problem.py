@@ -103,9 +103,6 @@ class WordProblem:
             product = int(table[product, element])
         return [[product]]
 
-    def show(self, batch: Batch, row: int) -> str:
-        """Elements by number; the answer in brackets."""
-        assert batch.context is not None and batch.context_row is not None
-        word = " ".join(map(str, batch.context[batch.context_row[row]].tolist()))
-        asked, answer = batch.tokens[row].tolist()
-        return f"{word} | FIRST_{asked - self.order + 1} [{answer}]"
+    def spell(self, tokens: list[int]) -> str:
+        """Elements by number; the lengths asked for as FIRST."""
+        return " ".join(str(t) if t < self.order else f"FIRST_{t - self.order + 1}" for t in tokens)
