@@ -1,0 +1,120 @@
+"""Text to tokens and back: bytes, a closed list of words, or a Hugging Face tokenizer's folder."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+
+class Tokenizer(Protocol):
+    """What tasks need of a tokenizer."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Token numbers are 0 ... vocab_size - 1."""
+        ...
+
+    def encode(self, text: str) -> list[int]:
+        """Token numbers of a text, without markers of its beginning or end."""
+        ...
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of token numbers."""
+        ...
+
+
+class Bytes:
+    """UTF-8 bytes, 0 ... 255."""
+
+    vocab_size = 256
+
+    def encode(self, text: str) -> list[int]:
+        """The bytes of `text`."""
+        return list(text.encode())
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text; what is no UTF-8 as escapes."""
+        return bytes(tokens).decode("utf-8", "backslashreplace")
+
+
+class Words:
+    """A closed list of words, digits and punctuation marks, each one token; for text made from templates.
+
+    Raises:
+        ValueError: from `encode`, for a word that is not in the list.
+    """
+
+    PIECES = re.compile(r"[^\W\d_]+|\d|[^\w\s]")
+
+    def __init__(self, words: Sequence[str]) -> None:
+        self.words = list(words)
+        self.numbers = {word: number for number, word in enumerate(self.words)}
+        if len(self.numbers) != len(self.words):
+            raise ValueError("words must not hold a word twice")
+
+    @property
+    def vocab_size(self) -> int:
+        """One token a word."""
+        return len(self.words)
+
+    def encode(self, text: str) -> list[int]:
+        """Words, single digits and punctuation marks; spaces are dropped."""
+        try:
+            return [self.numbers[piece] for piece in self.PIECES.findall(text)]
+        except KeyError as error:
+            raise ValueError(f"{error.args[0]!r} is not among the {len(self.words)} words") from None
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The words, joined by spaces, with punctuation and digits close up."""
+        text = " ".join(self.words[token] for token in tokens)
+        text = re.sub(r" ([.,;:?!])", r"\1", text)
+        return re.sub(r"(?<=\d) (?=\d)", "", text)
+
+
+class HuggingFace:
+    """The tokenizer in a local folder, as `transformers` saves it (the `hf` extra).
+
+    Raises:
+        ValueError: if the folder holds no tokenizer, or `transformers` is not installed.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            from transformers import AutoTokenizer
+        except ImportError:
+            raise ValueError(
+                f"tokenizer={str(folder)!r} needs transformers: pip install 'lmsleep[hf]'"
+            ) from None
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except Exception as error:  # it raises whatever its many formats raise
+            raise ValueError(
+                f"tokenizer: {folder} holds no tokenizer that transformers can load: {error}"
+            ) from None
+
+    @property
+    def vocab_size(self) -> int:
+        """Added tokens included."""
+        return len(self.tokenizer)
+
+    def encode(self, text: str) -> list[int]:
+        """As the tokenizer does, without special tokens."""
+        tokens: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
+        return tokens
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """As the tokenizer does, special tokens included."""
+        return str(self.tokenizer.decode(list(tokens)))
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """`"bytes"`, or the folder of a Hugging Face tokenizer.
+
+    Raises:
+        ValueError: if there is no such folder, or no tokenizer in it.
+    """
+    if name == "bytes":
+        return Bytes()
+    if not Path(name).is_dir():
+        raise ValueError(f"tokenizer={name!r} is neither 'bytes' nor a folder with a tokenizer")
+    return HuggingFace(Path(name))
