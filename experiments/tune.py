@@ -30,7 +30,7 @@ def depo(steps: int) -> Grid:
     grid = []
     for passes in reversed(PASSES):
         length = equal_steps(settings.depo, passes, steps)
-        protocols = [(lr, steps // 2) for lr in (0.0075, 0.015, 0.03, 0.06)] + [(0.03, 0)]
+        protocols = [(0.0075, 350), (0.015, 350), (0.03, 350), (0.015, 0)]
         for lr, curriculum in protocols:
             config = settings.depo(passes, SEED, length, lr=lr, adam_lr=0.02, curriculum=curriculum)
             grid.append((f"depo-N{passes}-lr{lr}-curriculum{curriculum}", config))

@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import lmsleep
 from lmsleep import HybridLM, SleepConfig, sleep_forward
+from lmsleep.cli import main
 from lmsleep.files import write_atomic
 from lmsleep.tasks import Depo, Rule110, Text, stream
 from lmsleep.training import (
@@ -713,6 +715,34 @@ def test_an_invalid_training_option_is_named(change):
 def test_a_missing_device_is_named(tmp_path):
     with pytest.raises(ValueError, match="device='cuda'"):
         start(tmp_path / "run", run_config(device="cuda"))
+
+
+# TensorBoard
+
+
+def scalars(path: Path) -> dict[str, list[tuple[int, float]]]:
+    events = EventAccumulator(str(path)).Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def test_tensorboard_holds_the_metrics_once_also_after_a_resume(tmp_path):
+    config = run_config(tensorboard=True)
+    start(tmp_path / "run", config).fit(until=9)  # steps 9 and on are repeated from the checkpoint before
+    Trainer.resume(RunFolder(tmp_path / "run")).fit()
+    written = scalars(tmp_path / "run")
+    metrics = list(RunFolder(tmp_path / "run").metrics())
+    for key in ("loss", "grad_norm"):
+        expected = [(m["step"], m[key]) for m in metrics if key in m]
+        assert written[key] == [(step, pytest.approx(value)) for step, value in expected]
+    assert [s for s, _ in written["eval/accuracy"]] == [m["step"] for m in metrics if "eval" in m]
+
+
+def test_tensorboard_that_is_not_installed_is_named_before_anything_is_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(trainer, "installed", lambda: False)
+    with pytest.raises(SystemExit) as leaving:
+        main(["train", "depo", "--tensorboard", "--out", str(tmp_path / "run")])
+    assert leaving.value.code == 2 and "lmsleep[track]" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 # Many runs

@@ -22,7 +22,7 @@ from lmsleep.reproduce import command as reproduce_command
 from lmsleep.sleep import SleepConfig
 from lmsleep.tasks import TASKS, Text, stream
 from lmsleep.tasks.samples import records, show
-from lmsleep.training import BASELINES, RunConfig, RunFolder, TrainConfig, Trainer, baseline
+from lmsleep.training import BASELINES, RunConfig, RunFolder, TrainConfig, Trainer, baseline, check_machine
 
 FLAT = (tyro.conf.OmitArgPrefixes, tyro.conf.SuppressFixed)
 
@@ -117,6 +117,7 @@ def _new_run(task: str, argv: list[str]) -> tuple[RunFolder, Trainer]:
     name = f"N{config.sleep.passes}"
     if options.run.baseline is not None:
         name, config = options.run.baseline, baseline(options.run.baseline, config)
+    check_machine(config.train)
     out = options.run.out or Path("runs") / f"{task}-{name}-seed{config.train.seed}"
     folder = RunFolder.create(out, config)
     return folder, Trainer(folder, config)

@@ -24,12 +24,13 @@ DEPO = Depo(
 DEPO_MODEL = HybridConfig(
     d_model=64,
     num_heads=4,
+    head_dim=32,
     blocks=("attention", "gated_delta_net"),
     mlp_dim=0,
     forget=(0.001, 0.001),
 )
 DEPO_WINDOW = 8  # tokens: four edges, half of the graph
-DEPO_STEPS = 1300  # of N = 4; the others get as many for equal tokens, more for equal compute
+DEPO_STEPS = 1000  # of N = 4; the others get as many for equal tokens, more for equal compute
 DEPO_TUNED: dict[int, dict[str, Any]] = {
     1: {"lr": 0.0075, "adam_lr": 0.02, "curriculum": 350},
     2: {"lr": 0.015, "adam_lr": 0.02, "curriculum": 350},

@@ -1,7 +1,6 @@
 """The layer with fast weights: projections and gates around an update rule."""
 
 import math
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -9,8 +8,6 @@ from torch import Tensor, nn
 
 from lmsleep import ops
 from lmsleep.ops import Backend
-
-Rule = Literal["gated_delta_rule", "gated_linear_rule"]
 
 
 class FastWeights(nn.Module):
@@ -20,7 +17,7 @@ class FastWeights(nn.Module):
     queries of unit norm, a short convolution with SiLU on q, k and v, decay
     `alpha = exp(-A softplus(W_a x + dt))`, write strength `beta = sigmoid(W_b x)`, and a gated RMS norm
     on the output. With `"gated_linear_rule"` the same layer writes without the delta correction (the
-    paper's eq. 3).
+    paper's eq. 3); any other rule of `ops.RULES` takes its place likewise.
     """
 
     def __init__(
@@ -30,7 +27,7 @@ class FastWeights(nn.Module):
         key_dim: int,
         value_dim: int,
         *,
-        rule: Rule,
+        rule: str,
         conv_size: int,
         forget: tuple[float, float],
         negative_eigenvalues: bool,
@@ -38,7 +35,7 @@ class FastWeights(nn.Module):
         backend: Backend,
     ) -> None:
         super().__init__()
-        self.rule, self.backend = getattr(ops, rule), backend
+        self.rule, self.backend = rule, backend
         self.num_heads, self.key_dim, self.value_dim = num_heads, key_dim, value_dim
         self.beta_scale = 2.0 if negative_eigenvalues else 1.0
         self.forget = forget
@@ -104,6 +101,6 @@ class FastWeights(nn.Module):
         beta = self.beta_scale * self.b_proj(x).to(g.dtype).sigmoid()
         if valid is not None:
             g, beta = g * valid[..., None], beta * valid[..., None]
-        o, memory = self.rule(q, k, v, g, beta, initial_state=memory, backend=self.backend)
+        o, memory = ops.update(self.rule, q, k, v, g, beta, initial_state=memory, backend=self.backend)
         o = self.norm(o).flatten(2) * F.silu(self.g_proj(x))
         return self.o_proj(o), memory, cache

@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Literal, Self, get_args
+from typing import Any, Self, get_args
 
-from lmsleep.ops import Backend
+from lmsleep.ops import RULES, Backend
 
-BlockKind = Literal["attention", "gated_delta_net", "gated_linear"]
+BlockKind = str  # "attention", a key of RULE_OF, or the name of an update rule in ops.RULES
+RULE_OF = {"gated_delta_net": "gated_delta_rule", "gated_linear": "gated_linear_rule"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +23,7 @@ class HybridConfig:
     d_model: int = 256
     """Width of the residual stream."""
     blocks: tuple[BlockKind, ...] = ("attention", "gated_delta_net", "attention", "gated_delta_net")
-    """Kind of each block, first to last."""
+    """Kind of each block, first to last: attention, gated_delta_net, gated_linear or a registered rule."""
     tie_embeddings: bool = False
     """Use the embedding as output projection too."""
     norm_eps: float = 1e-6
@@ -58,8 +59,9 @@ class HybridConfig:
         if not self.blocks:
             raise ValueError("blocks must name at least one block")
         for kind in self.blocks:
-            if kind not in get_args(BlockKind):
-                raise ValueError(f"blocks: {kind!r} is unknown; choose from {', '.join(get_args(BlockKind))}")
+            if kind != "attention" and RULE_OF.get(kind, kind) not in RULES:
+                kinds = ", ".join(["attention", *RULE_OF, *RULES])
+                raise ValueError(f"blocks: {kind!r} is unknown; choose from {kinds}")
         for name in ("vocab_size", "d_model", "num_heads", "head_dim", "value_dim", "num_kv_heads"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lmsleep.files import write_atomic
 from lmsleep.layers import Attention, FastWeights, SwiGLU
-from lmsleep.models.config import HybridConfig
+from lmsleep.models.config import RULE_OF, HybridConfig
 from lmsleep.state import Cache, Memory, State
 
 
@@ -38,7 +38,7 @@ class Block(nn.Module):
                 c.num_heads,
                 c.key_dim,
                 c.value_dim or c.key_dim,
-                rule="gated_delta_rule" if kind == "gated_delta_net" else "gated_linear_rule",
+                rule=RULE_OF.get(kind, kind),
                 conv_size=c.conv_size,
                 forget=c.forget,
                 negative_eigenvalues=c.negative_eigenvalues,

@@ -1,6 +1,15 @@
 """Recurrences as pure functions: tensors and a state in, tensors and a state out."""
 
 from lmsleep.ops.conv import short_conv
-from lmsleep.ops.rules import RULES, Backend, gated_delta_rule, gated_linear_rule
+from lmsleep.ops.rules import RULES, Backend, Rule, gated_delta_rule, gated_linear_rule, register_rule, update
 
-__all__ = ["RULES", "Backend", "gated_delta_rule", "gated_linear_rule", "short_conv"]
+__all__ = [
+    "RULES",
+    "Backend",
+    "Rule",
+    "gated_delta_rule",
+    "gated_linear_rule",
+    "register_rule",
+    "short_conv",
+    "update",
+]

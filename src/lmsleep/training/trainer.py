@@ -4,7 +4,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from pickle import UnpicklingError
@@ -21,9 +21,10 @@ from lmsleep.models import HybridLM
 from lmsleep.sleep import SleepConfig
 from lmsleep.tasks import Batch
 from lmsleep.training.batches import Batches, draw
-from lmsleep.training.config import RunConfig
+from lmsleep.training.config import RunConfig, TrainConfig
 from lmsleep.training.optim import optimizers, schedule
 from lmsleep.training.runs import RunFolder
+from lmsleep.training.tracking import Events, installed
 
 LOG_EVERY = 10  # steps between lines of the metrics
 
@@ -41,6 +42,13 @@ def _count_flops(model: HybridLM, batch: Batch, sleep: SleepConfig) -> int:
         loss.backward()
     model.zero_grad()
     return counter.get_total_flops()
+
+
+def check_machine(train: TrainConfig) -> None:
+    """Raise ValueError if this machine lacks what a run asks for; to be called before anything is written."""
+    _device(train.device)
+    if train.tensorboard and not installed():
+        raise ValueError("tensorboard=True needs TensorBoard: pip install 'lmsleep[track]'")
 
 
 class Diverged(RuntimeError):
@@ -128,16 +136,23 @@ class Trainer:
             total=last, initial=self.step, desc=name, unit="step", disable=None,
             position=position, leave=position is None,
         )  # fmt: skip
-        with _signals() as caught, bar, closing(self.batches):
+        tracked = Events(self.folder.path, self.step) if train.tensorboard else nullcontext()
+        with _signals() as caught, bar, closing(self.batches), tracked as events:
+
+            def log(record: dict[str, Any]) -> None:
+                self.folder.log(record)
+                if events is not None:
+                    events.log(record)
+
             while self.step < last:
                 record = self._train_step()
                 bar.update()
                 bar.set_postfix(loss=f"{record['loss']:.3f}", refresh=False)
                 if self.step % LOG_EVERY == 0 or self.step == train.steps:
-                    self.folder.log(record)
+                    log(record)
                 if self.step % train.eval_every == 0 or self.step == train.steps:
                     score = self.evaluate(train.eval_batches)
-                    self.folder.log({**self._position(), "eval": score.to_dict()})
+                    log({**self._position(), "eval": score.to_dict()})
                 if self.step % train.save_every == 0 or self.step == train.steps or caught:
                     self.save()
                 if caught and self.step < last:
