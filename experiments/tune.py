@@ -26,7 +26,7 @@ Grid = list[tuple[str, RunConfig]]
 
 
 def depo(steps: int) -> Grid:
-    """Muon's rate with the curriculum over hops, then without it at the middle rate."""
+    """Muon's rate with the curriculum over hops, then the middle rate without it."""
     grid = []
     for passes in reversed(PASSES):
         length = equal_steps(settings.depo, passes, steps)
@@ -50,18 +50,20 @@ def depo_curriculum(steps: int) -> Grid:
 
 
 def rule110(steps: int) -> Grid:
-    """Muon's rate."""
+    """Muon's rate, then the middle one with a curriculum over t."""
     grid = []
     for passes in reversed(PASSES):
         length = equal_steps(settings.rule110, passes, steps)
-        for lr in (0.0025, 0.005, 0.01, 0.02):
-            grid.append((f"rule110-N{passes}-lr{lr}", settings.rule110(passes, SEED, length, lr=lr)))
+        for lr, curriculum in ((0.01, 0), (0.02, 0), (0.04, 0), (0.02, 200)):
+            config = settings.rule110(passes, SEED, length, lr=lr, curriculum=curriculum)
+            grid.append((f"rule110-N{passes}-lr{lr}-curriculum{curriculum}", config))
     return grid
 
 
 def variants(task: str, make: Callable[..., RunConfig], steps: int, level: int) -> Grid:
     """N = 4 with one thing changed at a time."""
     base = make(4, SEED, steps)
+    other_size = 16 if base.model.key_dim == 32 else 32
     changes: dict[str, dict[str, dict[str, Any]]] = {
         "as chosen": {},
         "normalize h between passes": {"sleep": {"normalize": True}},
@@ -70,9 +72,7 @@ def variants(task: str, make: Callable[..., RunConfig], steps: int, level: int) 
         "residual_init 0.3": {"model": {"residual_init": 0.3}},
         "forget 0.05": {"model": {"forget": (0.05, 0.05)}},
         "negative eigenvalues": {"model": {"negative_eigenvalues": True}},
-        "two heads of 32" if task == "depo" else "four heads of 16": {
-            "model": {"num_heads": 2 if task == "depo" else 4}
-        },
+        f"heads of {other_size}": {"model": {"head_dim": other_size}},
         "no curriculum" if base.train.curriculum else "curriculum": {
             "train": {"curriculum": 0 if base.train.curriculum else level}
         },
