@@ -2,6 +2,7 @@
 
     python experiments/tune.py depo --out runs/tune-depo            (prints a table, best first)
     python experiments/tune.py depo-curriculum --out runs/tune-depo-curriculum
+    python experiments/tune.py depo-heads --out runs/tune-depo-heads
     python experiments/tune.py rule110 --out runs/tune-rule110
     python experiments/tune.py depo-variants --out runs/variants    (what else was tried, N = 4)
     python experiments/tune.py rule110-variants --out runs/variants
@@ -49,6 +50,23 @@ def depo_curriculum(steps: int) -> Grid:
     return grid
 
 
+def depo_heads() -> Grid:
+    """Number and size of the heads, N = 4, at about equal compute and beyond."""
+    grid = []
+    for heads, size, steps in (
+        (4, 16, 1300),
+        (8, 8, 1300),
+        (6, 16, 1100),
+        (8, 16, 900),
+        (4, 32, 900),
+        (8, 16, 1300),
+    ):
+        config = settings.depo(4, 300, steps, lr=0.02)
+        model = replace(config.model, num_heads=heads, head_dim=size)
+        grid.append((f"depo-{heads}-heads-of-{size}-{steps}-steps", replace(config, model=model)))
+    return grid
+
+
 def rule110(steps: int) -> Grid:
     """Muon's rate, then the middle one with a curriculum over t."""
     grid = []
@@ -87,6 +105,7 @@ def variants(task: str, make: Callable[..., RunConfig], steps: int, level: int) 
 GRIDS: dict[str, Callable[[int | None], Grid]] = {
     "depo": lambda steps: depo(steps or settings.DEPO_STEPS),
     "depo-curriculum": lambda steps: depo_curriculum(steps or settings.DEPO_STEPS),
+    "depo-heads": lambda _: depo_heads(),
     "rule110": lambda steps: rule110(steps or settings.RULE110_STEPS),
     "depo-variants": lambda n: variants("depo", settings.depo, n or settings.DEPO_STEPS, 0),
     "rule110-variants": lambda n: variants("rule110", settings.rule110, n or settings.RULE110_STEPS, 300),
