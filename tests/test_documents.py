@@ -183,7 +183,7 @@ def test_documents_are_drawn_by_their_weight_and_come_with_others_of_their_lengt
         spread.append(np.ptp(lengths[chosen]))
         everything.append(lengths[chosen].mean())
     expected = counts.sum() * weights / weights.sum()
-    assert np.abs(counts / expected - 1).max() < 0.25  # three standard errors; 0.5 and more if weights did not count
+    assert np.abs(counts / expected - 1).max() < 0.25  # 3 standard errors; unweighted: 0.5
     assert np.mean(spread) < 3 * 100 / POOL < np.ptp(lengths)
     assert np.ptp(everything) > 50  # all lengths occur
 

@@ -1,4 +1,4 @@
-"""Documents into batches: one a row, so that none reads another, of similar length, so that padding is little."""
+"""Documents into batches: one a row, so that none reads another; alike in length, to pad little."""
 
 from collections.abc import Sequence
 
