@@ -10,6 +10,7 @@ from typing import Any, Literal
 import tyro
 from tyro.conf import Positional
 
+from lmsleep.adaptation import MOMENTS, Adaptation, Shifting, adaptation
 from lmsleep.cli.options import FLAT, listed, listed_tasks, task_field
 from lmsleep.cli.presets import PRESETS, preset
 from lmsleep.cost import cost
@@ -20,7 +21,7 @@ from lmsleep.plots import plot_runs
 from lmsleep.reproduce import RECIPES
 from lmsleep.reproduce import command as reproduce_command
 from lmsleep.sleep import SleepConfig
-from lmsleep.tasks import Text, find_task
+from lmsleep.tasks import Task, Text, find_task
 from lmsleep.training import BASELINES, RunConfig, RunFolder, TrainConfig, Trainer, baseline
 
 
@@ -116,7 +117,7 @@ class EvalOptions:
     after: int | None = None
     """Count as "after eviction" what is predicted from this position on; default: the window."""
     data: tuple[Path, ...] = ()
-    """Other files to evaluate a text run on (their last tenth)."""
+    """Other files or sets to evaluate a text run on (what is held out of them)."""
     json: bool = False
     """Print one JSON document instead of a table."""
 
@@ -131,51 +132,72 @@ def evaluate_run(argv: list[str]) -> None:
         if not isinstance(task, Text):
             raise ValueError(f"--data is for runs on text; {options.run} was trained on {config.task_name}")
         task = replace(task, data=options.data)
-    result = {}
-    for passes in options.passes or (config.sleep.passes,):
+    result: dict[int, Score] = {}
+    adapted: dict[int, Adaptation] = {}
+    batches, size = options.batches, config.train.batch_size
+    for n in options.passes or (config.sleep.passes,):
         backprop = config.sleep.backprop_passes
-        sleep = replace(config.sleep, passes=passes, backprop_passes=backprop and min(backprop, passes))
-        score = evaluate(
-            model,
-            task,
-            sleep,
-            batches=options.batches,
-            batch_size=config.train.batch_size,
-            after=options.after,
-        )
-        result[passes] = score
+        sleep = replace(config.sleep, passes=n, backprop_passes=backprop and min(backprop, n))
+        result[n] = evaluate(model, task, sleep, batches=batches, batch_size=size, after=options.after)
+        if isinstance(task, Shifting) and sleep.window is not None and task.segment % sleep.window == 0:
+            adapted[n] = adaptation(model, task, sleep, batches=batches, batch_size=size)
     if options.json:
-        document = {"run": str(folder.path), "passes": {str(n): s.to_dict() for n, s in result.items()}}
-        sys.stdout.write(json.dumps({**document, "floors": task.floors()}, indent=2) + "\n")
+        passes = {str(n): _eval_json(task, score, adapted.get(n)) for n, score in result.items()}
+        document = {"run": str(folder.path), "passes": passes, "floors": task.floors()}
+        sys.stdout.write(json.dumps(document, indent=2) + "\n")
     else:
-        sys.stdout.write(_eval_text(config, result))
+        sys.stdout.write(_eval_text(task, result, adapted))
 
 
-def _eval_text(config: RunConfig, result: dict[int, Score]) -> str:
+def _eval_json(task: Task, score: Score, adapted: Adaptation | None) -> dict[str, Any]:
+    document = score.to_dict()
+    if isinstance(task, Text) and not task.asks:
+        document["bits_per_byte"] = score.bits() / task.bytes_per_token
+    if adapted is not None:
+        document["adaptation"] = adapted.to_list()
+    return document
+
+
+def _eval_text(task: Task, result: dict[int, Score], adapted: dict[int, Adaptation]) -> str:
     lines = []
     for passes, score in result.items():
         line = f"N = {passes}:"
-        if config.task_name == "text":
-            line += f" {score.bits():.4f} bits per byte"
+        if isinstance(task, Text) and not task.asks:
+            line += f" {_bits(task, score.bits())}"
             if score.tokens["after_eviction"]:
                 line += f", {score.bits('after_eviction'):.4f} after eviction"
-                line += f" ({score.tokens['after_eviction']} bytes)"
+                line += f" ({score.tokens['after_eviction']} {task.unit}s)"
         else:
             for key, accuracy in score.per_difficulty.items():
                 low, high = wilson(score.correct[key], score.total[key])
-                line += f"  {config.task.difficulty_name}={key}: {accuracy:.3f} [{low:.3f}, {high:.3f}]"
+                line += f"  {task.difficulty_name}={key}: {accuracy:.3f} [{low:.3f}, {high:.3f}]"
         lines.append(line)
-    floors = ", ".join(f"{name} {value:.3f}" for name, value in config.task.floors().items())
+        if passes in adapted:
+            lines += _adaptation_lines(adapted[passes])
+    floors = ", ".join(f"{name} {value:.3f}" for name, value in task.floors().items())
     return "\n".join([*lines, f"floors of accuracy: {floors}", ""])
 
 
+def _adaptation_lines(adapted: Adaptation) -> list[str]:
+    head = f"  {'sleeps since the shift':<24}" + "".join(f"{moment:>8}" for moment in MOMENTS)
+    rows = [f"  {s:<24}" + "".join(f"{bits:>8.3f}" for bits in row) for s, row in enumerate(adapted.bits)]
+    return [f"{head}   (a window is read; bits per predicted token of the next)", *rows]
+
+
+def _bits(task: Text, bits: float) -> str:
+    if task.unit == "byte":
+        return f"{bits:.4f} bits per byte"
+    return f"{bits:.4f} bits per token (about {bits / task.bytes_per_token:.4f} per byte)"
+
+
 def _score_text(folder: RunFolder, config: RunConfig, report: dict[str, Any]) -> str:
-    score = report["eval"]
-    if config.task_name == "text":
-        figures = f"{score['bits']:.4f} bits per byte held out"
+    score, task = report["eval"], config.task
+    if isinstance(task, Text) and not task.asks:
+        figures = f"{_bits(task, score['bits'])} held out"
     else:
-        name = config.task.difficulty_name
-        figures = "  ".join(f"{name}={k}: {v:.3f}" for k, v in score["per_difficulty"].items())
+        figures = "  ".join(
+            f"{task.difficulty_name}={k}: {v:.3f}" for k, v in score["per_difficulty"].items()
+        )
     return (
         f"{figures}\n{report['tokens']} tokens, {report['flops']:.3g} FLOP, {report['seconds']:.0f} s\n"
         f"{folder.path} is complete; next: lmsleep eval {folder.path} --passes 1 2 4\n"

@@ -7,6 +7,7 @@ from typing import Any
 
 from lmsleep.tasks.base import Batch, Split, Task, hide_answers, stream
 from lmsleep.tasks.depo import Depo
+from lmsleep.tasks.drift import Drift
 from lmsleep.tasks.mqar import MQAR
 from lmsleep.tasks.own import own_name, own_task
 from lmsleep.tasks.rule110 import Rule110
@@ -20,6 +21,7 @@ TASKS: dict[str, type[Any]] = {
     "mqar": MQAR,
     "word-problem": WordProblem,
     "variables": Variables,
+    "drift": Drift,
     "text": Text,
 }
 
@@ -44,6 +46,7 @@ __all__ = [
     "TASKS",
     "Batch",
     "Depo",
+    "Drift",
     "Rule110",
     "Split",
     "Task",

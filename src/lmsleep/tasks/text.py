@@ -103,8 +103,8 @@ class Text:
 
     @property
     def difficulty_name(self) -> str:
-        """Text has no difficulty key: all tokens, or answers, count as one kind."""
-        return "all"
+        """Text has no difficulty key: all tokens, or whole answers, count as one kind, 0."""
+        return "answers" if self.asks else "all"
 
     @cached_property
     def bytes_per_token(self) -> float:
