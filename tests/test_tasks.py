@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmsleep.tasks import MQAR, TASKS, Batch, Depo, Rule110, Text, Variables, WordProblem, stream
+from lmsleep.tasks import MQAR, TASKS, Batch, Depo, Drift, Rule110, Text, Variables, WordProblem, stream
 from lmsleep.tasks.rule110 import SEP, automaton
 
 
@@ -42,6 +42,7 @@ def tasks(document):
         MQAR(),
         WordProblem(),
         Variables(),
+        Drift(),
         Text(data=(document,), length=40),
     ]
 
@@ -76,6 +77,7 @@ def test_every_task_is_listed():
         "mqar": MQAR,
         "word-problem": WordProblem,
         "variables": Variables,
+        "drift": Drift,
         "text": Text,
     } == TASKS
 

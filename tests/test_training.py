@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from lmsleep.training import (
     run_all,
     trainer,
 )
+from lmsleep.training.batches import Batches, draw
 
 TASK = Rule110(width=4, states=2, t=2)
 SMALL = {
@@ -273,6 +275,21 @@ def test_worker_processes_draw_the_same_batches(tmp_path, uninterrupted):
     run = Trainer.resume(RunFolder.open(tmp_path / "run"))
     run.fit()
     assert_same_run(run, uninterrupted)
+
+
+@pytest.mark.parametrize("name", ["book.txt", "rows.jsonl"])
+def test_documents_come_in_the_same_order_whoever_draws_them(tmp_path, name):
+    rows = [{"question": f"{i}? " * (1 + i % 5), "answer": str(i % 7)} for i in range(60)]
+    (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = run_config(Text(data=(tmp_path / name,), length=16), steps=6)
+    expected = [draw(config, step) for step in range(6)]
+    for workers, first in ((0, 0), (1, 0), (2, 3)):  # the last as after a resume
+        train = replace(config.train, data_workers=workers)
+        with closing(Batches(replace(config, train=train))) as batches:
+            for step in range(first, 6):
+                found = vars(batches[step])
+                for field, value in vars(expected[step]).items():
+                    assert found[field] is value is None or torch.equal(found[field], value), field
 
 
 KILLED = """

@@ -5,11 +5,12 @@ import sys
 from collections.abc import Callable, Sequence
 
 from lmsleep.cli import commands
+from lmsleep.cli.data import data
 from lmsleep.training import Diverged, Interrupted
 
 COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "train": (commands.train, "train a model that sleeps, on a task or on your own text"),
-    "data": (commands.data, "samples of a task, to read or as JSON lines"),
+    "data": (data, "samples of a task, to read, or as JSON lines or a datasets folder"),
     "eval": (commands.evaluate_run, "evaluate a run at one or several numbers of passes"),
     "plot": (commands.plot, "draw the curves of runs"),
     "info": (commands.info, "parameters, bytes, break-even length and FLOPs of a run or model"),

@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args, get_type_hints
 
 from lmsleep.models import HybridConfig
 from lmsleep.sleep import SleepConfig
-from lmsleep.tasks import TASKS, Task
+from lmsleep.tasks import Task, find_task, task_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,14 +87,16 @@ class RunConfig:
 
     @property
     def task_name(self) -> str:
-        """Name of the task in `TASKS`."""
-        return next(name for name, cls in TASKS.items() if type(self.task) is cls)
+        """The name by which `find_task` finds the task's class."""
+        return task_name(self.task)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled as plain data: what a task has read stays here, and workers find a user's class by name."""
+        return RunConfig.from_dict, (self.to_dict(),)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready form, read back by `from_dict`."""
-        task = asdict(self.task)
-        if "data" in task:
-            task["data"] = [str(Path(p).resolve()) for p in task["data"]]
+        """JSON-ready form, read back by `from_dict`; paths are absolute."""
+        task = {k: _plain(v) for k, v in asdict(self.task).items()}
         return {
             "task": {"name": self.task_name, **task},
             "model": self.model.to_dict(),
@@ -112,22 +114,36 @@ class RunConfig:
         try:
             task = dict(data["task"])
             name = task.pop("name")
-            if name not in TASKS:
-                raise ValueError(f"unknown task {name!r}; known: {', '.join(TASKS)}")
-            if "data" in task:
-                task["data"] = tuple(Path(p) for p in task["data"])
+            cls_of_task = find_task(name)
             return cls(
-                task=TASKS[name](**_tuples(TASKS[name], task)),
+                task=cls_of_task(**_options(cls_of_task, task)),
                 model=HybridConfig.from_dict(data["model"]),
-                sleep=SleepConfig(**_tuples(SleepConfig, data["sleep"])),
-                train=TrainConfig(**_tuples(TrainConfig, data["train"])),
+                sleep=SleepConfig(**_options(SleepConfig, data["sleep"])),
+                train=TrainConfig(**_options(TrainConfig, data["train"])),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a run configuration: {error}") from error
 
 
-def _tuples(cls: type, data: Mapping[str, Any]) -> dict[str, Any]:
-    """`data` with JSON's lists as tuples; unknown fields are named."""
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value.resolve())
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def _options(cls: type, data: Mapping[str, Any]) -> dict[str, Any]:
+    """`data` with JSON's lists as tuples and paths as paths; unknown fields are named."""
     if unknown := set(data) - {f.name for f in fields(cls)}:
         raise ValueError(f"unknown field {', '.join(sorted(unknown))} of {cls.__name__}")
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+    hints = get_type_hints(cls)
+    return {k: _restored(v, _mentions(hints[k], Path)) for k, v in data.items()}
+
+
+def _restored(value: Any, is_path: bool) -> Any:
+    if isinstance(value, list):
+        return tuple(_restored(v, is_path) for v in value)
+    return Path(value) if is_path and isinstance(value, str) else value
+
+
+def _mentions(hint: Any, cls: type) -> bool:
+    return hint is cls or any(_mentions(inner, cls) for inner in get_args(hint))
