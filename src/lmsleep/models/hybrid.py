@@ -16,7 +16,10 @@ from lmsleep.state import Cache, Memory, State
 
 
 class Block(nn.Module):
-    """Pre-norm residual block: a mixer that carries a state, then a SwiGLU (if it has any)."""
+    """Pre-norm residual block: a mixer that carries a state, then a SwiGLU (if it has any).
+
+    The block's fast weights belong to the mixer, or beside attention to the SwiGLU (`trained_mlp`).
+    """
 
     def __init__(self, config: HybridConfig, kind: str) -> None:
         super().__init__()
@@ -46,8 +49,15 @@ class Block(nn.Module):
                 backend=c.backend,
             )
         self.norm = nn.RMSNorm(c.d_model, eps=c.norm_eps)
-        self.mlp = SwiGLU(c.d_model, c.hidden_dim) if c.hidden_dim else None
+        trained = c.trained_mlp and kind == "attention"
+        self.mlp = SwiGLU(c.d_model, c.hidden_dim, trained=trained) if c.hidden_dim else None
         self.mlp_norm = nn.RMSNorm(c.d_model, eps=c.norm_eps) if c.hidden_dim else None
+
+    @property
+    def memory_shape(self) -> tuple[int, int, int] | None:
+        """`(H, K, V)` of the block's fast weights for one sequence, None if it has none."""
+        trained = self.mlp is not None and self.mlp.scale is not None
+        return self.mlp.memory_shape if self.mlp is not None and trained else self.mixer.memory_shape
 
     def forward(
         self,
@@ -61,7 +71,7 @@ class Block(nn.Module):
         mixed, memory, cache = self.mixer(self.norm(h), memory, cache, valid, span)
         h = h + mixed
         if self.mlp is not None and self.mlp_norm is not None:
-            h = h + self.mlp(self.mlp_norm(h))
+            h = h + self.mlp(self.mlp_norm(h), memory)
         return h, memory, cache
 
 
@@ -101,10 +111,10 @@ class HybridLM(nn.Module):
     def initial_state(self, batch_size: int) -> State:
         """`S = 0` and nothing in the working memory."""
         weight = self.embedding.weight
-        mixers = [cast(Block, block).mixer for block in self.blocks]
+        blocks = [cast(Block, block) for block in self.blocks]
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        memory = Memory.zeros([m.memory_shape for m in mixers], batch_size, dtype=dtype, device=weight.device)
-        return State(memory, Cache(tuple(m.empty_cache(batch_size) for m in mixers)))
+        memory = Memory.zeros([b.memory_shape for b in blocks], batch_size, dtype=dtype, device=weight.device)
+        return State(memory, Cache(tuple(b.mixer.empty_cache(batch_size) for b in blocks)))
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Tokens `[B, T]` (int64) -> hidden states `h` `[B, T, d]`."""

@@ -84,6 +84,11 @@ class RunConfig:
         if self.model.vocab_size != self.task.vocab_size:
             object.__setattr__(self, "model", replace(self.model, vocab_size=self.task.vocab_size))
         self.sleep.loop_range(len(self.model.blocks))
+        if self.sleep.inner_rate is not None and set(self.model.blocks) != {"attention"}:
+            raise ValueError(
+                "inner_rate trains S by gradients of gradients, which the recurrences of fast-weight blocks "
+                "do not have: use attention blocks, some with trained_mlp (see --baseline test-time-training)"
+            )
 
     @property
     def task_name(self) -> str:
