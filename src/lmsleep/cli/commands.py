@@ -118,8 +118,8 @@ def _new_run(task: str, argv: list[str]) -> tuple[RunFolder, Trainer]:
     if options.run.baseline is not None:
         name, config = options.run.baseline, baseline(options.run.baseline, config)
     out = options.run.out or Path("runs") / f"{task}-{name}-seed{config.train.seed}"
-    folder = RunFolder.create(out, config)
-    return folder, Trainer(folder, config)
+    trainer = Trainer(RunFolder(out), config)  # first, so that what cannot begin leaves no folder
+    return RunFolder.create(out, config), trainer
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 """`HybridLM`: a decoder-only language model of attention and fast-weight blocks."""
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Self, cast
 
@@ -13,6 +14,8 @@ from lmsleep.files import write_atomic
 from lmsleep.layers import Attention, FastWeights, SwiGLU
 from lmsleep.models.config import HybridConfig
 from lmsleep.state import Cache, Memory, State
+
+WRITERS = ("o_proj", "down_proj")  # linear maps into the residual stream
 
 
 class Block(nn.Module):
@@ -97,11 +100,42 @@ class HybridLM(nn.Module):
         """Linear weights ~ N(0, 1/fan-in); an untied embedding ~ N(0, 1), the scale blocks add at."""
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear) and not name.endswith(("a_proj", "b_proj")):
-                writes = name.endswith(("o_proj", "down_proj"))
+                writes = name.endswith(WRITERS)
                 std = module.in_features**-0.5 * (self.config.residual_init if writes else 1.0)
                 nn.init.normal_(module.weight, std=std)
         std = self.config.d_model**-0.5 if self.config.tie_embeddings else 1.0
         nn.init.normal_(self.embedding.weight, std=std)
+
+    @torch.no_grad()
+    def take_weights(self, source: "HybridLM", inserted: Collection[int] = ()) -> None:
+        """Copy the weights of `source`, whose blocks are those of this model without the `inserted` ones.
+
+        What inserted blocks write into the residual stream is set to zero, so that nothing changes at first.
+
+        Raises:
+            ValueError: if the other blocks do not fit.
+        """
+        kept = [i for i in range(self.num_blocks) if i not in inserted]
+        if len(kept) != source.num_blocks:
+            raise ValueError(
+                f"inserted: {self.num_blocks} blocks without {sorted(inserted)} are {len(kept)}, "
+                f"but the model to start from has {source.num_blocks}"
+            )
+        parts = [
+            (source.embedding, self.embedding),
+            (source.norm, self.norm),
+            (source.lm_head, self.lm_head),
+            *((source.blocks[j], self.blocks[i]) for j, i in enumerate(kept)),
+        ]
+        for old, new in parts:
+            try:
+                new.load_state_dict(old.state_dict())
+            except RuntimeError as error:
+                raise ValueError(f"the model to start from has other weights: {error}") from error
+        for i in inserted:
+            for name, module in self.blocks[i].named_modules():
+                if name.endswith(WRITERS):
+                    cast(nn.Linear, module).weight.zero_()
 
     @property
     def num_blocks(self) -> int:
