@@ -5,25 +5,31 @@ a GPU. `small` lies between, hours on two cores: the paper's learning rates on a
 nothing of it is tuned.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from lmsleep.demo import settings
 from lmsleep.models import BlockKind, HybridConfig
 from lmsleep.reproduce.recipe import Cell, Recipe, Scale
+from lmsleep.reproduce.results import TIMED_STEPS
 from lmsleep.sleep import SleepConfig
-from lmsleep.tasks import Depo, Rule110
-from lmsleep.training import BASELINES, RunConfig, TrainConfig, baseline
+from lmsleep.tasks import MQAR, Depo, Rule110
+from lmsleep.training import BASELINES, RunConfig, TrainConfig, baseline, equal_compute
 
 ALTERNATING: tuple[BlockKind, ...] = ("attention", "gated_delta_net", "attention", "gated_delta_net")
+Make = Callable[[Scale, int], RunConfig]  # the run with N passes at a scale
+SLEEPS = (1, 4, 10, 100, 1000)  # windows of filler, four of them in training
 RATES: dict[str, Any] = {"lr": 2e-3, "adam_lr": 5e-5, "eval_every": 1000, "save_every": 1000}
 
 
 def rule110(scale: Scale, passes: int, t: int | None = None) -> RunConfig:
     """Rule 110 read with N passes; `t` updates, by default those of the paper's figure 2b."""
     if scale == "demo":
-        return replace(settings.rule110(passes, 0), task=replace(settings.RULE110, t=t or settings.RULE110.t))
+        tuned = passes if passes in settings.RULE110_TUNED else 4  # N = 3 takes the rates of N = 4
+        run = settings.rule110(tuned, 0)
+        task = replace(settings.RULE110, t=t or settings.RULE110.t)
+        return replace(run, task=task, sleep=replace(run.sleep, passes=passes))
     small = scale == "small"
     return RunConfig(
         task=Rule110(t=t or (8 if small else 32)),
@@ -47,7 +53,69 @@ def depo(scale: Scale, passes: int) -> RunConfig:
     )
 
 
-def _by_passes(make: Any, passes: Sequence[int]) -> Any:
+def retention(scale: Scale, passes: int) -> RunConfig:
+    """Pairs that fill one window, then four windows of filler, then the questions."""
+    pairs = {"demo": 8, "small": 16, "paper": 64}[scale]
+    run = depo(scale, passes)
+    return replace(
+        run,
+        task=MQAR(pairs=pairs, keys=2 * pairs, values=2 * pairs, queries=8, filler=4 * 2 * pairs),
+        sleep=replace(run.sleep, window=2 * pairs),
+    )
+
+
+def _after_sleeps(run: RunConfig) -> dict[int, RunConfig]:
+    """A retention run, read after 1 ... 1000 windows of filler; the long ones on fewer contexts."""
+    task, readings = run.task, {}
+    assert isinstance(task, MQAR)
+    few = replace(run.train, batch_size=32, eval_batches=1)
+    for windows in SLEEPS:
+        filler = windows * 2 * task.pairs
+        other = replace(run, task=replace(task, filler=filler), train=few)
+        readings[windows] = run if filler == task.filler else other
+    return readings
+
+
+def _load_by_depth(scale: Scale) -> list[Cell]:
+    """Loads of facts in contexts of one length; what is asked for lies 1 ... K hops deep."""
+    loads, hops = {"demo": ((8, 12), 4), "small": ((8, 16, 24), 4), "paper": ((16, 32, 64), 8)}[scale]
+    cells = []
+    for n in (1, 4):
+        run = depo(scale, n)
+        for load in loads:
+            task = replace(
+                settings.DEPO, nodes=load, hops=hops, names=max(loads), pad_to=2 * max(loads), queries=8
+            )
+            sleep = replace(run.sleep, window=min(loads))
+            cell = replace(run, task=task, sleep=sleep)
+            cells.append(Cell(f"load {load}, N = {n}", cell, at=load, line=f"N = {n}"))
+    return cells
+
+
+def _speed(scale: Scale) -> list[Cell]:
+    """Training steps on one long context in windows of three sizes, activations recomputed."""
+    blocks = ALTERNATING
+    T, windows, batch, width = {
+        "demo": (768, (64, 128, 256), 4, 64),
+        "small": (3072, (256, 512, 1024), 4, 256),
+        "paper": (12_000, (1000, 2000, 4000), 4, 2048),
+    }[scale]
+    if scale == "paper":  # about 1.4 billion parameters
+        blocks = ("attention", "attention", "attention", "gated_delta_net") * 7
+    cells = []
+    for n in (1, 2, 4):
+        for window in windows:
+            run = RunConfig(
+                task=MQAR(pairs=16, queries=1, filler=T - 32),
+                model=HybridConfig(d_model=width, num_heads=max(4, width // 128), blocks=blocks),
+                sleep=SleepConfig(window=window, passes=n, checkpoint=True),
+                train=TrainConfig(batch_size=batch, steps=1 + TIMED_STEPS),
+            )
+            cells.append(Cell(f"L = {window}, N = {n}", run, at=window, line=f"N = {n}"))
+    return cells
+
+
+def _by_passes(make: Make, passes: Sequence[int]) -> Callable[[Scale], list[Cell]]:
     return lambda scale: [Cell(f"N = {n}", make(scale, n)) for n in passes]
 
 
@@ -56,15 +124,27 @@ def _by_steps(scale: Scale) -> list[Cell]:
     return [Cell(f"t = {t}", rule110(scale, 1, t)) for t in times]
 
 
-def _baselines(scale: Scale) -> list[Cell]:
-    asleep = depo(scale, 4)
-    return [Cell("N = 4", asleep), *(Cell(name, baseline(name, asleep)) for name in BASELINES)]
+def _compute_matched(make: Make) -> Callable[[Scale], list[Cell]]:
+    def cells(scale: Scale) -> list[Cell]:
+        asleep = make(scale, 4)
+        rivals = [name for name in BASELINES if name != "one-pass"]  # at equal compute: one-pass-longer
+        return [
+            Cell("N = 4", asleep),
+            *(Cell(name, equal_compute(baseline(name, asleep), asleep)) for name in rivals),
+        ]
+
+    return cells
 
 
 def _random_passes(scale: Scale) -> list[Cell]:
     run = depo(scale, 4)
     drawn = replace(run, train=replace(run.train, random_passes=True))
     return [*_by_passes(depo, (1, 2, 4))(scale), Cell("N drawn from 1 ... 4", drawn)]
+
+
+def _with_other_passes(run: RunConfig) -> dict[int, RunConfig]:
+    asleep = replace(run.sleep, backprop_passes=None)
+    return {n: replace(run, sleep=replace(asleep, passes=n)) for n in (1, 2, 3, 4, 6, 8)}
 
 
 def _update_rules(scale: Scale) -> list[Cell]:
@@ -98,7 +178,7 @@ RECIPES: dict[str, Recipe] = {
     "2b": Recipe(
         "Rule 110 with N passes",
         "Paper (t = 32): N = 1 about .10, N = 2 about .20, N = 3 and 4 above .30 exact.",
-        _by_passes(rule110, (1, 2, 4)),
+        _by_passes(rule110, (1, 2, 3, 4)),
         ("tokens", "flops", "final"),
     ),
     "3": Recipe(
@@ -107,18 +187,52 @@ RECIPES: dict[str, Recipe] = {
         _by_passes(depo, (1, 2, 4)),
         ("tokens", "difficulty"),
     ),
-    "baselines": Recipe(
-        "Depo: N = 4 beside what else the compute could buy",
-        "Not in the paper: equal compute, and what each half of the carry (h, S) is worth.",
-        _baselines,
+    "6": Recipe(
+        "Training throughput against window and passes",
+        "Paper (1.4B parameters, H200, T = 12,000): windows cost almost nothing once L fills the GPU; "
+        "throughput goes with 1/N.",
+        _speed,
+        ("axis",),
+        axis="window L (tokens)",
+        value="tokens_per_second",
+        caution="Whole training steps of a randomly initialised model, one process, activations recomputed; "
+        "figures of different machines are not comparable.",
+    ),
+    "compute-matched": Recipe(
+        "Rule 110: N = 4 beside what else the compute could buy",
+        "Not in the paper: every baseline gets the training FLOPs of N = 4.",
+        _compute_matched(rule110),
         ("flops", "final"),
+    ),
+    "compute-matched-depo": Recipe(
+        "Depo: N = 4 beside what else the compute could buy",
+        "Not in the paper: every baseline gets the training FLOPs of N = 4.",
+        _compute_matched(depo),
+        ("flops", "final"),
+    ),
+    "sleeps": Recipe(
+        "MQAR: accuracy against the number of sleeps since the fact was read",
+        "Not in the paper: how long does the memory last? Trained with 4 windows of filler between fact and "
+        "question, read with up to 1000.",
+        _by_passes(retention, (1, 2, 4)),
+        ("axis",),
+        axis="sleeps since the fact",
+        read=_after_sleeps,
+    ),
+    "grid": Recipe(
+        "Depo: recall load against hop depth",
+        "Not in the paper: is it storing many facts or chaining a few that needs passes?",
+        _load_by_depth,
+        ("grid",),
+        axis="facts stored",
     ),
     "passes": Recipe(
         "Depo: passes when trained against passes when read",
         "Not in the paper: can a model be read with another N than it was trained with?",
         _random_passes,
-        ("passes", "difficulty"),
-        read=(1, 2, 3, 4, 6, 8),
+        ("axis", "difficulty"),
+        axis="N when read",
+        read=_with_other_passes,
     ),
     "rule": Recipe(
         "Depo: the update rule of the fast weights",

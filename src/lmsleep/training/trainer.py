@@ -150,7 +150,7 @@ class Trainer:
         )  # fmt: skip
         with _signals() as caught, bar, closing(self.batches):
             while self.step < last:
-                record = self._train_step()
+                record = self.train_step()
                 bar.update()
                 bar.set_postfix(loss=f"{record['loss']:.3f}", refresh=False)
                 if self.step % LOG_EVERY == 0 or self.step == train.steps:
@@ -188,7 +188,8 @@ class Trainer:
         }
         return self.folder.save_checkpoint(self.step, self.model, state, name)
 
-    def _train_step(self) -> dict[str, Any]:
+    def train_step(self) -> dict[str, Any]:
+        """One optimizer step; the record of it that is logged."""
         train = self.config.train
         batch = self.batches[self.step].to(self.device)
         sleep = self._sleep()
