@@ -43,7 +43,7 @@ class Recipe:
         expects: what the paper reports, or the question where the paper has no such figure.
         cells: the runs at a scale; raises ValueError where a scale needs what is not at hand.
         panels: left to right: learning curves against "tokens" or "flops", the value by "difficulty", along
-            the "axis", or at the end ("final", a bar each); "grid": a heat map, axis by difficulty, for each N.
+            the "axis", or at the end ("final", a bar each); "grid": a heat map of axis by difficulty, per N.
         axis: what the axis counts.
         read: the ways a trained run is read, by their place on the axis; by default its own.
         value: what is measured: accuracy after training, or the speed of a few training steps.
