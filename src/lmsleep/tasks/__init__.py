@@ -7,6 +7,7 @@ from typing import Any
 
 from lmsleep.tasks.base import Batch, Split, Task, hide_answers, stream
 from lmsleep.tasks.depo import Depo
+from lmsleep.tasks.gsm_infinite import GSMInfinite
 from lmsleep.tasks.mqar import MQAR
 from lmsleep.tasks.rule110 import Rule110
 from lmsleep.tasks.text import Text
@@ -19,6 +20,7 @@ TASKS: dict[str, type[Any]] = {
     "mqar": MQAR,
     "word-problem": WordProblem,
     "variables": Variables,
+    "gsm-infinite": GSMInfinite,
     "text": Text,
 }
 
@@ -27,6 +29,7 @@ __all__ = [
     "TASKS",
     "Batch",
     "Depo",
+    "GSMInfinite",
     "Rule110",
     "Split",
     "Task",
