@@ -8,6 +8,7 @@ from typing import Any
 from lmsleep.tasks.base import Batch, Split, Task, hide_answers, stream
 from lmsleep.tasks.depo import Depo
 from lmsleep.tasks.gsm_infinite import GSMInfinite
+from lmsleep.tasks.gsm_symbolic import GSMSymbolic
 from lmsleep.tasks.mqar import MQAR
 from lmsleep.tasks.rule110 import Rule110
 from lmsleep.tasks.text import Text
@@ -21,6 +22,7 @@ TASKS: dict[str, type[Any]] = {
     "word-problem": WordProblem,
     "variables": Variables,
     "gsm-infinite": GSMInfinite,
+    "gsm-symbolic": GSMSymbolic,
     "text": Text,
 }
 
@@ -30,6 +32,7 @@ __all__ = [
     "Batch",
     "Depo",
     "GSMInfinite",
+    "GSMSymbolic",
     "Rule110",
     "Split",
     "Task",

@@ -194,7 +194,7 @@ def _distractors(
         wanted = 1
         while wanted < min(4, len(pool) + 1) and random.random() < 0.5:
             wanted += 1
-        operands[p] = _draw(random, pool, wanted)
+        operands[p] = _some(random, pool, wanted)
         known.append(p)
         if own:
             family.append(p)
@@ -208,9 +208,3 @@ def _some(random: Random, pool: list[Parameter], number: int) -> list[Operand]:
     if number > 0 and random.random() < 0.5:
         return [None, *random.sample(pool, number - 1)]
     return [*random.sample(pool, max(number, 0))]
-
-
-def _draw(random: Random, pool: list[Parameter], number: int) -> list[Operand]:
-    """So many of pool and constant."""
-    chosen = random.sample(range(-1, len(pool)), number)
-    return [None if i < 0 else pool[i] for i in chosen]

@@ -166,7 +166,7 @@ class GSMInfinite:
     def _draw(self, random: Random, ops: int, split: Split) -> tuple[Tokens, Tokens, Tokens]:
         """A context, its row, and the answer that the row ends with."""
         for _ in range(TRIES):
-            core = _draw_core(random, ops, split, self.subset, self.mode, self.modulus)
+            core = draw_problem(random, ops, split, self.subset, self.mode, self.modulus)
             spoken = language(random.choice(self.templates), self.tokenizer)
             question, statements, names = _tell(random, core, spoken, self.modulus)
             opening = spoken.instruction if self.instruction else []
@@ -202,7 +202,7 @@ class GSMInfinite:
         raise ValueError(f"length={self.length} is too long: the names of noise do not suffice for {wanted} tokens")
 
 
-def _draw_core(
+def draw_problem(
     random: Random, ops: int, split: Split | None, subset: str, mode: str, modulus: int | None
 ) -> Core:
     """A problem of the wanted operations whose hash belongs to the split (None: to either)."""
@@ -258,7 +258,7 @@ def _floors(subset: str, mode: str, ops: tuple[int, int], modulus: int | None) -
     random = Random(0)
     per_op = {
         op: Counter(
-            _draw_core(random, op, None, subset, mode, modulus).answer for _ in range(FLOOR_SAMPLES)
+            draw_problem(random, op, None, subset, mode, modulus).answer for _ in range(FLOOR_SAMPLES)
         )
         for op in range(ops[0], ops[1] + 1)
     }
