@@ -68,7 +68,9 @@ def table(recipe: Recipe, results: Sequence[Row], name: str, floors: dict[str, f
         figures = [_mean([r["accuracy"] for r in mine if r["difficulty"] == key]) for key in keys]
         lines.append([cell, str(passes), str(mine[0]["step"]), f"{mine[0]['flops'] / 1e12:.3g}", *figures])
     for floor, value in floors.items():
-        lines.append([floor, "", "", "", *[f"{value:.3f}"] * len(keys)])
+        if "=" not in floor:
+            own = [floors.get(f"{floor} {name}={key}", value) for key in keys]
+            lines.append([floor, "", "", "", *(f"{value:.3f}" for value in own)])
     body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     seeds = len({row["seed"] for row in results})
     return f"# {recipe.title}\n\n{recipe.expects}\n\nMean over {seeds} seeds [95 % interval].\n\n{body}\n"

@@ -9,7 +9,6 @@ from lmsleep.tasks.base import Batch, Split, single_answers
 EQUALS, MORE, LESS, STOP, ASK = range(5)
 STEP = np.array([0, 1, -1])  # of EQUALS, MORE, LESS
 LARGEST = 10  # value of a root
-FLOOR_CONTEXTS = 2000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,12 +65,16 @@ class GSMSymbolic:
         return "h"
 
     def floors(self) -> dict[str, float]:
-        """Repeating the only number of the context ("chance", also by h), and the best constant; measured."""
-        value, depth, *_ = self._trees(np.random.default_rng(0), FLOOR_CONTEXTS, self.ops)
-        hit = value == value[:, :1]
-        per_h = {f"chance h={h}": float(hit[depth == h].mean()) for h in np.unique(depth)}
-        constant = float(np.unique(value, return_counts=True)[1].max() / value.size)
-        return {"chance": float(hit.mean()), "constant": constant, **per_h}
+        """Repeating the only number of the context ("chance", also by h), and the best constant."""
+        shares = self._depths()
+        walk, value, same = np.ones(1), np.zeros(LARGEST + 2 * self.ops - 1), []
+        for h, share in enumerate(shares):  # walk: of the difference to the root after h steps
+            same.append(float(walk[h]))
+            reach = np.convolve(walk, np.full(LARGEST + 1, share / (LARGEST + 1)))
+            value += np.pad(reach, self.ops - 1 - h)
+            walk = np.convolve(walk, np.full(3, 1 / 3))
+        per_h = {f"chance h={h}": chance for h, chance in enumerate(same)}
+        return {"chance": float(shares @ same), "constant": float(value.max()), **per_h}
 
     def batch(self, rng: np.random.Generator, size: int, split: Split, level: float = 1.0) -> Batch:
         """Draw `size` contexts with their questions; `level` caps the variables at `ceil(level ops)`."""
@@ -113,6 +116,15 @@ class GSMSymbolic:
         if token <= ASK:
             return ("=", "= 1 +", "= -1 +", ";", "?")[token]
         return str(token - self.zero) if token < self.first_name else f"x{token - self.first_name}"
+
+    def _depths(self) -> np.ndarray:
+        """`[ops]`: the share of the variables that have h = 0, 1, ... equations above them."""
+        depth = np.zeros((self.ops, self.ops))
+        depth[0, 0] = 1
+        for node in range(1, self.ops):
+            depth[node, 1:] = depth[:node, :-1].mean(axis=0)
+        shares: np.ndarray = depth.mean(axis=0)
+        return shares
 
     def _trees(
         self, rng: np.random.Generator, size: int, nodes: int
