@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from itertools import chain
+from itertools import chain, groupby
 from random import Random
 from typing import Literal
 
@@ -20,6 +20,7 @@ from lmsleep.tasks.gsm_infinite.noise import noise
 from lmsleep.tasks.gsm_infinite.structure import Parameter
 from lmsleep.tasks.gsm_infinite.templates import TEMPLATES
 
+MARKERS = ("PAD", "ANSWER", "END")  # tokens after the tokenizer's own
 HELD_OUT = 8  # one core in 8 is kept for testing
 TRIES = 20_000  # draws of a problem with the wanted properties before we give up
 FLOOR_SAMPLES = 200  # problems per number of operations
@@ -87,13 +88,13 @@ class GSMInfinite:
 
     @property
     def pad(self) -> int:
-        """The first of three tokens after the tokenizer's own: PAD, ANSWER, END."""
+        """The first of the markers."""
         return tokenizer(self.tokenizer).vocab_size
 
     @property
     def vocab_size(self) -> int:
         """The tokenizer's tokens, PAD, ANSWER, END."""
-        return self.pad + 3
+        return self.pad + len(MARKERS)
 
     @property
     def difficulty_name(self) -> str:
@@ -118,12 +119,12 @@ class GSMInfinite:
         ops = rng.integers(fewest, max(fewest, int(np.ceil(level * most))) + 1, size)
         context = np.full((size, self.length[1]), self.pad)
         lengths = np.zeros(size, dtype=np.int64)
-        tokens = np.full((size, self._row_length), self.pad)
+        tokens, ends = np.full((size, self._row_length), self.pad), lengths.copy()
         answers = np.full(tokens.shape, -1)
         for i, wanted in enumerate(ops.tolist()):
             before, row, answer = self._draw(random, wanted, split)
             context[i, : len(before)], lengths[i] = before, len(before)
-            tokens[i, : len(row)] = row
+            tokens[i, : len(row)], ends[i] = row, len(row)
             answers[i, len(row) - len(answer) : len(row)] = i
         return Batch(
             tokens=torch.from_numpy(tokens),
@@ -133,6 +134,7 @@ class GSMInfinite:
             context=torch.from_numpy(context),
             context_row=torch.arange(size),
             context_lengths=torch.from_numpy(lengths),
+            lengths=torch.from_numpy(ends),
         )
 
     def solve(self, tokens: list[int]) -> list[list[int]]:
@@ -141,18 +143,11 @@ class GSMInfinite:
         return [self._answer(reader.answer(text))]
 
     def spell(self, tokens: list[int]) -> str:
-        """The text; markers by name, padding left out."""
-        parts, text = [], tokenizer(self.tokenizer)
-        run: Tokens = []
-        for token in [*tokens, self.pad]:
-            if token < self.pad:
-                run.append(token)
-                continue
-            if run:
-                parts.append(text.decode(run).strip())
-            run = []
-            if token > self.pad:
-                parts.append(("ANSWER", "END")[token - self.pad - 1])
+        """The text, with PAD, ANSWER and END by name."""
+        text, parts = tokenizer(self.tokenizer), []
+        for marker, run in groupby(tokens, key=lambda token: max(token - self.pad, -1)):
+            some = list(run)
+            parts += [text.decode(some).strip()] if marker < 0 else [MARKERS[marker]] * len(some)
         return " ".join(parts)
 
     @property
