@@ -26,7 +26,20 @@ def read_batch(
     """
     state = None
     if batch.context is not None and batch.context_row is not None:
-        after = sleep_forward(model, batch.context, None, sleep, evict_last=True, return_logits=False)
+        if batch.context_lengths is not None and (sleep.window is None or sleep.eviction != "hard"):
+            raise ValueError(
+                "contexts of unequal length need hard eviction (window=L, eviction='hard'): what sliding "
+                "eviction, or none, keeps of the shorter ones would be padding (gsm-infinite: or left_pad)"
+            )
+        after = sleep_forward(
+            model,
+            batch.context,
+            None,
+            sleep,
+            lengths=batch.context_lengths,
+            evict_last=True,
+            return_logits=False,
+        )
         state = after.state.rows(batch.context_row)
     return sleep_forward(
         model,
@@ -34,6 +47,7 @@ def read_batch(
         batch.loss_mask,
         sleep,
         state=state,
+        lengths=batch.lengths,
         read_last=False,
         return_logits=return_logits,
     )

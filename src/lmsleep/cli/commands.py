@@ -229,7 +229,7 @@ def evaluate_run(argv: list[str]) -> None:
 
 
 def _eval_text(config: RunConfig, result: dict[int, Score]) -> str:
-    lines = []
+    lines, floors = [], config.task.floors()
     for passes, score in result.items():
         line = f"N = {passes}:"
         if config.task_name == "text":
@@ -240,10 +240,21 @@ def _eval_text(config: RunConfig, result: dict[int, Score]) -> str:
         else:
             for key, accuracy in score.per_difficulty.items():
                 low, high = wilson(score.correct[key], score.total[key])
-                line += f"  {config.task.difficulty_name}={key}: {accuracy:.3f} [{low:.3f}, {high:.3f}]"
+                name = f"{config.task.difficulty_name}={key}"
+                line += f"  {name}: {accuracy:.3f} [{low:.3f}, {high:.3f}]{_floor(floors, name)}"
         lines.append(line)
-    floors = ", ".join(f"{name} {value:.3f}" for name, value in config.task.floors().items())
-    return "\n".join([*lines, f"floors of accuracy: {floors}", ""])
+    return "\n".join([*lines, f"floors of accuracy: {_floors_text(floors)}", ""])
+
+
+def _floor(floors: dict[str, float], key: str) -> str:
+    """The floors of one difficulty, to stand beside its accuracy."""
+    own = [f"{name.removesuffix(key)}{floor:.3f}" for name, floor in floors.items() if name.endswith(f" {key}")]
+    return f" ({', '.join(own)})" if own else ""
+
+
+def _floors_text(floors: dict[str, float]) -> str:
+    """The floors over all difficulties."""
+    return ", ".join(f"{name} {value:.3f}" for name, value in floors.items() if "=" not in name)
 
 
 def _score_text(folder: RunFolder, config: RunConfig, report: dict[str, Any]) -> str:
@@ -252,7 +263,10 @@ def _score_text(folder: RunFolder, config: RunConfig, report: dict[str, Any]) ->
         figures = f"{score['bits']:.4f} bits per byte held out"
     else:
         name = config.task.difficulty_name
-        figures = "  ".join(f"{name}={k}: {v:.3f}" for k, v in score["per_difficulty"].items())
+        floors = report["floors"]
+        figures = "  ".join(
+            f"{name}={k}: {v:.3f}{_floor(floors, f'{name}={k}')}" for k, v in score["per_difficulty"].items()
+        )
     return (
         f"{figures}\n{report['tokens']} tokens, {report['flops']:.3g} FLOP, {report['seconds']:.0f} s\n"
         f"{folder.path} is complete; next: lmsleep eval {folder.path} --passes 1 2 4\n"

@@ -7,17 +7,28 @@ nothing of it is tuned.
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from lmsleep.demo import settings
 from lmsleep.models import BlockKind, HybridConfig
 from lmsleep.reproduce.recipe import Cell, Recipe, Scale
 from lmsleep.reproduce.results import TIMED_STEPS
-from lmsleep.sleep import SleepConfig
-from lmsleep.tasks import MQAR, Depo, Rule110
+from lmsleep.sleep import Eviction, SleepConfig
+from lmsleep.tasks import MQAR, Depo, GSMInfinite, Rule110
 from lmsleep.training import BASELINES, RunConfig, TrainConfig, baseline, equal_compute
 
 ALTERNATING: tuple[BlockKind, ...] = ("attention", "gated_delta_net", "attention", "gated_delta_net")
+PRETRAINED = {
+    "4a": "the weights of Jet-Nemotron 2B",
+    "4b": "the weights of Ouro 1.4B with six memory blocks inserted",
+    "5": "the weights of Ouro 1.4B with six memory blocks inserted",
+}
+ON_THE_SPOT = (
+    "**No pretrained weights.** Every run starts from a model of four small blocks that was trained on the "
+    "spot, on the same task with nothing evicted. This shows that the recipe runs from end to end; it says "
+    "nothing about the paper's models."
+)
 Make = Callable[[Scale, int], RunConfig]  # the run with N passes at a scale
 SLEEPS = (1, 4, 10, 100, 1000)  # windows of filler, four of them in training
 RATES: dict[str, Any] = {"lr": 2e-3, "adam_lr": 5e-5, "eval_every": 1000, "save_every": 1000}
@@ -90,6 +101,55 @@ def _load_by_depth(scale: Scale) -> list[Cell]:
             cell = replace(run, task=task, sleep=sleep)
             cells.append(Cell(f"load {load}, N = {n}", cell, at=load, line=f"N = {n}"))
     return cells
+
+
+def _fine_tuned(figure: str) -> Callable[[Scale], list[Cell]]:
+    """GSM-Infinite with a model that knows it already, but never had to remember: figures 4a, 4b and 5."""
+
+    def cells(scale: Scale) -> list[Cell]:
+        if scale != "demo":
+            raise ValueError(
+                f"figure {figure} at scale={scale} needs {PRETRAINED[figure]}, which this version "
+                "cannot load; scale=demo trains a tiny model on the spot instead"
+            )
+        make = _looped_in_the_middle if figure == "4a" else _with_memory_blocks
+        return [make(n, "sliding" if figure == "5" else "hard") for n in (1, 2, 4)]
+
+    return cells
+
+
+def _gsm(blocks: tuple[BlockKind, ...], sleep: SleepConfig, **train: Any) -> RunConfig:
+    """A tiny run on GSM-Infinite; fast-weight blocks have no feed-forward layer, as in the paper."""
+    bare = {i: {"mlp_dim": 0} for i, kind in enumerate(blocks) if kind != "attention"}
+    return RunConfig(
+        task=GSMInfinite(subset="medium", mode="forward", ops=(2, 3), length=(0, 128), left_pad=True),
+        model=HybridConfig(d_model=64, num_heads=4, blocks=blocks, overrides=bare),
+        sleep=sleep,
+        train=TrainConfig(batch_size=16, lr=5e-3, adam_lr=5e-3, threads=1, **{"steps": 300, **train}),
+    )
+
+
+def _looped_in_the_middle(passes: int, eviction: Eviction) -> Cell:
+    start = Cell("start: hybrid, nothing evicted", _gsm(ALTERNATING, SleepConfig()))
+    sleep = SleepConfig(window=64, passes=passes, eviction=eviction, loop=(1, 3))
+    return Cell(f"N = {passes}", _gsm(ALTERNATING, sleep), start=start)
+
+
+def _with_memory_blocks(passes: int, eviction: Eviction) -> Cell:
+    """First the inserted blocks alone, under hard eviction if N > 1; then twice as long the whole model."""
+    plain: tuple[BlockKind, ...] = ("attention",) * 4
+    blocks: tuple[BlockKind, ...] = (*plain[:2], "gated_delta_net", *plain[:2], "gated_delta_net")
+    start = Cell("start: transformer, nothing evicted", _gsm(plain, SleepConfig()))
+    sleep = SleepConfig(window=64, passes=passes, eviction=eviction)
+    alone = _gsm(
+        blocks,
+        replace(sleep, eviction="hard") if passes > 1 else sleep,
+        start=Path(start.label),  # stands for the folder, which is known when it is trained
+        inserted=(2, 5),
+        only_inserted=True,
+    )
+    warm = Cell(f"inserted blocks alone, N = {passes}", alone, start=start)
+    return Cell(f"N = {passes}", _gsm(blocks, sleep, steps=600), start=warm)
 
 
 def _speed(scale: Scale) -> list[Cell]:
@@ -186,6 +246,27 @@ RECIPES: dict[str, Recipe] = {
         "Paper: N = 1 stalls at k >= 4, N = 2 at k >= 8; only N = 4 starts on k = 16.",
         _by_passes(depo, (1, 2, 4)),
         ("tokens", "difficulty"),
+    ),
+    "4a": Recipe(
+        "GSM-Infinite: a pretrained hybrid learns to sleep, its middle blocks looped",
+        "Paper (Jet-Nemotron 2B, L = 2000): from N = 1 to 6, op 6 .742 to .812, op 8 .351 to .388.",
+        _fine_tuned("4a"),
+        ("tokens", "difficulty"),
+        caution=ON_THE_SPOT,
+    ),
+    "4b": Recipe(
+        "GSM-Infinite: a pretrained looped transformer gets memory blocks",
+        "Paper (Ouro 1.4B, L = 2000): from N = 1 to 4, op 6 .419 to .615, op 8 .210 to .272.",
+        _fine_tuned("4b"),
+        ("tokens", "difficulty"),
+        caution=ON_THE_SPOT,
+    ),
+    "5": Recipe(
+        "GSM-Infinite: the same under sliding windows",
+        "Paper (Ouro 1.4B, L = 512): from N = 1 to 4, op 2 .596 to .905, op 6 .251 to .320.",
+        _fine_tuned("5"),
+        ("tokens", "difficulty"),
+        caution=ON_THE_SPOT,
     ),
     "6": Recipe(
         "Training throughput against window and passes",

@@ -13,6 +13,7 @@ from lmsleep.reproduce.recipe import Cell, Recipe
 from lmsleep.training import Job, RunConfig, RunFolder, Trainer
 
 Row = dict[str, Any]
+FLOORS = ("chance", "constant")
 TIMED_STEPS = 3  # after one to warm up
 
 
@@ -29,10 +30,12 @@ def collect(recipe: Recipe, jobs: Sequence[tuple[Cell, Job]]) -> tuple[list[Row]
         for at, reading in readings.items():
             score = report["eval"] if reading == config else _read(run, reading)
             where = {"at": at, "passes_read": reading.sleep.passes}
+            floors, name = reading.task.floors(), reading.task.difficulty_name
             for key, accuracy in score["per_difficulty"].items():
                 answers = score["answers"][key]
                 found = {"difficulty": int(key), "accuracy": accuracy, "answers": answers}
-                results.append({**who, **where, **found, **reading.task.floors(), **spent})
+                own = {floor: floors.get(f"{floor} {name}={key}", floors[floor]) for floor in FLOORS}
+                results.append({**who, **where, **found, **own, **spent})
         for point in run.metrics():
             if "eval" in point:
                 at_step = {key: point[key] for key in ("step", "tokens", "flops", "seconds")}
@@ -100,26 +103,27 @@ def table(recipe: Recipe, results: Sequence[Row], name: str) -> str:
         figures = [_mean(v) for v in values] or [_mean([r["tokens_per_second"] for r in mine], digits=0)]
         where = [str(at)] if axis else []
         lines.append([cell, *where, str(mine[0]["step"]), f"{mine[0]['flops'] / 1e12:.3g}", *figures])
-    for label, value in _floors(results):
-        lines.append([label, *["" for _ in axis], "", "", *[f"{value:.3f}"] * len(columns)])
+    for label, floors in _floors(results, keys):
+        lines.append([label, *["" for _ in axis], "", "", *(f"{value:.3f}" for value in floors)])
     body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     seeds = len({row["seed"] for row in results})
     said = "\n\n".join(text for text in (recipe.expects, recipe.caution) if text)
     return f"# {recipe.title}\n\n{said}\n\nMean over {seeds} seeds [95 % interval].\n\n{body}\n"
 
 
-def _floors(results: Sequence[Row]) -> list[tuple[str, float]]:
-    """Chance and best constant answer, for each cell where they differ between cells."""
-    if "chance" not in results[0]:
-        return []
-    found = {name: dict.fromkeys((r["cell"], r[name]) for r in results) for name in ("chance", "constant")}
+def _floors(results: Sequence[Row], keys: Sequence[int]) -> list[tuple[str, list[float]]]:
+    """Chance and best constant answer for each difficulty; for each cell where they differ between cells."""
     lines = []
-    for name, pairs in found.items():
-        values = dict.fromkeys(value for _, value in pairs)
-        if len(values) == 1:
-            lines.append((name, next(iter(values))))
+    for name in FLOORS:
+        per_cell: dict[str, dict[int, float]] = {}
+        for row in results:
+            if name in row:
+                per_cell.setdefault(row["cell"], {})[row["difficulty"]] = row[name]
+        found = [(cell, [own.get(key, float("nan")) for key in keys]) for cell, own in per_cell.items()]
+        if len({tuple(values) for _, values in found}) == 1:
+            lines.append((name, found[0][1]))
         else:
-            lines += [(f"{name}, {cell}", value) for cell, value in pairs]
+            lines += [(f"{name}, {cell}", values) for cell, values in found]
     return lines
 
 

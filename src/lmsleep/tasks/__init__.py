@@ -7,6 +7,8 @@ from typing import Any
 
 from lmsleep.tasks.base import Batch, Split, Task, hide_answers, stream
 from lmsleep.tasks.depo import Depo
+from lmsleep.tasks.gsm_infinite import GSMInfinite
+from lmsleep.tasks.gsm_symbolic import GSMSymbolic
 from lmsleep.tasks.mqar import MQAR
 from lmsleep.tasks.rule110 import Rule110
 from lmsleep.tasks.text import Text
@@ -19,6 +21,8 @@ TASKS: dict[str, type[Any]] = {
     "mqar": MQAR,
     "word-problem": WordProblem,
     "variables": Variables,
+    "gsm-infinite": GSMInfinite,
+    "gsm-symbolic": GSMSymbolic,
     "text": Text,
 }
 
@@ -27,6 +31,8 @@ __all__ = [
     "TASKS",
     "Batch",
     "Depo",
+    "GSMInfinite",
+    "GSMSymbolic",
     "Rule110",
     "Split",
     "Task",

@@ -237,7 +237,8 @@ class Trainer:
         """FLOPs of a forward and backward pass over a batch of this shape.
 
         Counted in a pass of its own: under the counter PyTorch picks other kernels, and a run must not
-        round differently in the step where it happens to count.
+        round differently in the step where it happens to count. Padding counts, and rows of other lengths
+        count like those of the first batch of their shape.
         """
         key = (batch.tokens.shape, None if batch.context is None else batch.context.shape, sleep.passes)
         if key not in self._flops_of:
