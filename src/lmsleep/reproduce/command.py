@@ -32,7 +32,7 @@ class ReproduceOptions:
     """
 
     figure: Positional[Literal[tuple(RECIPES)]]  # type: ignore[valid-type]
-    """2a, 2b, 3: figures of the paper; the others are comparisons it left out (lmsleep reproduce --help)."""
+    """2a to 6: figures of the paper; the others are comparisons it left out (lmsleep reproduce --help)."""
     scale: Scale = "demo"
     """demo: minutes on two cores; small: hours; paper: the paper's own setting, for a GPU."""
     seeds: int = 3
