@@ -93,6 +93,16 @@ def test_every_hop_is_asked_for_and_values_are_distinct():
     assert all(len(row.unique()) == 25 for row in names)
 
 
+def test_filler_follows_the_pairs_and_says_nothing():
+    task = MQAR(pairs=6, keys=9, values=5, queries=6, filler=10)
+    batch = draw(task)
+    assert batch.context.shape == (SIZE, 2 * 6 + 10) and batch.context[:, 12:].min() >= 9
+    assert len(batch.context[:, 12:].unique()) == 5
+    bare = draw(MQAR(pairs=6, keys=9, values=5, queries=6))
+    assert torch.equal(bare.context, batch.context[:, :12])  # the same pairs
+    assert task.vocab_size == 14
+
+
 @pytest.mark.parametrize(
     ("task", "highest"),
     [
@@ -124,6 +134,7 @@ def test_floors_by_simulation(task):
         (lambda: MQAR(pairs=0), r"^pairs must be at least 1, got 0"),
         (lambda: MQAR(pairs=65), r"^pairs=65 needs as many keys, got keys=64"),
         (lambda: MQAR(pairs=4), r"^queries=8 must not exceed pairs=4"),
+        (lambda: MQAR(filler=-1), r"^filler must not be negative, got -1"),
         (lambda: WordProblem(group="S4"), r"^group must be one of 'S5', "),
         (lambda: WordProblem(length=0), r"^length must be at least 1, got 0"),
         (lambda: WordProblem(queries=17), r"^queries must lie in 1 ... length=16, got 17"),

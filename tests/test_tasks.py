@@ -7,7 +7,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmsleep.tasks import MQAR, TASKS, Batch, Depo, Drift, Rule110, Text, Variables, WordProblem, stream
+from lmsleep.tasks import (
+    MQAR,
+    TASKS,
+    Batch,
+    Depo,
+    Drift,
+    GSMInfinite,
+    Rule110,
+    Text,
+    Variables,
+    WordProblem,
+    stream,
+)
 from lmsleep.tasks.rule110 import SEP, automaton
 
 
@@ -245,6 +257,7 @@ DEPO = {
     "small": Depo(nodes=4, names=4, hops=3, queries=3, name_lengths=(1, 1)),
     "long names": Depo(nodes=9, names=3, hops=5, queries=2, name_lengths=(2, 4)),
     "more questions than nodes": Depo(nodes=5, names=10, queries=8, hops=9),
+    "padded": Depo(nodes=6, names=8, hops=3, queries=3, name_lengths=(1, 1), pad_to=30),
     "fixed": Depo(nodes=20, node_distribution="fixed", test_hops="all"),
 }
 
@@ -384,7 +397,7 @@ def test_holding_out_needs_enough_cycles(nodes):
     [
         {"nodes": 2}, {"hops": 0}, {"queries": 0}, {"name_lengths": (0, 1)}, {"name_lengths": (3, 2)},
         {"name_lengths": (1, 9)}, {"names": 8}, {"queries": 76, "ask": "fork"},
-        {"node_distribution": "uniform"}, {"test_hops": "some"}, {"ask": "twice"},
+        {"node_distribution": "uniform"}, {"test_hops": "some"}, {"ask": "twice"}, {"pad_to": 299},
     ],
 )  # fmt: skip
 def test_invalid_depo_options_are_named(change):
@@ -472,3 +485,13 @@ def test_text_that_cannot_be_cut_is_refused(tmp_path, content, length, message):
 def test_text_needs_a_file():
     with pytest.raises(ValueError, match="data"):
         Text()
+
+
+def test_problems_padded_on_the_left_are_equally_long_and_answered_the_same():
+    options = {"subset": "medium", "mode": "forward", "ops": (2, 3), "length": (0, 128)}
+    right, left = (draw(GSMInfinite(**options, left_pad=side), 8) for side in (False, True))
+    assert left.context_lengths is None and right.context_lengths is not None
+    assert torch.equal(left.tokens, right.tokens) and torch.equal(left.answers, right.answers)
+    for row, length in enumerate(right.context_lengths.tolist()):
+        assert left.context[row, 128 - length :].tolist() == right.context[row, :length].tolist()
+        assert (left.context[row, : 128 - length] == GSMInfinite().pad).all()

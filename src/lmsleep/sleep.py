@@ -13,6 +13,7 @@ from typing import Literal, Protocol, TypedDict, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from lmsleep.state import Memory, State
@@ -81,6 +82,9 @@ class SleepConfig:
     """Sleep on windows that carry loss too. False: Algorithm 1's rule, they get one ordinary pass."""
     checkpoint: bool = False
     """Keep no activations of a window for the backward pass; recompute them."""
+    inner_rate: float | None = None
+    """Test-time training: each further pass is a step of gradient descent at this rate on the window's own
+    next-token loss, and S the trained weights (model option trained_mlp). None: the blocks write S."""
 
     def __post_init__(self) -> None:
         if self.window is not None and self.window < 1:
@@ -93,6 +97,8 @@ class SleepConfig:
             raise ValueError(f"reset must be None, 'S' or 'h', got {self.reset!r}")
         if self.reset == "h" and (self.normalize or self.reinject):
             raise ValueError("reset='h' leaves no h to normalize or reinject into; drop one of them")
+        if self.inner_rate is not None:
+            self._check_inner_rate(self.inner_rate)
         if self.eviction not in get_args(Eviction):
             raise ValueError(f"eviction must be 'hard' or 'sliding', got {self.eviction!r}")
         if self.loop is not None and not 0 <= self.loop[0] < self.loop[1]:
@@ -101,6 +107,14 @@ class SleepConfig:
             raise ValueError(
                 f"backprop_passes must lie in 1 ... passes={self.passes}, got {self.backprop_passes}"
             )
+
+    def _check_inner_rate(self, rate: float) -> None:
+        if not rate >= 0:
+            raise ValueError(f"inner_rate must not be negative, got {rate}")
+        defaults = {"loop": None, "backprop_passes": None, "reset": None, "wake_passes": 1,
+                    "normalize": False, "reinject": False, "checkpoint": False}  # fmt: skip
+        if changed := [name for name, value in defaults.items() if getattr(self, name) != value]:
+            raise ValueError(f"inner_rate trains S instead of looping blocks: leave out {', '.join(changed)}")
 
     def loop_range(self, num_blocks: int) -> tuple[int, int]:
         """First block of the loop and the one after its last, for a model of `num_blocks`."""
@@ -163,6 +177,8 @@ def read_window(
     A looped model (`wake_passes=W`) wakes in W passes. None of them begins with an `S` that another
     wrote, for that holds later tokens of the window, which prediction must not see.
     """
+    if sleep.inner_rate is not None and passes > 1:
+        return _train_on_window(model, tokens, state, sleep, passes=passes, valid=valid)
     first, last = sleep.loop_range(model.num_blocks)
     D, W, awake = model.num_blocks, sleep.wake_passes, None
     rows: _RowOptions = {"valid": valid, "span": sleep.span}
@@ -182,6 +198,51 @@ def read_window(
                 return awake, after
     _, state = model.run(h, state, last, D, **rows)
     return awake, state
+
+
+def _train_on_window(
+    model: Backbone, tokens: Tensor, state: State, sleep: SleepConfig, *, passes: int, valid: Tensor | None
+) -> tuple[Tensor, State]:
+    """`read_window` of test-time training: N - 1 gradient steps on `S`; the wake pass serves the first.
+
+    Each row descends on the mean next-token loss of its own tokens, so rows do not meet. Gradients with
+    respect to all else flow through the steps (Finn et al., arXiv 1703.03400), if they are wanted at all.
+    """
+    meta, rate = torch.is_grad_enabled(), sleep.inner_rate
+    targets = _targets(tokens, torch.ones_like(tokens, dtype=torch.bool), valid)
+    assert targets is not None and rate is not None
+    per_row = (targets >= 0).sum(dim=1, keepdim=True).clamp(min=1)
+    awake = None
+    # The fused attention kernels have no second derivative.
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        memory = state.memory if meta else state.memory.detach()
+        memory = memory.map(lambda S: S if S.requires_grad else _trainable(S))
+        for _ in range(1, passes):
+            before = State(memory, state.cache)
+            h, after = model.run(
+                model.embed(tokens), before, 0, model.num_blocks, valid=valid, span=sleep.span
+            )
+            logits = model.head(h)
+            awake = logits if awake is None else awake
+            nll = _nll(logits, targets, "none").view_as(targets)
+            memory = _descend((nll / per_row).sum(), memory, rate, meta)
+    assert awake is not None
+    learned = State(memory, after.cache)
+    return (awake, learned) if meta else (awake.detach(), learned.detach())
+
+
+def _trainable(S: Tensor) -> Tensor:
+    # A view, for PyTorch's FLOP counter cannot follow a gradient to a leaf.
+    return S.detach().requires_grad_().view_as(S)
+
+
+def _descend(loss: Tensor, memory: Memory, rate: float, create_graph: bool) -> Memory:
+    """One step of gradient descent."""
+    trained = [S for S in memory.layers if S is not None]
+    if not trained:
+        raise ValueError("inner_rate needs a model with something to train: set its option trained_mlp")
+    gradient = iter(torch.autograd.grad(loss, trained, create_graph=create_graph))
+    return memory.map(lambda S: S - rate * next(gradient))
 
 
 def sleep_forward(
@@ -320,9 +381,9 @@ def _targets(tokens: Tensor, loss_mask: Tensor | None, valid: Tensor | None) -> 
     return F.pad(tokens.masked_fill(~wanted, -100)[:, 1:], (0, 1), value=-100)
 
 
-def _nll(logits: Tensor, targets: Tensor) -> Tensor:
+def _nll(logits: Tensor, targets: Tensor, reduction: Literal["sum", "none"] = "sum") -> Tensor:
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction=reduction)
 
 
 def _check(tokens: Tensor, loss_mask: Tensor | None, lengths: Tensor | None, state: State | None) -> None:

@@ -22,7 +22,7 @@ from lmsleep.reproduce import RECIPES
 from lmsleep.reproduce import command as reproduce_command
 from lmsleep.sleep import SleepConfig
 from lmsleep.tasks import Task, Text, find_task
-from lmsleep.training import BASELINES, RunConfig, RunFolder, TrainConfig, Trainer, baseline, check_machine
+from lmsleep.training import BASELINES, RunConfig, RunFolder, TrainConfig, Trainer, baseline
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,10 +99,9 @@ def _new_run(task: str, argv: list[str]) -> tuple[RunFolder, Trainer]:
     name = f"N{config.sleep.passes}"
     if options.run.baseline is not None:
         name, config = options.run.baseline, baseline(options.run.baseline, config)
-    check_machine(config.train)
     out = options.run.out or Path("runs") / f"{task.rpartition(':')[2]}-{name}-seed{config.train.seed}"
-    folder = RunFolder.create(out, config)
-    return folder, Trainer(folder, config)
+    trainer = Trainer(RunFolder(out), config)  # first, so that what cannot begin leaves no folder
+    return RunFolder.create(out, config), trainer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +159,7 @@ def _eval_json(task: Task, score: Score, adapted: Adaptation | None) -> dict[str
 
 
 def _eval_text(task: Task, result: dict[int, Score], adapted: dict[int, Adaptation]) -> str:
-    lines = []
+    lines, floors = [], task.floors()
     for passes, score in result.items():
         line = f"N = {passes}:"
         if isinstance(task, Text) and not task.asks:
@@ -171,12 +170,25 @@ def _eval_text(task: Task, result: dict[int, Score], adapted: dict[int, Adaptati
         else:
             for key, accuracy in score.per_difficulty.items():
                 low, high = wilson(score.correct[key], score.total[key])
-                line += f"  {task.difficulty_name}={key}: {accuracy:.3f} [{low:.3f}, {high:.3f}]"
+                name = f"{task.difficulty_name}={key}"
+                line += f"  {name}: {accuracy:.3f} [{low:.3f}, {high:.3f}]{_floor(floors, name)}"
         lines.append(line)
         if passes in adapted:
             lines += _adaptation_lines(adapted[passes])
-    floors = ", ".join(f"{name} {value:.3f}" for name, value in task.floors().items())
-    return "\n".join([*lines, f"floors of accuracy: {floors}", ""])
+    return "\n".join([*lines, f"floors of accuracy: {_floors_text(floors)}", ""])
+
+
+def _floor(floors: dict[str, float], key: str) -> str:
+    """The floors of one difficulty, to stand beside its accuracy."""
+    own = [
+        f"{name.removesuffix(key)}{floor:.3f}" for name, floor in floors.items() if name.endswith(f" {key}")
+    ]
+    return f" ({', '.join(own)})" if own else ""
+
+
+def _floors_text(floors: dict[str, float]) -> str:
+    """The floors over all difficulties."""
+    return ", ".join(f"{name} {value:.3f}" for name, value in floors.items() if "=" not in name)
 
 
 def _adaptation_lines(adapted: Adaptation) -> list[str]:
@@ -196,8 +208,10 @@ def _score_text(folder: RunFolder, config: RunConfig, report: dict[str, Any]) ->
     if isinstance(task, Text) and not task.asks:
         figures = f"{_bits(task, score['bits'])} held out"
     else:
+        name = task.difficulty_name
+        floors = report["floors"]
         figures = "  ".join(
-            f"{task.difficulty_name}={k}: {v:.3f}" for k, v in score["per_difficulty"].items()
+            f"{name}={k}: {v:.3f}{_floor(floors, f'{name}={k}')}" for k, v in score["per_difficulty"].items()
         )
     return (
         f"{figures}\n{report['tokens']} tokens, {report['flops']:.3g} FLOP, {report['seconds']:.0f} s\n"

@@ -5,7 +5,7 @@ from typing import Any
 from lmsleep.demo import settings
 from lmsleep.models import BlockKind, HybridConfig
 from lmsleep.sleep import SleepConfig
-from lmsleep.tasks import MQAR, Depo, Drift, Rule110, Task, Variables, WordProblem
+from lmsleep.tasks import MQAR, Depo, Drift, GSMInfinite, GSMSymbolic, Rule110, Task, Variables, WordProblem
 from lmsleep.training import RunConfig, TrainConfig
 
 PAPER_TRAIN: dict[str, Any] = {
@@ -16,6 +16,10 @@ PAPER_TRAIN: dict[str, Any] = {
     "save_every": 1000,
 }
 ALTERNATING: tuple[BlockKind, ...] = ("attention", "gated_delta_net", "attention", "gated_delta_net")
+
+PAPER_BLOCKS = (
+    3 * ALTERNATING
+)  # stands for the pretrained models of figures 4 and 5; the middle half is looped
 
 
 def _sections(config: RunConfig) -> dict[str, Any]:
@@ -53,6 +57,16 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "word-problem": {"demo": _small(WordProblem(length=8, queries=4), window=4)},
     "variables": {"demo": _small(Variables(), window=16)},
     "drift": {"demo": _small(Drift(), window=8, passes=2, steps=400, batch_size=32, curriculum=0)},
+    "gsm-infinite": {
+        "demo": _small(GSMInfinite(subset="medium", mode="forward", ops=(2, 3), length=(0, 128)), window=64),
+        "paper": {
+            "task": GSMInfinite(),
+            "model": HybridConfig(d_model=512, num_heads=8, blocks=PAPER_BLOCKS),
+            "sleep": SleepConfig(window=2000, passes=4, loop=(3, 9)),
+            "train": TrainConfig(batch_size=256, steps=10_000, **{**PAPER_TRAIN, "lr": 1e-3}),
+        },
+    },
+    "gsm-symbolic": {"demo": _small(GSMSymbolic(), window=32)},
     "text": {
         "demo": {
             "model": HybridConfig(d_model=128, blocks=ALTERNATING[:2], forget=(0.001, 0.05)),

@@ -40,6 +40,8 @@ class HybridConfig:
     """Key-value heads of attention (grouped queries); default num_heads."""
     mlp_dim: int | None = None
     """Hidden size of the SwiGLU after the mixer; default 8/3 d_model rounded up to 8, 0 for none."""
+    trained_mlp: bool = False
+    """Attention blocks: each sequence trains the SwiGLU for itself, by SleepConfig.inner_rate."""
     conv_size: int = 4
     """Taps of the short convolution in fast-weight blocks; 0 for none."""
     rope_theta: float | None = 10_000.0
@@ -86,6 +88,8 @@ class HybridConfig:
             raise ValueError(
                 f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}"
             )
+        if self.trained_mlp and not self.hidden_dim:
+            raise ValueError("trained_mlp needs a feed-forward layer, got mlp_dim=0")
         if "attention" in self.blocks and self.rope_theta is not None and self.key_dim % 2:
             raise ValueError(
                 f"head_dim={self.key_dim} must be even for rotary positions (or rope_theta None)"

@@ -8,6 +8,8 @@ from typing import Any
 from lmsleep.tasks.base import Batch, Split, Task, hide_answers, stream
 from lmsleep.tasks.depo import Depo
 from lmsleep.tasks.drift import Drift
+from lmsleep.tasks.gsm_infinite import GSMInfinite
+from lmsleep.tasks.gsm_symbolic import GSMSymbolic
 from lmsleep.tasks.mqar import MQAR
 from lmsleep.tasks.own import own_name, own_task
 from lmsleep.tasks.rule110 import Rule110
@@ -22,6 +24,8 @@ TASKS: dict[str, type[Any]] = {
     "word-problem": WordProblem,
     "variables": Variables,
     "drift": Drift,
+    "gsm-infinite": GSMInfinite,
+    "gsm-symbolic": GSMSymbolic,
     "text": Text,
 }
 
@@ -47,6 +51,8 @@ __all__ = [
     "Batch",
     "Depo",
     "Drift",
+    "GSMInfinite",
+    "GSMSymbolic",
     "Rule110",
     "Split",
     "Task",

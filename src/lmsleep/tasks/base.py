@@ -81,7 +81,11 @@ class Task(Protocol):
         ...
 
     def floors(self) -> dict[str, float]:
-        """Accuracy of guessing ("chance") and of the best constant answer ("constant")."""
+        """Accuracy of guessing ("chance") and of the best constant answer ("constant").
+
+        A floor that depends on the difficulty is also given by itself, as "constant op=3" (with the
+        `difficulty_name` and the key).
+        """
         ...
 
     def solve(self, tokens: list[int]) -> list[list[int]]:

@@ -3,8 +3,8 @@
 from lmsleep.training.baselines import BASELINES, baseline, equal_compute
 from lmsleep.training.config import RunConfig, TrainConfig
 from lmsleep.training.jobs import Job, run_all
-from lmsleep.training.runs import RunFolder
-from lmsleep.training.trainer import Diverged, Interrupted, Trainer, check_machine, flops_per_step
+from lmsleep.training.runs import RunFolder, provenance
+from lmsleep.training.trainer import Diverged, Interrupted, Trainer, flops_per_step
 
 __all__ = [
     "BASELINES",
@@ -16,8 +16,8 @@ __all__ = [
     "TrainConfig",
     "Trainer",
     "baseline",
-    "check_machine",
     "equal_compute",
     "flops_per_step",
+    "provenance",
     "run_all",
 ]

@@ -20,6 +20,12 @@ class TrainConfig:
     """Sequences (graphs, for depo with ask="fork") per step."""
     seed: int = 0
     """Seed of the weights and of the data order; the data do not depend on anything else."""
+    start: Path | None = None
+    """Run or model to take the first weights from; default: random ones, by the seed."""
+    inserted: tuple[int, ...] = ()
+    """Blocks that the start does not have; they begin by writing nothing into the residual stream."""
+    only_inserted: bool = False
+    """Train the inserted blocks alone."""
     lr: float = 0.02
     """Learning rate of Muon (the matrices inside the blocks). The paper: 2e-3."""
     adam_lr: float = 0.01
@@ -67,6 +73,10 @@ class TrainConfig:
         for name in ("weight_decay", "warmup", "curriculum", "seed", "data_workers"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.inserted and self.start is None:
+            raise ValueError("inserted: blocks are inserted into a model; name it with start")
+        if self.only_inserted and not self.inserted:
+            raise ValueError("only_inserted leaves nothing to train: name the blocks with inserted")
         if not 0 <= self.decay <= 1:
             raise ValueError(f"decay must lie in 0 ... 1, got {self.decay}")
 
@@ -84,6 +94,13 @@ class RunConfig:
         if self.model.vocab_size != self.task.vocab_size:
             object.__setattr__(self, "model", replace(self.model, vocab_size=self.task.vocab_size))
         self.sleep.loop_range(len(self.model.blocks))
+        if unknown := set(self.train.inserted) - set(range(len(self.model.blocks))):
+            raise ValueError(f"inserted: no block {min(unknown)} among {len(self.model.blocks)} blocks")
+        if self.sleep.inner_rate is not None and set(self.model.blocks) != {"attention"}:
+            raise ValueError(
+                "inner_rate trains S by gradients of gradients, which the recurrences of fast-weight blocks "
+                "do not have: use attention blocks, some with trained_mlp (see --baseline test-time-training)"
+            )
 
     @property
     def task_name(self) -> str:
@@ -101,7 +118,7 @@ class RunConfig:
             "task": {"name": self.task_name, **task},
             "model": self.model.to_dict(),
             "sleep": asdict(self.sleep),
-            "train": asdict(self.train),
+            "train": {k: _plain(v) for k, v in asdict(self.train).items()},
         }
 
     @classmethod

@@ -21,7 +21,7 @@ from lmsleep.models import HybridLM
 from lmsleep.sleep import SleepConfig
 from lmsleep.tasks import Batch
 from lmsleep.training.batches import Batches, draw
-from lmsleep.training.config import RunConfig, TrainConfig
+from lmsleep.training.config import RunConfig
 from lmsleep.training.optim import optimizers, schedule
 from lmsleep.training.runs import RunFolder
 from lmsleep.training.tracking import Events, installed
@@ -35,6 +35,22 @@ def flops_per_step(config: RunConfig) -> int:
     return _count_flops(HybridLM(config.model), draw(whole, 0), config.sleep)
 
 
+def first_model(config: RunConfig) -> HybridLM:
+    """What a run begins with: random weights, or those of another run or model.
+
+    Raises:
+        FileNotFoundError: if there is no model at `config.train.start`.
+        ValueError: if it does not fit.
+    """
+    model, train = HybridLM(config.model), config.train
+    if train.start is not None:
+        folder = RunFolder(train.start)
+        is_run = (folder.path / "config.json").is_file() and folder.config_is_run()
+        source = folder.model() if is_run else HybridLM.from_pretrained(train.start)
+        model.take_weights(source, train.inserted)
+    return model
+
+
 def _count_flops(model: HybridLM, batch: Batch, sleep: SleepConfig) -> int:
     with FlopCounterMode(display=False) as counter:
         loss = read_batch(model, batch, sleep).loss
@@ -42,13 +58,6 @@ def _count_flops(model: HybridLM, batch: Batch, sleep: SleepConfig) -> int:
         loss.backward()
     model.zero_grad()
     return counter.get_total_flops()
-
-
-def check_machine(train: TrainConfig) -> None:
-    """Raise ValueError if this machine lacks what a run asks for; to be called before anything is written."""
-    _device(train.device)
-    if train.tensorboard and not installed():
-        raise ValueError("tensorboard=True needs TensorBoard: pip install 'lmsleep[track]'")
 
 
 class Diverged(RuntimeError):
@@ -66,14 +75,20 @@ class Interrupted(RuntimeError):
 class Trainer:
     """Trains one run in its folder. The state after step `i` is a function of the configuration alone."""
 
-    def __init__(self, folder: RunFolder, config: RunConfig) -> None:
+    def __init__(self, folder: RunFolder, config: RunConfig, model: HybridLM | None = None) -> None:
+        """Train `model`, by default what the run begins with (raises ValueError or OSError if it cannot)."""
         self.folder, self.config = folder, config
         train = config.train
         self.device = torch.device(_device(train.device))
+        if train.tensorboard and not installed():
+            raise ValueError("tensorboard=True needs TensorBoard: pip install 'lmsleep[track]'")
         if train.threads:
             torch.set_num_threads(train.threads)
         torch.manual_seed(train.seed)
-        self.model = HybridLM(config.model).to(self.device)
+        self.model = (model or first_model(config)).to(self.device)
+        if train.only_inserted:
+            for i, block in enumerate(self.model.requires_grad_(False).blocks):
+                block.requires_grad_(i in train.inserted)
         self.optimizers = optimizers(self.model, train)
         self.step, self.tokens, self.flops, self.seconds = 0, 0, 0, 0.0
         self.autocast = train.precision == "bfloat16" or (
@@ -92,13 +107,14 @@ class Trainer:
             FileNotFoundError: if there is no checkpoint.
             ValueError: if it is damaged or belongs to another configuration.
         """
-        trainer = cls(folder, config or folder.config())
+        config = config or folder.config()
         path = checkpoint or folder.latest()
-        model = HybridLM.from_pretrained(path, trainer.device)
-        if model.config != trainer.config.model:
+        model = HybridLM.from_pretrained(path)
+        if model.config != config.model:
             raise ValueError(
                 f"{path} holds a model of another configuration than {folder.path / 'config.json'}"
             )
+        trainer = cls(folder, config, model)
         try:
             saved = torch.load(path / "trainer.pt", map_location=trainer.device, weights_only=True)
             for optimizer, state in zip(trainer.optimizers, saved["optimizers"], strict=True):
@@ -116,7 +132,6 @@ class Trainer:
             UnpicklingError,
         ) as error:
             raise ValueError(f"{path / 'trainer.pt'} is damaged or foreign: {error}") from error
-        trainer.model.load_state_dict(model.state_dict())
         folder.rewind(trainer.step)
         return trainer
 
@@ -145,7 +160,7 @@ class Trainer:
                     events.log(record)
 
             while self.step < last:
-                record = self._train_step()
+                record = self.train_step()
                 bar.update()
                 bar.set_postfix(loss=f"{record['loss']:.3f}", refresh=False)
                 if self.step % LOG_EVERY == 0 or self.step == train.steps:
@@ -183,7 +198,8 @@ class Trainer:
         }
         return self.folder.save_checkpoint(self.step, self.model, state, name)
 
-    def _train_step(self) -> dict[str, Any]:
+    def train_step(self) -> dict[str, Any]:
+        """One optimizer step; the record of it that is logged."""
         train = self.config.train
         batch = self.batches[self.step].to(self.device)
         sleep = self._sleep()
