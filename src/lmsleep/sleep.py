@@ -248,7 +248,8 @@ def sleep_forward(
         if return_logits and logits is not None:
             kept_logits.append(logits)
         if sleep.window is not None and (b < T or evict_last):
-            state = State(state.memory, _evicted(state.cache, ends if not evict_last else None, b, sleep.kept))
+            going_on = None if evict_last else ends > b
+            state = State(state.memory, _evicted(state.cache, going_on, sleep.kept))
         sleeps += asleep
 
     return SleepOutput(
@@ -277,12 +278,12 @@ def _asleep(ends: Tensor, a: int, b: int, loss_rows: Tensor, sleep: SleepConfig,
     return asleep if sleep.sleep_on_loss else asleep & ~loss_rows
 
 
-def _evicted(cache: Cache, ends: Tensor | None, b: int, kept: int) -> Cache:
-    """What is left of the window that ends at b (only S crosses it); rows that end there keep theirs."""
-    if ends is None or bool((ends > b).all()):
+def _evicted(cache: Cache, going_on: Tensor | None, kept: int) -> Cache:
+    """What is left of a window (only S crosses it); rows that do not go on (None: all do) keep theirs."""
+    if going_on is None or bool(going_on.all()):
         return cache.last(kept)
-    counts = cache.counts(len(ends))
-    return cache.keep(torch.where(ends.to(counts.device) > b, counts.clamp(max=kept), counts))
+    counts = cache.counts(len(going_on))
+    return cache.keep(torch.where(going_on.to(counts.device), counts.clamp(max=kept), counts))
 
 
 def _read_rows(
@@ -317,7 +318,7 @@ def _read_rows(
 
 
 def _counted(state: State, began: Cache, tokens: Tensor, valid: Tensor | None) -> State:
-    """The state after a window, with the positions filled in each row; its working memory began as `began`."""
+    """The state after a window whose working memory began as `began`, with what is filled in each row."""
     if valid is None and began.filled is None:
         return state
     B, T = tokens.shape

@@ -4,7 +4,7 @@ Pure data. Nothing here computes a model; every value is immutable and every ope
 new one, so that a window can be checkpointed, forked or replayed without copies by hand.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Self
 
@@ -12,76 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Rows = Tensor | Sequence[int] | slice
+from lmsleep.memory import Memory, Rows
 
-
-@dataclass(frozen=True, eq=False)
-class Memory:
-    """The fast weights `S`: all that crosses a window under hard eviction.
-
-    Attributes:
-        layers: one entry per block: a tensor `[B, H, K, V]` (heads, key size, value size), float32
-            or float64, for a block with fast weights, `None` for a block without (attention).
-    """
-
-    layers: tuple[Tensor | None, ...]
-
-    @classmethod
-    def zeros(
-        cls,
-        shapes: Iterable[tuple[int, int, int] | None],
-        batch_size: int,
-        *,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-    ) -> Self:
-        """`S = 0`, as every sequence begins (Algorithm 1). `shapes`: `(H, K, V)` or None a block."""
-        return cls(
-            tuple(
-                None if s is None else torch.zeros(batch_size, *s, dtype=dtype, device=device) for s in shapes
-            )
-        )
-
-    def map(self, fn: Callable[[Tensor], Tensor]) -> Self:
-        """A memory with `fn` applied to the fast weights of every block."""
-        return type(self)(tuple(None if s is None else fn(s) for s in self.layers))
-
-    def detach(self) -> Self:
-        """The same values, cut from the autograd graph."""
-        return self.map(Tensor.detach)
-
-    def clone(self) -> Self:
-        """An independent copy (a snapshot)."""
-        return self.map(Tensor.clone)
-
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
-        """The same memory on another device or in another dtype."""
-        return self.map(lambda s: s.to(device=device, dtype=dtype))
-
-    def __getitem__(self, rows: Rows) -> Self:
-        """Rows of the batch: a slice, a list or index tensor (repeats fork a row), or a bool mask."""
-        return self.map(lambda s: s[rows])
-
-    @property
-    def batch_size(self) -> int:
-        """Rows in the batch (0 if no block has fast weights)."""
-        return next((s.shape[0] for s in self.layers if s is not None), 0)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all fast weights, all rows."""
-        return sum(s.nbytes for s in self.layers if s is not None)
-
-    def norms(self) -> Tensor:
-        """Frobenius norm of `S` per row, block with fast weights, and head: `[B, blocks, H]`.
-
-        Raises:
-            ValueError: if the blocks differ in their number of heads.
-        """
-        norms = [torch.linalg.matrix_norm(s) for s in self.layers if s is not None]
-        if len({n.shape for n in norms}) != 1:
-            raise ValueError("norms() needs at least one block, all with the same number of heads")
-        return torch.stack(norms, dim=1)
+__all__ = ["Cache", "Memory", "State"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,8 +25,8 @@ class Cache:
         layers: one tuple of tensors per block, each `[B, t, ...]` with time as dimension 1: the
             (unrotated) keys and values of an attention block, the last inputs of a short
             convolution; an empty tuple where a block needs neither.
-        filled: `[B]` int64, how many of the newest positions of each row are tokens; what is older is padding,
-            zeros. None: all are tokens.
+        filled: `[B]` int64, how many of the newest positions of each row are tokens; what is older is
+            padding, zeros. None: all are tokens.
     """
 
     layers: tuple[tuple[Tensor, ...], ...]

@@ -82,7 +82,7 @@ class Attention(nn.Module):
 
 
 def _mask(T: int, past: int, span: int | None, filled: Tensor | None, device: torch.device) -> Tensor:
-    """`[T, past + T]`, or `[B, 1, T, past + T]`: query i sees key j if `i - span < j <= i` and j is filled."""
+    """`[T, past + T]` or `[B, 1, T, past + T]`: query i sees key j if `i - span < j <= i` and j is filled."""
     query = torch.arange(past, past + T, device=device)[:, None]
     key = torch.arange(past + T, device=device)
     seen = key <= query

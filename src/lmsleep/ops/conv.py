@@ -11,9 +11,7 @@ from torch.autograd.function import once_differentiable
 from lmsleep.ops.align import right_align
 
 
-def short_conv(
-    x: Tensor, weight: Tensor, tail: Tensor, valid: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def short_conv(x: Tensor, weight: Tensor, tail: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Convolve each channel over the current and the `W - 1` previous tokens.
 
     Args:
