@@ -31,8 +31,8 @@ def write(path: Path, stream: Stream, origin: Origin, sleep: SleepConfig, storag
     memory_file.write(path, tensors, {**origin.to_dict(), "blocks": len(layers), "sleep": asdict(sleep)})
 
 
-def read(path: Path, model: Backbone) -> tuple[State, Origin, SleepConfig, Tensor]:
-    """The state where the window began, what it is, its sleep, and the tokens of the window.
+def read(path: Path, model: Backbone, sleep: SleepConfig | None) -> tuple[State, Origin, SleepConfig, Tensor]:
+    """The state where the window began, what it is, its sleep (else `sleep`), and the tokens of the window.
 
     Raises:
         ValueError: as `Memory.load`, or if the file holds a memory and no session.
@@ -40,16 +40,19 @@ def read(path: Path, model: Backbone) -> tuple[State, Origin, SleepConfig, Tenso
     """
     tensors, header = memory_file.read(path)
     memory = Memory.unpacked(path, tensors, header, model)
-    if "sleep" not in header or memory.origin is None:
-        raise ValueError(f"{path} holds a memory, not a session; use Session(..., memory=Memory.load(...))")
+    assert memory.origin is not None
+    if memory.batch_size > 1:
+        raise ValueError(f"{path} holds {memory.batch_size} rows; a session has one")
     try:
-        options: dict[str, Any] = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in header["sleep"].items()
-        }
-        sleep = SleepConfig(**options)
+        if "sleep" in header:
+            stored: dict[str, Any] = header["sleep"]
+            options: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
+            sleep = SleepConfig(**options)
         cache = _cache(tensors, model.initial_state(1).cache)
     except (TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path} holds no session: {error}") from None
+    if sleep is None:
+        raise ValueError(f"{path} holds a memory alone; pass the sleep to go on with")
     window = tensors.get("window", no_tokens())
     if window.dtype != torch.int64 or window.ndim != 1 or len(window) > (sleep.window or len(window)):
         raise ValueError(f"{path} holds no session: its open window is none")

@@ -329,14 +329,27 @@ class Session:
         saving.write(Path(path), self.stream, origin, self.sleep_config, storage)
 
     @classmethod
-    def load(cls, path: str | Path, model: Backbone, tokenizer: Tokenizer | None = None) -> Self:
-        """Take a saved session up; its window and passes are those in the file.
+    def load(
+        cls,
+        path: str | Path,
+        model: Backbone,
+        tokenizer: Tokenizer | None = None,
+        *,
+        sleep: SleepConfig | None = None,
+    ) -> Self:
+        """Take a saved session up, exactly where it was.
+
+        Args:
+            path: the file.
+            model: the model that wrote it.
+            tokenizer: for text.
+            sleep: window and passes for a file of `Memory.save`, which has none; else those of the file hold.
 
         Raises:
-            ValueError: as `Memory.load`, or if the file holds a memory alone (`Session(..., memory=...)`).
+            ValueError: as `Memory.load`, or if the file holds a memory alone and there is no `sleep`.
             OSError: if there is no such file.
         """
-        start, origin, sleep, window = saving.read(Path(path), model)
+        start, origin, sleep, window = saving.read(Path(path), model, sleep)
         session = cls(model, sleep, tokenizer)
         try:
             window = session.tokens(window)
