@@ -190,8 +190,11 @@ def test_a_mutated_file_is_refused_or_says_the_same(model, saved, cut, flips, in
             assert same_memory(loaded, session.stream.start.memory, 0.0)
 
 
-@given(header=st.recursive(st.none() | st.integers() | st.text(max_size=5),
-                           lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=5), x), max_leaves=8))  # fmt: skip
+def nested(x):
+    return st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=5), x)
+
+
+@given(header=st.recursive(st.none() | st.integers() | st.text(max_size=5), nested, max_leaves=8))
 def test_any_json_where_the_index_should_be_is_refused(model, saved, header):
     index = json.dumps(header).encode()
     other = saved[0].parent / "json.mem"

@@ -384,7 +384,7 @@ class Poisoned(Counted):
 def test_a_broken_sleep_keeps_the_last_good_memory(model, tmp_path):
     good = [0, 1, 2, 3, 4]
     session = Session(Poisoned(model), sleeping())
-    with pytest.raises(BrokenSleep, match="NaN or infinity.*token 5"):
+    with pytest.raises(BrokenSleep, match=r"NaN or infinity.*token 5"):
         session.read([*good, 0, 1, 7, 3, 4, 0])
     assert session.stats.tokens == 5 and session.stats.window_tokens == 0
     expected = reading(model, [*good, 0])

@@ -100,8 +100,9 @@ def chat(capsys, monkeypatch, argv, *lines):
 
 def test_chat_reads_answers_and_obeys(bytes_model, capsys, here, monkeypatch):
     options = [bytes_model, "--window", 16, "--passes", 2, "--max-new-tokens", 5]
-    code, out, _ = chat(capsys, monkeypatch, options, "/help", "/read hello", "how?", "/sleep", "/memory",
-                        "/save a.mem", "/fork", "/save b.mem", "/load a.mem", "/load none.mem", "/nosuch", "/quit")  # fmt: skip
+    lines = ["/help", "/read hello", "how?", "/sleep", "/memory", "/save a.mem", "/fork", "/save b.mem"]
+    lines += ["/load a.mem", "/load none.mem", "/nosuch", "/quit"]
+    code, out, _ = chat(capsys, monkeypatch, options, *lines)
     assert code == 0 and "/read TEXT" in out and "effective_rank" in out
     assert "[window 6/16 · 6 tokens · 0 sleeps" in out and "unknown command '/nosuch'" in out
     assert "No such file" in out
