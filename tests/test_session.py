@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import VOCAB, close, lively, random_tokens, same_memory, tiny
@@ -413,7 +415,8 @@ def test_a_broken_row_leaves_the_others_alone(model):
         ("no tokenizer", lambda s: s.read("text")),
         ("tokens must lie in 0 ... 10, got 11", lambda s: s.read([1, 11])),
         ("tokens must lie in 0 ... 10, got -1", lambda s: s.read([-1])),
-        ("one row of numbers", lambda s: s.read(torch.zeros(2, 2, dtype=torch.int64))),
+        ("one row of whole numbers", lambda s: s.read(torch.zeros(2, 2, dtype=torch.int64))),
+        ("one row of whole numbers", lambda s: s.read([1.5])),
         ("passes must be at least 1", lambda s: s.sleep(0)),
         ("the window is empty", lambda s: s.generate()),
         ("max_new_tokens must be at least 1", lambda s: s.generate([1], 0)),
@@ -448,3 +451,10 @@ def test_a_task_reads_its_own_spelling(task):
     assert spelled.encode(spelled.decode(tokens)) == tokens
     with pytest.raises(ValueError, match="'nosuch' is not in the task's vocabulary"):
         spelled.encode("nosuch")
+
+
+def test_the_documented_example_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[1] / "docs" / "sessions.md").read_text()
+    exec(compile(page.split("```python\n")[1].split("```")[0], "sessions.md", "exec"), {})
+    assert (tmp_path / "day-1.mem").exists() and "torch.Size([1, 1, 4])" in capsys.readouterr().out
