@@ -1,7 +1,9 @@
 """lmsleep: language models that sleep."""
 
 from lmsleep import ops
+from lmsleep.memory_file import Origin, fingerprint
 from lmsleep.models import HybridConfig, HybridLM
+from lmsleep.session import BrokenSleep, Session, SessionBatch
 from lmsleep.sleep import Backbone, SleepConfig, SleepOutput, read_window, sleep_forward
 from lmsleep.state import Cache, Memory, State
 
@@ -9,14 +11,19 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Backbone",
+    "BrokenSleep",
     "Cache",
     "HybridConfig",
     "HybridLM",
     "Memory",
+    "Origin",
+    "Session",
+    "SessionBatch",
     "SleepConfig",
     "SleepOutput",
     "State",
     "__version__",
+    "fingerprint",
     "ops",
     "read_window",
     "sleep_forward",

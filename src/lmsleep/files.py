@@ -1,6 +1,8 @@
 """Files that are either old or new, never half written."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -20,3 +22,23 @@ def write_atomic(path: Path, data: bytes) -> None:
     except BaseException:
         name.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keep other processes from writing `path`; the lock ends with this process, even a killed one.
+
+    It is on a sibling, `.NAME.lock`, which stays: removing it would let two processes lock two files.
+
+    Raises:
+        OSError: if the folder cannot be written.
+        ValueError: if another process holds the lock.
+    """
+    import fcntl  # not on Windows, where everything else works
+
+    with (path.parent / f".{path.name}.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{path} is being written by another process; wait for it to end") from None
+        yield

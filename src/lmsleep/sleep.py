@@ -7,7 +7,7 @@ is about to be evicted. Nothing in this file knows a model class: a `Backbone` i
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol, TypedDict, get_args
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from lmsleep.state import Memory, State
+from lmsleep.state import Cache, Memory, State
 
 
 class Backbone(Protocol):
@@ -45,7 +45,10 @@ class Backbone(Protocol):
         valid: Tensor | None = None,
         span: int | None = None,
     ) -> tuple[Tensor, State]:
-        """Blocks `start ... stop - 1`; see `HybridLM.run`."""
+        """Blocks `start ... stop - 1`; see `HybridLM.run`.
+
+        Rows differ in length where `valid` or `state.cache.filled` says so; both must be honoured.
+        """
         ...
 
     def head(self, h: Tensor) -> Tensor:
@@ -180,7 +183,7 @@ def read_window(
     if sleep.inner_rate is not None and passes > 1:
         return _train_on_window(model, tokens, state, sleep, passes=passes, valid=valid)
     first, last = sleep.loop_range(model.num_blocks)
-    D, W, awake = model.num_blocks, sleep.wake_passes, None
+    D, W, awake, began = model.num_blocks, sleep.wake_passes, None, state.cache
     rows: _RowOptions = {"valid": valid, "span": sleep.span}
     h, state = model.run(model.embed(tokens), state, 0, first, **rows)
     entered, before = h, state
@@ -195,9 +198,9 @@ def read_window(
             seen, after = model.run(h, state, last, D, **rows)
             awake = model.head(seen)
             if passes == 1:
-                return awake, after
+                return awake, _counted(after, began, tokens, valid)
     _, state = model.run(h, state, last, D, **rows)
-    return awake, state
+    return awake, _counted(state, began, tokens, valid)
 
 
 def _train_on_window(
@@ -271,8 +274,7 @@ def sleep_forward(
         state: what came before; default nothing (`S = 0`). Its working memory is seen by the first window
             and leaves with it.
         lengths: `[B]` int64, tokens per row; what follows is padding, which writes nothing and carries
-            no loss. A row sleeps only on windows of its own. Under sliding eviction go on from such
-            rows by their memory alone: their working memory holds padding.
+            no loss. A row sleeps only on windows of its own, and its state is that after its last token.
         evict_last: sleep on the last window as well.
         read_last: False: token T is only predicted, not read, as in training, where nothing follows it. The
             loss is the same; logits are `[B, T - 1, V]` and the state is that before token T.
@@ -307,7 +309,8 @@ def sleep_forward(
         if return_logits and logits is not None:
             kept_logits.append(logits)
         if sleep.window is not None and (b < T or evict_last):
-            state = State(state.memory, state.cache.last(sleep.kept))  # only S crosses
+            going_on = None if evict_last else ends > b
+            state = State(state.memory, _evicted(state.cache, going_on, sleep.kept))
         sleeps += asleep
 
     return SleepOutput(
@@ -334,6 +337,14 @@ def _asleep(ends: Tensor, a: int, b: int, loss_rows: Tensor, sleep: SleepConfig,
         return torch.zeros_like(loss_rows)
     asleep = ends > (a if evict_last else b)
     return asleep if sleep.sleep_on_loss else asleep & ~loss_rows
+
+
+def _evicted(cache: Cache, going_on: Tensor | None, kept: int) -> Cache:
+    """What is left of a window (only S crosses it); rows that do not go on (None: all do) keep theirs."""
+    if going_on is None or bool(going_on.all()):
+        return cache.last(kept)
+    counts = cache.counts(len(going_on))
+    return cache.keep(torch.where(going_on.to(counts.device), counts.clamp(max=kept), counts))
 
 
 def _read_rows(
@@ -365,6 +376,15 @@ def _read_rows(
     order = torch.cat(groups).argsort()
     both = [x for x, _ in parts if x is not None]
     return torch.cat(both)[order] if both else None, State.join([s for _, s in parts], order)
+
+
+def _counted(state: State, began: Cache, tokens: Tensor, valid: Tensor | None) -> State:
+    """The state after a window whose working memory began as `began`, with what is filled in each row."""
+    if valid is None and began.filled is None:
+        return state
+    B, T = tokens.shape
+    counts = began.counts(B) + (T if valid is None else valid.sum(dim=1))
+    return State(state.memory, replace(state.cache, filled=None).keep(counts))
 
 
 def _between_passes(h: Tensor, entered: Tensor, sleep: SleepConfig) -> Tensor:

@@ -4,83 +4,17 @@ Pure data. Nothing here computes a model; every value is immutable and every ope
 new one, so that a window can be checkpointed, forked or replayed without copies by hand.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-Rows = Tensor | Sequence[int] | slice
+from lmsleep.memory import Memory, Rows
 
-
-@dataclass(frozen=True, eq=False)
-class Memory:
-    """The fast weights `S`: all that crosses a window under hard eviction.
-
-    Attributes:
-        layers: one entry per block: a tensor `[B, H, K, V]` (heads, key size, value size), float32
-            or float64, for a block with fast weights, `None` for a block without (attention).
-    """
-
-    layers: tuple[Tensor | None, ...]
-
-    @classmethod
-    def zeros(
-        cls,
-        shapes: Iterable[tuple[int, int, int] | None],
-        batch_size: int,
-        *,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-    ) -> Self:
-        """`S = 0`, as every sequence begins (Algorithm 1). `shapes`: `(H, K, V)` or None a block."""
-        return cls(
-            tuple(
-                None if s is None else torch.zeros(batch_size, *s, dtype=dtype, device=device) for s in shapes
-            )
-        )
-
-    def map(self, fn: Callable[[Tensor], Tensor]) -> Self:
-        """A memory with `fn` applied to the fast weights of every block."""
-        return type(self)(tuple(None if s is None else fn(s) for s in self.layers))
-
-    def detach(self) -> Self:
-        """The same values, cut from the autograd graph."""
-        return self.map(Tensor.detach)
-
-    def clone(self) -> Self:
-        """An independent copy (a snapshot)."""
-        return self.map(Tensor.clone)
-
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
-        """The same memory on another device or in another dtype."""
-        return self.map(lambda s: s.to(device=device, dtype=dtype))
-
-    def __getitem__(self, rows: Rows) -> Self:
-        """Rows of the batch: a slice, a list or index tensor (repeats fork a row), or a bool mask."""
-        return self.map(lambda s: s[rows])
-
-    @property
-    def batch_size(self) -> int:
-        """Rows in the batch (0 if no block has fast weights)."""
-        return next((s.shape[0] for s in self.layers if s is not None), 0)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all fast weights, all rows."""
-        return sum(s.nbytes for s in self.layers if s is not None)
-
-    def norms(self) -> Tensor:
-        """Frobenius norm of `S` per row, block with fast weights, and head: `[B, blocks, H]`.
-
-        Raises:
-            ValueError: if the blocks differ in their number of heads.
-        """
-        norms = [torch.linalg.matrix_norm(s) for s in self.layers if s is not None]
-        if len({n.shape for n in norms}) != 1:
-            raise ValueError("norms() needs at least one block, all with the same number of heads")
-        return torch.stack(norms, dim=1)
+__all__ = ["Cache", "Memory", "State"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,17 +25,46 @@ class Cache:
         layers: one tuple of tensors per block, each `[B, t, ...]` with time as dimension 1: the
             (unrotated) keys and values of an attention block, the last inputs of a short
             convolution; an empty tuple where a block needs neither.
+        filled: `[B]` int64, how many of the newest positions of each row are tokens; what is older is
+            padding, zeros. None: all are tokens.
     """
 
     layers: tuple[tuple[Tensor, ...], ...]
+    filled: Tensor | None = None
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> Self:
-        """A cache with `fn` applied to every tensor."""
-        return type(self)(tuple(tuple(fn(t) for t in layer) for layer in self.layers))
+        """A cache with `fn` applied to every tensor of its layers."""
+        return replace(self, layers=tuple(tuple(fn(t) for t in layer) for layer in self.layers))
+
+    @property
+    def length(self) -> int:
+        """Positions of its longest tensor."""
+        return max((t.shape[1] for layer in self.layers for t in layer), default=0)
+
+    def counts(self, batch_size: int) -> Tensor:
+        """`[B]` int64: tokens that each of `batch_size` rows holds."""
+        if self.filled is not None:
+            return self.filled
+        device = next((t.device for layer in self.layers for t in layer), None)
+        return torch.full((batch_size,), self.length, device=device)
 
     def last(self, tokens: int) -> Self:
         """What is left after eviction down to the newest `tokens` positions (0: nothing)."""
-        return self.map(lambda t: t[:, max(t.shape[1] - tokens, 0) :])
+        filled = None if self.filled is None or tokens == 0 else self.filled.clamp(max=tokens)
+        return replace(self.map(lambda t: t[:, max(t.shape[1] - tokens, 0) :]), filled=filled)
+
+    def keep(self, counts: Tensor) -> Self:
+        """Of row b the newest `counts[b]` positions; older ones become padding, or go if all rows agree."""
+        counts = counts if self.filled is None else torch.minimum(counts, self.filled)
+        kept = replace(self.last(int(counts.max())), filled=None)
+        if bool((counts >= kept.length).all()):
+            return kept
+
+        def blanked(t: Tensor) -> Tensor:
+            age = torch.arange(t.shape[1] - 1, -1, -1, device=t.device)
+            return t.masked_fill((age >= counts[:, None]).view(*t.shape[:2], *[1] * (t.ndim - 2)), 0)
+
+        return replace(kept.map(blanked), filled=counts)
 
     def detach(self) -> Self:
         """The same values, cut from the autograd graph."""
@@ -109,7 +72,7 @@ class Cache:
 
     def __getitem__(self, rows: Rows) -> Self:
         """Rows of the batch, as for `Memory`."""
-        return self.map(lambda t: t[rows])
+        return replace(self.map(lambda t: t[rows]), filled=None if self.filled is None else self.filled[rows])
 
     @property
     def nbytes(self) -> int:
@@ -122,6 +85,12 @@ class State(NamedTuple):
 
     memory: Memory
     cache: Cache
+
+    @property
+    def batch_size(self) -> int:
+        """Rows in the batch (0 if it carries nothing)."""
+        layers = (self.memory.layers, *self.cache.layers)
+        return next((t.shape[0] for layer in layers for t in layer if t is not None), 0)
 
     def rows(self, rows: Rows) -> "State":
         """Rows of the batch."""
@@ -137,22 +106,46 @@ class State(NamedTuple):
         memory, cache = self.memory.layers, self.cache.layers
         return State(
             Memory(memory[:start] + tuple(s for s, _ in blocks) + memory[stop:]),
-            Cache(cache[:start] + tuple(c for _, c in blocks) + cache[stop:]),
+            Cache(cache[:start] + tuple(c for _, c in blocks) + cache[stop:], self.cache.filled),
         )
 
+    def split(self) -> "list[State]":
+        """The rows, each as a batch of one without padding; they share no storage."""
+        single = [self.rows([row]) for row in range(self.batch_size)]
+        counts = self.cache.counts(self.batch_size).tolist()
+        return [
+            State(s.memory, replace(s.cache.last(count), filled=None))
+            for s, count in zip(single, counts, strict=True)
+        ]
+
     @staticmethod
-    def join(parts: Sequence["State"], order: Tensor) -> "State":
-        """Concatenate the rows of `parts`, then take rows `order` of the result."""
+    def join(parts: Sequence["State"], order: Tensor | None = None) -> "State":
+        """Concatenate the rows of `parts`, and take rows `order` of the result (default: all, in order).
+
+        Working memories of different length get padding before their first position.
+        """
 
         def joined(tensors: Sequence[Tensor]) -> Tensor:
-            return torch.cat(list(tensors))[order]
+            rows = torch.cat(list(tensors))
+            return rows if order is None else rows[order]
 
+        def aligned(tensors: Sequence[Tensor]) -> Tensor:
+            longest = max(t.shape[1] for t in tensors)
+            padding = [(0, 0) * (t.ndim - 2) + (longest - t.shape[1], 0) for t in tensors]
+            return joined([F.pad(t, p) if p[-2] else t for t, p in zip(tensors, padding, strict=True)])
+
+        if len(parts) == 1 and order is None:
+            return parts[0]
         memory = tuple(
             None if ss[0] is None else joined([s for s in ss if s is not None])
             for ss in zip(*(p.memory.layers for p in parts), strict=True)
         )
-        cache = tuple(
-            tuple(joined(ts) for ts in zip(*layers, strict=True))
-            for layers in zip(*(p.cache.layers for p in parts), strict=True)
+        cache = Cache(
+            tuple(
+                tuple(aligned(ts) for ts in zip(*layers, strict=True))
+                for layers in zip(*(p.cache.layers for p in parts), strict=True)
+            )
         )
-        return State(Memory(memory), Cache(cache))
+        if len({p.cache.length for p in parts}) > 1 or any(p.cache.filled is not None for p in parts):
+            cache = cache.keep(joined([p.cache.counts(p.batch_size) for p in parts]))
+        return State(Memory(memory), cache)

@@ -5,13 +5,21 @@ import sys
 from collections.abc import Callable, Sequence
 
 from lmsleep.cli import commands
+from lmsleep.cli.ask import ask
+from lmsleep.cli.chat import chat
 from lmsleep.cli.data import data
+from lmsleep.cli.memory import memory
+from lmsleep.cli.read import read
 from lmsleep.training import Diverged, Interrupted
 
 COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "train": (commands.train, "train a model that sleeps, on a task or on your own text"),
     "data": (data, "samples of a task, to read, or as JSON lines or a datasets folder"),
     "eval": (commands.evaluate_run, "evaluate a run at one or several numbers of passes"),
+    "read": (read, "read files into a memory, sleeping at window ends; resumable"),
+    "ask": (ask, "ask a memory something"),
+    "chat": (chat, "talk to a model that sleeps"),
+    "memory": (memory, "show, compare, merge and trace back memory files"),
     "plot": (commands.plot, "draw the curves of runs"),
     "info": (commands.info, "parameters, bytes, break-even length and FLOPs of a run or model"),
     "reproduce": (commands.reproduce, "train the runs behind a figure; write its data, table and picture"),

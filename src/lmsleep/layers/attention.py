@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmsleep.layers.rope import rotate
+from lmsleep.ops import right_align
 
 
 class Attention(nn.Module):
@@ -52,16 +53,20 @@ class Attention(nn.Module):
         cache: tuple[Tensor, ...],
         valid: Tensor | None,
         span: int | None,
+        filled: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
-        """`x` `[B, T, d]` -> the same; each token sees at most `span` positions, itself included."""
-        del valid  # padding follows the tokens of its row, so causality already hides it
+        """`x` `[B, T, d]` -> the same; each token sees at most `span` positions, itself included.
+
+        Of the cache it sees the newest `filled` `[B]` positions of its row. Padding in `x` follows the
+        tokens of its row, so causality hides it; in the cache that is returned it precedes them.
+        """
         q, k, v = (
             proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = self.q_norm(q), self.k_norm(k)
         past = cache[0].shape[1]
         k, v = torch.cat([cache[0].to(k.dtype), k], dim=1), torch.cat([cache[1].to(v.dtype), v], dim=1)
-        cache = (k, v)
+        cache = (k, v) if valid is None else (right_align(k, valid), right_align(v, valid))
         if self.rope_theta is not None:
             q, k = rotate(q, past, self.rope_theta), rotate(k, 0, self.rope_theta)
         T, whole = q.shape[1], past == 0 and (span is None or q.shape[1] <= span)
@@ -69,16 +74,18 @@ class Attention(nn.Module):
             q.transpose(1, 2),
             k.transpose(1, 2),
             v.transpose(1, 2),
-            attn_mask=None if whole else _mask(T, past, span, x.device),
+            attn_mask=None if whole else _mask(T, past, span, filled, x.device),
             is_causal=whole,
             enable_gqa=self.num_kv_heads != self.num_heads,
         )
         return self.o_proj(o.transpose(1, 2).flatten(2)), memory, cache
 
 
-def _mask(T: int, past: int, span: int | None, device: torch.device) -> Tensor:
-    """`[T, past + T]`: query i sees key j if `i - span < j <= i`."""
+def _mask(T: int, past: int, span: int | None, filled: Tensor | None, device: torch.device) -> Tensor:
+    """`[T, past + T]` or `[B, 1, T, past + T]`: query i sees key j if `i - span < j <= i` and j is filled."""
     query = torch.arange(past, past + T, device=device)[:, None]
     key = torch.arange(past + T, device=device)
-    causal = key <= query
-    return causal if span is None else causal & (key > query - span)
+    seen = key <= query
+    if span is not None:
+        seen = seen & (key > query - span)
+    return seen if filled is None else seen & (key >= past - filled[:, None, None, None])

@@ -85,12 +85,13 @@ class FastWeights(nn.Module):
         cache: tuple[Tensor, ...],
         valid: Tensor | None,
         span: int | None,
+        filled: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
         """`x` `[B, T, d]`, `S` `[B, H, K, V]` -> the same; tokens that are not `valid` write nothing."""
-        del span  # the state has no window
+        del span, filled  # the state has no window, and convolutions read padding as the zeros it is
         qkv = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
         if self.conv is not None:
-            qkv, tail = ops.short_conv(qkv, self.conv.to(qkv.dtype), cache[0].to(qkv.dtype))
+            qkv, tail = ops.short_conv(qkv, self.conv.to(qkv.dtype), cache[0].to(qkv.dtype), valid)
             cache = (tail,)
         qk = self.num_heads * self.key_dim
         q, k, v = F.silu(qkv).tensor_split((qk, 2 * qk), dim=-1)

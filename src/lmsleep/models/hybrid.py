@@ -69,9 +69,10 @@ class Block(nn.Module):
         cache: tuple[Tensor, ...],
         valid: Tensor | None,
         span: int | None,
+        filled: Tensor | None,
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
         """`h` `[B, T, d]` with the block's own fast weights and cache -> the next ones."""
-        mixed, memory, cache = self.mixer(self.norm(h), memory, cache, valid, span)
+        mixed, memory, cache = self.mixer(self.norm(h), memory, cache, valid, span, filled)
         h = h + mixed
         if self.mlp is not None and self.mlp_norm is not None:
             h = h + self.mlp(self.mlp_norm(h), memory)
@@ -169,15 +170,19 @@ class HybridLM(nn.Module):
 
         Args:
             h: hidden states.
-            state: what the tokens before `h` left behind.
+            state: what the tokens before `h` left behind. Of its working memory each row sees the newest
+                `state.cache.filled` positions; that count is not advanced here (see `Cache.read`).
             start: first block.
             stop: block after the last.
-            valid: `[B, T]` bool; padding (False) must follow the tokens of its row and writes nothing.
+            valid: `[B, T]` bool; padding (False) must follow the tokens of its row and writes nothing;
+                the working memory that is returned has it before the tokens, as zeros.
             span: most positions a token attends to, itself included; None: all that are cached.
         """
         new = []
         for i in range(start, stop):
-            h, memory, cache = self.blocks[i](h, state.memory.layers[i], state.cache.layers[i], valid, span)
+            h, memory, cache = self.blocks[i](
+                h, state.memory.layers[i], state.cache.layers[i], valid, span, state.cache.filled
+            )
             new.append((memory, cache))
         return h, state.replace(start, new)
 

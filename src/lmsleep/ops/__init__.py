@@ -1,5 +1,6 @@
 """Recurrences as pure functions: tensors and a state in, tensors and a state out."""
 
+from lmsleep.ops.align import right_align
 from lmsleep.ops.conv import short_conv
 from lmsleep.ops.rules import RULES, Backend, Rule, gated_delta_rule, gated_linear_rule, register_rule, update
 
@@ -10,6 +11,7 @@ __all__ = [
     "gated_delta_rule",
     "gated_linear_rule",
     "register_rule",
+    "right_align",
     "short_conv",
     "update",
 ]

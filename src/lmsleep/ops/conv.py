@@ -8,14 +8,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lmsleep.ops.align import right_align
 
-def short_conv(x: Tensor, weight: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:
+
+def short_conv(x: Tensor, weight: Tensor, tail: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Convolve each channel over the current and the `W - 1` previous tokens.
 
     Args:
         x: inputs `[B, T, C]`.
         weight: `[C, W]`; `weight[:, -1]` multiplies the current token.
         tail: the inputs just before `x`, `[B, t, C]` with any `t <= W - 1`; missing ones are zeros.
+        valid: `[B, T]` bool: False for padding at the end of a row, which the new tail leaves out.
 
     Returns:
         Outputs `[B, T, C]` and the new tail: the last `W - 1` inputs (fewer if fewer were seen), so
@@ -23,6 +26,8 @@ def short_conv(x: Tensor, weight: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]
     """
     seen = torch.cat([tail, x], dim=1)
     y: Tensor = _Taps.apply(seen, weight, x.shape[1])  # type: ignore[no-untyped-call]
+    if valid is not None:
+        seen = right_align(seen, valid)
     return y, seen[:, max(seen.shape[1] - (weight.shape[1] - 1), 0) :]
 
 

@@ -1,7 +1,7 @@
-"""Text to tokens and back: bytes, a closed list of words, or a Hugging Face tokenizer's folder."""
+"""Text to tokens and back: bytes, a closed list of words, a task's own, or a Hugging Face tokenizer."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -69,6 +69,36 @@ class Words:
         text = " ".join(self.words[token] for token in tokens)
         text = re.sub(r" ([.,;:?!])", r"\1", text)
         return re.sub(r"(?<=\d) (?=\d)", "", text)
+
+
+class Spelled:
+    """The vocabulary of a task, as the task spells it: `n3 n1 HOP_2`, `x4 = 7 ;`, `0110|`.
+
+    Args:
+        spell: tokens in human-readable form (`Task.spell`).
+        vocab_size: its vocabulary.
+
+    Raises:
+        ValueError: from `encode`, for a word that the task has not.
+    """
+
+    def __init__(self, spell: Callable[[list[int]], str], vocab_size: int) -> None:
+        self.spell, self.vocab_size = spell, vocab_size
+        self.numbers = {spell([token]): token for token in range(vocab_size)}
+        longest_first = sorted(self.numbers, key=len, reverse=True)
+        self.pieces = re.compile("|".join([*map(re.escape, longest_first), r"\S+"]))
+
+    def encode(self, text: str) -> list[int]:
+        """Words of the task, with or without spaces between them."""
+        try:
+            return [self.numbers[piece] for piece in self.pieces.findall(text)]
+        except KeyError as error:
+            some = " ".join([*self.numbers][:8])
+            raise ValueError(f"{error.args[0]!r} is not in the task's vocabulary ({some} ...)") from None
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """As the task spells them."""
+        return self.spell(list(tokens))
 
 
 class HuggingFace:

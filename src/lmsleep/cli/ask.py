@@ -1,0 +1,69 @@
+"""`lmsleep ask`: a question to a memory, which it does not change."""
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import tyro
+from tyro.conf import Positional
+
+from lmsleep.cli.opening import SleepOptions, new_session, take_up
+from lmsleep.session import Session
+from lmsleep.tasks.tokenizers import Spelled
+
+
+@dataclass(frozen=True, kw_only=True)
+class WriteOptions:
+    """How an answer is written."""
+
+    max_new_tokens: int | None = None
+    """Longest answer; default 64, and 1 in the vocabulary of a task."""
+    temperature: float = 0.0
+    """0: always the likeliest token."""
+    top_k: int | None = None
+    """Draw from the k likeliest tokens only."""
+    top_p: float = 1.0
+    """Draw from the fewest tokens whose probabilities sum to p."""
+    stop: tuple[str, ...] = ()
+    """Texts that end the answer."""
+    seed: int = 0
+    """Of the draws."""
+
+    def longest(self, session: Session) -> int:
+        """Tokens of the longest answer."""
+        return self.max_new_tokens or (1 if isinstance(session.tokenizer, Spelled) else 64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AskOptions(WriteOptions, SleepOptions):
+    """Ask a memory something: a fork of it reads the question and answers, one forward pass a token."""
+
+    model: Positional[Path]
+    """Folder of a run or of a saved model."""
+    question: Positional[str]
+    """Text, or a task's own words (HOP_2 n1)."""
+    memory: Path
+    """Memory file; it is not changed."""
+    json: bool = False
+    """Print one JSON document instead of text."""
+
+
+def ask(argv: list[str]) -> None:
+    """`lmsleep ask MODEL QUESTION --memory MEMORY`."""
+    options = tyro.cli(AskOptions, args=argv, config=(tyro.conf.OmitArgPrefixes,), prog="lmsleep ask")
+    session = take_up(options.memory, new_session(options.model, options), options).fork()
+    answer = session.generate(
+        options.question,
+        options.longest(session),
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        stop=options.stop,
+        seed=options.seed,
+    )
+    if options.json:
+        document = {"question": options.question, "answer": answer, "stats": asdict(session.stats)}
+        sys.stdout.write(json.dumps(document, indent=2) + "\n")
+    else:
+        sys.stdout.write(f"{answer}\n")

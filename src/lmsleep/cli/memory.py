@@ -1,0 +1,187 @@
+"""`lmsleep memory`: look at memory files, compare, merge, and trace them back."""
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from tyro.conf import Positional
+
+from lmsleep import memory_file
+from lmsleep.files import locked
+from lmsleep.state import Memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShowOptions:
+    """What memory files hold: origin, and norm and effective rank of the fast weights of every head."""
+
+    files: Positional[tuple[Path, ...]]
+    """Memory files."""
+    json: bool = False
+    """Print one JSON document instead of text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffOptions:
+    """How two memories differ, head by head."""
+
+    first: Positional[Path]
+    """Memory file."""
+    second: Positional[Path]
+    """Memory file of the same layout."""
+    json: bool = False
+    """Print one JSON document instead of text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeOptions:
+    """Add memories of one model up, with weights."""
+
+    files: Positional[tuple[Path, ...]]
+    """Memory files, two or more."""
+    out: Path
+    """Memory file to write, which must not exist."""
+    weights: tuple[float, ...] = ()
+    """One a file; default equal shares of 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogOptions:
+    """A memory and all that it was forked and merged from, as far as it lies in the same folder."""
+
+    file: Positional[Path]
+    """Memory file."""
+    json: bool = False
+    """Print one JSON document instead of text."""
+
+
+def memory(argv: list[str]) -> None:
+    """`lmsleep memory show|diff|merge|log`."""
+    if not argv or argv[0] in ("-h", "--help"):
+        sys.stdout.write(HELP)
+        return
+    if argv[0] not in COMMANDS:
+        raise ValueError(f"unknown command 'memory {argv[0]}'; choose one of {', '.join(COMMANDS)}")
+    options_of, command = COMMANDS[argv[0]]
+    config = (tyro.conf.OmitArgPrefixes,)
+    command(tyro.cli(options_of, args=argv[1:], config=config, prog=f"lmsleep memory {argv[0]}"))
+
+
+def _show(options: ShowOptions) -> None:
+    shown = []
+    for path in options.files:
+        found, header = Memory.load(path), memory_file.read(path)[1]
+        shown.append({"file": str(path), **header, "bytes": found.nbytes, "heads": _heads(found)})
+        if not options.json:
+            sys.stdout.write(f"{path}\n{_origin(header)}{table(found)}")
+    if options.json:
+        sys.stdout.write(json.dumps(shown, indent=2) + "\n")
+
+
+def _origin(header: dict[str, Any]) -> str:
+    lines = {
+        "id": header["id"],
+        "parents": " ".join(header["parents"]) or "none",
+        "model": header["model"],
+        "read": f"{header['tokens']:,} tokens, {header['sleeps']:,} sleeps, N = {header['passes']}",
+        "written": header["time"],
+        **{f"tag {key}": value for key, value in header["tags"].items()},
+    }
+    return "".join(f"  {name:<10} {value}\n" for name, value in lines.items())
+
+
+def _heads(found: Memory) -> list[dict[str, float]]:
+    heads = []
+    for block, S in enumerate(found.layers):
+        if S is not None:
+            alone = Memory((S,))
+            norms, ranks = alone.norms()[:, 0], alone.effective_rank()[:, 0]
+            heads += [
+                {"row": row, "block": block, "head": head, "norm": float(norms[row, head]),
+                 "effective_rank": float(ranks[row, head])}
+                for row in range(S.shape[0]) for head in range(S.shape[1])
+            ]  # fmt: skip
+    return heads
+
+
+def table(found: Memory) -> str:
+    """Norm and effective rank of every head, as text."""
+    return _table(_heads(found))
+
+
+def _table(rows: Sequence[dict[str, float]]) -> str:
+    if not rows:
+        return "  no fast weights\n"
+    lines = ["  " + "".join(f"{name:>16}" for name in rows[0])]
+    for row in rows:
+        lines.append(
+            "  " + "".join(f"{x:>16}" if isinstance(x, int) else f"{x:>16.4f}" for x in row.values())
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _diff(options: DiffOptions) -> None:
+    first, second = Memory.load(options.first), Memory.load(options.second)
+    first.diff(second)  # says what does not fit
+    rows = []
+    for block, (a, b) in enumerate(zip(first.layers, second.layers, strict=True)):
+        if a is not None and b is not None:
+            change = torch.linalg.matrix_norm(a - b)
+            cosine = torch.cosine_similarity(a.flatten(2), b.flatten(2), dim=-1)
+            rows += [
+                {"row": row, "block": block, "head": head, "difference": float(change[row, head]),
+                 "cosine": float(cosine[row, head])}
+                for row in range(a.shape[0]) for head in range(a.shape[1])
+            ]  # fmt: skip
+    sys.stdout.write(json.dumps(rows, indent=2) + "\n" if options.json else _table(rows))
+
+
+def _merge(options: MergeOptions) -> None:
+    if len(options.files) < 2:
+        raise ValueError("merge takes two memory files or more")
+    if options.out.exists():
+        raise FileExistsError(f"{options.out} exists; name another --out or remove it")
+    for path in options.files:
+        tensors, _ = memory_file.read(path)
+        if len(tensors.get("window", ())):
+            raise ValueError(
+                f"{path} has {len(tensors['window'])} tokens in its open window, which a merge would lose; "
+                "finish it with lmsleep read ... --sleep"
+            )
+    first, *others = [Memory.load(path) for path in options.files]
+    merged = first.merge(others, options.weights or None)
+    with locked(options.out):
+        merged.save(options.out)
+    sys.stdout.write(f"{options.out}\n")
+
+
+def _log(options: LogOptions) -> None:
+    found = Memory.log(options.file)
+    if options.json:
+        rows = [{"file": where and str(where), **what.to_dict()} for where, what in found]
+        sys.stdout.write(json.dumps(rows, indent=2) + "\n")
+        return
+    for where, what in found:
+        if where is None:
+            sys.stdout.write(f"{what.id[:12]}  not in this folder\n")
+        else:
+            parents = " ".join(parent[:12] for parent in what.parents) or "none"
+            read = f"{what.tokens:,} tokens, {what.sleeps:,} sleeps"
+            sys.stdout.write(f"{what.id[:12]}  {where.name}: {read}, parents {parents}\n")
+
+
+COMMANDS: dict[str, tuple[type[Any], Callable[[Any], None]]] = {
+    "show": (ShowOptions, _show),
+    "diff": (DiffOptions, _diff),
+    "merge": (MergeOptions, _merge),
+    "log": (LogOptions, _log),
+}
+
+HELP = "usage: lmsleep memory COMMAND FILE...\n\n" + "".join(
+    f"  {name:<6} {(options.__doc__ or '').splitlines()[0]}\n" for name, (options, _) in COMMANDS.items()
+)

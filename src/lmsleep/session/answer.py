@@ -1,0 +1,70 @@
+"""An answer as it grows: tokens, the text they are so far, and where it stops."""
+
+import re
+from collections.abc import Sequence
+
+from lmsleep.tasks.tokenizers import Tokenizer
+
+Piece = str | int
+
+# What may still become a character: the first bytes of one, as tokenizers show them.
+UNFINISHED = re.compile(r"(?:\\x[89a-f][0-9a-f]|\ufffd){1,3}$")
+
+
+class Answer:
+    """Collects tokens; text comes out in pieces that later tokens do not change.
+
+    Args:
+        tokenizer: makes the text; None: the answer stays tokens.
+        stop: token numbers and, with a tokenizer, texts: the first that occurs ends the answer, and is not
+            part of it.
+
+    Raises:
+        ValueError: for a text among `stop` where there is no tokenizer.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None, stop: Sequence[Piece]) -> None:
+        self.tokenizer, self.tokens, self.stopped = tokenizer, list[int](), False
+        self.stop_tokens = {s for s in stop if isinstance(s, int)}
+        self.stop_texts = [s for s in stop if isinstance(s, str) and s]
+        if tokenizer is None and self.stop_texts:
+            raise ValueError(f"stop={self.stop_texts[0]!r} is a text, and there is no tokenizer; give tokens")
+        self._handed_out = 0
+
+    def add(self, token: int) -> None:
+        """The next token."""
+        if token in self.stop_tokens:
+            self.stopped = True
+            return
+        self.tokens.append(token)
+        if self.stop_texts:
+            self.stopped = any(s in self._decoded() for s in self.stop_texts)
+
+    def whole(self) -> str | list[int]:
+        """The answer so far."""
+        return self.tokens if self.tokenizer is None else self._text()
+
+    def pieces(self, *, last: bool) -> list[Piece]:
+        """What is new and settled since the last call; all the rest if nothing follows."""
+        begin = self._handed_out
+        if self.tokenizer is None:
+            self._handed_out = len(self.tokens)
+            return list(self.tokens[begin:])
+        text = self._text()
+        self._handed_out = max(begin, len(text) - (0 if last or self.stopped else self._unsettled(text)))
+        piece = text[begin : self._handed_out]
+        return [piece] if piece else []
+
+    def _decoded(self) -> str:
+        assert self.tokenizer is not None
+        return self.tokenizer.decode(self.tokens)
+
+    def _text(self) -> str:
+        text = self._decoded()
+        return text[: min((text.find(s) for s in self.stop_texts if s in text), default=len(text))]
+
+    def _unsettled(self, text: str) -> int:
+        """Characters at the end that may become another character, or part of a stop."""
+        unfinished = UNFINISHED.search(text)
+        begun = (k for s in self.stop_texts for k in range(1, len(s)) if text.endswith(s[:k]))
+        return max(0 if unfinished is None else len(text) - unfinished.start(), max(begun, default=0))

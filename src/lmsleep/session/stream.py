@@ -1,0 +1,197 @@
+"""A stream of tokens as a value, and what happens to streams: they are read awake, or slept on.
+
+Streams that stand at different places of their windows are read together: their working memories are joined
+with padding, which nothing sees. A sleep reads its window again from where the window began, all N passes of
+it: what it leaves is a function of the memory before it and of the window's tokens, however they came.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from lmsleep.sleep import Backbone, SleepConfig, read_window
+from lmsleep.state import Memory, State
+
+
+def no_tokens() -> Tensor:
+    """`[0]` int64."""
+    return torch.empty(0, dtype=torch.int64)
+
+
+@dataclass(frozen=True, eq=False)
+class Stream:
+    """How far one stream is.
+
+    Attributes:
+        start: fast weights and working memory where the open window began; one row.
+        state: the same after the tokens of the window, read awake.
+        window: `[n]` int64, those tokens.
+        tokens: tokens read in all.
+        sleeps: sleeps in all.
+        peak_bytes: most bytes that `state` ever took.
+    """
+
+    start: State
+    state: State
+    window: Tensor = field(default_factory=no_tokens)
+    tokens: int = 0
+    sleeps: int = 0
+    peak_bytes: int = 0
+
+    @classmethod
+    def begin(cls, state: State, *, tokens: int = 0, sleeps: int = 0) -> Self:
+        """With an empty window."""
+        return cls(state, state, tokens=tokens, sleeps=sleeps, peak_bytes=size(state))
+
+    def reopened(self) -> Self:
+        """Back to where the window began: its tokens are not read."""
+        return replace(self, state=self.start, window=no_tokens(), tokens=self.tokens - len(self.window))
+
+
+class Step(NamedTuple):
+    """Rows of a batch of streams after they were read on.
+
+    Attributes:
+        rows: which rows.
+        streams: each of them now.
+        logits: `[t, V]` each, after every token that was new; None unless asked for, and if none was.
+        asleep: whether they slept.
+        broken: those of `rows` whose sleep left NaN or infinity; they are back where their window began.
+    """
+
+    rows: list[int]
+    streams: list[Stream]
+    logits: list[Tensor] | None
+    asleep: bool
+    broken: list[int]
+
+
+def size(state: State) -> int:
+    """Bytes of fast weights and working memory."""
+    return state.memory.nbytes + state.cache.nbytes
+
+
+def read(
+    model: Backbone,
+    sleep: SleepConfig,
+    streams: Sequence[Stream],
+    tokens: Sequence[Tensor],
+    *,
+    logits: bool = False,
+) -> Iterator[Step]:
+    """Read `tokens` (`[n]` int64 each) on; a full window is slept on as soon as its stream goes on.
+
+    In every step each stream that has tokens left reads to the end of its window. Those that go on after it
+    sleep, together; so do those that stay awake read together.
+    """
+    streams, rest = list(streams), list(tokens)
+    while any(map(len, rest)):
+        left = [row for row, more in enumerate(rest) if len(more)]
+        room = {row: len(rest[row]) if sleep.window is None else sleep.window - len(streams[row].window)
+                for row in left}  # fmt: skip
+        for going_on in (True, False):
+            rows = [row for row in left if (len(rest[row]) > room[row]) == going_on]
+            if not rows:
+                continue
+            old, new = [streams[row] for row in rows], [rest[row][: room[row]] for row in rows]
+            if going_on:
+                step = asleep(model, sleep, old, new, passes=sleep.passes, logits=logits)
+            else:
+                step = awake(model, sleep, old, new, logits=logits)
+            for row, stream, read_now in zip(rows, step.streams, new, strict=True):
+                streams[row], rest[row] = stream, rest[row][len(read_now) :]
+            broken = [rows[i] for i in step.broken]
+            for row in broken:
+                rest[row] = no_tokens()
+            yield step._replace(rows=rows, broken=broken)
+
+
+def awake(
+    model: Backbone,
+    sleep: SleepConfig,
+    streams: Sequence[Stream],
+    new: Sequence[Tensor],
+    *,
+    logits: bool = False,
+) -> Step:
+    """Read `new` tokens of the open windows in one ordinary pass."""
+    out, states = _pass(model, sleep, [s.state for s in streams], new, 1, logits)
+    after = [
+        replace(
+            stream,
+            state=state,
+            window=torch.cat([stream.window, tokens]),
+            tokens=stream.tokens + len(tokens),
+            peak_bytes=max(stream.peak_bytes, size(state)),
+        )
+        for stream, state, tokens in zip(streams, states, new, strict=True)
+    ]
+    return Step(list(range(len(streams))), after, out, False, [])
+
+
+def asleep(
+    model: Backbone,
+    sleep: SleepConfig,
+    streams: Sequence[Stream],
+    new: Sequence[Tensor],
+    *,
+    passes: int,
+    logits: bool = False,
+) -> Step:
+    """Read `new` tokens of the open windows, then sleep on these windows and evict them."""
+    windows = [torch.cat([stream.window, tokens]) for stream, tokens in zip(streams, new, strict=True)]
+    logits = logits and any(map(len, new))
+    out, states = _pass(model, sleep, [s.start for s in streams], windows, passes, logits)
+    after, broken = [], []
+    for row, (stream, state, tokens) in enumerate(zip(streams, states, new, strict=True)):
+        if not _finite(state.memory):
+            broken.append(row)
+            after.append(stream.reopened())
+            continue
+        begin = State(state.memory, state.cache.last(sleep.kept))
+        read = stream.tokens + len(tokens)
+        begun = Stream.begin(begin, tokens=read, sleeps=stream.sleeps + 1)
+        after.append(replace(begun, peak_bytes=max(stream.peak_bytes, size(state))))
+    if out is not None:
+        out = [x[len(x) - len(tokens) :] for x, tokens in zip(out, new, strict=True)]
+    return Step(list(range(len(streams))), after, out, True, broken)
+
+
+@torch.no_grad()
+def _pass(
+    model: Backbone,
+    sleep: SleepConfig,
+    states: Sequence[State],
+    tokens: Sequence[Tensor],
+    passes: int,
+    logits: bool,
+) -> tuple[list[Tensor] | None, list[State]]:
+    """`read_window` for rows of any length, each with a state of its own."""
+    device = next(t.device for t in _tensors(states[0]))
+    lengths = [len(t) for t in tokens]
+    ragged = len(set(lengths)) > 1
+    padded = torch.nn.utils.rnn.pad_sequence(list(tokens), batch_first=True).to(device)
+    valid = torch.arange(padded.shape[1]) < torch.tensor(lengths)[:, None] if ragged else None
+    out, state = read_window(
+        model,
+        padded,
+        State.join(states),
+        sleep,
+        passes=passes,
+        valid=None if valid is None else valid.to(device),
+        logits=logits,
+    )
+    rows = None if out is None else [row[:n] for row, n in zip(out, lengths, strict=True)]
+    return rows, state.split()
+
+
+def _tensors(state: State) -> Iterator[Tensor]:
+    for layer in (state.memory.layers, *state.cache.layers):
+        yield from (t for t in layer if t is not None)
+
+
+def _finite(memory: Memory) -> bool:
+    return all(bool(S.isfinite().all()) for S in memory.layers if S is not None)
