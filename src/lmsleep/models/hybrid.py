@@ -171,7 +171,7 @@ class HybridLM(nn.Module):
         Args:
             h: hidden states.
             state: what the tokens before `h` left behind. Of its working memory each row sees the newest
-                `state.cache.filled` positions; that count is not advanced here (see `Cache.read`).
+                `state.cache.filled` positions; that count is not advanced here (see `State.counted`).
             start: first block.
             stop: block after the last.
             valid: `[B, T]` bool; padding (False) must follow the tokens of its row and writes nothing;
