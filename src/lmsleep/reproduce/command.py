@@ -44,7 +44,7 @@ class ReproduceOptions:
     dry_run: bool = False
     """Say what would be trained, and for how long, instead of doing it."""
     steps: int | None = None
-    """Train every run for so many steps instead (to try the mechanics)."""
+    """Train every run for so many steps instead and evaluate on little (to try the mechanics)."""
     json: bool = False
     """Print one JSON document instead of a table."""
 
@@ -164,7 +164,7 @@ def _report(options: ReproduceOptions, rows: list[dict[str, Any]]) -> None:
 
 def _shortened(cell: Cell, steps: int) -> Cell:
     train = cell.config.train
-    few = replace(train, steps=steps, curriculum=min(train.curriculum, steps))
+    few = replace(train, steps=steps, curriculum=min(train.curriculum, steps), eval_batches=1)
     start = None if cell.start is None else _shortened(cell.start, steps)
     return replace(cell, config=replace(cell.config, train=few), start=start)
 
