@@ -17,7 +17,9 @@ PAPER_TRAIN: dict[str, Any] = {
 }
 ALTERNATING: tuple[BlockKind, ...] = ("attention", "gated_delta_net", "attention", "gated_delta_net")
 
-PAPER_BLOCKS = 3 * ALTERNATING  # stands for the pretrained models of figures 4 and 5; the middle half is looped
+PAPER_BLOCKS = (
+    3 * ALTERNATING
+)  # stands for the pretrained models of figures 4 and 5; the middle half is looped
 
 
 def _sections(config: RunConfig) -> dict[str, Any]:

@@ -40,7 +40,9 @@ class GSMSymbolic:
                 f"ops must be at least 1 and noise not negative, got {self.ops} and {self.noise}"
             )
         if self.names < self.ops + self.noise:
-            raise ValueError(f"names={self.names} cannot name ops + noise = {self.ops + self.noise} variables")
+            raise ValueError(
+                f"names={self.names} cannot name ops + noise = {self.ops + self.noise} variables"
+            )
         if not 1 <= self.queries <= self.ops:
             raise ValueError(f"queries must lie in 1 ... ops={self.ops}, got {self.queries}")
 

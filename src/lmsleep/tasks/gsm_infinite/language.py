@@ -58,7 +58,9 @@ class Language:
         if operands and constant is not None:
             value = value + self.piece(f" {self.template.times if definition.times else self.template.more}")
         if len(operands) > 1:
-            value = value + self.piece(f" {self.template.difference}" if definition.difference else " the sum of")
+            value = value + self.piece(
+                f" {self.template.difference}" if definition.difference else " the sum of"
+            )
         for i, operand in enumerate(operands):
             between = [] if i == 0 else self._and if i == len(operands) - 1 else self._comma
             value = value + between + operand

@@ -86,7 +86,9 @@ def draw_core(random: Random, graph: Graph, *, reverse: bool, modulus: int | Non
     definitions = {p: _define(random, operands, most) for p, operands in graph.operands.items()}
     unknown = None
     if reverse:
-        unknown = next((p for p in reversed(graph.order) if p.thing >= 0 and not definitions[p].operands), None)
+        unknown = next(
+            (p for p in reversed(graph.order) if p.thing >= 0 and not definitions[p].operands), None
+        )
         if unknown is None:
             return None
     values = _values(graph, definitions, unknown, modulus)
@@ -100,7 +102,14 @@ def draw_core(random: Random, graph: Graph, *, reverse: bool, modulus: int | Non
     answer = definitions.pop(unknown).constant
     assert answer is not None
     value = values[query].slope * answer + values[query].value
-    return Core(graph.structure, definitions, unknown, answer, graph.ops, (query, value % modulus if modulus else value))
+    return Core(
+        graph.structure,
+        definitions,
+        unknown,
+        answer,
+        graph.ops,
+        (query, value % modulus if modulus else value),
+    )
 
 
 def _define(random: Random, operands: list[Operand], most: int) -> Definition:

@@ -152,7 +152,9 @@ class GSMInfinite:
 
     @property
     def _row_length(self) -> int:
-        question = max(spoken.longest_question for spoken in self._languages) if self.question == "last" else 0
+        question = (
+            max(spoken.longest_question for spoken in self._languages) if self.question == "last" else 0
+        )
         return question + 1 + _longest_answer(self.tokenizer, self.modulus or LARGEST + 1)
 
     def _answer(self, value: int) -> Tokens:
@@ -194,7 +196,9 @@ class GSMInfinite:
                 length += len(statement)
             elif length >= fewest:
                 return
-        raise ValueError(f"length={self.length} is too long: the names of noise do not suffice for {wanted} tokens")
+        raise ValueError(
+            f"length={self.length} is too long: the names of noise do not suffice for {wanted} tokens"
+        )
 
 
 def draw_problem(

@@ -141,7 +141,8 @@ ORCHARD = Template(
         ("Abbot Farm", "Miller Farm", "Shepherd Farm", "Weaver Farm", "Potter Farm"),
     ),
     things=_things(
-        "pear_tree plum_tree cherry_tree apple_tree quince_tree", "oak_tree beech_tree maple_tree birch_tree willow_tree"
+        "pear_tree plum_tree cherry_tree apple_tree quince_tree",
+        "oak_tree beech_tree maple_tree birch_tree willow_tree",
     ),
     noise_places=(
         "Badger Fox Hare Otter Stag Boar Mole Lynx Wolf Bear Raven Owl Robin Finch Swallow Magpie Crane Falcon "
