@@ -78,8 +78,8 @@ class GSMInfinite:
         slack = max(spoken.longest_noise for spoken in self._languages) - 1
         if self.noise and self.length[1] - self.length[0] < slack:
             raise ValueError(
-                f"length={self.length} leaves too little room: a statement of noise can have {slack + 1} tokens, so "
-                f"the longest context must have at least {slack} tokens more than the shortest"
+                f"length={self.length} leaves too little room: a statement of noise can have {slack + 1} "
+                f"tokens, so the longest context must have at least {slack} tokens more than the shortest"
             )
 
     @property
