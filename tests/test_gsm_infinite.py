@@ -113,7 +113,7 @@ def test_noise_never_changes_an_answer(subset, mode):
 
 def test_a_text_without_an_answer_is_refused():
     for text, said in [
-        ("How many sloops are there in Tern Spit? The number of sloops in Tern Spit is positive.", "determine"),
+        ("How many barges are there in Tern Spit? The number of barges in Tern Spit is positive.", "would"),
         ("How many ferries are there in Gull Point?", "exactly once"),
         ("The number of ferries in Gull Point is 3.", "asks nothing"),
         ("What is the number of ferries in Gull Point? The number of ferries in Gull Point is "
@@ -127,10 +127,11 @@ def test_a_text_without_an_answer_is_refused():
 def test_a_problem_by_hand():
     text = (
         "What is the total number of sailors in Gull Point? The number of ferries in Gull Point is 2. "
-        "The number of barges in Gull Point is 1 more than the sum of the number of ferries in Gull Point and "
-        "the number of sloops in Tern Spit. The average number of sailors per ferry in Gull Point is 3 times "
-        "the difference between the number of barges in Gull Point and the number of ferries in Gull Point. The "
-        "average number of sailors per barge in Gull Point is 4. The number of sloops in Tern Spit is 3."
+        "The number of barges in Gull Point is 1 more than the sum of the number of ferries in Gull Point "
+        "and the number of sloops in Tern Spit. The average number of sailors per ferry in Gull Point is 3 "
+        "times the difference between the number of barges in Gull Point and the number of ferries in Gull "
+        "Point. The average number of sailors per barge in Gull Point is 4. "
+        "The number of sloops in Tern Spit is 3."
     )
     assert reader.answer(text) == 2 * 3 * (6 - 2) + 6 * 4
     known = text.replace(
