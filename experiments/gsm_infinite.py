@@ -57,7 +57,8 @@ def main() -> None:
         cells = [f"{best[op]:.2f}" if op in best else "-" for op in range(1, OPS + 1)]
         write(f"| {' '.join(setting)} | {' | '.join(cells)} |\n")
     write(
-        "\n| | end of the order, % | right-hand sides, % | statements | different problems |\n|---|---|---|---|---|\n"
+        "\n| | end of the order, % | right-hand sides, % | statements | different problems |\n"
+        "|---|---|---|---|---|\n"
     )
     for setting, cores in drawn.items():
         every = [core for some in cores.values() for core in some]

@@ -14,6 +14,7 @@ from lmsleep.tasks import (
     Depo,
     Drift,
     GSMInfinite,
+    GSMSymbolic,
     Rule110,
     Text,
     Variables,
@@ -55,6 +56,8 @@ def tasks(document):
         WordProblem(),
         Variables(),
         Drift(),
+        GSMInfinite(subset="medium", ops=(2, 3), length=(0, 200)),
+        GSMSymbolic(),
         Text(data=(document,), length=40),
     ]
 
@@ -90,6 +93,8 @@ def test_every_task_is_listed():
         "word-problem": WordProblem,
         "variables": Variables,
         "drift": Drift,
+        "gsm-infinite": GSMInfinite,
+        "gsm-symbolic": GSMSymbolic,
         "text": Text,
     } == TASKS
 

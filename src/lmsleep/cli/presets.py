@@ -58,7 +58,13 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "variables": {"demo": _small(Variables(), window=16)},
     "drift": {"demo": _small(Drift(), window=8, passes=2, steps=400, batch_size=32, curriculum=0)},
     "gsm-infinite": {
-        "demo": _small(GSMInfinite(subset="medium", mode="forward", ops=(2, 3), length=(0, 128)), window=64),
+        "demo": _small(
+            GSMInfinite(subset="medium", mode="forward", ops=(2, 3), length=(0, 128)),
+            window=64,
+            steps=600,
+            batch_size=32,
+            curriculum=0,
+        ),
         "paper": {
             "task": GSMInfinite(),
             "model": HybridConfig(d_model=512, num_heads=8, blocks=PAPER_BLOCKS),

@@ -1,4 +1,4 @@
-"""Equations between variables: the symbolic subset of GSM-Infinite (arXiv 2502.05252), one answer a question."""
+"""Equations between variables: GSM-Infinite's symbolic subset (arXiv 2502.05252), one answer a question."""
 
 from dataclasses import dataclass
 
@@ -21,8 +21,8 @@ class GSMSymbolic:
         question ? b 8                                         (8 is the answer, and all of the loss)
 
     The variables hang on one that has a value as a random tree (each on one of those before it), and are
-    equal to, one more or one less than what they hang on. Noise is another such tree without a value. The source
-    asks for all variables of a value and has another model grade the names; this is its single-answer form.
+    equal to, one more or one less than what they hang on. Noise is another such tree without a value. The
+    source asks for all variables of a value and has a model grade the names; this is its single-answer form.
     """
 
     ops: int = 8
@@ -131,7 +131,7 @@ class GSMSymbolic:
     def _trees(
         self, rng: np.random.Generator, size: int, nodes: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Value, depth, parent and relation to it, each `[size, nodes]`; the root is node 0, its own parent."""
+        """Value, depth, parent and relation to it, each `[size, nodes]`; node 0 is the root."""
         parent = rng.integers(0, np.maximum(np.arange(nodes), 1), (size, nodes))
         relation = rng.integers(0, len(STEP), (size, nodes))
         relation[:, 0] = EQUALS

@@ -1,7 +1,7 @@
 """Which parameter is computed from which: the necessary ones in order, the query last, and distractors.
 
-The algorithm is that of GSM-Infinite (arXiv 2502.05252), after iGSM (arXiv 2407.20311): choose the necessary parameters,
-order them from the query back, give each its operands. Written from a description of it.
+The algorithm is that of GSM-Infinite (arXiv 2502.05252), after iGSM (arXiv 2407.20311): choose the necessary
+parameters, order them from the query back, give each its operands. Written from a description of it.
 """
 
 import math
@@ -46,7 +46,7 @@ class Graph:
 
 def draw_graph(random: Random, ops: int, *, hard: bool, reverse: bool) -> Graph | None:
     """A graph of exactly `ops` operations, or None if the draw came to another number or to nothing."""
-    bound = next(O for most, O in BOUNDS if ops <= most)
+    bound = next(bound for most, bound in BOUNDS if ops <= most)
     size = (bound + 1) // 2
     few = max(random.randint(1, size), random.randint(1, size))
     many = random.randint(few, size)

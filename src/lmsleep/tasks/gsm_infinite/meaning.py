@@ -97,11 +97,12 @@ def draw_core(random: Random, graph: Graph, *, reverse: bool, modulus: int | Non
     query = graph.order[-1]
     if unknown is None:
         return Core(graph.structure, definitions, query, values[query].value, graph.ops)
-    if math.gcd(values[query].slope, modulus or 0) != 1 and (modulus or values[query].slope == 0):
+    slope = values[query].slope
+    if slope == 0 or (modulus and math.gcd(slope, modulus) != 1):
         return None
     answer = definitions.pop(unknown).constant
     assert answer is not None
-    value = values[query].slope * answer + values[query].value
+    value = slope * answer + values[query].value
     return Core(
         graph.structure,
         definitions,

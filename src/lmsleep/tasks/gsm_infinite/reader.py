@@ -1,4 +1,4 @@
-"""A reader that solves a problem from its text, without anything of what generated it but the templates' words.
+"""A reader that solves a problem from its text, knowing nothing of what made it but the templates' words.
 
 It resolves on demand from the question, so what is irrelevant may be circular or left open.
 """

@@ -54,8 +54,8 @@ class Structure:
 def draw_structure(random: Random, size: int, *, hard: bool, reverse: bool) -> Structure | None:
     """Places and things for problems of about `2 size` operations; None if a place stays empty.
 
-    Widths, edges and growth follow GSM-Infinite; where its hard problems may ask for more edges than two layers
-    can hold (and are thrown away), we take as many as there can be.
+    Widths, edges and growth follow GSM-Infinite; where its hard problems may ask for more edges than two
+    layers can hold (and are thrown away), we take as many as there can be.
     """
     w0, w1 = sorted(_width(random, size, hard=hard, reverse=reverse) for _ in range(2))
     low = min((2 if hard else 1) * w0, MAX_EDGES)
