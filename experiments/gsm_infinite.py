@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable
 from random import Random
+from typing import Literal
 
 import numpy as np
 
@@ -16,7 +17,12 @@ from lmsleep.tasks.gsm_infinite.meaning import Core, Definition
 from lmsleep.tasks.gsm_infinite.task import draw_problem
 
 OPS = 8
-SETTINGS = [(subset, mode) for subset in ("medium", "hard") for mode in ("forward", "reverse")]
+SETTINGS: list[tuple[Literal["medium", "hard"], Literal["forward", "reverse"]]] = [
+    ("medium", "forward"),
+    ("medium", "reverse"),
+    ("hard", "forward"),
+    ("hard", "reverse"),
+]
 
 
 def shape(definition: Definition) -> str:
@@ -73,7 +79,7 @@ def main() -> None:
         for length, noise in (((0, 3300), False), ((2000, 3300), True)):
             task = GSMInfinite(
                 subset=subset, mode=mode, ops=(1 + (subset == "medium"), OPS), length=length, noise=noise
-            )  # type: ignore[arg-type]
+            )
             lengths = task.batch(stream(0, "train", 0), problems, "train").context_lengths
             assert lengths is not None
             low, middle, high = np.percentile(lengths, [5, 50, 95])

@@ -490,13 +490,3 @@ def test_text_that_cannot_be_cut_is_refused(tmp_path, content, length, message):
 def test_text_needs_a_file():
     with pytest.raises(ValueError, match="data"):
         Text()
-
-
-def test_problems_padded_on_the_left_are_equally_long_and_answered_the_same():
-    options = {"subset": "medium", "mode": "forward", "ops": (2, 3), "length": (0, 128)}
-    right, left = (draw(GSMInfinite(**options, left_pad=side), 8) for side in (False, True))
-    assert left.context_lengths is None and right.context_lengths is not None
-    assert torch.equal(left.tokens, right.tokens) and torch.equal(left.answers, right.answers)
-    for row, length in enumerate(right.context_lengths.tolist()):
-        assert left.context[row, 128 - length :].tolist() == right.context[row, :length].tolist()
-        assert (left.context[row, : 128 - length] == GSMInfinite().pad).all()

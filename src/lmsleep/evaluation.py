@@ -26,11 +26,6 @@ def read_batch(
     """
     state = None
     if batch.context is not None and batch.context_row is not None:
-        if batch.context_lengths is not None and (sleep.window is None or sleep.eviction != "hard"):
-            raise ValueError(
-                "contexts of unequal length need hard eviction (window=L, eviction='hard'): what sliding "
-                "eviction, or none, keeps of the shorter ones would be padding (gsm-infinite: or left_pad)"
-            )
         after = sleep_forward(
             model,
             batch.context,

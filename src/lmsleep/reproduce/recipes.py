@@ -122,7 +122,7 @@ def _gsm(blocks: tuple[BlockKind, ...], sleep: SleepConfig, **train: Any) -> Run
     """A tiny run on GSM-Infinite; fast-weight blocks have no feed-forward layer, as in the paper."""
     bare = {i: {"mlp_dim": 0} for i, kind in enumerate(blocks) if kind != "attention"}
     return RunConfig(
-        task=GSMInfinite(subset="medium", mode="forward", ops=(2, 3), length=(0, 128), left_pad=True),
+        task=GSMInfinite(subset="medium", mode="forward", ops=(2, 3), length=(0, 128)),
         model=HybridConfig(d_model=64, num_heads=4, blocks=blocks, overrides=bare),
         sleep=sleep,
         train=TrainConfig(batch_size=16, lr=5e-3, adam_lr=5e-3, threads=1, **{"steps": 300, **train}),
