@@ -51,10 +51,15 @@ def main() -> None:
     write(f"Most frequent answer, {problems} problems each:\n\n")
     write("| op | " + " | ".join(map(str, range(1, OPS + 1))) + " |\n|" + "---|" * (OPS + 1) + "\n")
     for setting, cores in drawn.items():
-        best = {op: Counter(c.answer for c in some).most_common(1)[0][1] / problems for op, some in cores.items()}
+        best = {
+            op: Counter(c.answer for c in some).most_common(1)[0][1] / problems for op, some in cores.items()
+        }
         cells = [f"{best[op]:.2f}" if op in best else "-" for op in range(1, OPS + 1)]
         write(f"| {' '.join(setting)} | {' | '.join(cells)} |\n")
-    write("\n| | end of the order, % | right-hand sides, % | statements | different problems |\n|---|---|---|---|---|\n")
+    write(
+        "\n| | end of the order, % | right-hand sides, % | statements | different problems |\n"
+        "|---|---|---|---|---|\n"
+    )
     for setting, cores in drawn.items():
         every = [core for some in cores.values() for core in some]
         ends = shares((core.given[0] if core.given else core.query).kind for core in every)
@@ -66,7 +71,9 @@ def main() -> None:
     for subset, mode in SETTINGS:
         cells = []
         for length, noise in (((0, 3300), False), ((2000, 3300), True)):
-            task = GSMInfinite(subset=subset, mode=mode, ops=(1 + (subset == "medium"), OPS), length=length, noise=noise)  # type: ignore[arg-type]
+            task = GSMInfinite(
+                subset=subset, mode=mode, ops=(1 + (subset == "medium"), OPS), length=length, noise=noise
+            )  # type: ignore[arg-type]
             lengths = task.batch(stream(0, "train", 0), problems, "train").context_lengths
             assert lengths is not None
             low, middle, high = np.percentile(lengths, [5, 50, 95])

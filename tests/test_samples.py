@@ -59,7 +59,7 @@ def test_records_hold_what_the_batch_holds(name):
     rows = list(records(task, batch))
     assert len(rows) == len(batch.tokens)
     for row, record in enumerate(rows):
-        tokens = batch.tokens[row].tolist()
+        _, tokens, _ = batch.row(row)
         assert record["tokens"] == tokens and json.loads(json.dumps(record)) == record
         assert record["loss"] == np.flatnonzero(batch.loss_mask[row].numpy()).tolist()
         marked = torch.full_like(batch.answers[row], -1)

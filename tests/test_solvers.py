@@ -2,7 +2,7 @@
 
 import pytest
 
-from lmsleep.tasks import MQAR, Depo, Rule110, Text, Variables, WordProblem, hide_answers, stream
+from lmsleep.tasks import MQAR, Depo, GSMSymbolic, Rule110, Text, Variables, WordProblem, hide_answers, stream
 from lmsleep.tasks.base import HIDDEN
 
 TASKS = [
@@ -21,6 +21,9 @@ TASKS = [
     WordProblem(length=1, queries=1),
     Variables(),
     Variables(chains=10, hops=0, queries=1),
+    GSMSymbolic(),
+    GSMSymbolic(ops=20, noise=2, queries=20),
+    GSMSymbolic(ops=1, noise=0, queries=1),
 ]
 
 

@@ -7,7 +7,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmsleep.tasks import MQAR, TASKS, Batch, Depo, GSMInfinite, Rule110, Text, Variables, WordProblem, stream
+from lmsleep.tasks import (
+    MQAR,
+    TASKS,
+    Batch,
+    Depo,
+    GSMInfinite,
+    GSMSymbolic,
+    Rule110,
+    Text,
+    Variables,
+    WordProblem,
+    stream,
+)
 from lmsleep.tasks.rule110 import SEP, automaton
 
 
@@ -42,6 +54,8 @@ def tasks(document):
         MQAR(),
         WordProblem(),
         Variables(),
+        GSMInfinite(subset="medium", ops=(2, 3), length=(0, 200)),
+        GSMSymbolic(),
         Text(data=(document,), length=40),
     ]
 
@@ -76,6 +90,8 @@ def test_every_task_is_listed():
         "mqar": MQAR,
         "word-problem": WordProblem,
         "variables": Variables,
+        "gsm-infinite": GSMInfinite,
+        "gsm-symbolic": GSMSymbolic,
         "text": Text,
     } == TASKS
 

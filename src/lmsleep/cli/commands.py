@@ -248,7 +248,9 @@ def _eval_text(config: RunConfig, result: dict[int, Score]) -> str:
 
 def _floor(floors: dict[str, float], key: str) -> str:
     """The floors of one difficulty, to stand beside its accuracy."""
-    own = [f"{name.removesuffix(key)}{floor:.3f}" for name, floor in floors.items() if name.endswith(f" {key}")]
+    own = [
+        f"{name.removesuffix(key)}{floor:.3f}" for name, floor in floors.items() if name.endswith(f" {key}")
+    ]
     return f" ({', '.join(own)})" if own else ""
 
 

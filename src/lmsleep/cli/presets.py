@@ -17,7 +17,9 @@ PAPER_TRAIN: dict[str, Any] = {
 }
 ALTERNATING: tuple[BlockKind, ...] = ("attention", "gated_delta_net", "attention", "gated_delta_net")
 
-PAPER_BLOCKS = 3 * ALTERNATING  # stands for the pretrained models of figures 4 and 5; the middle half is looped
+PAPER_BLOCKS = (
+    3 * ALTERNATING
+)  # stands for the pretrained models of figures 4 and 5; the middle half is looped
 
 
 def _sections(config: RunConfig) -> dict[str, Any]:
@@ -55,7 +57,13 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "word-problem": {"demo": _small(WordProblem(length=8, queries=4), window=4)},
     "variables": {"demo": _small(Variables(), window=16)},
     "gsm-infinite": {
-        "demo": _small(GSMInfinite(subset="medium", mode="forward", ops=(2, 3), length=(0, 128)), window=64),
+        "demo": _small(
+            GSMInfinite(subset="medium", mode="forward", ops=(2, 3), length=(0, 128)),
+            window=64,
+            steps=600,
+            batch_size=32,
+            curriculum=0,
+        ),
         "paper": {
             "task": GSMInfinite(),
             "model": HybridConfig(d_model=512, num_heads=8, blocks=PAPER_BLOCKS),

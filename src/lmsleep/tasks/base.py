@@ -51,7 +51,7 @@ class Batch:
         return read + (0 if self.context is None else self.context.numel())
 
     def row(self, row: int) -> tuple[list[int], list[int], list[int]]:
-        """One row without padding: its context (empty if there is none), its tokens, and `answers` of them."""
+        """One row without padding: its context (empty if none), its tokens, and `answers` of them."""
         context: list[int] = []
         if self.context is not None and self.context_row is not None:
             number = int(self.context_row[row])

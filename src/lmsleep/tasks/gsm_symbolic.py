@@ -1,4 +1,4 @@
-"""Equations between variables: the symbolic subset of GSM-Infinite (arXiv 2502.05252), one answer a question."""
+"""Equations between variables: GSM-Infinite's symbolic subset (arXiv 2502.05252), one answer a question."""
 
 from dataclasses import dataclass
 
@@ -21,8 +21,8 @@ class GSMSymbolic:
         question ? b 8                                         (8 is the answer, and all of the loss)
 
     The variables hang on one that has a value as a random tree (each on one of those before it), and are
-    equal to, one more or one less than what they hang on. Noise is another such tree without a value. The source
-    asks for all variables of a value and has another model grade the names; this is its single-answer form.
+    equal to, one more or one less than what they hang on. Noise is another such tree without a value. The
+    source asks for all variables of a value and has a model grade the names; this is its single-answer form.
     """
 
     ops: int = 8
@@ -40,7 +40,9 @@ class GSMSymbolic:
                 f"ops must be at least 1 and noise not negative, got {self.ops} and {self.noise}"
             )
         if self.names < self.ops + self.noise:
-            raise ValueError(f"names={self.names} cannot name ops + noise = {self.ops + self.noise} variables")
+            raise ValueError(
+                f"names={self.names} cannot name ops + noise = {self.ops + self.noise} variables"
+            )
         if not 1 <= self.queries <= self.ops:
             raise ValueError(f"queries must lie in 1 ... ops={self.ops}, got {self.queries}")
 
@@ -129,7 +131,7 @@ class GSMSymbolic:
     def _trees(
         self, rng: np.random.Generator, size: int, nodes: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Value, depth, parent and relation to it, each `[size, nodes]`; the root is node 0, its own parent."""
+        """Value, depth, parent and relation to it, each `[size, nodes]`; node 0 is the root."""
         parent = rng.integers(0, np.maximum(np.arange(nodes), 1), (size, nodes))
         relation = rng.integers(0, len(STEP), (size, nodes))
         relation[:, 0] = EQUALS

@@ -1,7 +1,7 @@
 """Which parameter is computed from which: the necessary ones in order, the query last, and distractors.
 
-The algorithm is that of GSM-Infinite (arXiv 2502.05252), after iGSM (arXiv 2407.20311): choose the necessary parameters,
-order them from the query back, give each its operands. Written from a description of it.
+The algorithm is that of GSM-Infinite (arXiv 2502.05252), after iGSM (arXiv 2407.20311): choose the necessary
+parameters, order them from the query back, give each its operands. Written from a description of it.
 """
 
 import math
@@ -46,7 +46,7 @@ class Graph:
 
 def draw_graph(random: Random, ops: int, *, hard: bool, reverse: bool) -> Graph | None:
     """A graph of exactly `ops` operations, or None if the draw came to another number or to nothing."""
-    bound = next(O for most, O in BOUNDS if ops <= most)
+    bound = next(bound for most, bound in BOUNDS if ops <= most)
     size = (bound + 1) // 2
     few = max(random.randint(1, size), random.randint(1, size))
     many = random.randint(few, size)
@@ -80,9 +80,10 @@ def _necessary(random: Random, structure: Structure, few: int, many: int) -> lis
             if ops + len(summands) <= few:
                 ops += len(summands)
                 chosen |= dict.fromkeys([*summands, total])
-    unused = [p for p in structure.instances if p not in chosen and (p.kind == "average") >= structure.hard]
-    more = random.sample(unused, min(max(many - ops - (not structure.hard), 0), len(unused)))
-    return [*chosen, *more]
+    unused, room = [p for p in structure.instances if p not in chosen], many - ops - 1
+    if structure.hard:  # the rule for medium problems would all but leave averages out; see docs/tasks.md
+        unused, room = [p for p in unused if p.kind == "average"], room + 1
+    return [*chosen, *random.sample(unused, min(max(room, 0), len(unused)))]
 
 
 def _order(

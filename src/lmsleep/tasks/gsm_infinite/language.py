@@ -1,7 +1,7 @@
 """A problem in words and tokens: phrases are encoded once, statements are put together from them.
 
-The text is by definition the pieces one after the other, each beginning with its space, so joining their tokens
-is exact for every tokenizer.
+The text is by definition the pieces one after the other, each beginning with its space, so joining their
+tokens is exact for every tokenizer.
 """
 
 from collections.abc import Sequence
@@ -30,9 +30,9 @@ class Language:
             self._heads["total", capital] = self.piece(f"{the} total number of {t.category}")
             self._heads["attributes", capital] = self.piece(f"{the} total number of {t.attribute}")
         self._at, self._stop, self._and, self._comma = map(self.piece, (" in", ".", " and", ","))
-        self._equals, self._sum, self._difference = map(
-            self.piece, (f" {t.equals}", f" {t.equals} the sum of", f" {t.equals} {t.difference}")
-        )
+        self._equals = self.piece(f" {t.equals}")
+        self._constant = [self.piece(f" {word}") for word in (t.more, t.times)]
+        self._several = [self.piece(f" {words}") for words in ("the sum of", t.difference)]
 
     def piece(self, text: str) -> Tokens:
         """The tokens of a phrase."""
@@ -47,22 +47,17 @@ class Language:
 
     def statement(self, subject: Tokens, definition: Definition, operands: Sequence[Tokens]) -> Tokens:
         """A sentence that defines a parameter."""
-        constant = definition.constant
-        if constant is None:
-            if len(operands) == 1:
-                return subject + self._equals + operands[0] + self._stop
-            if len(operands) == 2:
-                verb = self._difference if definition.difference else self._sum
-                return subject + verb + operands[0] + self._and + operands[1] + self._stop
-        value = [] if constant is None else self.piece(f" {constant}")
-        if operands and constant is not None:
-            value = value + self.piece(f" {self.template.times if definition.times else self.template.more}")
+        value = subject + self._equals
+        if definition.constant is not None:
+            value = value + self.piece(f" {definition.constant}")
+            if operands:
+                value = value + self._constant[definition.times]
         if len(operands) > 1:
-            value = value + self.piece(f" {self.template.difference}" if definition.difference else " the sum of")
+            value = value + self._several[definition.difference]
         for i, operand in enumerate(operands):
             between = [] if i == 0 else self._and if i == len(operands) - 1 else self._comma
             value = value + between + operand
-        return subject + self._equals + value + self._stop
+        return value + self._stop
 
     def value(self, subject: Tokens, value: int) -> Tokens:
         """A sentence that gives away the value of a parameter."""
@@ -99,7 +94,7 @@ class Language:
     @property
     def longest_noise(self) -> int:
         """An upper bound of the tokens of a sentence of noise."""
-        verb = max(len(self._sum), len(self._difference))
+        verb = len(self._equals) + max(map(len, self._several))
         operands = 2 * max(self.longest_name(noise=False), self.longest_name(noise=True))
         return self.longest_name(noise=True) + verb + operands + len(self._and) + len(self._stop)
 

@@ -86,7 +86,9 @@ def draw_core(random: Random, graph: Graph, *, reverse: bool, modulus: int | Non
     definitions = {p: _define(random, operands, most) for p, operands in graph.operands.items()}
     unknown = None
     if reverse:
-        unknown = next((p for p in reversed(graph.order) if p.thing >= 0 and not definitions[p].operands), None)
+        unknown = next(
+            (p for p in reversed(graph.order) if p.thing >= 0 and not definitions[p].operands), None
+        )
         if unknown is None:
             return None
     values = _values(graph, definitions, unknown, modulus)
@@ -95,12 +97,20 @@ def draw_core(random: Random, graph: Graph, *, reverse: bool, modulus: int | Non
     query = graph.order[-1]
     if unknown is None:
         return Core(graph.structure, definitions, query, values[query].value, graph.ops)
-    if math.gcd(values[query].slope, modulus or 0) != 1 and (modulus or values[query].slope == 0):
+    slope = values[query].slope
+    if slope == 0 or (modulus and math.gcd(slope, modulus) != 1):
         return None
     answer = definitions.pop(unknown).constant
     assert answer is not None
-    value = values[query].slope * answer + values[query].value
-    return Core(graph.structure, definitions, unknown, answer, graph.ops, (query, value % modulus if modulus else value))
+    value = slope * answer + values[query].value
+    return Core(
+        graph.structure,
+        definitions,
+        unknown,
+        answer,
+        graph.ops,
+        (query, value % modulus if modulus else value),
+    )
 
 
 def _define(random: Random, operands: list[Operand], most: int) -> Definition:

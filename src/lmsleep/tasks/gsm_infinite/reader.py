@@ -1,4 +1,4 @@
-"""A reader that solves a problem from its text, without anything of what generated it but the templates' words.
+"""A reader that solves a problem from its text, knowing nothing of what made it but the templates' words.
 
 It resolves on demand from the question, so what is irrelevant may be circular or left open.
 """
@@ -104,7 +104,9 @@ def _read_sentence(problem: Problem, sentence: str) -> None:
         body, _, modulus = body.partition(", modulo ")
         problem.modulus = int(modulus) if modulus else None
         counted = re.fullmatch(r"how many (.+) are there in (.+)", body)
-        problem.asked = f"the number of {counted[1]} in {counted[2]}" if counted else body.removeprefix("what is ")
+        problem.asked = (
+            f"the number of {counted[1]} in {counted[2]}" if counted else body.removeprefix("what is ")
+        )
     elif body.endswith(" is positive"):
         problem.positive.add(body.removesuffix(" is positive"))
     elif equals in body:

@@ -54,11 +54,11 @@ class Structure:
 def draw_structure(random: Random, size: int, *, hard: bool, reverse: bool) -> Structure | None:
     """Places and things for problems of about `2 size` operations; None if a place stays empty.
 
-    Widths, edges and growth follow GSM-Infinite; where its hard problems may ask for more edges than two layers
-    can hold (and are thrown away), we take as many as there can be.
+    Widths, edges and growth follow GSM-Infinite; where its hard problems may ask for more edges than two
+    layers can hold (and are thrown away), we take as many as there can be.
     """
     w0, w1 = sorted(_width(random, size, hard=hard, reverse=reverse) for _ in range(2))
-    low = min((2 if hard else 1) * w0, MAX_EDGES)
+    low = (2 if hard else 1) * w0
     edges = min(random.randint(low, MAX_EDGES), random.randint(low, MAX_EDGES), w1 * w1 + (w1 if hard else 0))
     places, things = _grow(random, w0, w1, edges)
     return _connect(random, places, things, min(edges, places * things), hard=hard)

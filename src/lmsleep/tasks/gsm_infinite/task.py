@@ -22,7 +22,8 @@ from lmsleep.tasks.gsm_infinite.templates import TEMPLATES
 
 MARKERS = ("PAD", "ANSWER", "END")  # tokens after the tokenizer's own
 HELD_OUT = 8  # one core in 8 is kept for testing
-TRIES = 20_000  # draws of a problem with the wanted properties before we give up
+TRIES = 100_000  # draws of a problem of the wanted operations and split before we give up
+MISFITS = 1000  # problems that are too long for a context before we give up
 FLOOR_SAMPLES = 200  # problems per number of operations
 
 
@@ -74,15 +75,15 @@ class GSMInfinite:
             )
         if not self.templates or not set(self.templates) <= set(TEMPLATES):
             raise ValueError(f"templates must be some of {', '.join(TEMPLATES)}, got {self.templates}")
-        if self.modulus is not None and not 2 <= self.modulus <= LARGEST:
-            raise ValueError(f"modulus must lie in 2 ... {LARGEST}, got {self.modulus}")
+        if self.modulus is not None and not 3 <= self.modulus <= LARGEST:
+            raise ValueError(f"modulus must lie in 3 ... {LARGEST}, got {self.modulus}")
         if not 0 <= self.length[0] <= self.length[1]:
             raise ValueError(f"length must be 0 <= fewest <= most, got {self.length}")
         slack = max(spoken.longest_noise for spoken in self._languages) - 1
         if self.noise and self.length[1] - self.length[0] < slack:
             raise ValueError(
-                f"length={self.length} leaves too little room: a statement of noise can have {slack + 1} tokens, so "
-                f"the longest context must have at least {slack} tokens more than the shortest"
+                f"length={self.length} leaves too little room: a statement of noise can have {slack + 1} "
+                f"tokens, so the longest context must have at least {slack} tokens more than the shortest"
             )
 
     @property
@@ -107,7 +108,7 @@ class GSMInfinite:
     def floors(self) -> dict[str, float]:
         """A guess by the frequency of answers ("chance"), the best constant, and that of each op.
 
-        Measured on problems without noise, which does not matter for answers.
+        Measured on problems of any length without noise, which does not matter for answers.
         """
         return dict(_floors(self.subset, self.mode, self.ops, self.modulus))
 
@@ -156,7 +157,9 @@ class GSMInfinite:
 
     @property
     def _row_length(self) -> int:
-        question = max(spoken.longest_question for spoken in self._languages) if self.question == "last" else 0
+        question = (
+            max(spoken.longest_question for spoken in self._languages) if self.question == "last" else 0
+        )
         return question + 1 + _longest_answer(self.tokenizer, self.modulus or LARGEST + 1)
 
     def _answer(self, value: int) -> Tokens:
@@ -164,7 +167,7 @@ class GSMInfinite:
 
     def _draw(self, random: Random, ops: int, split: Split) -> tuple[Tokens, Tokens, Tokens]:
         """A context, its row, and the answer that the row ends with."""
-        for _ in range(TRIES):
+        for _ in range(MISFITS):
             core = draw_problem(random, ops, split, self.subset, self.mode, self.modulus)
             spoken = language(random.choice(self.templates), self.tokenizer)
             question, statements, names = _tell(random, core, spoken, self.modulus)
@@ -176,7 +179,7 @@ class GSMInfinite:
                 break
         else:
             raise ValueError(
-                f"length={self.length} is too short: of {TRIES} problems of op={ops} none fits into "
+                f"length={self.length} is too short: of {MISFITS} problems of op={ops} none fits into "
                 f"{self.length[1]} tokens"
             )
         if self.noise:
@@ -198,20 +201,25 @@ class GSMInfinite:
                 length += len(statement)
             elif length >= fewest:
                 return
-        raise ValueError(f"length={self.length} is too long: the names of noise do not suffice for {wanted} tokens")
+        raise ValueError(
+            f"length={self.length} is too long: the names of noise do not suffice for {wanted} tokens"
+        )
 
 
 def draw_problem(
     random: Random, ops: int, split: Split | None, subset: str, mode: str, modulus: int | None
 ) -> Core:
-    """A problem of the wanted operations whose hash belongs to the split (None: to either)."""
+    """A problem of the wanted operations whose hash belongs to the split (None: to either).
+
+    Raises:
+        ValueError: if none is found.
+    """
+    reverse = mode == "reverse" or (mode == "mixed" and random.random() < 0.5)
     for _ in range(TRIES):
-        reverse = mode == "reverse" or (mode == "mixed" and random.random() < 0.5)
-        while (core := _attempt(random, ops, subset == "hard", reverse, modulus)) is None:
-            pass
-        if split is None or (core.hash() % HELD_OUT == 0) == (split == "test"):
+        core = _attempt(random, ops, subset == "hard", reverse, modulus)
+        if core is not None and (split is None or (core.hash() % HELD_OUT == 0) == (split == "test")):
             return core
-    raise ValueError(f"of {TRIES} problems of op={ops} none falls into the {split} part")
+    raise ValueError(f"of {TRIES} draws none is a problem of op={ops} (subset={subset!r}, mode={mode!r})")
 
 
 def _attempt(random: Random, ops: int, hard: bool, reverse: bool, modulus: int | None) -> Core | None:

@@ -87,16 +87,18 @@ HARBOUR = Template(
     ),
     things=_things("trawler ferry tugboat barge freighter", "sloop ketch schooner cutter dinghy"),
     noise_places=(
-        "North South East West Upper Lower Old New Outer Inner Far Near Great Little Broad Narrow Long Short "
-        "High Low Deep Shallow Grey Black White Green Misty Windy Sunny Stormy Quiet Rocky",
-        "Harbour Lagoon Strait Sound Inlet Estuary Channel Basin Anchorage Marina Reef Shoal Beach Jetty "
-        "Breakwater Lighthouse Sandbank Fjord Delta Cape",
+        "North South East West Upper Lower Old New Outer Inner Far Near Great Little Broad Narrow "
+        "Long Short High Low Deep Shallow Grey Black White Green Misty Windy Sunny Stormy Quiet "
+        "Rocky",
+        "Harbour Lagoon Strait Sound Inlet Estuary Channel Basin Anchorage Marina Reef Shoal "
+        "Beach Jetty Breakwater Lighthouse Sandbank Fjord Delta Cape",
     ),
     noise_things=(
-        "red blue green yellow orange purple brown black white grey wooden steel iron plastic rubber canvas "
-        "old new tiny huge fast slow quiet noisy heavy light painted rusty patched borrowed rented striped",
-        "canoe raft kayak punt skiff yacht brig clipper galley gondola launch junk catamaran hydrofoil steamer "
-        "tanker icebreaker dredger whaler corvette",
+        "red blue green yellow orange purple brown black white grey wooden steel iron plastic "
+        "rubber canvas old new tiny huge fast slow quiet noisy heavy light painted rusty patched "
+        "borrowed rented striped",
+        "canoe raft kayak punt skiff yacht brig clipper galley gondola launch junk catamaran "
+        "hydrofoil steamer tanker icebreaker dredger whaler corvette",
     ),
     equals="is",
     more="more than",
@@ -112,20 +114,22 @@ LIBRARY = Template(
         ("Canal Reading Room", "Castle Reading Room", "Market Reading Room", "Mill Reading Room",
          "Station Reading Room"),
     ),
-    things=_things("atlas dictionary encyclopedia almanac textbook", "novel comic biography cookbook songbook"),
+    things=_things(
+        "atlas dictionary encyclopedia almanac textbook", "novel comic biography cookbook songbook"
+    ),
     noise_places=(
-        "Abbey Acorn Beacon Bishop Bridge Chapel Cherry Clock Cobble Corner Crescent Crown Dovecote Fountain "
-        "Garden Granary Guild Hill Island Lantern Meadow Museum Orchid Palace Park Prince Quarry Queen River "
-        "Rose Temple Valley",
-        "Archive Study Bookshop Gallery College School Academy Hall House Annex Lodge Institute Kiosk Cloister "
-        "Pavilion Tower Depot Cabinet Stall Salon",
+        "Abbey Acorn Beacon Bishop Bridge Chapel Cherry Clock Cobble Corner Crescent Crown "
+        "Dovecote Fountain Garden Granary Guild Hill Island Lantern Meadow Museum Orchid Palace "
+        "Park Prince Quarry Queen River Rose Temple Valley",
+        "Archive Study Bookshop Gallery College School Academy Hall House Annex Lodge Institute "
+        "Kiosk Cloister Pavilion Tower Depot Cabinet Stall Salon",
     ),
     noise_things=(
-        "ancient modern printed handwritten bound torn dusty rare popular famous forgotten illustrated "
-        "translated foreign local royal secret sacred comical serious thick thin leather paper gilded faded "
-        "signed censored donated stolen precious cheap",
-        "manuscript pamphlet journal magazine newspaper scrapbook hymnal ledger catalogue manual guidebook "
-        "anthology memoir thesis chronicle fable romance thriller tragedy workbook",
+        "ancient modern printed handwritten bound torn dusty rare popular famous forgotten "
+        "illustrated translated foreign local royal secret sacred comical serious thick thin "
+        "leather paper gilded faded signed censored donated stolen precious cheap",
+        "manuscript pamphlet journal magazine newspaper scrapbook hymnal ledger catalogue manual "
+        "guidebook anthology memoir thesis chronicle fable romance thriller tragedy workbook",
     ),
     equals="equals",
     more="plus",
@@ -141,20 +145,22 @@ ORCHARD = Template(
         ("Abbot Farm", "Miller Farm", "Shepherd Farm", "Weaver Farm", "Potter Farm"),
     ),
     things=_things(
-        "pear_tree plum_tree cherry_tree apple_tree quince_tree", "oak_tree beech_tree maple_tree birch_tree willow_tree"
+        "pear_tree plum_tree cherry_tree apple_tree quince_tree",
+        "oak_tree beech_tree maple_tree birch_tree willow_tree",
     ),
     noise_places=(
-        "Badger Fox Hare Otter Stag Boar Mole Lynx Wolf Bear Raven Owl Robin Finch Swallow Magpie Crane Falcon "
-        "Sparrow Thrush Clover Thistle Nettle Bramble Heather Fern Moss Poppy Daisy Violet Barley Rye",
-        "Field Grove Glade Copse Thicket Paddock Pasture Heath Moor Dell Glen Ridge Slope Terrace Plantation "
-        "Nursery Estate Ranch Homestead Vineyard",
+        "Badger Fox Hare Otter Stag Boar Mole Lynx Wolf Bear Raven Owl Robin Finch Swallow Magpie "
+        "Crane Falcon Sparrow Thrush Clover Thistle Nettle Bramble Heather Fern Moss Poppy Daisy "
+        "Violet Barley Rye",
+        "Field Grove Glade Copse Thicket Paddock Pasture Heath Moor Dell Glen Ridge Slope Terrace "
+        "Plantation Nursery Estate Ranch Homestead Vineyard",
     ),
     noise_things=(
-        "tall short young mature gnarled crooked slender leafy bare flowering grafted pruned wild dwarf giant "
-        "weeping evergreen hardy thorny mossy hollow twisted shady scented golden silver crimson copper pale "
-        "dark spotted smooth",
-        "cedar spruce larch pine fir yew cypress juniper hazel walnut chestnut almond olive fig lemon palm elm "
-        "poplar alder rowan",
+        "tall short young mature gnarled crooked slender leafy bare flowering grafted pruned wild "
+        "dwarf giant weeping evergreen hardy thorny mossy hollow twisted shady scented golden "
+        "silver crimson copper pale dark spotted smooth",
+        "cedar spruce larch pine fir yew cypress juniper hazel walnut chestnut almond olive fig "
+        "lemon palm elm poplar alder rowan",
     ),
     equals="amounts to",
     more="on top of",
