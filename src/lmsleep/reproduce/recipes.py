@@ -156,7 +156,7 @@ def _speed(scale: Scale) -> list[Cell]:
     """Training steps on one long context in windows of three sizes, activations recomputed."""
     blocks = ALTERNATING
     T, windows, batch, width = {
-        "demo": (768, (64, 128, 256), 4, 64),
+        "demo": (384, (32, 64, 128), 2, 64),
         "small": (3072, (256, 512, 1024), 4, 256),
         "paper": (12_000, (1000, 2000, 4000), 4, 2048),
     }[scale]
