@@ -153,6 +153,16 @@ def test_a_memory_of_another_model_is_refused(model, session, tmp_path):
             Memory.load(tmp_path / "a.mem", other)
 
 
+def test_an_option_that_a_later_version_adds_keeps_old_memories(model, tmp_path):
+    from dataclasses import make_dataclass
+
+    Later = make_dataclass("Later", [("new", int, 3)], bases=(type(model.config),), frozen=True, kw_only=True)
+    same = lively(tiny("attention", "gated_delta_net", "gated_linear"))
+    for new, equal in ((3, True), (4, False)):
+        same.config = Later(**vars(model.config), new=new)
+        assert (fingerprint(same) == fingerprint(model)) == equal
+
+
 def test_a_missing_file_is_an_os_error(model, tmp_path):
     with pytest.raises(FileNotFoundError):
         Session.load(tmp_path / "none.mem", model)
