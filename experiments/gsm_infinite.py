@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable
 from random import Random
+from typing import Any
 
 import numpy as np
 
@@ -71,9 +72,9 @@ def main() -> None:
     for subset, mode in SETTINGS:
         cells = []
         for length, noise in (((0, 3300), False), ((2000, 3300), True)):
-            task = GSMInfinite(
-                subset=subset, mode=mode, ops=(1 + (subset == "medium"), OPS), length=length, noise=noise
-            )  # type: ignore[arg-type]
+            ops = (1 + (subset == "medium"), OPS)
+            options: dict[str, Any] = {"subset": subset, "mode": mode, "ops": ops}
+            task = GSMInfinite(**options, length=length, noise=noise)
             lengths = task.batch(stream(0, "train", 0), problems, "train").context_lengths
             assert lengths is not None
             low, middle, high = np.percentile(lengths, [5, 50, 95])
