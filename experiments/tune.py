@@ -68,11 +68,11 @@ def depo_heads() -> Grid:
 
 
 def rule110(steps: int) -> Grid:
-    """Muon's rate, then the middle one with a curriculum over t."""
+    """Muon's rate, then one of them with a curriculum over t."""
     grid = []
     for passes in reversed(PASSES):
         length = equal_steps(settings.rule110, passes, steps)
-        for lr, curriculum in ((0.01, 0), (0.02, 0), (0.04, 0), (0.02, 200)):
+        for lr, curriculum in ((0.005, 0), (0.01, 0), (0.02, 0), (0.04, 0), (0.02, 200)):
             config = settings.rule110(passes, SEED, length, lr=lr, curriculum=curriculum)
             grid.append((f"rule110-N{passes}-lr{lr}-curriculum{curriculum}", config))
     return grid
