@@ -178,7 +178,7 @@ def test_a_read_stopped_on_other_files_is_not_mixed_up(bytes_model, capsys, here
 
 
 def test_a_killed_read_ends_with_the_uninterrupted_memory(bytes_model, capsys, here):
-    (here / "a.txt").write_bytes(random.Random(0).randbytes(20_000))
+    (here / "a.txt").write_bytes(random.Random(0).randbytes(4_000))
     options = ["read", str(bytes_model), "a.txt", "--window", "16", "--passes", "2", "--save-every", "0"]
     assert run(capsys, *options, "--memory", "whole.mem")[0] == 0
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -203,4 +203,4 @@ def test_a_killed_read_ends_with_the_uninterrupted_memory(bytes_model, capsys, h
     whole, resumed = (Session.load(name, model) for name in ("whole.mem", "m.mem"))
     assert same_memory(resumed.stream.start.memory, whole.stream.start.memory, 0.0)
     assert resumed.stream.window.tolist() == whole.stream.window.tolist()
-    assert resumed.stats.sleeps == whole.stats.sleeps and resumed.stats.tokens == 20_000
+    assert resumed.stats.sleeps == whole.stats.sleeps and resumed.stats.tokens == 4_000
