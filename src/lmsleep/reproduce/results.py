@@ -108,7 +108,7 @@ def table(recipe: Recipe, results: Sequence[Row], name: str) -> str:
     body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     seeds = len({row["seed"] for row in results})
     said = "\n\n".join(text for text in (recipe.expects, recipe.caution) if text)
-    return f"# {recipe.title}\n\n{said}\n\nMean over {seeds} seeds [95 % interval].\n\n{body}\n"
+    return f"# {recipe.title}\n\n{said}\n\nMean over {seeds} seed{'s' * (seeds > 1)} [95 % interval].\n\n{body}\n"
 
 
 def _floors(results: Sequence[Row], keys: Sequence[int]) -> list[tuple[str, list[float]]]:
