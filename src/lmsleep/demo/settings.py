@@ -47,7 +47,7 @@ RULE110_MODEL = HybridConfig(
 )
 RULE110_WINDOW = 20  # the state
 RULE110_STEPS = 500
-RULE110_TUNED: dict[int, dict[str, Any]] = {n: {"lr": 0.02, "adam_lr": 0.02} for n in (1, 2, 4)}
+RULE110_TUNED: dict[int, dict[str, Any]] = {n: {"lr": 0.01, "adam_lr": 0.02} for n in (1, 2, 4)}
 
 
 def depo(passes: int, seed: int, steps: int, **train: Any) -> RunConfig:
