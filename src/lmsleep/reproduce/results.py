@@ -108,7 +108,8 @@ def table(recipe: Recipe, results: Sequence[Row], name: str) -> str:
     body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     seeds = len({row["seed"] for row in results})
     said = "\n\n".join(text for text in (recipe.expects, recipe.caution) if text)
-    return f"# {recipe.title}\n\n{said}\n\nMean over {seeds} seed{'s' * (seeds > 1)} [95 % interval].\n\n{body}\n"
+    mean = f"Mean over {seeds} seed{'s' * (seeds > 1)} [95 % interval]."
+    return f"# {recipe.title}\n\n{said}\n\n{mean}\n\n{body}\n"
 
 
 def _floors(results: Sequence[Row], keys: Sequence[int]) -> list[tuple[str, list[float]]]:
