@@ -62,11 +62,11 @@ def run(options: ReproduceOptions) -> None:
         return
     curves: list[Row] = []
     if recipe.value == "tokens_per_second":
-        rows, made = time_steps(cells, options.seeds), provenance()
+        rows, made = time_steps(cells, options.seeds), [provenance()]
     else:
         jobs = _train(cells, options, Path("runs/reproduce") / name)
         rows, curves = collect(recipe, jobs)
-        made = RunFolder.open(jobs[0][1].path).made_by()
+        made = [RunFolder.open(job.path).made_by() for _, job in jobs]
     difficulty = cells[0].config.task.difficulty_name
     text = f"{table(recipe, rows, difficulty)}\n{_made_by(made)}\n"
     out = options.out or Path("results") / name
@@ -173,5 +173,7 @@ def _slug(label: str) -> str:
     return "".join(c if c.isalnum() else "-" for c in label).strip("-")
 
 
-def _made_by(made: dict[str, Any]) -> str:
-    return f"`{made['command']}`, {made['hardware']}, torch {made['torch']}, commit {made['commit']}"
+def _made_by(made: Sequence[dict[str, Any]]) -> str:
+    """This command, and where its runs were made (perhaps by several, if it was stopped in between)."""
+    where = {f"{m['hardware']}, torch {m['torch']}, commit {m['commit']}": None for m in made}
+    return f"`{provenance()['command']}`, {'; '.join(where)}"
