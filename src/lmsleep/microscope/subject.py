@@ -1,0 +1,124 @@
+"""What is put under the microscope: windows that are slept on, and what is asked after them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lmsleep.evaluation import EVAL_SEED
+from lmsleep.session import Session
+from lmsleep.session.session import Readable
+from lmsleep.sleep import Backbone, SleepConfig
+from lmsleep.state import State
+from lmsleep.tasks import Batch, Task, stream
+from lmsleep.training import RunFolder
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A model with something to read.
+
+    Attributes:
+        name: what it is.
+        model: any `Backbone`.
+        sleep: window and passes.
+        state: where the first window begins; a row per sequence.
+        windows: `[B, T]`, tokens to be read and slept on under observation.
+        batch: a context, the windows that are evicted before anything is asked, and rows to be predicted.
+        task: None for a session.
+        spell: tokens in human-readable form.
+        read: tokens read before.
+    """
+
+    name: str
+    model: Backbone
+    sleep: SleepConfig
+    state: State
+    windows: Tensor
+    batch: Batch
+    task: Task | None
+    spell: Callable[[list[int]], str]
+    read: int = 0
+
+
+def from_run(run: RunFolder, samples: int) -> Subject:
+    """A run's newest checkpoint and held-out samples of its task.
+
+    Raises:
+        ValueError: if the run never sleeps, or its samples end before anything is evicted.
+        OSError: if it has no checkpoint.
+    """
+    if samples < 1:
+        raise ValueError(f"samples must be at least 1, got {samples}")
+    config, model = run.config(), run.model()
+    sleep = replace(config.sleep, backprop_passes=None)
+    if sleep.window is None:
+        raise ValueError(f"{run.path} was trained with window=None: it never sleeps")
+    batch = cut(config.task.batch(stream(EVAL_SEED, "test", 0), samples, "test"), sleep)
+    assert batch.context is not None
+    if not batch.context.shape[1]:
+        raise ValueError(f"{run.path}: no window of its samples is slept on before the answers")
+    state = model.initial_state(len(batch.context))
+    return Subject(
+        str(run.path), model, sleep, state, batch.context, batch, config.task, config.task.spell
+    )
+
+
+def from_session(session: Session, text: Readable) -> Subject:
+    """A session and what it would read next; the session stays as it is.
+
+    Raises:
+        ValueError: for an empty text, or a session that never sleeps.
+    """
+    new, sleep, tokenizer = session.tokens(text), session.sleep_config, session.tokenizer
+    if sleep.window is None:
+        raise ValueError("window=None: this session never sleeps; give its SleepConfig a window")
+    if not len(new):
+        raise ValueError("text must have at least one token")
+    begun = session.stream.reopened()
+    device = next(S.device for S in begun.state.memory.layers if S is not None)
+    tokens = torch.cat([session.stream.window, new])[None].to(device)
+    asked = torch.arange(tokens.shape[1], device=device)[None] >= max(len(session.stream.window), 1)
+    batch = Batch(
+        tokens=tokens,
+        loss_mask=asked,
+        answers=torch.where(asked, asked.cumsum(1) - 1, -1),
+        difficulty=torch.zeros(int(asked.sum()), dtype=torch.int64, device=device),
+    )
+    return Subject(
+        name="session",
+        model=session.model,
+        sleep=sleep,
+        state=begun.state,
+        windows=tokens,
+        batch=cut(batch, sleep),
+        task=None,
+        spell=(lambda tokens: " ".join(map(str, tokens))) if tokenizer is None else tokenizer.decode,
+        read=begun.tokens,
+    )
+
+
+def cut(batch: Batch, sleep: SleepConfig) -> Batch:
+    """The same sequences with what is slept on before the last window as context, if they have none yet.
+
+    What is predicted in a context counts for nothing, and neither does the first token after it: the window
+    that predicts it is gone.
+    """
+    if batch.context is not None:
+        return batch
+    assert sleep.window is not None
+    read = max(batch.tokens.shape[1] - 2, 0)  # the last token is predicted and not read
+    if not sleep.sleep_on_loss:
+        wanted = F.pad(batch.loss_mask[:, 1:].any(0).nonzero()[:, 0], (0, 1), value=read)
+        read = min(read, int(wanted[0]))
+    edge = read // sleep.window * sleep.window
+    return replace(
+        batch,
+        tokens=batch.tokens[:, edge:],
+        loss_mask=batch.loss_mask[:, edge:],
+        answers=batch.answers[:, edge:],
+        context=batch.tokens[:, :edge],
+        context_row=torch.arange(len(batch.tokens), device=batch.tokens.device),
+    )
