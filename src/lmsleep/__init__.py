@@ -2,6 +2,7 @@
 
 from lmsleep import ops
 from lmsleep.memory_file import Origin, fingerprint
+from lmsleep.microscope import Inspection, inspect
 from lmsleep.models import HybridConfig, HybridLM
 from lmsleep.session import BrokenSleep, Session, SessionBatch
 from lmsleep.sleep import Backbone, SleepConfig, SleepOutput, read_window, sleep_forward
@@ -15,6 +16,7 @@ __all__ = [
     "Cache",
     "HybridConfig",
     "HybridLM",
+    "Inspection",
     "Memory",
     "Origin",
     "Session",
@@ -24,6 +26,7 @@ __all__ = [
     "State",
     "__version__",
     "fingerprint",
+    "inspect",
     "ops",
     "read_window",
     "sleep_forward",

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from lmsleep.cli import commands
 from lmsleep.cli.ask import ask
 from lmsleep.cli.chat import chat
+from lmsleep.cli.inspect import inspect_command
 from lmsleep.cli.memory import memory
 from lmsleep.cli.read import read
 from lmsleep.training import Diverged, Interrupted
@@ -19,6 +20,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "ask": (ask, "ask a memory something"),
     "chat": (chat, "talk to a model that sleeps"),
     "memory": (memory, "show, compare, merge and trace back memory files"),
+    "inspect": (inspect_command, "what sleep writes, what can be read of it, what depends on it"),
     "plot": (commands.plot, "draw the curves of runs"),
     "info": (commands.info, "parameters, bytes, break-even length and FLOPs of a run or model"),
     "reproduce": (commands.reproduce, "train the runs behind a figure; write its data, table and picture"),

@@ -61,9 +61,7 @@ def from_run(run: RunFolder, samples: int) -> Subject:
     if not batch.context.shape[1]:
         raise ValueError(f"{run.path}: no window of its samples is slept on before the answers")
     state = model.initial_state(len(batch.context))
-    return Subject(
-        str(run.path), model, sleep, state, batch.context, batch, config.task, config.task.spell
-    )
+    return Subject(str(run.path), model, sleep, state, batch.context, batch, config.task, config.task.spell)
 
 
 def from_session(session: Session, text: Readable) -> Subject:
