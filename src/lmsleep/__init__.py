@@ -7,8 +7,7 @@ from lmsleep.models import HybridConfig, HybridLM
 from lmsleep.session import BrokenSleep, Session, SessionBatch
 from lmsleep.sleep import Backbone, SleepConfig, SleepOutput, read_window, sleep_forward
 from lmsleep.state import Cache, Memory, State
-
-__version__ = "0.1.0"
+from lmsleep.version import __version__
 
 __all__ = [
     "Backbone",

@@ -19,8 +19,8 @@ from lmsleep.training import RunFolder
 class InspectOptions(SleepOptions):
     """What sleep writes into the fast weights, what can be read of it, and what depends on it.
 
-    A run is looked at on held-out samples of its task; with --text or --file a run or a model is looked at while
-    it reads that, after what a memory file holds.
+    A run is looked at on held-out samples of its task; with --text or --file a run or a model is looked at
+    while it reads that, after what a memory file holds.
     """
 
     model: Positional[Path]

@@ -11,6 +11,7 @@ from lmsleep.cli.inspect import inspect_command
 from lmsleep.cli.memory import memory
 from lmsleep.cli.read import read
 from lmsleep.training import Diverged, Interrupted
+from lmsleep.version import __version__
 
 COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "train": (commands.train, "train a model that sleeps, on a task or on your own text"),
@@ -52,8 +53,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.stdout.write(usage() + "\n")
         sys.exit(0 if args else 2)
     if args[0] == "--version":
-        from lmsleep import __version__
-
         sys.stdout.write(f"lmsleep {__version__}\n")
         return
     if args[0] not in COMMANDS:

@@ -114,8 +114,8 @@ def _sleep_pictures(path: Path) -> dict[str, Any]:
     assert batch.context is not None
     block = config.model.blocks.index("gated_delta_net")
     trace = []
-    for window in watch(model, batch.context, config.sleep):
-        trace.append([S for each in window.passes if (S := each.memory.layers[block]) is not None])
+    for watched in watch(model, batch.context, config.sleep):
+        trace.append([S for each in watched.passes if (S := each.memory.layers[block]) is not None])
     norm = [[float(torch.linalg.matrix_norm(S).mean()) for S in window] for window in trace]
     change: list[list[float]] = []
     before = torch.zeros_like(trace[0][0])

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -36,10 +37,10 @@ def all_heads(memory: Memory) -> list[Head]:
 def ablation_rows(subject: Subject) -> Iterator[Row]:
     """What is answered with fast weights intact (`how` None), and with one head's ablated, or with all.
 
-    The fast weights are changed where the rows are asked: after the last sleep before them. `block` and `head`
-    are None for all heads. `accuracy` is the share of right answers (of tokens, where every token counts),
-    `nats` the mean log-likelihood of a predicted token; `accuracy_lost` and `nats_lost` compare with the
-    intact memory. A batch of one has no other sequence to swap with.
+    The fast weights are changed where the rows are asked: after the last sleep before them. `block` and
+    `head` are None for all heads. `accuracy` is the share of right answers (of tokens, where every token
+    counts), `nats` the mean log-likelihood of a predicted token; `accuracy_lost` and `nats_lost` compare with
+    the intact memory. A batch of one has no other sequence to swap with.
     """
     heads = all_heads(subject.state.memory)
     intact = _answered(subject, None)
@@ -48,7 +49,7 @@ def ablation_rows(subject: Subject) -> Iterator[Row]:
     for how in hows:
         for cut in (heads, *([head] for head in heads)):
             block, head = cut[0] if len(cut) == 1 else (None, None)
-            figures = _answered(subject, lambda memory, cut=cut, how=how: ablated(memory, cut, how))
+            figures = _answered(subject, partial(ablated, heads=cut, how=how))
             lost = {f"{name}_lost": intact[name] - figures[name] for name in intact}
             yield {"block": block, "head": head, "how": how, **figures, **lost}
 
@@ -65,8 +66,8 @@ def reliance_rows(subject: Subject) -> Iterator[Row]:
         yield {"reading": "evicted after 1 pass, no sleep", **_answered(subject, None, once)}
     kept = replace(sleep, window=None, eviction="hard")
     yield {"reading": "nothing evicted", **_answered(subject, None, kept)}
-    none = all_heads(subject.state.memory)
-    yield {"reading": "memory erased", **_answered(subject, lambda memory: ablated(memory, none, "zero"))}
+    everything = all_heads(subject.state.memory)
+    yield {"reading": "memory erased", **_answered(subject, partial(ablated, heads=everything, how="zero"))}
 
 
 @torch.no_grad()

@@ -24,6 +24,10 @@ CURVES = {
     "forgotten": "share forgotten a token",
     "written": "write strength beta",
 }
+READ = {
+    "cosine": "cosine of the value read and the value written",
+    "retrieved": "retrieved (share)",
+}
 
 
 def figures(seen: "Inspection") -> dict[str, Figure]:
@@ -66,11 +70,11 @@ def heads(rows: list[Row]) -> Figure:
     rows = [r for r in rows if r["window"] > last - SHOWN]
     steps = sorted({(r["window"], r["pass"]) for r in rows})
     place = {step: i for i, step in enumerate(steps)}
-    names = sorted({(r["block"], r["head"]) for r in rows})
+    names = _heads(rows)
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(13, 5.6), layout="constrained")
         axes = figure.subplots(2, 4)
-        colours = mpl.colormaps["viridis"](np.linspace(0, 0.9, len(names)))
+        colours = _colours(names)
         for ax, (column, title) in zip(axes.flat, CURVES.items(), strict=False):
             for name, colour in zip(names, colours, strict=True):
                 mine = [r for r in rows if (r["block"], r["head"]) == name]
@@ -85,8 +89,7 @@ def heads(rows: list[Row]) -> Figure:
         axes[1, 3].axis("off")
         lines = [mpl.lines.Line2D([], [], color=c) for c in colours]
         labels = [f"block {block}, head {head}" for block, head in names]
-        axes[1, 3].legend(lines[:24], labels[:24], fontsize=8, ncols=2 if len(names) > 10 else 1, frameon=False,
-                          loc="center")  # fmt: skip
+        axes[1, 3].legend(lines[:24], labels[:24], fontsize=8, ncols=1 + len(names) // 10, loc="center")
     return figure
 
 
@@ -97,40 +100,51 @@ def _pass_ticks(ax: Axes, steps: list[tuple[int, int]]) -> None:
 
 
 def readback(rows: list[Row]) -> Figure:
-    """Tokens against heads: retrieved after the last sleep; and how that fades with later windows."""
-    names = sorted({(r["block"], r["head"]) for r in rows})
-    windows = sorted({r["window"] for r in rows})
-    last = [r for r in rows if r["window"] == windows[-1]]
-    places = sorted({r["place"] for r in last})
-    grids = [np.zeros((len(names), len(places))) for _ in range(2)]
-    for r in last:
-        for grid, column in zip(grids, ("cosine", "retrieved"), strict=True):
-            grid[names.index((r["block"], r["head"])), places.index(r["place"])] = r[column]
+    """Tokens of the last window against heads, after its sleep; and how retrieval fades later."""
+    names = _heads(rows)
+    window = max(r["window"] for r in rows)
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(13, 1.6 + 2 * max(0.9, 0.24 * len(names))), layout="constrained")
         spec = figure.add_gridspec(2, 4)
-        labels = [_label(r) for r in last if (r["block"], r["head"]) == names[0]]
-        for i, (grid, title) in enumerate(zip(grids, ("cosine of the value read and the value written",
-                                                      "retrieved (nearest value of the window)"), strict=True)):  # fmt: skip
+        last = [r for r in rows if r["window"] == window]
+        for i, (column, title) in enumerate(READ.items()):
             ax = figure.add_subplot(spec[i, :3])
-            image = ax.imshow(grid, vmin=0, vmax=1, cmap="Greens", aspect="auto", interpolation="nearest")
+            image = _tokens_by_heads(ax, last, names, column)
+            ax.set(title=f"{title}, window {window} after its sleep", ylabel="block.head")
             figure.colorbar(image, ax=ax, pad=0.01)
-            ax.set(title=f"{title}, window {windows[-1]} after its sleep", yticks=range(len(names)))
-            ax.set_yticklabels([f"{b}.{h}" for b, h in names], fontsize=7)
-            ax.set(ylabel="block.head", xticks=range(len(places)))
-            ax.set_xticklabels(labels, fontsize=7 if len(labels) <= 40 else 4, rotation=90)
-        ax = figure.add_subplot(spec[:, 3])
-        for (block, head), colour in zip(names, mpl.colormaps["viridis"](np.linspace(0, 0.9, len(names))),
-                                         strict=True):  # fmt: skip
-            mine = [[r["retrieved_end"] for r in rows
-                     if (r["block"], r["head"], r["window"]) == (block, head, w)] for w in windows]  # fmt: skip
-            ax.plot([w - windows[-1] for w in windows], [np.mean(x) for x in mine], "o-", ms=3, color=colour,
-                    label=f"{block}.{head}")  # fmt: skip
-        ax.set(title="still retrieved at the end", xlabel="window, counted from the last", ylim=(-0.02, 1.05),
-               xticks=[w - windows[-1] for w in windows])  # fmt: skip
-        if len(names) <= 12:
-            ax.legend(fontsize=7, frameon=False)
+        _fading(figure.add_subplot(spec[:, 3]), rows, names)
     return figure
+
+
+def _heads(rows: list[Row]) -> list[tuple[int, int]]:
+    return sorted({(r["block"], r["head"]) for r in rows})
+
+
+def _colours(names: list[tuple[int, int]]) -> Any:
+    return mpl.colormaps["viridis"](np.linspace(0, 0.9, len(names)))
+
+
+def _tokens_by_heads(ax: Axes, rows: list[Row], names: list[tuple[int, int]], column: str) -> Any:
+    mine = [[r for r in rows if (r["block"], r["head"]) == name] for name in names]
+    grid = [[r[column] for r in row] for row in mine]
+    labels = [_label(r) for r in mine[0]]
+    ax.set(yticks=range(len(names)), xticks=range(len(labels)))
+    ax.set_yticklabels([f"{block}.{head}" for block, head in names], fontsize=7)
+    ax.set_xticklabels(labels, fontsize=7 if len(labels) <= 40 else 4, rotation=90)
+    return ax.imshow(grid, vmin=0, vmax=1, cmap="Greens", aspect="auto", interpolation="nearest")
+
+
+def _fading(ax: Axes, rows: list[Row], names: list[tuple[int, int]]) -> None:
+    windows = sorted({r["window"] for r in rows})
+    age = [w - windows[-1] for w in windows]
+    for name, colour in zip(names, _colours(names), strict=True):
+        mine = [r for r in rows if (r["block"], r["head"]) == name]
+        share = [np.mean([r["retrieved_end"] for r in mine if r["window"] == w]) for w in windows]
+        ax.plot(age, share, "o-", ms=3, color=colour, label=f"{name[0]}.{name[1]}")
+    ax.set(title="still retrieved at the end", xlabel="window, counted from the last", xticks=age)
+    ax.set(ylim=(-0.02, 1.05))
+    if len(names) <= 12:
+        ax.legend(fontsize=7, frameon=False)
 
 
 def _label(row: Row) -> str:
@@ -163,22 +177,21 @@ def probe(rows: list[Row]) -> Figure:
 
 def ablation(rows: list[Row]) -> Figure:
     """What is lost without a head, or with another sequence's."""
+    labels = {"zero": "S = 0", "swap": "S of another sequence"}
     cut = [r for r in rows if r["how"] is not None]
     names = list(dict.fromkeys((r["block"], r["head"]) for r in cut))
-    hows = list(dict.fromkeys(r["how"] for r in cut))
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(11, 3.2), layout="constrained")
-        panels = zip(figure.subplots(1, 2), ("accuracy_lost", "nats_lost"),
-                     ("accuracy lost", "nats a token lost"), strict=True)  # fmt: skip
-        for ax, column, label in panels:
-            for i, how in enumerate(hows):
+        panels = figure.subplots(1, 2)
+        columns = {"accuracy_lost": "accuracy lost", "nats_lost": "nats a token lost"}
+        for ax, (column, label) in zip(panels, columns.items(), strict=True):
+            for i, how in enumerate(dict.fromkeys(r["how"] for r in cut)):
                 values = [r[column] for r in cut if r["how"] == how]
-                place = np.arange(len(names)) + (i - (len(hows) - 1) / 2) * 0.4
-                ax.bar(place, values, 0.4, color=(AWAKE, ASLEEP)[i],
-                       label={"zero": "S = 0", "swap": "S of another sequence"}[how])  # fmt: skip
+                place = np.arange(len(names)) + 0.4 * (i - 0.5)
+                ax.bar(place, values, 0.4, color=(AWAKE, ASLEEP)[i], label=labels[how])
             ax.axhline(0, color="#999999", lw=0.8)
             ax.set(ylabel=label, xlabel="block.head", xticks=range(len(names)))
-            ax.set_xticklabels(["all" if b is None else f"{b}.{h}" for b, h in names],
-                               fontsize=8 if len(names) <= 24 else 5, rotation=0 if len(names) <= 12 else 90)  # fmt: skip
+            ticks = ["all" if block is None else f"{block}.{head}" for block, head in names]
+            ax.set_xticklabels(ticks, fontsize=8 if len(names) <= 24 else 5, rotation=90)
             ax.legend(fontsize=8, frameon=False)
     return figure

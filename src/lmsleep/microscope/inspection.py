@@ -34,7 +34,7 @@ class Inspection:
     """What the microscope saw. Every table is a list of flat rows, ready for a data frame."""
 
     about: dict[str, Any]
-    """What was looked at: model, window, passes, tokens, and the hash of the slow weights before and after."""
+    """What was looked at: model, window, passes, tokens, hash of the slow weights before and after."""
     change: list[Row]
     """What each sleep did to all fast weights together: see `change_row`."""
     heads: list[Row]
@@ -77,11 +77,11 @@ def inspect(
     """Look at what sleep does to the fast weights, and at what they are good for.
 
     Args:
-        subject: a session, which stays as it is, or a run, which is looked at on held-out samples of its task.
+        subject: a session, which stays as it is, or a run: the newest checkpoint and held-out samples.
         text: for a session: text or tokens that it would read next. Its windows are slept on under
-            observation, the last one too, though part-filled; its end, from the last eviction on, is what the
-            memory is asked for. For a run: None.
-        samples: for a run: samples looked at; a probe is fitted on eight times as many of the training split.
+            observation, the last one too, though part-filled; its end, from the last eviction on, is what
+            the memory is asked for. For a run: None.
+        samples: for a run: samples looked at; a probe is fitted on eight times as many, of training.
         progress: show progress bars on a terminal.
 
     Raises:
@@ -158,9 +158,9 @@ def _watched(seen: Subject, bar: Bar) -> dict[str, list[Row]]:
 def change_row(number: int, window: Window) -> Row:
     """All fast weights as one vector, mean over the rows of the batch.
 
-    `before`: its norm before the window; `awake`: after one pass; `asleep`: after the last. `moved_awake` and
-    `moved_asleep`: norm of what the first pass and what all further passes changed; `cosine`: between what one
-    pass leaves and what the last leaves.
+    `before`: its norm before the window; `awake`: after one pass; `asleep`: after the last. `moved_awake`
+    and `moved_asleep`: norm of what the first pass and what all further passes changed; `cosine`: between
+    what one pass leaves and what the last leaves.
     """
     before, awake, asleep = (
         torch.cat([S.flatten(1) for S in memory.layers if S is not None], dim=1).double()

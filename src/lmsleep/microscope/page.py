@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 SECTIONS = {
     "hypnogram": (
         "Hypnogram",
-        "Above, how full the window is; below, the norm of all fast weights together. At a dotted line the window "
-        "is slept on and evicted; dots are the passes asleep.",
+        "Above, how full the window is; below, the norm of all fast weights together. At a dotted line the "
+        "window is slept on and evicted; dots are the passes asleep.",
     ),
     "heads": (
         "Heads",
@@ -26,19 +26,19 @@ SECTIONS = {
     ),
     "readback": (
         "Key readback",
-        "S is queried with the key that each token wrote in the last pass. A token is retrieved if what is read is "
-        "nearer to the value it wrote than to that of any other token of its window. Values of all tokens "
-        "resemble each other, so a high cosine alone says little.",
+        "S is queried with the key that each token wrote in the last pass. A token is retrieved if what is "
+        "read is nearer to the value it wrote than to that of any other token of its window. Values of all "
+        "tokens resemble each other, so a high cosine alone says little.",
     ),
     "probe": (
         "What a pass computes",
-        "Accuracy of a linear probe on the hidden states h after each pass, for the quantity some steps ahead of "
-        "what a token says itself; probes are fitted on other samples.",
+        "Accuracy of a linear probe on the hidden states h after each pass, for the quantity some steps "
+        "ahead of what a token says itself; probes are fitted on other samples.",
     ),
     "ablation": (
         "Ablation",
-        "What the answers lose if the fast weights of a head are set to zero, or replaced by those of another "
-        "sequence, before they are asked.",
+        "What the answers lose if the fast weights of a head are set to zero, or replaced by those of "
+        "another sequence, before they are asked.",
     ),
 }  # fmt: skip
 

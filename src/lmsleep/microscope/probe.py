@@ -55,9 +55,9 @@ def probe_rows(
 ) -> Iterator[Row]:
     """Probe `h` after every pass over every window, fitted on contexts `fit`, scored on `test` `[B, T]`.
 
-    One probe for all places of a window. `steps` is how far the intermediate quantity is from what a token says
-    itself; pass 0 probes the embeddings, and so says what the token alone gives away; `constant` is the
-    accuracy of always naming the class that was most frequent in fitting.
+    One probe for all places of a window. `steps` is how far the intermediate quantity is from what a token
+    says itself; pass 0 probes the embeddings, and so says what the token alone gives away; `constant` is
+    the accuracy of always naming the class that was most frequent in fitting.
 
     Raises:
         ValueError: for a task without an intermediate quantity.

@@ -16,9 +16,9 @@ def readback(S: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     What is read is `r_t = S^T k_t`; `S` is `[B, H, K, V]`, keys `[B, L, H, K]`, values `[B, L, H, V]`.
 
     Returns:
-        The cosine of `r_t` and `v_t`, `[B, L, H]`, and its rank among the values of the window: 1 + the number
-        of values whose cosine with `r_t` is larger. Rank 1 is a retrieval; a token that wrote what another
-        one wrote shares its rank. Where nothing is read (`r_t = 0`) the cosine is 0 and the rank L.
+        The cosine of `r_t` and `v_t`, `[B, L, H]`, and its rank among the values of the window: 1 + the
+        number of values whose cosine with `r_t` is larger. Rank 1 is a retrieval; a token that wrote what
+        another one wrote shares its rank. Where nothing is read (`r_t = 0`) the cosine is 0, the rank L.
     """
     S, k, v = (x.to(torch.float64) for x in (S, k, v))
     read = torch.einsum("bhkv,blhk->blhv", S, k)
@@ -35,8 +35,8 @@ def readback_rows(
 ) -> Iterator[Row]:
     """Every token of `windows` (with their numbers), block and head; means over the rows of the batch.
 
-    Keys and values are those of the window's last pass. `cosine`, `rank` and `retrieved` (the share of rank 1)
-    query `S` after that pass; `cosine_end` and `retrieved_end` query `end`, what later windows left of it.
+    Keys and values are those of the window's last pass. `cosine`, `rank` and `retrieved` (the share of rank
+    1) query `S` after that pass; `cosine_end` and `retrieved_end` query `end`, what later windows left.
     `token` and `text` are None where the rows of the batch differ in the token.
     """
     for number, window in windows:

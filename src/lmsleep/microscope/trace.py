@@ -1,6 +1,6 @@
 """Watching a stream sleep: what every pass over every window left behind."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -48,7 +48,7 @@ class Window:
 
 def fast_weight_layers(model: Backbone) -> dict[int, FastWeights]:
     """The `FastWeights` layers of a model by block; none unless every block with fast weights has one."""
-    modules = getattr(model, "modules", list)()
+    modules: Iterable[Any] = getattr(model, "modules", tuple)()
     layers = [module for module in modules if isinstance(module, FastWeights)]
     blocks = [i for i, S in enumerate(model.initial_state(1).memory.layers) if S is not None]
     return dict(zip(blocks, layers, strict=True)) if len(layers) == len(blocks) else {}

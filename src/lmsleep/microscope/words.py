@@ -25,26 +25,24 @@ def changes(seen: "Inspection") -> list[str]:
     moved = {
         key: fmean(r[key] for r in seen.change) for key in ("moved_awake", "moved_asleep", "awake", "cosine")
     }
-    N = seen.about["passes"]
-    windows = f"{len(seen.change)} window{'s' if len(seen.change) > 1 else ''}"
+    N, windows = seen.about["passes"], f"mean of {len(seen.change)} windows"
+    first = f"The fast weights S ({windows}): the first pass moved them by {moved['moved_awake']:.3g} (norm)"
     if N == 1:
-        return [said, f"N = 1: no sleep. One pass moved S by {moved['moved_awake']:.3g} (mean of {windows})."]
+        return [said, f"{first}; N = 1, so there was no sleep."]
+    share = moved["moved_asleep"] / max(moved["awake"], 1e-30)
     return [
         said,
-        f"The fast weights S, mean of {windows}: the first pass moved them by {moved['moved_awake']:.3g} "
-        f"(Frobenius norm); the {N - 1} further passes, asleep, moved them on by {moved['moved_asleep']:.3g}, "
-        f"{moved['moved_asleep'] / max(moved['awake'], 1e-30):.0%} of the norm that one pass had left. What the "
-        f"sleep leaves has a cosine of {moved['cosine']:.2f} with what one pass leaves.",
-    ]  # fmt: skip
+        f"{first}; the {N - 1} further passes, asleep, moved them on by {moved['moved_asleep']:.3g}, "
+        f"{share:.0%} of the norm that one pass had left. What the sleep leaves has a cosine of "
+        f"{moved['cosine']:.2f} with what one pass leaves.",
+    ]
 
 
 def reliability(seen: "Inspection") -> list[str]:
     """Whether one can rely on it."""
     said = []
     if seen.reliance:
-        figures = [
-            f"{r['reading']}: {r['accuracy']:.3f} ({r['nats']:.2f} nats a token)" for r in seen.reliance
-        ]
+        figures = [f"{r['reading']}: {r['accuracy']:.3f} ({r['nats']:.2f} nats)" for r in seen.reliance]
         chance = seen.about["floors"].get("chance")
         said.append(
             f"Answers right, of {seen.about['asked']} tokens asked: " + "; ".join(figures)
@@ -53,11 +51,11 @@ def reliability(seen: "Inspection") -> list[str]:
     single = [r for r in seen.ablation if r["block"] is not None and r["how"] == "zero"]
     if single:
         worst = max(single, key=lambda r: r["nats_lost"])
-        idle = sum(r["nats_lost"] < 0.01 for r in single)
+        idle = sum(r["nats_lost"] < 0.01 for r in single if r is not worst)
         said.append(
-            f"Of {len(single)} heads, erasing head {worst['head']} of block {worst['block']} costs most: accuracy "
-            f"{worst['accuracy']:.3f}, {worst['nats_lost']:.2f} nats a token lost. Erasing any one of {idle} "
-            "others costs less than 0.01 nats."
+            f"Of {len(single)} heads, erasing head {worst['head']} of block {worst['block']} costs most: "
+            f"accuracy {worst['accuracy']:.3f}, {worst['nats_lost']:.2f} nats a token lost. Erasing any one "
+            f"of {idle} others costs less than 0.01 nats."
         )
     if seen.readback:
         said.append(_retrieved(seen.readback))
@@ -76,11 +74,14 @@ def _retrieved(rows: list[Row]) -> str:
                 best[r["place"]] = max(best.get(r["place"], 0.0), r[column])
         return fmean(best.values())
 
-    said = f"From its best head a token of window {last} is retrieved by its key in {share(last, 'retrieved'):.0%} of cases"
+    said = (
+        f"Of the tokens of window {last}, {share(last, 'retrieved'):.0%} are retrieved by their own keys "
+        "after its sleep (each from its best head)"
+    )
     if first == last:
-        return said + "."
+        return f"{said}."
     return (
-        said + f"; one of window {first}, at the end of the stream, in {share(first, 'retrieved_end'):.0%}."
+        f"{said}; of those of window {first}, {share(first, 'retrieved_end'):.0%} at the end of the stream."
     )
 
 
@@ -91,8 +92,8 @@ def _frontier(rows: list[Row]) -> str:
     for n in sorted({r["pass"] for r in rows} - {0}):
         mine = sorted((r["steps"], r["accuracy"]) for r in rows if (r["window"], r["pass"]) == (last, n))
         far = next((j for j, accuracy in mine if accuracy < READABLE), mine[-1][0] + 1) - 1
-        reached.append(f"pass {n}: {far if far >= 0 else 'none'}")
+        reached.append(f"pass {n}: {far if far >= 0 else 'not even 0'}")
     return (
-        f"A linear probe reads off the hidden states of window {last}, with an accuracy of at least {READABLE}, "
-        f"steps ahead up to: {', '.join(reached)}."
+        f"A linear probe reads off the hidden states of window {last}, with an accuracy of {READABLE} or "
+        f"more, up to this many steps ahead: {', '.join(reached)}."
     )
