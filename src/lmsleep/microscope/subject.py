@@ -47,12 +47,13 @@ def from_run(run: RunFolder, samples: int) -> Subject:
     """A run's newest checkpoint and held-out samples of its task.
 
     Raises:
-        ValueError: if the run never sleeps, or its samples end before anything is evicted.
+        ValueError: if the run never sleeps, has no fast weights, or its samples end before an eviction.
         OSError: if it has no checkpoint.
     """
     if samples < 1:
         raise ValueError(f"samples must be at least 1, got {samples}")
     config, model = run.config(), run.model()
+    _device(model)
     sleep = replace(config.sleep, backprop_passes=None)
     if sleep.window is None:
         raise ValueError(f"{run.path} was trained with window=None: it never sleeps")
@@ -68,7 +69,7 @@ def from_session(session: Session, text: Readable) -> Subject:
     """A session and what it would read next; the session stays as it is.
 
     Raises:
-        ValueError: for an empty text, or a session that never sleeps.
+        ValueError: for an empty text, a session that never sleeps, or a model without fast weights.
     """
     new, sleep, tokenizer = session.tokens(text), session.sleep_config, session.tokenizer
     if sleep.window is None:
@@ -76,7 +77,7 @@ def from_session(session: Session, text: Readable) -> Subject:
     if not len(new):
         raise ValueError("text must have at least one token")
     begun = session.stream.reopened()
-    device = next(S.device for S in begun.state.memory.layers if S is not None)
+    device = _device(session.model)
     tokens = torch.cat([session.stream.window, new])[None].to(device)
     asked = torch.arange(tokens.shape[1], device=device)[None] >= max(len(session.stream.window), 1)
     batch = Batch(
@@ -96,6 +97,14 @@ def from_session(session: Session, text: Readable) -> Subject:
         spell=(lambda tokens: " ".join(map(str, tokens))) if tokenizer is None else tokenizer.decode,
         read=begun.tokens,
     )
+
+
+def _device(model: Backbone) -> torch.device:
+    """Where the fast weights are."""
+    device = next((S.device for S in model.initial_state(1).memory.layers if S is not None), None)
+    if device is None:
+        raise ValueError("no block of this model has fast weights, so no sleep changes anything")
+    return device
 
 
 def cut(batch: Batch, sleep: SleepConfig) -> Batch:
