@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lmsleep.evaluation import EVAL_SEED
@@ -108,19 +107,19 @@ def _device(model: Backbone) -> torch.device:
 
 
 def cut(batch: Batch, sleep: SleepConfig) -> Batch:
-    """The same sequences with what is slept on before the last window as context, if they have none yet.
+    """The same sequences with what is slept on before the questions as context, if they have none yet.
 
-    What is predicted in a context counts for nothing, and neither does the first token after it: the window
-    that predicts it is gone.
+    The questions begin with the first window that predicts anything. Where that is the first of all, as in
+    text, they are the last window: what is predicted before it, and its first token, counts for nothing.
     """
     if batch.context is not None:
         return batch
-    assert sleep.window is not None
-    read = max(batch.tokens.shape[1] - 2, 0)  # the last token is predicted and not read
-    if not sleep.sleep_on_loss:
-        wanted = F.pad(batch.loss_mask[:, 1:].any(0).nonzero()[:, 0], (0, 1), value=read)
-        read = min(read, int(wanted[0]))
-    edge = read // sleep.window * sleep.window
+    L, read = sleep.window, max(batch.tokens.shape[1] - 2, 0)  # the last token is predicted and not read
+    assert L is not None
+    wanted = batch.loss_mask[:, 1:].any(0).nonzero()[:, 0]
+    edge = (int(wanted[0]) if len(wanted) else read) // L * L
+    if edge == 0 and sleep.sleep_on_loss:
+        edge = read // L * L
     return replace(
         batch,
         tokens=batch.tokens[:, edge:],
