@@ -2,6 +2,7 @@
 
     python experiments/tune.py depo --out runs/tune-depo            (prints a table, best first)
     python experiments/tune.py depo-curriculum --out runs/tune-depo-curriculum
+    python experiments/tune.py depo-heads --out runs/tune-depo-heads
     python experiments/tune.py rule110 --out runs/tune-rule110
     python experiments/tune.py depo-variants --out runs/variants    (what else was tried, N = 4)
     python experiments/tune.py rule110-variants --out runs/variants
@@ -26,11 +27,11 @@ Grid = list[tuple[str, RunConfig]]
 
 
 def depo(steps: int) -> Grid:
-    """Muon's rate with the curriculum over hops, then without it at the middle rate."""
+    """Muon's rate with the curriculum over hops, then the middle rate without it."""
     grid = []
     for passes in reversed(PASSES):
         length = equal_steps(settings.depo, passes, steps)
-        protocols = [(lr, steps // 2) for lr in (0.0075, 0.015, 0.03, 0.06)] + [(0.03, 0)]
+        protocols = [(0.0075, 350), (0.015, 350), (0.03, 350), (0.015, 0)]
         for lr, curriculum in protocols:
             config = settings.depo(passes, SEED, length, lr=lr, adam_lr=0.02, curriculum=curriculum)
             grid.append((f"depo-N{passes}-lr{lr}-curriculum{curriculum}", config))
@@ -49,19 +50,38 @@ def depo_curriculum(steps: int) -> Grid:
     return grid
 
 
+def depo_heads() -> Grid:
+    """Number and size of the heads, N = 4, at about equal compute and beyond."""
+    grid = []
+    for heads, size, steps in (
+        (4, 16, 1300),
+        (8, 8, 1300),
+        (6, 16, 1100),
+        (8, 16, 900),
+        (4, 32, 900),
+        (8, 16, 1300),
+    ):
+        config = settings.depo(4, 300, steps, lr=0.02)
+        model = replace(config.model, num_heads=heads, head_dim=size)
+        grid.append((f"depo-{heads}-heads-of-{size}-{steps}-steps", replace(config, model=model)))
+    return grid
+
+
 def rule110(steps: int) -> Grid:
-    """Muon's rate."""
+    """Muon's rate, then one of them with a curriculum over t."""
     grid = []
     for passes in reversed(PASSES):
         length = equal_steps(settings.rule110, passes, steps)
-        for lr in (0.0025, 0.005, 0.01, 0.02):
-            grid.append((f"rule110-N{passes}-lr{lr}", settings.rule110(passes, SEED, length, lr=lr)))
+        for lr, curriculum in ((0.005, 0), (0.01, 0), (0.02, 0), (0.04, 0), (0.02, 200)):
+            config = settings.rule110(passes, SEED, length, lr=lr, curriculum=curriculum)
+            grid.append((f"rule110-N{passes}-lr{lr}-curriculum{curriculum}", config))
     return grid
 
 
 def variants(task: str, make: Callable[..., RunConfig], steps: int, level: int) -> Grid:
     """N = 4 with one thing changed at a time."""
     base = make(4, SEED, steps)
+    other_size = 16 if base.model.key_dim == 32 else 32
     changes: dict[str, dict[str, dict[str, Any]]] = {
         "as chosen": {},
         "normalize h between passes": {"sleep": {"normalize": True}},
@@ -70,9 +90,7 @@ def variants(task: str, make: Callable[..., RunConfig], steps: int, level: int) 
         "residual_init 0.3": {"model": {"residual_init": 0.3}},
         "forget 0.05": {"model": {"forget": (0.05, 0.05)}},
         "negative eigenvalues": {"model": {"negative_eigenvalues": True}},
-        "two heads of 32" if task == "depo" else "four heads of 16": {
-            "model": {"num_heads": 2 if task == "depo" else 4}
-        },
+        f"heads of {other_size}": {"model": {"head_dim": other_size}},
         "no curriculum" if base.train.curriculum else "curriculum": {
             "train": {"curriculum": 0 if base.train.curriculum else level}
         },
@@ -87,6 +105,7 @@ def variants(task: str, make: Callable[..., RunConfig], steps: int, level: int) 
 GRIDS: dict[str, Callable[[int | None], Grid]] = {
     "depo": lambda steps: depo(steps or settings.DEPO_STEPS),
     "depo-curriculum": lambda steps: depo_curriculum(steps or settings.DEPO_STEPS),
+    "depo-heads": lambda _: depo_heads(),
     "rule110": lambda steps: rule110(steps or settings.RULE110_STEPS),
     "depo-variants": lambda n: variants("depo", settings.depo, n or settings.DEPO_STEPS, 0),
     "rule110-variants": lambda n: variants("rule110", settings.rule110, n or settings.RULE110_STEPS, 300),

@@ -48,6 +48,7 @@ def test_names_are_spelt_like_options():
             {"model", "sleep"},
             {"passes": 1, "backprop_passes": None, "eviction": "sliding"},
         ),
+        ("test-time-training", {"model", "sleep"}, {"passes": 2, "backprop_passes": None, "inner_rate": 1.0}),
         ("one-pass", {"sleep"}, {"passes": 1, "backprop_passes": None}),
         ("one-pass-longer", {"sleep", "train"}, {"passes": 1, "backprop_passes": None}),
         ("one-pass-deeper", {"sleep", "train", "model"}, {"passes": 1, "backprop_passes": None}),
@@ -65,6 +66,9 @@ def test_a_baseline_changes_what_it_names_and_nothing_else(name, changed, sleep)
     assert made.train == replace(RUN.train, steps=made.train.steps)
     if name.startswith("transformer"):
         assert made.model == replace(RUN.model, blocks=("attention", "attention"))
+    if name == "test-time-training":
+        evicted = replace(RUN.model, blocks=("attention", "attention"))
+        assert made.model == replace(evicted, overrides={1: {"trained_mlp": True}})
     if name == "one-pass-deeper":
         assert len(made.model.blocks) > 2
         longer = (RUN.model.blocks * 9)[: len(made.model.blocks)]
@@ -98,6 +102,23 @@ def test_overrides_of_single_blocks_have_no_larger_model(name):
 def test_an_evicted_transformer_answers_without_its_context():
     evicted = baseline("transformer-evicted", RUN)
     assert torch.equal(answers(evicted, change_context=False), answers(evicted, change_context=True))
+
+
+def test_test_time_training_begins_as_the_evicted_transformer():
+    models = []
+    for name in ("transformer-evicted", "test-time-training"):
+        torch.manual_seed(0)
+        models.append(HybridLM(baseline(name, RUN).model))
+    plain, trained = (dict(model.named_parameters()) for model in models)
+    assert set(trained) - set(plain) == {"blocks.1.mlp.scale"}
+    assert all(torch.equal(plain[name], trained[name]) for name in plain)
+
+
+def test_test_time_training_needs_blocks_to_train():
+    bare = replace(RUN, model=replace(RUN.model, mlp_dim=0))
+    assert baseline("test-time-training", bare).model.hidden_dim > 0
+    with pytest.raises(ValueError, match=r"^blocks: test-time training"):
+        baseline("test-time-training", replace(RUN, model=replace(RUN.model, blocks=("attention",))))
 
 
 @pytest.mark.parametrize("name", sorted(set(BASELINES) - {"transformer-evicted"}))

@@ -11,7 +11,7 @@ import pytest
 from lmsleep.cli import main
 
 OPTIONS = {"steps": 4, "eval-every": 2, "eval-batches": 1, "save-every": 2, "batch-size": 4, "d-model": 16,
-           "num-heads": 2}  # fmt: skip
+           "num-heads": 2, "head-dim": 8}  # fmt: skip
 TINY = [str(word) for name, value in OPTIONS.items() for word in (f"--{name}", value)]
 
 

@@ -23,7 +23,7 @@ from lmsleep.microscope.probe import probe_rows, probed, ridge
 from lmsleep.microscope.readback import readback, readback_rows
 from lmsleep.microscope.subject import Subject, cut, from_session
 from lmsleep.ops import reference
-from lmsleep.tasks import MQAR, TASKS, Depo, Rule110, Text, stream
+from lmsleep.tasks import MQAR, TASKS, Depo, GSMInfinite, Rule110, Text, stream
 from lmsleep.tasks.base import Batch
 from lmsleep.tasks.tokenizers import Bytes
 from lmsleep.training import RunConfig, RunFolder, TrainConfig
@@ -534,6 +534,11 @@ def test_runs_that_cannot_be_looked_at_are_refused(tmp_path):
         lmsleep.inspect(untrained(tmp_path / "b", FORK, blocks=("attention",)))
     with pytest.raises(ValueError, match="no window of its samples is slept on"):
         lmsleep.inspect(untrained(tmp_path / "c", BLOCK, SleepConfig(window=100)))
+    with pytest.raises(ValueError, match="cannot be watched"):
+        lmsleep.inspect(untrained(tmp_path / "e", FORK, replace(SLEEP, wake_passes=2)))
+    ragged = GSMInfinite()
+    with pytest.raises(ValueError, match="differ in length"):
+        lmsleep.inspect(untrained(tmp_path / "f", ragged), samples=2)
     run = untrained(tmp_path / "d", FORK)
     with pytest.raises(ValueError, match="samples must be at least 1"):
         lmsleep.inspect(run, samples=0)

@@ -3,13 +3,13 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import close, relative_error
+from conftest import close, lively, random_tokens, relative_error, tiny
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from lmsleep import ops
-from lmsleep.ops import RULES, reference
+from lmsleep.ops import RULES, Rule, reference, register_rule
 
 RULE_NAMES = sorted(RULES)
 GATES = ("none", "near zero", "mild", "strong", "mixed")
@@ -351,3 +351,50 @@ def test_short_conv_may_be_cut_anywhere(W, T, data, seed):
     whole, final = ops.short_conv(x, weight, x[:, :0])
     assert torch.equal(torch.cat(outputs, dim=1), whole)
     assert torch.equal(tail, final)
+
+
+# A rule of one's own
+
+
+def hebbian(q, k, v, g, beta, scale, state):
+    del g  # forgets nothing
+    outputs = []
+    for t in range(q.shape[1]):
+        state = state + torch.einsum("bhk,bhv->bhkv", k[:, t], beta[:, t, :, None] * v[:, t])
+        outputs.append(torch.einsum("bhkv,bhk->bhv", state, scale * q[:, t]))
+    return torch.stack(outputs, dim=1), state
+
+
+@pytest.fixture
+def own_rule():
+    register_rule("hebbian", Rule(hebbian))
+    yield "hebbian"
+    del RULES["hebbian"]
+
+
+def test_a_registered_rule_is_used_by_name(own_rule):
+    x = inputs(T=5)._replace(g=torch.zeros(2, 5, 2, dtype=torch.float64))
+    arguments = {"initial_state": x.initial_state}
+    expected = ops.gated_linear_rule(*x[:5], **arguments)
+    for actual, wanted in zip(ops.update(own_rule, *x[:5], **arguments), expected, strict=True):
+        assert close(actual, wanted)
+
+
+def test_a_registered_rule_is_a_kind_of_block(own_rule):
+    model = lively(tiny("attention", own_rule))
+    model(random_tokens(2, 6)).sum().backward()
+    assert model.blocks[1].mixer.k_proj.weight.grad.norm() > 0
+    linear = lively(tiny("attention", "gated_linear"))
+    assert not close(model(random_tokens(2, 6)), linear(random_tokens(2, 6)))  # this one forgets
+
+
+def test_what_a_rule_lacks_is_named(own_rule):
+    x = inputs(T=3)
+    with pytest.raises(ValueError, match="hebbian has no such form"):
+        ops.update(own_rule, *x[:5], backend="chunked")
+    with pytest.raises(ValueError, match="already an update rule named 'hebbian'"):
+        register_rule(own_rule, Rule(hebbian))
+    with pytest.raises(ValueError, match="'oja' is unknown"):
+        ops.update("oja", *x[:5])
+    with pytest.raises(ValueError, match="blocks: 'oja' is unknown"):
+        tiny("oja")

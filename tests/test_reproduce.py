@@ -1,12 +1,15 @@
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from lmsleep.cli import main
-from lmsleep.reproduce import RECIPES, Cell
-from lmsleep.reproduce.command import estimate
+from lmsleep.reproduce import RECIPES, Cell, recipes
+from lmsleep.reproduce.command import _chain, estimate
+from lmsleep.reproduce.figure import draw
+from lmsleep.reproduce.results import table
 from lmsleep.training import RunFolder
 
 
@@ -23,8 +26,12 @@ def here(tmp_path, monkeypatch):
 @pytest.mark.parametrize("figure", RECIPES)
 @pytest.mark.parametrize("scale", ["demo", "small", "paper"])
 def test_the_cells_of_a_figure_differ_in_name_and_run(figure, scale):
-    if scale != "demo" and figure == "baselines":
+    if scale != "demo" and figure.startswith("compute-matched"):
         pytest.skip("counts FLOPs of real steps: minutes at these scales")
+    if scale != "demo" and figure in ("4a", "4b", "5"):
+        with pytest.raises(ValueError, match=rf"^figure {figure} at scale={scale} needs the weights of"):
+            RECIPES[figure].cells(scale)
+        return
     cells = RECIPES[figure].cells(scale)
     assert len({cell.label for cell in cells}) == len(cells) > 1
     assert len({json.dumps(cell.config.to_dict()) for cell in cells}) == len(cells)
@@ -64,11 +71,82 @@ def test_a_figure_writes_data_table_and_picture(here, capsys):
 
 
 @pytest.mark.parametrize("figure", sorted(set(RECIPES) - {"passes"}))
-def test_every_recipe_runs_to_its_end(here, figure):
+def test_every_recipe_runs_to_its_end(here, figure, monkeypatch, capsys):
+    monkeypatch.setattr(recipes, "SLEEPS", (1, 4, 12))
     reproduce(figure, "--steps", "1", "--seeds", "1", "--out", "here")
     assert {path.name for path in Path("here").iterdir()} == {
         "README.md", "curves.jsonl", "figure.png", "results.csv", "results.jsonl",
     }  # fmt: skip
+    recipe, page = RECIPES[figure], Path("here/README.md").read_text()
+    assert recipe.caution in page and recipe.caution in capsys.readouterr().out
+    assert all(f"| {cell.label} |" in page for cell in recipe.cells("demo"))
+
+
+def test_memory_blocks_are_first_trained_alone_and_every_stage_starts_from_the_one_before():
+    for figure, eviction in (("4b", "hard"), ("5", "sliding")):
+        cells = {cell.config.sleep.passes: cell for cell in RECIPES[figure].cells("demo")}
+        for passes, cell in cells.items():
+            first, alone, whole = (job.config for job in _chain(cell, 2, Path("runs")))
+            assert [c.train.seed for c in (first, alone, whole)] == [2, 2, 2]
+            assert set(first.model.blocks) == {"attention"} and first.sleep.window is None
+            assert (alone.train.only_inserted, whole.train.only_inserted) == (True, False)
+            inserted = {i for i, kind in enumerate(alone.model.blocks) if kind != "attention"}
+            assert set(alone.train.inserted) == inserted and not whole.train.inserted
+            assert alone.sleep.eviction == ("hard" if passes > 1 else eviction)
+            assert whole.sleep.eviction == eviction and whole.train.steps == 2 * alone.train.steps
+            paths = [job.path for job in _chain(cell, 2, Path("runs"))]
+            assert [alone.train.start, whole.train.start] == paths[:2]
+    starts = {_chain(cell, 0, Path("runs"))[0].path for cell in cells.values()}
+    assert len(starts) == 1  # all N go on from the same model
+
+
+@pytest.mark.parametrize("scale", ["demo", "small", "paper"])
+def test_the_grid_varies_load_and_depth_and_nothing_else(scale):
+    cells = RECIPES["grid"].cells(scale)
+    tasks = [cell.config.task for cell in cells if cell.config.sleep.passes == 1]
+    assert len({task.nodes for task in tasks}) == len(tasks) > 1
+    assert len({replace(task, nodes=8).context_length for task in tasks}) == 1
+    assert len({task.vocab_size for task in tasks}) == len({cell.config.sleep.window for cell in cells}) == 1
+    for task in tasks:
+        assert task.nodes >= 2 * task.hops  # no hop back that is shorter
+        assert task.context_length == 2 * max(t.nodes for t in tasks)
+    assert [cell.at for cell in cells] == 2 * [task.nodes for task in tasks]
+
+
+def test_colour_is_accuracy_above_chance():
+    rows = [
+        {"cell": f"load {at}", "line": "N = 1", "seed": seed, "passes": 1, "passes_read": 1, "at": at,
+         "difficulty": key, "accuracy": accuracy, "chance": chance, "constant": 0.1}
+        for at, chance in ((8, 0.2), (12, 0.5))
+        for key in (1, 2)
+        for seed, accuracy in ((0, 1.0), (1, chance))
+    ]  # fmt: skip
+    (ax,) = draw(RECIPES["grid"], rows, [], "k").axes
+    assert ax.images[0].get_array().tolist() == [[0.5, 0.5], [0.5, 0.5]]
+    assert [text.get_text() for text in ax.texts] == 4 * ["0.50"]
+
+
+def test_memory_is_read_after_more_and_more_sleeps():
+    config = RECIPES["sleeps"].cells("demo")[0].config
+    assert RECIPES["sleeps"].read is not None
+    readings = RECIPES["sleeps"].read(config)
+    assert [*readings] == [1, 4, 10, 100, 1000] and readings[4] == config
+    for sleeps, reading in readings.items():
+        assert reading.task.filler == sleeps * reading.sleep.window
+        assert reading.sleep.window == 2 * reading.task.pairs  # all facts are read in one window
+
+
+def test_floors_are_given_for_each_difficulty_and_for_each_cell_where_they_differ():
+    spent = {"step": 1, "flops": 1e12, "passes": 1, "passes_read": 1, "seed": 0, "at": None, "accuracy": 0.75}
+    rows = [
+        {"cell": cell, "difficulty": key, "chance": 0.125, "constant": constant + key / 100, **spent}
+        for cell, constant in (("one", 0.2), ("two", 0.3))
+        for key in (1, 2)
+    ]
+    lines = table(RECIPES["3"], rows, "k").splitlines()
+    assert "| chance |  |  | 0.125 | 0.125 |" in lines
+    assert "| constant, one |  |  | 0.210 | 0.220 |" in lines
+    assert "| constant, two |  |  | 0.310 | 0.320 |" in lines
 
 
 def test_a_dry_run_trains_nothing(here, capsys):

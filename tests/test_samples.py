@@ -3,6 +3,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -59,7 +60,7 @@ def test_records_hold_what_the_batch_holds(name):
     rows = list(records(task, batch))
     assert len(rows) == len(batch.tokens)
     for row, record in enumerate(rows):
-        tokens = batch.tokens[row].tolist()
+        _, tokens, _ = batch.row(row)
         assert record["tokens"] == tokens and json.loads(json.dumps(record)) == record
         assert record["loss"] == np.flatnonzero(batch.loss_mask[row].numpy()).tolist()
         marked = torch.full_like(batch.answers[row], -1)
@@ -93,6 +94,27 @@ def test_the_command_exports_json_lines_and_overwrites_nothing(capsys, tmp_path)
     assert code == 0 and out == f"{path}: {len(lines)} rows\n" and json.loads(lines[0])["answers"]
     code, _, err = data(capsys, "mqar", "--jsonl", path)
     assert code == 2 and "exists" in err and path.read_text().splitlines() == lines
+
+
+def test_the_command_exports_a_folder_of_datasets_or_nothing(capsys, tmp_path, monkeypatch):
+    folder = tmp_path / "set"
+    code, out, err = data(capsys, "mqar", "--samples", 3, "--dataset", folder, "--jsonl", tmp_path / "rows")
+    rows = [json.loads(line) for line in (tmp_path / "rows").read_text().splitlines()]
+    assert code == 0 and f"{folder}: {len(rows)} rows\n" in out and not err
+    assert datasets.load_from_disk(folder).to_list() == rows
+    before = sorted(p.name for p in folder.iterdir())
+    code, _, err = data(capsys, "mqar", "--dataset", folder)
+    assert code == 2 and "exists; name another --dataset" in err
+    assert sorted(p.name for p in folder.iterdir()) == before
+
+    def fail(self, path):
+        (tmp_path / path).mkdir()
+        raise OSError("disk full")
+
+    monkeypatch.setattr(datasets.Dataset, "save_to_disk", fail)
+    code, _, err = data(capsys, "mqar", "--dataset", tmp_path / "other")
+    assert code == 2 and err == "lmsleep: disk full\n"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["rows", "set"]
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lmsleep.tasks import MQAR, Depo, Rule110, Text, Variables, WordProblem, hide_answers, stream
+from lmsleep.tasks import MQAR, Depo, GSMSymbolic, Rule110, Text, Variables, WordProblem, hide_answers, stream
 from lmsleep.tasks.base import HIDDEN
 
 TASKS = [
@@ -15,10 +15,15 @@ TASKS = [
     Rule110(t=4, rule=30, asked=3),
     MQAR(),
     MQAR(pairs=1, queries=1, keys=2, values=1),
+    MQAR(pairs=6, queries=6, values=7, filler=5),
+    Depo(nodes=8, hops=4, names=9, name_lengths=(1, 1), queries=3, ask="fork", pad_to=40),
     *(WordProblem(group=group) for group in ("S5", "A5", "A4xZ5", "Z60")),
     WordProblem(length=1, queries=1),
     Variables(),
     Variables(chains=10, hops=0, queries=1),
+    GSMSymbolic(),
+    GSMSymbolic(ops=20, noise=2, queries=20),
+    GSMSymbolic(ops=1, noise=0, queries=1),
 ]
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lmsleep import Cache, Memory, State
+from lmsleep import Cache, Memory, Origin, State
 
 
 def memory(B: int = 3, *, heads: tuple[int, int] = (2, 2)) -> Memory:
@@ -121,3 +121,91 @@ def test_join_undoes_a_split_in_any_order():
     first, second = torch.tensor([3, 0]), torch.tensor([4, 1, 2])
     order = torch.cat([first, second]).argsort()
     assert equal(State.join([state.rows(first), state.rows(second)], order), state)
+
+
+def ragged(*counts: int) -> State:
+    parts = [State(memory(1), cache(1, t=count)) for count in counts]
+    return State.join(parts)
+
+
+def test_join_puts_the_newest_positions_of_short_rows_last():
+    state = ragged(6, 2, 4)
+    assert state.cache.filled.tolist() == [6, 2, 4]
+    for row, count in enumerate([6, 2, 4]):
+        keys, alone = state.cache.layers[0][0][row], cache(1, t=count).layers[0][0][0]
+        assert torch.equal(keys[6 - count :], alone)
+        assert not keys[: 6 - count].any()
+
+
+def test_split_undoes_a_join_of_unequal_rows():
+    for part, count in zip(ragged(6, 2, 4).split(), [6, 2, 4], strict=True):
+        assert part.cache.filled is None
+        assert part.cache.layers[0][0].shape[1] == count
+        assert equal(part, State(memory(1), cache(1, t=count)))
+
+
+def test_split_rows_share_no_storage():
+    state = ragged(3, 3)
+    rows = state.split()
+    rows[0].memory.layers[1].zero_()
+    rows[0].cache.layers[0][0].zero_()
+    assert equal(rows[1], ragged(3, 3).split()[1]) and state.memory.layers[1].any()
+
+
+def test_keep_evicts_each_row_to_its_own_count():
+    kept = cache(3, t=6).keep(torch.tensor([0, 4, 9]))
+    assert kept.filled.tolist() == [0, 4, 9] and kept.length == 6
+    for t, whole in zip(kept.layers[0], cache(3, t=6).layers[0], strict=True):
+        assert not t[0].any() and not t[1, :2].any()
+        assert torch.equal(t[1, 2:], whole[1, 2:]) and torch.equal(t[2], whole[2])
+
+
+def test_rows_that_agree_need_no_counts():
+    assert cache(3, t=6).keep(torch.tensor([4, 4, 4])).filled is None
+    assert ragged(6, 2).cache.last(2).keep(torch.tensor([2, 2])).filled is None
+    assert ragged(6, 2).cache.last(0).filled is None
+    assert ragged(6, 2).cache.last(4).filled.tolist() == [4, 2]
+    assert ragged(5, 5).cache.filled is None
+
+
+# What can be asked of a memory
+
+
+def test_effective_rank_is_the_exponential_of_the_entropy_of_singular_values():
+    S = torch.zeros(1, 3, 4, 4, dtype=torch.float64)
+    S[0, 0] = 3 * torch.eye(4)
+    S[0, 1, 0, 1] = 5
+    assert torch.allclose(Memory((None, S)).effective_rank(), torch.tensor([[[4.0, 1.0, 0.0]]]).double())
+    p = torch.tensor([0.5, 0.25, 0.25], dtype=torch.float64)
+    S[0, 2, :3, :3] = torch.diag(p)
+    assert torch.allclose(Memory((S,)).effective_rank()[0, 0, 2], (-(p * p.log()).sum()).exp())
+
+
+def test_diff_is_what_one_holds_and_the_other_does_not():
+    a, b = memory(), memory().map(lambda s: s + 1)
+    assert all(torch.allclose(s, torch.ones_like(s)) for s in b.diff(a).layers if s is not None)
+    with pytest.raises(ValueError, match="same blocks"):
+        a.diff(memory(heads=(2, 1)))
+
+
+def test_merge_is_a_weighted_sum_with_all_parents():
+    a = Memory((torch.ones(1, 1, 2, 2),), Origin(model="m", tokens=3, sleeps=1))
+    b = Memory((3 * torch.ones(1, 1, 2, 2),), Origin(model="m", tokens=4, sleeps=2))
+    merged = a.merge([b])
+    assert torch.equal(merged.layers[0], 2 * torch.ones(1, 1, 2, 2))
+    assert torch.equal(a.merge([b], [2, -1]).layers[0], -torch.ones(1, 1, 2, 2))
+    assert merged.origin.parents == (a.origin.id, b.origin.id) and merged.origin.id != a.origin.id
+    assert (merged.origin.tokens, merged.origin.sleeps) == (7, 3)
+    with pytest.raises(ValueError, match="weights must be 2"):
+        a.merge([b], [1.0])
+    with pytest.raises(ValueError, match="different models"):
+        a.merge([Memory(b.layers, Origin(model="other"))])
+
+
+def test_a_fork_has_the_same_values_and_an_id_of_its_own():
+    a = Memory((torch.ones(1, 1, 2, 2),), Origin(model="m"))
+    child = a.fork()
+    assert torch.equal(child.layers[0], a.layers[0])
+    assert child.origin.parents == (a.origin.id,) and child.origin.id != a.origin.id
+    with pytest.raises(ValueError, match="no origin"):
+        memory().fork()

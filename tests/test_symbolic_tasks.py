@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from lmsleep.tasks import MQAR, Variables, WordProblem, stream
+from lmsleep.tasks import MQAR, GSMSymbolic, Variables, WordProblem, stream
 from lmsleep.tasks.word_problem import multiplication_table
 
 SIZE = 400
@@ -49,7 +49,9 @@ def test_derived_series_tell_the_solvable_groups(group, series):
 
 
 @pytest.mark.parametrize(
-    "task", [MQAR(pairs=12, queries=4), WordProblem(length=6, queries=3), Variables(queries=5)], ids=str
+    "task",
+    [MQAR(pairs=12, queries=4), WordProblem(length=6, queries=3), Variables(queries=5), GSMSymbolic()],
+    ids=str,
 )
 def test_layout(task):
     batch = draw(task)
@@ -93,6 +95,16 @@ def test_every_hop_is_asked_for_and_values_are_distinct():
     assert all(len(row.unique()) == 25 for row in names)
 
 
+def test_filler_follows_the_pairs_and_says_nothing():
+    task = MQAR(pairs=6, keys=9, values=5, queries=6, filler=10)
+    batch = draw(task)
+    assert batch.context.shape == (SIZE, 2 * 6 + 10) and batch.context[:, 12:].min() >= 9
+    assert len(batch.context[:, 12:].unique()) == 5
+    bare = draw(MQAR(pairs=6, keys=9, values=5, queries=6))
+    assert torch.equal(bare.context, batch.context[:, :12])  # the same pairs
+    assert task.vocab_size == 14
+
+
 @pytest.mark.parametrize(
     ("task", "highest"),
     [
@@ -124,15 +136,53 @@ def test_floors_by_simulation(task):
         (lambda: MQAR(pairs=0), r"^pairs must be at least 1, got 0"),
         (lambda: MQAR(pairs=65), r"^pairs=65 needs as many keys, got keys=64"),
         (lambda: MQAR(pairs=4), r"^queries=8 must not exceed pairs=4"),
+        (lambda: MQAR(filler=-1), r"^filler must not be negative, got -1"),
         (lambda: WordProblem(group="S4"), r"^group must be one of 'S5', "),
         (lambda: WordProblem(length=0), r"^length must be at least 1, got 0"),
         (lambda: WordProblem(queries=17), r"^queries must lie in 1 ... length=16, got 17"),
         (lambda: Variables(chains=11), r"^chains must lie in 1 ... 10"),
         (lambda: Variables(hops=-1), r"^hops must not be negative, got -1"),
         (lambda: Variables(hops=9), r"^names=26 cannot name chains x \(hops \+ 1\) = 40 variables"),
+        (lambda: GSMSymbolic(ops=0), r"^ops must be at least 1 and noise not negative, got 0 and 24"),
+        (lambda: GSMSymbolic(noise=57), r"^names=64 cannot name ops \+ noise = 65 variables"),
+        (lambda: GSMSymbolic(queries=9), r"^queries must lie in 1 ... ops=8, got 9"),
         (lambda: Variables(queries=0), r"^queries must lie in 1 ... 16 variables, got 0"),
     ],
 )
 def test_an_impossible_option_is_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_equations_are_a_tree_with_one_number_and_noise_has_none():
+    task = GSMSymbolic(ops=6, noise=10, queries=6)
+    batch = draw(task)
+    assert batch.context.shape == (SIZE, 4 * (6 + 9))  # the root of the noise has no equation
+    for row in batch.context.view(SIZE, -1, 4).tolist():
+        numbers = [right for _, _, right, _ in row if right < task.first_name]
+        assert len(numbers) == 1 and 0 <= numbers[0] - task.zero <= 10
+        defined = [left for left, _, _, _ in row]
+        assert len(set(defined)) == 15 and len({n for left, _, n, _ in row if n not in defined}) == 2
+
+
+def test_every_step_is_as_likely_and_depths_are_those_of_random_trees():
+    task = GSMSymbolic(ops=8, noise=0, queries=8)
+    batch = draw(task, size=1000)
+    steps = batch.context.view(1000, -1, 4)[:, :, 1].flatten()
+    counts = torch.bincount(steps) - torch.tensor([1000, 0, 0])  # the root's equation is a plain one
+    assert (counts / 7000 - 1 / 3).abs().max() < 0.03
+    expected = np.mean([sum(1 / i for i in range(1, node + 1)) for node in range(8)])  # harmonic numbers
+    assert abs(float(batch.difficulty.double().mean()) - expected) < 0.05
+
+
+def test_repeating_the_only_number_is_the_floor_to_beat():
+    task = GSMSymbolic(ops=8, noise=0, queries=8)
+    batch, floors = draw(task, size=2000), task.floors()
+    equations = batch.context.view(2000, -1, 4)[:, :, 2]
+    number = torch.stack([row[row < task.first_name][0] for row in equations]).repeat_interleave(8)
+    hit = (batch.tokens[:, -1] == number).double()
+    assert abs(float(hit.mean()) - floors["chance"]) < 0.02
+    for h in range(5):
+        assert abs(float(hit[batch.difficulty == h].mean()) - floors[f"chance h={h}"]) < 0.05
+    best = torch.bincount(batch.tokens[:, -1]).max() / len(hit)
+    assert abs(float(best) - floors["constant"]) < 0.015

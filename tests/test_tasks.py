@@ -7,7 +7,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmsleep.tasks import MQAR, TASKS, Batch, Depo, Rule110, Text, Variables, WordProblem, stream
+from lmsleep.tasks import (
+    MQAR,
+    TASKS,
+    Batch,
+    Depo,
+    Drift,
+    GSMInfinite,
+    GSMSymbolic,
+    Rule110,
+    Text,
+    Variables,
+    WordProblem,
+    stream,
+)
 from lmsleep.tasks.rule110 import SEP, automaton
 
 
@@ -42,6 +55,9 @@ def tasks(document):
         MQAR(),
         WordProblem(),
         Variables(),
+        Drift(),
+        GSMInfinite(subset="medium", ops=(2, 3), length=(0, 200)),
+        GSMSymbolic(),
         Text(data=(document,), length=40),
     ]
 
@@ -76,6 +92,9 @@ def test_every_task_is_listed():
         "mqar": MQAR,
         "word-problem": WordProblem,
         "variables": Variables,
+        "drift": Drift,
+        "gsm-infinite": GSMInfinite,
+        "gsm-symbolic": GSMSymbolic,
         "text": Text,
     } == TASKS
 
@@ -243,6 +262,7 @@ DEPO = {
     "small": Depo(nodes=4, names=4, hops=3, queries=3, name_lengths=(1, 1)),
     "long names": Depo(nodes=9, names=3, hops=5, queries=2, name_lengths=(2, 4)),
     "more questions than nodes": Depo(nodes=5, names=10, queries=8, hops=9),
+    "padded": Depo(nodes=6, names=8, hops=3, queries=3, name_lengths=(1, 1), pad_to=30),
     "fixed": Depo(nodes=20, node_distribution="fixed", test_hops="all"),
 }
 
@@ -382,7 +402,7 @@ def test_holding_out_needs_enough_cycles(nodes):
     [
         {"nodes": 2}, {"hops": 0}, {"queries": 0}, {"name_lengths": (0, 1)}, {"name_lengths": (3, 2)},
         {"name_lengths": (1, 9)}, {"names": 8}, {"queries": 76, "ask": "fork"},
-        {"node_distribution": "uniform"}, {"test_hops": "some"}, {"ask": "twice"},
+        {"node_distribution": "uniform"}, {"test_hops": "some"}, {"ask": "twice"}, {"pad_to": 299},
     ],
 )  # fmt: skip
 def test_invalid_depo_options_are_named(change):

@@ -5,15 +5,18 @@ import re
 import signal
 import subprocess
 import sys
+from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import tiny
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import lmsleep
 from lmsleep import HybridLM, SleepConfig, sleep_forward
+from lmsleep.cli import main
 from lmsleep.files import write_atomic
 from lmsleep.tasks import Depo, Rule110, Text, stream
 from lmsleep.training import (
@@ -28,6 +31,7 @@ from lmsleep.training import (
     run_all,
     trainer,
 )
+from lmsleep.training.batches import Batches, draw
 
 TASK = Rule110(width=4, states=2, t=2)
 SMALL = {
@@ -271,6 +275,21 @@ def test_worker_processes_draw_the_same_batches(tmp_path, uninterrupted):
     run = Trainer.resume(RunFolder.open(tmp_path / "run"))
     run.fit()
     assert_same_run(run, uninterrupted)
+
+
+@pytest.mark.parametrize("name", ["book.txt", "rows.jsonl"])
+def test_documents_come_in_the_same_order_whoever_draws_them(tmp_path, name):
+    rows = [{"question": f"{i}? " * (1 + i % 5), "answer": str(i % 7)} for i in range(60)]
+    (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = run_config(Text(data=(tmp_path / name,), length=16), steps=6)
+    expected = [draw(config, step) for step in range(6)]
+    for workers, first in ((0, 0), (1, 0), (2, 3)):  # the last as after a resume
+        train = replace(config.train, data_workers=workers)
+        with closing(Batches(replace(config, train=train))) as batches:
+            for step in range(first, 6):
+                found = vars(batches[step])
+                for field, value in vars(expected[step]).items():
+                    assert found[field] is value is None or torch.equal(found[field], value), field
 
 
 KILLED = """
@@ -713,6 +732,34 @@ def test_an_invalid_training_option_is_named(change):
 def test_a_missing_device_is_named(tmp_path):
     with pytest.raises(ValueError, match="device='cuda'"):
         start(tmp_path / "run", run_config(device="cuda"))
+
+
+# TensorBoard
+
+
+def scalars(path: Path) -> dict[str, list[tuple[int, float]]]:
+    events = EventAccumulator(str(path)).Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def test_tensorboard_holds_the_metrics_once_also_after_a_resume(tmp_path):
+    config = run_config(tensorboard=True)
+    start(tmp_path / "run", config).fit(until=9)  # steps 9 and on are repeated from the checkpoint before
+    Trainer.resume(RunFolder(tmp_path / "run")).fit()
+    written = scalars(tmp_path / "run")
+    metrics = list(RunFolder(tmp_path / "run").metrics())
+    for key in ("loss", "grad_norm"):
+        expected = [(m["step"], m[key]) for m in metrics if key in m]
+        assert written[key] == [(step, pytest.approx(value)) for step, value in expected]
+    assert [s for s, _ in written["eval/accuracy"]] == [m["step"] for m in metrics if "eval" in m]
+
+
+def test_tensorboard_that_is_not_installed_is_named_before_anything_is_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(trainer, "installed", lambda: False)
+    with pytest.raises(SystemExit) as leaving:
+        main(["train", "depo", "--tensorboard", "--out", str(tmp_path / "run")])
+    assert leaving.value.code == 2 and "lmsleep[track]" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 # Many runs

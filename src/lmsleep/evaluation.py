@@ -33,7 +33,14 @@ def read_batch(
     """
     if batch.context is not None and batch.context_row is not None:
         after = sleep_forward(
-            model, batch.context, None, sleep, state=state, evict_last=True, return_logits=False
+            model,
+            batch.context,
+            None,
+            sleep,
+            state=state,
+            lengths=batch.context_lengths,
+            evict_last=True,
+            return_logits=False,
         )
         memory = after.memory if between is None else between(after.memory)
         state = State(memory, after.state.cache).rows(batch.context_row)
@@ -43,6 +50,7 @@ def read_batch(
         batch.loss_mask,
         sleep,
         state=state,
+        lengths=batch.lengths,
         read_last=False,
         return_logits=return_logits,
     )

@@ -8,7 +8,7 @@ import hashlib
 import json
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
@@ -89,14 +89,25 @@ def fingerprint(model: Any) -> str:
     """
     if not hasattr(model, "state_dict"):
         raise ValueError(f"{type(model).__name__} has no state_dict(), so a memory cannot be tied to it")
-    config = getattr(model, "config", None)
-    known = config if config is None or not hasattr(config, "to_dict") else config.to_dict()
-    digest = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode())
+    config = _settings(getattr(model, "config", None))
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
         digest.update(raw)
     return digest.hexdigest()
+
+
+def _settings(config: Any) -> Any:
+    """What a configuration says; defaults of a dataclass left out, so that new options keep old memories."""
+    if not is_dataclass(config):
+        return config.to_dict() if hasattr(config, "to_dict") else config
+    found = {}
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if value != (f.default if f.default_factory is MISSING else f.default_factory()):
+            found[f.name] = value
+    return found
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:

@@ -118,6 +118,19 @@ class State(NamedTuple):
             for s, count in zip(single, counts, strict=True)
         ]
 
+    def counted(self, began: Cache, tokens: int, valid: Tensor | None) -> "State":
+        """This state, that of a window of `tokens`, with the positions that are filled in each row.
+
+        Args:
+            began: the working memory that the window began with.
+            tokens: T, padding included.
+            valid: `[B, T]` bool, False for padding; None: there is none.
+        """
+        if valid is None and began.filled is None:
+            return self
+        counts = began.counts(self.batch_size) + (tokens if valid is None else valid.sum(dim=1))
+        return State(self.memory, replace(self.cache, filled=None).keep(counts))
+
     @staticmethod
     def join(parts: Sequence["State"], order: Tensor | None = None) -> "State":
         """Concatenate the rows of `parts`, and take rows `order` of the result (default: all, in order).

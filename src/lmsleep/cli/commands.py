@@ -10,21 +10,19 @@ from typing import Any, Literal
 import tyro
 from tyro.conf import Positional
 
+from lmsleep.adaptation import MOMENTS, Adaptation, Shifting, adaptation
+from lmsleep.cli.options import FLAT, listed, listed_tasks, task_field
 from lmsleep.cli.presets import PRESETS, preset
 from lmsleep.cost import cost
 from lmsleep.demo import command as demo_command
-from lmsleep.evaluation import EVAL_SEED, Score, evaluate, wilson
-from lmsleep.files import write_atomic
+from lmsleep.evaluation import Score, evaluate, wilson
 from lmsleep.models import HybridConfig, HybridLM
 from lmsleep.plots import plot_runs
 from lmsleep.reproduce import RECIPES
 from lmsleep.reproduce import command as reproduce_command
 from lmsleep.sleep import SleepConfig
-from lmsleep.tasks import TASKS, Text, stream
-from lmsleep.tasks.samples import records, show
+from lmsleep.tasks import Task, Text, find_task
 from lmsleep.training import BASELINES, RunConfig, RunFolder, TrainConfig, Trainer, baseline
-
-FLAT = (tyro.conf.OmitArgPrefixes, tyro.conf.SuppressFixed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,45 +60,29 @@ def train(argv: list[str]) -> None:
     sys.stdout.write(_score_text(folder, trainer.config, folder.report() or {}))
 
 
-def _listed(docstrings: dict[str, str | None]) -> str:
-    """Names with the first line of what is said about them."""
-    return "\n".join(f"  {name:<20} {(text or '').splitlines()[0]}" for name, text in docstrings.items())
-
-
 TRAIN_HELP = f"""usage: lmsleep train TASK [OPTIONS]
        lmsleep train --resume RUN
 
 Train a hybrid that reads in windows of L tokens and sleeps N passes at the end of each.
 
-{_listed({name: task.__doc__ for name, task in TASKS.items()})}
+{listed_tasks()}
 
 Presets: {"; ".join(f"{task}: {', '.join(names)}" for task, names in PRESETS.items())}
 All options, with their defaults: lmsleep train TASK --help
 
 Baselines (--baseline NAME) of a run with N passes:
-{_listed({name: make.__doc__ for name, make in BASELINES.items()})}
+{listed({name: make.__doc__ for name, make in BASELINES.items()})}
 """
-
-
-def _known(task: str) -> str:
-    if task not in TASKS:
-        raise ValueError(f"unknown task {task!r}; choose one of {', '.join(TASKS)}")
-    return task
-
-
-def _task_field(task: str, sections: dict[str, Any]) -> Any:
-    """The field of an options class that holds the task, with the preset's as default."""
-    return ("task", TASKS[task], *([sections["task"]] if "task" in sections else []))
 
 
 def _new_run(task: str, argv: list[str]) -> tuple[RunFolder, Trainer]:
     chosen = next((argv[i + 1] for i, a in enumerate(argv[:-1]) if a == "--preset"), "demo")
-    sections = preset(_known(task), chosen)
+    cls, sections = find_task(task), preset(task, chosen)
     model = ModelOptions(**{f.name: getattr(sections["model"], f.name) for f in fields(HybridConfig)})
     Options = make_dataclass(
         "Options",
         [
-            _task_field(task, sections),
+            task_field(task, sections),
             ("model", ModelOptions, model),
             ("sleep", SleepConfig, sections["sleep"]),
             ("train", TrainConfig, sections["train"]),
@@ -110,74 +92,16 @@ def _new_run(task: str, argv: list[str]) -> tuple[RunFolder, Trainer]:
         kw_only=True,
     )
     options: Any = tyro.cli(
-        Options, args=argv, config=FLAT, prog=f"lmsleep train {task}", description=TASKS[task].__doc__
+        Options, args=argv, config=FLAT, prog=f"lmsleep train {task}", description=cls.__doc__
     )
     architecture = HybridConfig(**{f.name: getattr(options.model, f.name) for f in fields(HybridConfig)})
     config = RunConfig(task=options.task, model=architecture, sleep=options.sleep, train=options.train)
     name = f"N{config.sleep.passes}"
     if options.run.baseline is not None:
         name, config = options.run.baseline, baseline(options.run.baseline, config)
-    out = options.run.out or Path("runs") / f"{task}-{name}-seed{config.train.seed}"
-    folder = RunFolder.create(out, config)
-    return folder, Trainer(folder, config)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataOptions:
-    """What is drawn, and where it goes."""
-
-    samples: int = 3
-    """Samples; one with several questions on its own forks gives as many rows."""
-    split: Literal["train", "test"] = "train"
-    """Held-out samples or those of training."""
-    seed: int = 0
-    """The stream: that of the first training batch of a run with this seed and as large a batch."""
-    window: int | None = None
-    """L: mark evictions as with this window; default the preset's."""
-    jsonl: Path | None = None
-    """Write JSON lines to this file, which must not exist, instead of showing the samples."""
-
-
-def data(argv: list[str]) -> None:
-    """`lmsleep data TASK [OPTIONS]`."""
-    if not argv or argv[0] in ("-h", "--help"):
-        sys.stdout.write(DATA_HELP)
-        return
-    sections = preset(_known(argv[0]), "demo")
-    options: Any = tyro.cli(
-        make_dataclass("Options", [_task_field(argv[0], sections), ("data", DataOptions, DataOptions())]),
-        args=argv[1:],
-        config=FLAT,
-        prog=f"lmsleep data {argv[0]}",
-        description=TASKS[argv[0]].__doc__,
-    )
-    task, chosen = options.task, options.data
-    if chosen.samples < 1:
-        raise ValueError(f"samples must be at least 1, got {chosen.samples}")
-    if chosen.jsonl is not None and chosen.jsonl.exists():
-        raise FileExistsError(f"{chosen.jsonl} exists; name another --jsonl or remove it")
-    seed = EVAL_SEED if chosen.split == "test" else chosen.seed
-    batch = task.batch(stream(seed, chosen.split, 0), chosen.samples, chosen.split)
-    if chosen.jsonl is not None:
-        lines = [json.dumps(record) + "\n" for record in records(task, batch)]
-        write_atomic(chosen.jsonl, "".join(lines).encode())
-        sys.stdout.write(f"{chosen.jsonl}: {len(lines)} rows\n")
-        return
-    window = chosen.window or sections["sleep"].window
-    for row in range(len(batch.tokens)):
-        sys.stdout.write(show(task, batch, row, window) + "\n")
-    floors = ", ".join(f"{name} {value:.3f}" for name, value in task.floors().items())
-    sys.stdout.write(f"\n{task.vocab_size} tokens in the vocabulary; floors of accuracy: {floors}\n")
-
-
-DATA_HELP = f"""usage: lmsleep data TASK [OPTIONS]
-
-Samples of a task: the evicted windows end with ‖, answers stand in brackets.
-
-{_listed({name: task.__doc__ for name, task in TASKS.items()})}
-
-All options, with their defaults: lmsleep data TASK --help
-"""
+    out = options.run.out or Path("runs") / f"{task.rpartition(':')[2]}-{name}-seed{config.train.seed}"
+    trainer = Trainer(RunFolder(out), config)  # first, so that what cannot begin leaves no folder
+    return RunFolder.create(out, config), trainer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,7 +117,7 @@ class EvalOptions:
     after: int | None = None
     """Count as "after eviction" what is predicted from this position on; default: the window."""
     data: tuple[Path, ...] = ()
-    """Other files to evaluate a text run on (their last tenth)."""
+    """Other files or sets to evaluate a text run on (what is held out of them)."""
     json: bool = False
     """Print one JSON document instead of a table."""
 
@@ -208,51 +132,87 @@ def evaluate_run(argv: list[str]) -> None:
         if not isinstance(task, Text):
             raise ValueError(f"--data is for runs on text; {options.run} was trained on {config.task_name}")
         task = replace(task, data=options.data)
-    result = {}
-    for passes in options.passes or (config.sleep.passes,):
+    result: dict[int, Score] = {}
+    adapted: dict[int, Adaptation] = {}
+    batches, size = options.batches, config.train.batch_size
+    for n in options.passes or (config.sleep.passes,):
         backprop = config.sleep.backprop_passes
-        sleep = replace(config.sleep, passes=passes, backprop_passes=backprop and min(backprop, passes))
-        score = evaluate(
-            model,
-            task,
-            sleep,
-            batches=options.batches,
-            batch_size=config.train.batch_size,
-            after=options.after,
-        )
-        result[passes] = score
+        sleep = replace(config.sleep, passes=n, backprop_passes=backprop and min(backprop, n))
+        result[n] = evaluate(model, task, sleep, batches=batches, batch_size=size, after=options.after)
+        if isinstance(task, Shifting) and sleep.window is not None and task.segment % sleep.window == 0:
+            adapted[n] = adaptation(model, task, sleep, batches=batches, batch_size=size)
     if options.json:
-        document = {"run": str(folder.path), "passes": {str(n): s.to_dict() for n, s in result.items()}}
-        sys.stdout.write(json.dumps({**document, "floors": task.floors()}, indent=2) + "\n")
+        passes = {str(n): _eval_json(task, score, adapted.get(n)) for n, score in result.items()}
+        document = {"run": str(folder.path), "passes": passes, "floors": task.floors()}
+        sys.stdout.write(json.dumps(document, indent=2) + "\n")
     else:
-        sys.stdout.write(_eval_text(config, result))
+        sys.stdout.write(_eval_text(task, result, adapted))
 
 
-def _eval_text(config: RunConfig, result: dict[int, Score]) -> str:
-    lines = []
+def _eval_json(task: Task, score: Score, adapted: Adaptation | None) -> dict[str, Any]:
+    document = score.to_dict()
+    if isinstance(task, Text) and not task.asks:
+        document["bits_per_byte"] = score.bits() / task.bytes_per_token
+    if adapted is not None:
+        document["adaptation"] = adapted.to_list()
+    return document
+
+
+def _eval_text(task: Task, result: dict[int, Score], adapted: dict[int, Adaptation]) -> str:
+    lines, floors = [], task.floors()
     for passes, score in result.items():
         line = f"N = {passes}:"
-        if config.task_name == "text":
-            line += f" {score.bits():.4f} bits per byte"
+        if isinstance(task, Text) and not task.asks:
+            line += f" {_bits(task, score.bits())}"
             if score.tokens["after_eviction"]:
                 line += f", {score.bits('after_eviction'):.4f} after eviction"
-                line += f" ({score.tokens['after_eviction']} bytes)"
+                line += f" ({score.tokens['after_eviction']} {task.unit}s)"
         else:
             for key, accuracy in score.per_difficulty.items():
                 low, high = wilson(score.correct[key], score.total[key])
-                line += f"  {config.task.difficulty_name}={key}: {accuracy:.3f} [{low:.3f}, {high:.3f}]"
+                name = f"{task.difficulty_name}={key}"
+                line += f"  {name}: {accuracy:.3f} [{low:.3f}, {high:.3f}]{_floor(floors, name)}"
         lines.append(line)
-    floors = ", ".join(f"{name} {value:.3f}" for name, value in config.task.floors().items())
-    return "\n".join([*lines, f"floors of accuracy: {floors}", ""])
+        if passes in adapted:
+            lines += _adaptation_lines(adapted[passes])
+    return "\n".join([*lines, f"floors of accuracy: {_floors_text(floors)}", ""])
+
+
+def _floor(floors: dict[str, float], key: str) -> str:
+    """The floors of one difficulty, to stand beside its accuracy."""
+    own = [
+        f"{name.removesuffix(key)}{floor:.3f}" for name, floor in floors.items() if name.endswith(f" {key}")
+    ]
+    return f" ({', '.join(own)})" if own else ""
+
+
+def _floors_text(floors: dict[str, float]) -> str:
+    """The floors over all difficulties."""
+    return ", ".join(f"{name} {value:.3f}" for name, value in floors.items() if "=" not in name)
+
+
+def _adaptation_lines(adapted: Adaptation) -> list[str]:
+    head = f"  {'sleeps since the shift':<24}" + "".join(f"{moment:>8}" for moment in MOMENTS)
+    rows = [f"  {s:<24}" + "".join(f"{bits:>8.3f}" for bits in row) for s, row in enumerate(adapted.bits)]
+    return [f"{head}   (a window is read; bits per predicted token of the next)", *rows]
+
+
+def _bits(task: Text, bits: float) -> str:
+    if task.unit == "byte":
+        return f"{bits:.4f} bits per byte"
+    return f"{bits:.4f} bits per token (about {bits / task.bytes_per_token:.4f} per byte)"
 
 
 def _score_text(folder: RunFolder, config: RunConfig, report: dict[str, Any]) -> str:
-    score = report["eval"]
-    if config.task_name == "text":
-        figures = f"{score['bits']:.4f} bits per byte held out"
+    score, task = report["eval"], config.task
+    if isinstance(task, Text) and not task.asks:
+        figures = f"{_bits(task, score['bits'])} held out"
     else:
-        name = config.task.difficulty_name
-        figures = "  ".join(f"{name}={k}: {v:.3f}" for k, v in score["per_difficulty"].items())
+        name = task.difficulty_name
+        floors = report["floors"]
+        figures = "  ".join(
+            f"{name}={k}: {v:.3f}{_floor(floors, f'{name}={k}')}" for k, v in score["per_difficulty"].items()
+        )
     return (
         f"{figures}\n{report['tokens']} tokens, {report['flops']:.3g} FLOP, {report['seconds']:.0f} s\n"
         f"{folder.path} is complete; next: lmsleep eval {folder.path} --passes 1 2 4\n"

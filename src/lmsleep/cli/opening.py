@@ -43,8 +43,9 @@ def new_session(path: Path, options: SleepOptions) -> Session:
             f"tokenizer has {tokenizer.vocab_size} tokens, {path} only {model.config.vocab_size}; "
             "pass the run that trained the model, or its tokenizer"
         )
-    window, passes = options.window or sleep.window, options.passes or sleep.passes
-    return Session(model, replace(sleep, window=window, passes=passes, backprop_passes=None), tokenizer)
+    given = {name: getattr(options, name) for name in ("window", "passes")}
+    given = {name: value for name, value in given.items() if value is not None}
+    return Session(model, replace(sleep, **given, backprop_passes=None), tokenizer)
 
 
 def take_up(path: Path, new: Session, options: SleepOptions) -> Session:

@@ -5,7 +5,7 @@ from typing import Any
 from lmsleep.demo import settings
 from lmsleep.models import BlockKind, HybridConfig
 from lmsleep.sleep import SleepConfig
-from lmsleep.tasks import MQAR, Depo, Rule110, Task, Variables, WordProblem
+from lmsleep.tasks import MQAR, Depo, Drift, GSMInfinite, GSMSymbolic, Rule110, Task, Variables, WordProblem
 from lmsleep.training import RunConfig, TrainConfig
 
 PAPER_TRAIN: dict[str, Any] = {
@@ -17,16 +17,21 @@ PAPER_TRAIN: dict[str, Any] = {
 }
 ALTERNATING: tuple[BlockKind, ...] = ("attention", "gated_delta_net", "attention", "gated_delta_net")
 
+PAPER_BLOCKS = (
+    3 * ALTERNATING
+)  # stands for the pretrained models of figures 4 and 5; the middle half is looped
+
 
 def _sections(config: RunConfig) -> dict[str, Any]:
     return {"task": config.task, "model": config.model, "sleep": config.sleep, "train": config.train}
 
 
-def _small(task: Task, window: int) -> dict[str, Any]:
+def _small(task: Task, window: int, passes: int = 4, **train: Any) -> dict[str, Any]:
     """The demo's model on another task; its learning rates are the demo's, not tuned for this one."""
-    train = TrainConfig(steps=2000, lr=0.01, adam_lr=0.02, eval_every=200, curriculum=500)
-    sleep = SleepConfig(window=window, passes=4)
-    return {"task": task, "model": settings.DEPO_MODEL, "sleep": sleep, "train": train}
+    defaults = {"steps": 2000, "lr": 0.01, "adam_lr": 0.02, "eval_every": 200, "curriculum": 500}
+    sleep = SleepConfig(window=window, passes=passes)
+    options = TrainConfig(**{**defaults, **train})
+    return {"task": task, "model": settings.DEPO_MODEL, "sleep": sleep, "train": options}
 
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
@@ -51,6 +56,23 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "mqar": {"demo": _small(MQAR(), window=16)},
     "word-problem": {"demo": _small(WordProblem(length=8, queries=4), window=4)},
     "variables": {"demo": _small(Variables(), window=16)},
+    "drift": {"demo": _small(Drift(), window=8, passes=2, steps=400, batch_size=32, curriculum=0)},
+    "gsm-infinite": {
+        "demo": _small(
+            GSMInfinite(subset="medium", mode="forward", ops=(2, 3), length=(0, 128)),
+            window=64,
+            steps=600,
+            batch_size=32,
+            curriculum=0,
+        ),
+        "paper": {
+            "task": GSMInfinite(),
+            "model": HybridConfig(d_model=512, num_heads=8, blocks=PAPER_BLOCKS),
+            "sleep": SleepConfig(window=2000, passes=4, loop=(3, 9)),
+            "train": TrainConfig(batch_size=256, steps=10_000, **{**PAPER_TRAIN, "lr": 1e-3}),
+        },
+    },
+    "gsm-symbolic": {"demo": _small(GSMSymbolic(), window=32)},
     "text": {
         "demo": {
             "model": HybridConfig(d_model=128, blocks=ALTERNATING[:2], forget=(0.001, 0.05)),
@@ -61,12 +83,16 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
+OWN = {"demo": {key: part for key, part in _small(MQAR(), window=16).items() if key != "task"}}
+
+
 def preset(task: str, name: str) -> dict[str, Any]:
-    """Sections (task, model, sleep, train) of a preset.
+    """Sections (task, model, sleep, train) of a preset; `OWN` for tasks that are not listed.
 
     Raises:
         ValueError: if the task has no preset of that name.
     """
-    if name not in PRESETS[task]:
-        raise ValueError(f"preset={name!r} is unknown for {task}; choose one of {', '.join(PRESETS[task])}")
-    return PRESETS[task][name]
+    presets = PRESETS.get(task, OWN)
+    if name not in presets:
+        raise ValueError(f"preset={name!r} is unknown for {task}; choose one of {', '.join(presets)}")
+    return presets[name]

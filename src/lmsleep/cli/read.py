@@ -73,6 +73,8 @@ class Reading:
 def read(argv: list[str]) -> None:
     """`lmsleep read MODEL FILE... --memory MEMORY`."""
     options = tyro.cli(ReadOptions, args=argv, config=(tyro.conf.OmitArgPrefixes,), prog="lmsleep read")
+    if not options.files:
+        raise ValueError("files must name at least one file")
     if not options.save_every >= 0:
         raise ValueError(f"save_every must not be negative, got {options.save_every}")
     tags = dict(_tag(tag) for tag in options.tag)

@@ -1,7 +1,7 @@
 """The layer with fast weights: projections and gates around an update rule."""
 
 import math
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -9,8 +9,6 @@ from torch import Tensor, nn
 
 from lmsleep import ops
 from lmsleep.ops import Backend
-
-Rule = Literal["gated_delta_rule", "gated_linear_rule"]
 
 
 class Writes(NamedTuple):
@@ -38,7 +36,7 @@ class FastWeights(nn.Module):
     queries of unit norm, a short convolution with SiLU on q, k and v, decay
     `alpha = exp(-A softplus(W_a x + dt))`, write strength `beta = sigmoid(W_b x)`, and a gated RMS norm
     on the output. With `"gated_linear_rule"` the same layer writes without the delta correction (the
-    paper's eq. 3).
+    paper's eq. 3); any other rule of `ops.RULES` takes its place likewise.
     """
 
     def __init__(
@@ -48,7 +46,7 @@ class FastWeights(nn.Module):
         key_dim: int,
         value_dim: int,
         *,
-        rule: Rule,
+        rule: str,
         conv_size: int,
         forget: tuple[float, float],
         negative_eigenvalues: bool,
@@ -56,7 +54,7 @@ class FastWeights(nn.Module):
         backend: Backend,
     ) -> None:
         super().__init__()
-        self.rule, self.backend = getattr(ops, rule), backend
+        self.rule, self.backend = rule, backend
         self.num_heads, self.key_dim, self.value_dim = num_heads, key_dim, value_dim
         self.beta_scale = 2.0 if negative_eigenvalues else 1.0
         self.forget = forget
@@ -111,7 +109,7 @@ class FastWeights(nn.Module):
         """`x` `[B, T, d]`, `S` `[B, H, K, V]` -> the same; tokens that are not `valid` write nothing."""
         del span, filled  # the state has no window, and convolutions read padding as the zeros it is
         writes, cache = self.writes(x, cache, valid)
-        o, memory = self.rule(*writes, initial_state=memory, backend=self.backend)
+        o, memory = ops.update(self.rule, *writes, initial_state=memory, backend=self.backend)
         o = self.norm(o).flatten(2) * F.silu(self.g_proj(x))
         return self.o_proj(o), memory, cache
 

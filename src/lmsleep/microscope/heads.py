@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lmsleep import ops
 from lmsleep.layers import FastWeights
 from lmsleep.microscope.trace import Pass, Window
 from lmsleep.state import Memory, State
@@ -101,5 +102,5 @@ def _awake(window: Window, layers: dict[int, FastWeights]) -> Iterator[tuple[int
     for start in range(0, L, step):
         for block, layer in layers.items():
             part = (x[:, start : start + step] for x in first.writes[block])
-            now[block] = layer.rule(*part, initial_state=now[block], backend=layer.backend)[1]
+            _, now[block] = ops.update(layer.rule, *part, initial_state=now[block], backend=layer.backend)
         yield min(start + step, L), Memory(tuple(now))

@@ -57,6 +57,10 @@ def from_run(run: RunFolder, samples: int) -> Subject:
     if sleep.window is None:
         raise ValueError(f"{run.path} was trained with window=None: it never sleeps")
     batch = cut(config.task.batch(stream(EVAL_SEED, "test", 0), samples, "test"), sleep)
+    if batch.context_lengths is not None or batch.lengths is not None:
+        raise ValueError(
+            f"{run.path}: its samples differ in length; look at one, as a text (--text or --file)"
+        )
     assert batch.context is not None
     if not batch.context.shape[1]:
         raise ValueError(f"{run.path}: no window of its samples is slept on before the answers")

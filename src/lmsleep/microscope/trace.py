@@ -61,7 +61,14 @@ def watch(
     """Read `tokens` `[B, T]` as `sleep_forward(..., evict_last=True)` does, from `state` (default: nothing).
 
     Yields every window after its sleep; the last may be part-filled.
+
+    Raises:
+        ValueError: for test-time training or a looped wake pass, whose passes are of another kind.
     """
+    if sleep.inner_rate is not None or sleep.wake_passes != 1:
+        raise ValueError(
+            "inner_rate and wake_passes cannot be watched: only a sleep in passes over a window can"
+        )
     state = model.initial_state(len(tokens)) if state is None else state
     for window in tokens.split(sleep.window or max(tokens.shape[1], 1), dim=1):
         watched = _Watched(model, sleep.loop_range(model.num_blocks))

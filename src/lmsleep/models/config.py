@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Literal, Self, get_args
+from typing import Any, Self, get_args
 
-from lmsleep.ops import Backend
+from lmsleep.ops import RULES, Backend
 
-BlockKind = Literal["attention", "gated_delta_net", "gated_linear"]
+BlockKind = str  # "attention", a key of RULE_OF, or the name of an update rule in ops.RULES
+RULE_OF = {"gated_delta_net": "gated_delta_rule", "gated_linear": "gated_linear_rule"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +23,7 @@ class HybridConfig:
     d_model: int = 256
     """Width of the residual stream."""
     blocks: tuple[BlockKind, ...] = ("attention", "gated_delta_net", "attention", "gated_delta_net")
-    """Kind of each block, first to last."""
+    """Kind of each block, first to last: attention, gated_delta_net, gated_linear or a registered rule."""
     tie_embeddings: bool = False
     """Use the embedding as output projection too."""
     norm_eps: float = 1e-6
@@ -39,6 +40,8 @@ class HybridConfig:
     """Key-value heads of attention (grouped queries); default num_heads."""
     mlp_dim: int | None = None
     """Hidden size of the SwiGLU after the mixer; default 8/3 d_model rounded up to 8, 0 for none."""
+    trained_mlp: bool = False
+    """Attention blocks: each sequence trains the SwiGLU for itself, by SleepConfig.inner_rate."""
     conv_size: int = 4
     """Taps of the short convolution in fast-weight blocks; 0 for none."""
     rope_theta: float | None = 10_000.0
@@ -58,8 +61,9 @@ class HybridConfig:
         if not self.blocks:
             raise ValueError("blocks must name at least one block")
         for kind in self.blocks:
-            if kind not in get_args(BlockKind):
-                raise ValueError(f"blocks: {kind!r} is unknown; choose from {', '.join(get_args(BlockKind))}")
+            if kind != "attention" and RULE_OF.get(kind, kind) not in RULES:
+                kinds = ", ".join(["attention", *RULE_OF, *RULES])
+                raise ValueError(f"blocks: {kind!r} is unknown; choose from {kinds}")
         for name in ("vocab_size", "d_model", "num_heads", "head_dim", "value_dim", "num_kv_heads"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -84,6 +88,8 @@ class HybridConfig:
             raise ValueError(
                 f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}"
             )
+        if self.trained_mlp and not self.hidden_dim:
+            raise ValueError("trained_mlp needs a feed-forward layer, got mlp_dim=0")
         if "attention" in self.blocks and self.rope_theta is not None and self.key_dim % 2:
             raise ValueError(
                 f"head_dim={self.key_dim} must be even for rotary positions (or rope_theta None)"

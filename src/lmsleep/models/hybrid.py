@@ -1,6 +1,7 @@
 """`HybridLM`: a decoder-only language model of attention and fast-weight blocks."""
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Self, cast
 
@@ -11,12 +12,17 @@ from torch import Tensor, nn
 
 from lmsleep.files import write_atomic
 from lmsleep.layers import Attention, FastWeights, SwiGLU
-from lmsleep.models.config import HybridConfig
+from lmsleep.models.config import RULE_OF, HybridConfig
 from lmsleep.state import Cache, Memory, State
+
+WRITERS = ("o_proj", "down_proj")  # linear maps into the residual stream
 
 
 class Block(nn.Module):
-    """Pre-norm residual block: a mixer that carries a state, then a SwiGLU (if it has any)."""
+    """Pre-norm residual block: a mixer that carries a state, then a SwiGLU (if it has any).
+
+    The block's fast weights belong to the mixer, or beside attention to the SwiGLU (`trained_mlp`).
+    """
 
     def __init__(self, config: HybridConfig, kind: str) -> None:
         super().__init__()
@@ -38,7 +44,7 @@ class Block(nn.Module):
                 c.num_heads,
                 c.key_dim,
                 c.value_dim or c.key_dim,
-                rule="gated_delta_rule" if kind == "gated_delta_net" else "gated_linear_rule",
+                rule=RULE_OF.get(kind, kind),
                 conv_size=c.conv_size,
                 forget=c.forget,
                 negative_eigenvalues=c.negative_eigenvalues,
@@ -46,8 +52,15 @@ class Block(nn.Module):
                 backend=c.backend,
             )
         self.norm = nn.RMSNorm(c.d_model, eps=c.norm_eps)
-        self.mlp = SwiGLU(c.d_model, c.hidden_dim) if c.hidden_dim else None
+        trained = c.trained_mlp and kind == "attention"
+        self.mlp = SwiGLU(c.d_model, c.hidden_dim, trained=trained) if c.hidden_dim else None
         self.mlp_norm = nn.RMSNorm(c.d_model, eps=c.norm_eps) if c.hidden_dim else None
+
+    @property
+    def memory_shape(self) -> tuple[int, int, int] | None:
+        """`(H, K, V)` of the block's fast weights for one sequence, None if it has none."""
+        trained = self.mlp is not None and self.mlp.scale is not None
+        return self.mlp.memory_shape if self.mlp is not None and trained else self.mixer.memory_shape
 
     def forward(
         self,
@@ -62,7 +75,7 @@ class Block(nn.Module):
         mixed, memory, cache = self.mixer(self.norm(h), memory, cache, valid, span, filled)
         h = h + mixed
         if self.mlp is not None and self.mlp_norm is not None:
-            h = h + self.mlp(self.mlp_norm(h))
+            h = h + self.mlp(self.mlp_norm(h), memory)
         return h, memory, cache
 
 
@@ -88,11 +101,42 @@ class HybridLM(nn.Module):
         """Linear weights ~ N(0, 1/fan-in); an untied embedding ~ N(0, 1), the scale blocks add at."""
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear) and not name.endswith(("a_proj", "b_proj")):
-                writes = name.endswith(("o_proj", "down_proj"))
+                writes = name.endswith(WRITERS)
                 std = module.in_features**-0.5 * (self.config.residual_init if writes else 1.0)
                 nn.init.normal_(module.weight, std=std)
         std = self.config.d_model**-0.5 if self.config.tie_embeddings else 1.0
         nn.init.normal_(self.embedding.weight, std=std)
+
+    @torch.no_grad()
+    def take_weights(self, source: "HybridLM", inserted: Collection[int] = ()) -> None:
+        """Copy the weights of `source`, whose blocks are those of this model without the `inserted` ones.
+
+        What inserted blocks write into the residual stream is set to zero, so that nothing changes at first.
+
+        Raises:
+            ValueError: if the other blocks do not fit.
+        """
+        kept = [i for i in range(self.num_blocks) if i not in inserted]
+        if len(kept) != source.num_blocks:
+            raise ValueError(
+                f"inserted: {self.num_blocks} blocks without {sorted(inserted)} are {len(kept)}, "
+                f"but the model to start from has {source.num_blocks}"
+            )
+        parts = [
+            (source.embedding, self.embedding),
+            (source.norm, self.norm),
+            (source.lm_head, self.lm_head),
+            *((source.blocks[j], self.blocks[i]) for j, i in enumerate(kept)),
+        ]
+        for old, new in parts:
+            try:
+                new.load_state_dict(old.state_dict())
+            except RuntimeError as error:
+                raise ValueError(f"the model to start from has other weights: {error}") from error
+        for i in inserted:
+            for name, module in self.blocks[i].named_modules():
+                if name.endswith(WRITERS):
+                    cast(nn.Linear, module).weight.zero_()
 
     @property
     def num_blocks(self) -> int:
@@ -102,10 +146,10 @@ class HybridLM(nn.Module):
     def initial_state(self, batch_size: int) -> State:
         """`S = 0` and nothing in the working memory."""
         weight = self.embedding.weight
-        mixers = [cast(Block, block).mixer for block in self.blocks]
+        blocks = [cast(Block, block) for block in self.blocks]
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        memory = Memory.zeros([m.memory_shape for m in mixers], batch_size, dtype=dtype, device=weight.device)
-        return State(memory, Cache(tuple(m.empty_cache(batch_size) for m in mixers)))
+        memory = Memory.zeros([b.memory_shape for b in blocks], batch_size, dtype=dtype, device=weight.device)
+        return State(memory, Cache(tuple(b.mixer.empty_cache(batch_size) for b in blocks)))
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Tokens `[B, T]` (int64) -> hidden states `h` `[B, T, d]`."""
@@ -127,7 +171,7 @@ class HybridLM(nn.Module):
         Args:
             h: hidden states.
             state: what the tokens before `h` left behind. Of its working memory each row sees the newest
-                `state.cache.filled` positions; that count is not advanced here (see `Cache.read`).
+                `state.cache.filled` positions; that count is not advanced here (see `State.counted`).
             start: first block.
             stop: block after the last.
             valid: `[B, T]` bool; padding (False) must follow the tokens of its row and writes nothing;

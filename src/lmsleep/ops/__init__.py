@@ -2,6 +2,16 @@
 
 from lmsleep.ops.align import right_align
 from lmsleep.ops.conv import short_conv
-from lmsleep.ops.rules import RULES, Backend, gated_delta_rule, gated_linear_rule
+from lmsleep.ops.rules import RULES, Backend, Rule, gated_delta_rule, gated_linear_rule, register_rule, update
 
-__all__ = ["RULES", "Backend", "gated_delta_rule", "gated_linear_rule", "right_align", "short_conv"]
+__all__ = [
+    "RULES",
+    "Backend",
+    "Rule",
+    "gated_delta_rule",
+    "gated_linear_rule",
+    "register_rule",
+    "right_align",
+    "short_conv",
+    "update",
+]

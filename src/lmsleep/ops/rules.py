@@ -1,13 +1,13 @@
 """The update rules of the fast weights, with their backends, behind one signature.
 
-A rule is one entry of `RULES`: a function per backend with the signature of
-`reference.gated_delta_rule`. `backend="auto"` takes fla's Triton kernels for CUDA tensors where
-`flash-linear-attention` is installed, and the chunk-parallel PyTorch form everywhere else.
+`backend="auto"` takes fla's Triton kernels for CUDA tensors where `flash-linear-attention` is installed, and
+elsewhere the chunk-parallel PyTorch form of a rule that has one.
 """
 
 import importlib.util
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
@@ -18,14 +18,39 @@ from lmsleep.ops import chunked, fla, reference
 Backend = Literal["auto", "reference", "chunked", "fla"]
 Recurrence = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float, Tensor], tuple[Tensor, Tensor]]
 
-RULES: dict[str, dict[str, Recurrence]] = {
-    rule: {
-        "reference": getattr(reference, rule),
-        "chunked": getattr(chunked, rule),
-        "fla": getattr(fla, rule),
-    }
-    for rule in ("gated_delta_rule", "gated_linear_rule")
+
+@dataclass(frozen=True)
+class Rule:
+    """An update rule. Each form takes `(q, k, v, g, beta, scale, state)` and returns `(o, state)`.
+
+    Shapes are those of `gated_delta_rule`. `g = beta = 0` must leave the state as it is: padding has both.
+
+    Attributes:
+        reference: token by token, any dtype; the definition.
+        chunked: the same, chunk-parallel, for any device.
+        fla: the same, on Triton kernels.
+    """
+
+    reference: Recurrence
+    chunked: Recurrence | None = None
+    fla: Recurrence | None = None
+
+
+RULES: dict[str, Rule] = {
+    name: Rule(*(getattr(form, name) for form in (reference, chunked, fla)))
+    for name in ("gated_delta_rule", "gated_linear_rule")
 }
+
+
+def register_rule(name: str, rule: Rule) -> None:
+    """Make `rule` known by `name`, which `HybridConfig.blocks` then takes as the kind of a block.
+
+    Raises:
+        ValueError: if the name is taken.
+    """
+    if name in RULES:
+        raise ValueError(f"there is already an update rule named {name!r}; choose another name")
+    RULES[name] = rule
 
 
 def gated_delta_rule(
@@ -66,7 +91,9 @@ def gated_delta_rule(
     Source: Yang et al., "Gated Delta Networks", arXiv 2412.06464, eq. 10; the update of the paper's
     experiments.
     """
-    return _run("gated_delta_rule", q, k, v, g, beta, scale, initial_state, backend)
+    return update(
+        "gated_delta_rule", q, k, v, g, beta, scale=scale, initial_state=initial_state, backend=backend
+    )
 
 
 def gated_linear_rule(
@@ -84,20 +111,26 @@ def gated_linear_rule(
 
     Arguments, result and errors as for `gated_delta_rule`. Source: the paper's eq. 3.
     """
-    return _run("gated_linear_rule", q, k, v, g, beta, scale, initial_state, backend)
+    return update(
+        "gated_linear_rule", q, k, v, g, beta, scale=scale, initial_state=initial_state, backend=backend
+    )
 
 
-def _run(
+def update(
     rule: str,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     g: Tensor,
     beta: Tensor,
-    scale: float | None,
-    initial_state: Tensor | None,
-    backend: Backend,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
+    """The update rule of that name in `RULES`. Arguments, result and errors as for `gated_delta_rule`."""
+    if rule not in RULES:
+        raise ValueError(f"rule={rule!r} is unknown; choose one of {', '.join(RULES)} or register_rule it")
     _check_shapes(q, k, v, g, beta, initial_state)
     B, _, H, K = q.shape
     inputs = (q, k, v, g, beta) if initial_state is None else (q, k, v, g, beta, initial_state)
@@ -108,28 +141,34 @@ def _run(
         state = initial_state.to(dtype)
     if scale is None:
         scale = K**-0.5
-    chosen = _choose(backend, q)
-    if chosen != "fla":  # its kernels take low precision as it is and accumulate in float32
+    form, casts = _choose(rule, backend, q)
+    if casts:  # fla's kernels take low precision as it is and accumulate in float32
         q, k, v, g, beta = (x.to(dtype) for x in (q, k, v, g, beta))
     device = q.device.type  # "meta", which counts costs, knows no autocast
     full = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
     with full:  # S is summed over a whole stream
-        o, state = RULES[rule][chosen](q, k, v, g, beta, scale, state)
+        o, state = form(q, k, v, g, beta, scale, state)
     return o.to(inputs[2].dtype), state
 
 
-def _choose(backend: Backend, q: Tensor) -> str:
+def _choose(name: str, backend: Backend, q: Tensor) -> tuple[Recurrence, bool]:
+    """The form of the rule to use, and whether its inputs must be cast to the dtype of the state."""
     if backend not in get_args(Backend):
         raise ValueError(f"backend={backend!r} is unknown; choose one of {', '.join(get_args(Backend))}")
+    rule = RULES[name]
     usable = q.is_cuda and importlib.util.find_spec("fla") is not None
-    if backend == "auto":
-        return "fla" if usable and q.dtype != torch.float64 and q.shape[1] > 0 else "chunked"
     if backend == "fla" and not usable:
         raise ValueError(
             "backend='fla' needs CUDA tensors and flash-linear-attention (pip install 'lmsleep[cuda]'); "
             f"got tensors on {q.device.type!r}. Use backend='chunked'"
         )
-    return backend
+    if backend == "auto":
+        kernels = rule.fla if usable and q.dtype != torch.float64 and q.shape[1] > 0 else None
+        return kernels or rule.chunked or rule.reference, kernels is None
+    form: Recurrence | None = getattr(rule, backend)
+    if form is None:
+        raise ValueError(f"backend={backend!r}: {name} has no such form; use backend='auto' or 'reference'")
+    return form, backend != "fla"
 
 
 def _check_shapes(

@@ -14,11 +14,12 @@ from tyro.conf import Positional
 from lmsleep.evaluation import read_batch
 from lmsleep.files import write_atomic
 from lmsleep.models import HybridLM
-from lmsleep.reproduce import results
+from lmsleep.reproduce.figure import draw
 from lmsleep.reproduce.recipe import Cell, Scale
 from lmsleep.reproduce.recipes import RECIPES
+from lmsleep.reproduce.results import Row, collect, table, time_steps, write_data
 from lmsleep.tasks import stream
-from lmsleep.training import Job, RunConfig, RunFolder, flops_per_step, run_all
+from lmsleep.training import Job, RunConfig, RunFolder, flops_per_step, provenance, run_all
 
 PROBE_SECONDS = 0.5  # a step this long is timed well enough
 
@@ -31,7 +32,7 @@ class ReproduceOptions:
     """
 
     figure: Positional[Literal[tuple(RECIPES)]]  # type: ignore[valid-type]
-    """2a, 2b, 3: figures of the paper; the others are comparisons it left out (lmsleep reproduce --help)."""
+    """2a to 6: figures of the paper; the others are comparisons it left out (lmsleep reproduce --help)."""
     scale: Scale = "demo"
     """demo: minutes on two cores; small: hours; paper: the paper's own setting, for a GPU."""
     seeds: int = 3
@@ -43,39 +44,55 @@ class ReproduceOptions:
     dry_run: bool = False
     """Say what would be trained, and for how long, instead of doing it."""
     steps: int | None = None
-    """Train every run for so many steps instead (to try the mechanics)."""
+    """Train every run for so many steps instead and evaluate on little (to try the mechanics)."""
     json: bool = False
     """Print one JSON document instead of a table."""
 
 
 def run(options: ReproduceOptions) -> None:
-    """Train, collect, write, report."""
+    """Train (or time), collect, write, report."""
     if options.seeds < 1:
         raise ValueError(f"seeds must be at least 1, got {options.seeds}")
     recipe, name = RECIPES[options.figure], f"{options.figure}-{options.scale}"
     cells = recipe.cells(options.scale)
     if options.steps is not None:
-        cells = [Cell(c.label, _shortened(c.config, options.steps)) for c in cells]
+        cells = [_shortened(cell, options.steps) for cell in cells]
     if options.dry_run:
         _report(options, estimate(cells, options.seeds))
         return
-    jobs = []
-    for seed in range(options.seeds):
-        for cell in cells:
-            path = Path("runs/reproduce") / name / f"{_slug(cell.label)}-seed{seed}"
-            jobs.append((cell.label, Job(path, cell.with_seed(seed))))
-    run_all([job for _, job in jobs], options.workers)
+    curves: list[Row] = []
+    if recipe.value == "tokens_per_second":
+        rows, made = time_steps(cells, options.seeds), provenance()
+    else:
+        jobs = _train(cells, options, Path("runs/reproduce") / name)
+        rows, curves = collect(recipe, jobs)
+        made = RunFolder.open(jobs[0][1].path).made_by()
+    difficulty = cells[0].config.task.difficulty_name
+    text = f"{table(recipe, rows, difficulty)}\n{_made_by(made)}\n"
     out = options.out or Path("results") / name
     out.mkdir(parents=True, exist_ok=True)
-    rows, curves = results.collect(recipe, jobs)
-    task = cells[0].config.task
-    text = results.table(recipe, rows, task.difficulty_name, task.floors())
-    text += f"\n{_made_by(jobs[0][1].path)}\n"
-    results.write_data(out, rows, curves)
-    figure = results.draw(recipe, rows, curves, task.difficulty_name, task.floors()["chance"])
-    figure.savefig(out / "figure.png", dpi=130)
+    write_data(out, rows, curves)
+    draw(recipe, rows, curves, difficulty).savefig(out / "figure.png", dpi=130)
     write_atomic(out / "README.md", (text + "\n![figure](figure.png)\n").encode())
     sys.stdout.write(json.dumps(rows) + "\n" if options.json else f"{text}\n{out / 'README.md'}\n")
+
+
+def _train(cells: Sequence[Cell], options: ReproduceOptions, folder: Path) -> list[tuple[Cell, Job]]:
+    """The finished run of every cell and seed; those that others start from go first."""
+    chains = [(cell, _chain(cell, seed, folder)) for seed in range(options.seeds) for cell in cells]
+    for stage in range(max(len(chain) for _, chain in chains)):
+        due = {chain[stage].path: chain[stage] for _, chain in chains if stage < len(chain)}
+        run_all([*due.values()], options.workers)
+    return [(cell, chain[-1]) for cell, chain in chains]
+
+
+def _chain(cell: Cell, seed: int, folder: Path) -> list[Job]:
+    """The run of a cell, after those that it starts from."""
+    before = [] if cell.start is None else _chain(cell.start, seed, folder)
+    config = cell.with_seed(seed)
+    if before:
+        config = replace(config, train=replace(config.train, start=before[-1].path))
+    return [*before, Job(folder / f"{_slug(cell.label)}-seed{seed}", config)]
 
 
 def estimate(cells: Sequence[Cell], seeds: int) -> list[dict[str, Any]]:
@@ -84,7 +101,7 @@ def estimate(cells: Sequence[Cell], seeds: int) -> list[dict[str, Any]]:
     All are those of one step over as many rows as take half a second, times rows and steps.
     """
     rows = []
-    for cell in cells:
+    for cell in _with_starts(cells):
         train, probe, seconds = cell.config.train, 1, 0.0
         while True:
             few = replace(cell.config, train=replace(train, batch_size=probe))
@@ -103,6 +120,15 @@ def estimate(cells: Sequence[Cell], seeds: int) -> list[dict[str, Any]]:
             "seconds": times * seconds,
         })  # fmt: skip
     return rows
+
+
+def _with_starts(cells: Sequence[Cell]) -> list[Cell]:
+    """The cells and those that they start from, each once."""
+    found: dict[str, Cell] = {}
+    for cell in cells:
+        starts = [] if cell.start is None else _with_starts([cell.start])
+        found |= {c.label: c for c in [*starts, cell]}
+    return [*found.values()]
 
 
 def _seconds(config: RunConfig) -> float:
@@ -124,7 +150,9 @@ def _report(options: ReproduceOptions, rows: list[dict[str, Any]]) -> None:
     if options.json:
         sys.stdout.write(json.dumps(rows) + "\n")
         return
-    sys.stdout.write(f"{RECIPES[options.figure].title}\n{RECIPES[options.figure].expects}\n\n")
+    recipe = RECIPES[options.figure]
+    said = "\n".join(text for text in (recipe.title, recipe.expects, recipe.caution) if text)
+    sys.stdout.write(f"{said}\n\n")
     for row in rows:
         sys.stdout.write(
             f"{row['runs']} x {row['cell']:<24} {row['steps']:>7,} steps  {row['tokens']:>15,} tokens  "
@@ -134,15 +162,16 @@ def _report(options: ReproduceOptions, rows: list[dict[str, Any]]) -> None:
     sys.stdout.write(f"\nabout {total:,.1f} hours of one process on this machine, evaluation not counted\n")
 
 
-def _shortened(config: RunConfig, steps: int) -> RunConfig:
-    train = config.train
-    return replace(config, train=replace(train, steps=steps, curriculum=min(train.curriculum, steps)))
+def _shortened(cell: Cell, steps: int) -> Cell:
+    train = cell.config.train
+    few = replace(train, steps=steps, curriculum=min(train.curriculum, steps), eval_batches=1)
+    start = None if cell.start is None else _shortened(cell.start, steps)
+    return replace(cell, config=replace(cell.config, train=few), start=start)
 
 
 def _slug(label: str) -> str:
     return "".join(c if c.isalnum() else "-" for c in label).strip("-")
 
 
-def _made_by(path: Path) -> str:
-    made = RunFolder.open(path).made_by()
+def _made_by(made: dict[str, Any]) -> str:
     return f"`{made['command']}`, {made['hardware']}, torch {made['torch']}, commit {made['commit']}"

@@ -7,15 +7,27 @@ from typing import Literal
 from lmsleep.training import RunConfig
 
 Scale = Literal["demo", "small", "paper"]
-Panel = Literal["tokens", "flops", "difficulty", "passes", "final"]
+Panel = Literal["tokens", "flops", "difficulty", "axis", "final", "grid"]
+Value = Literal["accuracy", "tokens_per_second"]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One line of a figure: its name, and its run (seed 0)."""
+    """One line of a figure, or one point of a line.
+
+    Attributes:
+        label: its name.
+        config: its run, for seed 0.
+        at: its place on the recipe's axis, if cells make that axis.
+        start: the run whose weights it begins with.
+        line: the line that it is a point of; its own by default.
+    """
 
     label: str
     config: RunConfig
+    at: int | None = None
+    start: "Cell | None" = None
+    line: str | None = None
 
     def with_seed(self, seed: int) -> RunConfig:
         """The run for another seed: other initial weights and other data, the same for every cell."""
@@ -29,14 +41,20 @@ class Recipe:
     Attributes:
         title: what is plotted.
         expects: what the paper reports, or the question where the paper has no such figure.
-        cells: the runs at a scale.
-        panels: left to right: learning curves against "tokens" or "flops", accuracy by "difficulty", by
-            "passes" when read, or "final" accuracy, one bar a cell.
-        read: passes to read each trained model with, besides its own.
+        cells: the runs at a scale; raises ValueError where a scale needs what is not at hand.
+        panels: left to right: learning curves against "tokens" or "flops", the value by "difficulty", along
+            the "axis", or at the end ("final", a bar each); "grid": a heat map of axis by difficulty, per N.
+        axis: what the axis counts.
+        read: the ways a trained run is read, by their place on the axis; by default its own.
+        value: what is measured: accuracy after training, or the speed of a few training steps.
+        caution: what must be said with every result.
     """
 
     title: str
     expects: str
     cells: Callable[[Scale], list[Cell]]
     panels: tuple[Panel, ...]
-    read: tuple[int, ...] = ()
+    axis: str | None = None
+    read: Callable[[RunConfig], dict[int, RunConfig]] | None = None
+    value: Value = "accuracy"
+    caution: str = ""

@@ -5,25 +5,42 @@ a GPU. `small` lies between, hours on two cores: the paper's learning rates on a
 nothing of it is tuned.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from lmsleep.demo import settings
 from lmsleep.models import BlockKind, HybridConfig
 from lmsleep.reproduce.recipe import Cell, Recipe, Scale
-from lmsleep.sleep import SleepConfig
-from lmsleep.tasks import Depo, Rule110
-from lmsleep.training import BASELINES, RunConfig, TrainConfig, baseline
+from lmsleep.reproduce.results import TIMED_STEPS
+from lmsleep.sleep import Eviction, SleepConfig
+from lmsleep.tasks import MQAR, Depo, GSMInfinite, Rule110
+from lmsleep.training import BASELINES, RunConfig, TrainConfig, baseline, equal_compute
 
 ALTERNATING: tuple[BlockKind, ...] = ("attention", "gated_delta_net", "attention", "gated_delta_net")
+PRETRAINED = {
+    "4a": "the weights of Jet-Nemotron 2B",
+    "4b": "the weights of Ouro 1.4B with six memory blocks inserted",
+    "5": "the weights of Ouro 1.4B with six memory blocks inserted",
+}
+ON_THE_SPOT = (
+    "**No pretrained weights.** Every run starts from a model of four small blocks that was trained on the "
+    "spot, on the same task with nothing evicted. This shows that the recipe runs from end to end; it says "
+    "nothing about the paper's models."
+)
+Make = Callable[[Scale, int], RunConfig]  # the run with N passes at a scale
+SLEEPS = (1, 4, 10, 100, 1000)  # windows of filler, four of them in training
 RATES: dict[str, Any] = {"lr": 2e-3, "adam_lr": 5e-5, "eval_every": 1000, "save_every": 1000}
 
 
 def rule110(scale: Scale, passes: int, t: int | None = None) -> RunConfig:
     """Rule 110 read with N passes; `t` updates, by default those of the paper's figure 2b."""
     if scale == "demo":
-        return replace(settings.rule110(passes, 0), task=replace(settings.RULE110, t=t or settings.RULE110.t))
+        tuned = passes if passes in settings.RULE110_TUNED else 4  # N = 3 takes the rates of N = 4
+        run = settings.rule110(tuned, 0)
+        task = replace(settings.RULE110, t=t or settings.RULE110.t)
+        return replace(run, task=task, sleep=replace(run.sleep, passes=passes))
     small = scale == "small"
     return RunConfig(
         task=Rule110(t=t or (8 if small else 32)),
@@ -47,7 +64,118 @@ def depo(scale: Scale, passes: int) -> RunConfig:
     )
 
 
-def _by_passes(make: Any, passes: Sequence[int]) -> Any:
+def retention(scale: Scale, passes: int) -> RunConfig:
+    """Pairs that fill one window, then four windows of filler, then the questions."""
+    pairs = {"demo": 8, "small": 16, "paper": 64}[scale]
+    run = depo(scale, passes)
+    return replace(
+        run,
+        task=MQAR(pairs=pairs, keys=2 * pairs, values=2 * pairs, queries=8, filler=4 * 2 * pairs),
+        sleep=replace(run.sleep, window=2 * pairs),
+    )
+
+
+def _after_sleeps(run: RunConfig) -> dict[int, RunConfig]:
+    """A retention run, read after 1 ... 1000 windows of filler; the long ones on fewer contexts."""
+    task, readings = run.task, {}
+    assert isinstance(task, MQAR)
+    few = replace(run.train, batch_size=32, eval_batches=1)
+    for windows in SLEEPS:
+        filler = windows * 2 * task.pairs
+        other = replace(run, task=replace(task, filler=filler), train=few)
+        readings[windows] = run if filler == task.filler else other
+    return readings
+
+
+def _load_by_depth(scale: Scale) -> list[Cell]:
+    """Loads of facts in contexts of one length; what is asked for lies 1 ... K hops deep."""
+    loads, hops = {"demo": ((8, 12), 4), "small": ((8, 16, 24), 4), "paper": ((16, 32, 64), 8)}[scale]
+    cells = []
+    for n in (1, 4):
+        run = depo(scale, n)
+        for load in loads:
+            task = replace(
+                settings.DEPO, nodes=load, hops=hops, names=max(loads), pad_to=2 * max(loads), queries=8
+            )
+            sleep = replace(run.sleep, window=min(loads))
+            cell = replace(run, task=task, sleep=sleep)
+            cells.append(Cell(f"load {load}, N = {n}", cell, at=load, line=f"N = {n}"))
+    return cells
+
+
+def _fine_tuned(figure: str) -> Callable[[Scale], list[Cell]]:
+    """GSM-Infinite with a model that knows it already, but never had to remember: figures 4a, 4b and 5."""
+
+    def cells(scale: Scale) -> list[Cell]:
+        if scale != "demo":
+            raise ValueError(
+                f"figure {figure} at scale={scale} needs {PRETRAINED[figure]}, which this version "
+                "cannot load; scale=demo trains a tiny model on the spot instead"
+            )
+        make = _looped_in_the_middle if figure == "4a" else _with_memory_blocks
+        return [make(n, "sliding" if figure == "5" else "hard") for n in (1, 2, 4)]
+
+    return cells
+
+
+def _gsm(blocks: tuple[BlockKind, ...], sleep: SleepConfig, **train: Any) -> RunConfig:
+    """A tiny run on GSM-Infinite; fast-weight blocks have no feed-forward layer, as in the paper."""
+    bare = {i: {"mlp_dim": 0} for i, kind in enumerate(blocks) if kind != "attention"}
+    return RunConfig(
+        task=GSMInfinite(subset="medium", mode="forward", ops=(2, 3), length=(0, 128)),
+        model=HybridConfig(d_model=64, num_heads=4, blocks=blocks, overrides=bare),
+        sleep=sleep,
+        train=TrainConfig(batch_size=16, lr=5e-3, adam_lr=5e-3, threads=1, **{"steps": 300, **train}),
+    )
+
+
+def _looped_in_the_middle(passes: int, eviction: Eviction) -> Cell:
+    start = Cell("start: hybrid, nothing evicted", _gsm(ALTERNATING, SleepConfig()))
+    sleep = SleepConfig(window=64, passes=passes, eviction=eviction, loop=(1, 3))
+    return Cell(f"N = {passes}", _gsm(ALTERNATING, sleep), start=start)
+
+
+def _with_memory_blocks(passes: int, eviction: Eviction) -> Cell:
+    """First the inserted blocks alone, under hard eviction if N > 1; then twice as long the whole model."""
+    plain: tuple[BlockKind, ...] = ("attention",) * 4
+    blocks: tuple[BlockKind, ...] = (*plain[:2], "gated_delta_net", *plain[:2], "gated_delta_net")
+    start = Cell("start: transformer, nothing evicted", _gsm(plain, SleepConfig()))
+    sleep = SleepConfig(window=64, passes=passes, eviction=eviction)
+    alone = _gsm(
+        blocks,
+        replace(sleep, eviction="hard") if passes > 1 else sleep,
+        start=Path(start.label),  # stands for the folder, which is known when it is trained
+        inserted=(2, 5),
+        only_inserted=True,
+    )
+    warm = Cell(f"inserted blocks alone, N = {passes}", alone, start=start)
+    return Cell(f"N = {passes}", _gsm(blocks, sleep, steps=600), start=warm)
+
+
+def _speed(scale: Scale) -> list[Cell]:
+    """Training steps on one long context in windows of three sizes, activations recomputed."""
+    blocks = ALTERNATING
+    T, windows, batch, width = {
+        "demo": (384, (32, 64, 128), 2, 64),
+        "small": (3072, (256, 512, 1024), 4, 256),
+        "paper": (12_000, (1000, 2000, 4000), 4, 2048),
+    }[scale]
+    if scale == "paper":  # about 1.4 billion parameters
+        blocks = ("attention", "attention", "attention", "gated_delta_net") * 7
+    cells = []
+    for n in (1, 2, 4):
+        for window in windows:
+            run = RunConfig(
+                task=MQAR(pairs=16, queries=1, filler=T - 32),
+                model=HybridConfig(d_model=width, num_heads=max(4, width // 128), blocks=blocks),
+                sleep=SleepConfig(window=window, passes=n, checkpoint=True),
+                train=TrainConfig(batch_size=batch, steps=1 + TIMED_STEPS),
+            )
+            cells.append(Cell(f"L = {window}, N = {n}", run, at=window, line=f"N = {n}"))
+    return cells
+
+
+def _by_passes(make: Make, passes: Sequence[int]) -> Callable[[Scale], list[Cell]]:
     return lambda scale: [Cell(f"N = {n}", make(scale, n)) for n in passes]
 
 
@@ -56,15 +184,27 @@ def _by_steps(scale: Scale) -> list[Cell]:
     return [Cell(f"t = {t}", rule110(scale, 1, t)) for t in times]
 
 
-def _baselines(scale: Scale) -> list[Cell]:
-    asleep = depo(scale, 4)
-    return [Cell("N = 4", asleep), *(Cell(name, baseline(name, asleep)) for name in BASELINES)]
+def _compute_matched(make: Make) -> Callable[[Scale], list[Cell]]:
+    def cells(scale: Scale) -> list[Cell]:
+        asleep = make(scale, 4)
+        rivals = [name for name in BASELINES if name != "one-pass"]  # at equal compute: one-pass-longer
+        return [
+            Cell("N = 4", asleep),
+            *(Cell(name, equal_compute(baseline(name, asleep), asleep)) for name in rivals),
+        ]
+
+    return cells
 
 
 def _random_passes(scale: Scale) -> list[Cell]:
     run = depo(scale, 4)
     drawn = replace(run, train=replace(run.train, random_passes=True))
     return [*_by_passes(depo, (1, 2, 4))(scale), Cell("N drawn from 1 ... 4", drawn)]
+
+
+def _with_other_passes(run: RunConfig) -> dict[int, RunConfig]:
+    asleep = replace(run.sleep, backprop_passes=None)
+    return {n: replace(run, sleep=replace(asleep, passes=n)) for n in (1, 2, 3, 4, 6, 8)}
 
 
 def _update_rules(scale: Scale) -> list[Cell]:
@@ -98,7 +238,7 @@ RECIPES: dict[str, Recipe] = {
     "2b": Recipe(
         "Rule 110 with N passes",
         "Paper (t = 32): N = 1 about .10, N = 2 about .20, N = 3 and 4 above .30 exact.",
-        _by_passes(rule110, (1, 2, 4)),
+        _by_passes(rule110, (1, 2, 3, 4)),
         ("tokens", "flops", "final"),
     ),
     "3": Recipe(
@@ -107,18 +247,73 @@ RECIPES: dict[str, Recipe] = {
         _by_passes(depo, (1, 2, 4)),
         ("tokens", "difficulty"),
     ),
-    "baselines": Recipe(
-        "Depo: N = 4 beside what else the compute could buy",
-        "Not in the paper: equal compute, and what each half of the carry (h, S) is worth.",
-        _baselines,
+    "4a": Recipe(
+        "GSM-Infinite: a pretrained hybrid learns to sleep, its middle blocks looped",
+        "Paper (Jet-Nemotron 2B, L = 2000): from N = 1 to 6, op 6 .742 to .812, op 8 .351 to .388.",
+        _fine_tuned("4a"),
+        ("tokens", "difficulty"),
+        caution=ON_THE_SPOT,
+    ),
+    "4b": Recipe(
+        "GSM-Infinite: a pretrained looped transformer gets memory blocks",
+        "Paper (Ouro 1.4B, L = 2000): from N = 1 to 4, op 6 .419 to .615, op 8 .210 to .272.",
+        _fine_tuned("4b"),
+        ("tokens", "difficulty"),
+        caution=ON_THE_SPOT,
+    ),
+    "5": Recipe(
+        "GSM-Infinite: the same under sliding windows",
+        "Paper (Ouro 1.4B, L = 512): from N = 1 to 4, op 2 .596 to .905, op 6 .251 to .320.",
+        _fine_tuned("5"),
+        ("tokens", "difficulty"),
+        caution=ON_THE_SPOT,
+    ),
+    "6": Recipe(
+        "Training throughput against window and passes",
+        "Paper (1.4B parameters, H200, T = 12,000): windows cost almost nothing once L fills the GPU; "
+        "throughput goes with 1/N.",
+        _speed,
+        ("axis",),
+        axis="window L (tokens)",
+        value="tokens_per_second",
+        caution="Whole training steps of a randomly initialised model, one process, activations recomputed; "
+        "figures of different machines are not comparable.",
+    ),
+    "compute-matched": Recipe(
+        "Rule 110: N = 4 beside what else the compute could buy",
+        "Not in the paper: every baseline gets the training FLOPs of N = 4.",
+        _compute_matched(rule110),
         ("flops", "final"),
+    ),
+    "compute-matched-depo": Recipe(
+        "Depo: N = 4 beside what else the compute could buy",
+        "Not in the paper: every baseline gets the training FLOPs of N = 4.",
+        _compute_matched(depo),
+        ("flops", "final"),
+    ),
+    "sleeps": Recipe(
+        "MQAR: accuracy against the number of sleeps since the fact was read",
+        "Not in the paper: how long does the memory last? Trained with 4 windows of filler between fact and "
+        "question, read with up to 1000.",
+        _by_passes(retention, (1, 2, 4)),
+        ("axis",),
+        axis="sleeps since the fact",
+        read=_after_sleeps,
+    ),
+    "grid": Recipe(
+        "Depo: recall load against hop depth",
+        "Not in the paper: is it storing many facts or chaining a few that needs passes?",
+        _load_by_depth,
+        ("grid",),
+        axis="facts stored",
     ),
     "passes": Recipe(
         "Depo: passes when trained against passes when read",
         "Not in the paper: can a model be read with another N than it was trained with?",
         _random_passes,
-        ("passes", "difficulty"),
-        read=(1, 2, 3, 4, 6, 8),
+        ("axis", "difficulty"),
+        axis="N when read",
+        read=_with_other_passes,
     ),
     "rule": Recipe(
         "Depo: the update rule of the fast weights",

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Literal, Self, overload
 
@@ -100,19 +101,21 @@ class Session:
     @property
     def memory(self) -> Memory:
         """Consolidated memory: the fast weights now, one row; within a window with what it wrote awake."""
-        model = self.model
-        config = getattr(model, "config", None)
-        kinds = getattr(config, "blocks", ())
+        kinds = getattr(getattr(self.model, "config", None), "blocks", ())
         layers = self.stream.state.memory.layers
         origin = replace(
             self.origin,
-            model=fingerprint(model) if hasattr(model, "state_dict") else None,
+            model=self._fingerprint,
             tokens=self.stream.tokens,
             sleeps=self.stream.sleeps,
             passes=self.sleep_config.passes,
             rule=tuple(None if S is None else k for S, k in zip(layers, kinds, strict=False)),
         )
         return Memory(layers, origin)
+
+    @cached_property
+    def _fingerprint(self) -> str | None:
+        return fingerprint(self.model) if hasattr(self.model, "state_dict") else None
 
     @property
     def permanent(self) -> Mapping[str, Tensor]:
@@ -161,7 +164,9 @@ class Session:
 
     def reset(self) -> None:
         """Forget everything: `S = 0`, nothing read, counts and times from zero."""
-        self.__init__(self.model, self.sleep_config, self.tokenizer)  # type: ignore[misc]
+        new = Session(self.model, self.sleep_config)
+        self.stream, self.origin = new.stream, new.origin
+        self.seconds_awake = self.seconds_asleep = 0.0
 
     def fork(self) -> "Session":
         """A second session that has read the same; neither changes the other. Its parent is this one."""
@@ -294,9 +299,10 @@ class Session:
             if self.tokenizer is None:
                 raise ValueError("text must be tokens: this session has no tokenizer")
             text = self.tokenizer.encode(text)
-        tokens = torch.as_tensor(text, dtype=torch.int64, device="cpu").clone()
-        if tokens.ndim != 1:
-            raise ValueError(f"tokens must be one row of numbers, got shape {tuple(tokens.shape)}")
+        tokens = torch.as_tensor(text, device="cpu")
+        if tokens.ndim != 1 or (len(tokens) and (tokens.is_floating_point() or tokens.is_complex())):
+            raise ValueError(f"tokens must be one row of whole numbers, got {tokens.dtype} {[*tokens.shape]}")
+        tokens = tokens.to(torch.int64, copy=True)
         size = getattr(getattr(self.model, "config", None), "vocab_size", None)
         if len(tokens) and (int(tokens.min()) < 0 or (size is not None and int(tokens.max()) >= size)):
             worst = int(tokens.min()) if int(tokens.min()) < 0 else int(tokens.max())

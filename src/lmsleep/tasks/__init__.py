@@ -1,13 +1,17 @@
 """Tasks: seeded streams of batches with answers that can be checked.
 
-A task is one file and one line of `TASKS`.
+A task is one file and one line of `TASKS`; those of users are found by `lmsleep.tasks.own`.
 """
 
 from typing import Any
 
 from lmsleep.tasks.base import Batch, Split, Task, hide_answers, stream
 from lmsleep.tasks.depo import Depo
+from lmsleep.tasks.drift import Drift
+from lmsleep.tasks.gsm_infinite import GSMInfinite
+from lmsleep.tasks.gsm_symbolic import GSMSymbolic
 from lmsleep.tasks.mqar import MQAR
+from lmsleep.tasks.own import own_name, own_task
 from lmsleep.tasks.rule110 import Rule110
 from lmsleep.tasks.text import Text
 from lmsleep.tasks.variables import Variables
@@ -19,20 +23,44 @@ TASKS: dict[str, type[Any]] = {
     "mqar": MQAR,
     "word-problem": WordProblem,
     "variables": Variables,
+    "drift": Drift,
+    "gsm-infinite": GSMInfinite,
+    "gsm-symbolic": GSMSymbolic,
     "text": Text,
 }
+
+
+def find_task(name: str) -> type[Any]:
+    """The class of a task: listed in `TASKS`, `FILE.py:CLASS`, or an entry point.
+
+    Raises:
+        ValueError: if there is none of that name.
+    """
+    return TASKS[name] if name in TASKS else own_task(name, TASKS)
+
+
+def task_name(task: Task) -> str:
+    """The name by which `find_task` finds the class of a task."""
+    listed = (name for name, cls in TASKS.items() if type(task) is cls)
+    return next(listed, None) or own_name(type(task))
+
 
 __all__ = [
     "MQAR",
     "TASKS",
     "Batch",
     "Depo",
+    "Drift",
+    "GSMInfinite",
+    "GSMSymbolic",
     "Rule110",
     "Split",
     "Task",
     "Text",
     "Variables",
     "WordProblem",
+    "find_task",
     "hide_answers",
     "stream",
+    "task_name",
 ]

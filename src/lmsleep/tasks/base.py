@@ -24,6 +24,8 @@ class Batch:
         difficulty: `[A]` int64, the difficulty key of each answer (hops, automaton steps, ...).
         context: `[C, Tc]` int64 or None: what is read and slept on before `tokens`.
         context_row: `[R]` int64: the context of each row (several rows may fork one memory).
+        context_lengths: `[C]` int64: tokens per context; what follows is padding. None: all are full.
+        lengths: `[R]` int64: tokens per row of `tokens`, likewise.
     """
 
     tokens: Tensor
@@ -32,6 +34,8 @@ class Batch:
     difficulty: Tensor
     context: Tensor | None = None
     context_row: Tensor | None = None
+    context_lengths: Tensor | None = None
+    lengths: Tensor | None = None
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device."""
@@ -40,8 +44,21 @@ class Batch:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens read: contexts once, however many questions fork them."""
-        return self.tokens.numel() + (0 if self.context is None else self.context.numel())
+        """Tokens read, padding left out: contexts once, however many questions fork them."""
+        read = self.tokens.numel() if self.lengths is None else int(self.lengths.sum())
+        if self.context_lengths is not None:
+            return read + int(self.context_lengths.sum())
+        return read + (0 if self.context is None else self.context.numel())
+
+    def row(self, row: int) -> tuple[list[int], list[int], list[int]]:
+        """One row without padding: its context (empty if none), its tokens, and `answers` of them."""
+        context: list[int] = []
+        if self.context is not None and self.context_row is not None:
+            number = int(self.context_row[row])
+            end = None if self.context_lengths is None else int(self.context_lengths[number])
+            context = self.context[number, :end].tolist()
+        end = None if self.lengths is None else int(self.lengths[row])
+        return context, self.tokens[row, :end].tolist(), self.answers[row, :end].tolist()
 
 
 class Task(Protocol):
@@ -64,7 +81,11 @@ class Task(Protocol):
         ...
 
     def floors(self) -> dict[str, float]:
-        """Accuracy of guessing ("chance") and of the best constant answer ("constant")."""
+        """Accuracy of guessing ("chance") and of the best constant answer ("constant").
+
+        A floor that depends on the difficulty is also given by itself, as "constant op=3" (with the
+        `difficulty_name` and the key).
+        """
         ...
 
     def solve(self, tokens: list[int]) -> list[list[int]]:
@@ -90,11 +111,9 @@ def stream(seed: int, split: Split, index: int) -> np.random.Generator:
 
 def hide_answers(batch: Batch, row: int) -> tuple[list[int], list[list[int]]]:
     """What `Task.solve` takes for row `row`, and what it should return."""
-    seen: list[int] = []
-    if batch.context is not None and batch.context_row is not None:
-        seen += batch.context[batch.context_row[row]].tolist()
+    seen, tokens, answers = batch.row(row)
     hidden: dict[int, list[int]] = {}
-    for token, answer in zip(batch.tokens[row].tolist(), batch.answers[row].tolist(), strict=True):
+    for token, answer in zip(tokens, answers, strict=True):
         if answer < 0:
             seen.append(token)
         elif answer in hidden:

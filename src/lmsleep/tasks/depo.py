@@ -26,6 +26,10 @@ class Depo:
     Names are words of fresh random tokens per sequence; the last token of a word is drawn from a
     second copy of the alphabet, so words need no separators. The context is padded on the left to a
     constant length.
+
+    Nodes are the load (facts to store), hops the depth (look-ups to answer); with `pad_to` graphs of every
+    load fill the same number of windows, which parts retrieval from reasoning. Keep nodes >= 2 hops for that:
+    n - 1 hops are one hop back.
     """
 
     nodes: int = 75
@@ -44,6 +48,8 @@ class Depo:
     """Hops in a test: powers of two up to K and K itself, or all of 1 ... K."""
     ask: Literal["block", "fork"] = "block"
     """Questions follow in one block (the paper), or each alone to its own fork of the memory."""
+    pad_to: int | None = None
+    """Tokens of the padded context; default what the largest graph needs."""
     held_out_cycles: bool = False
     """Keep one cycle in 8 (by hash) out of training and test on those only; for small n."""
 
@@ -54,6 +60,10 @@ class Depo:
             raise ValueError(f"name_lengths must be 1 <= shortest <= longest <= 8, got {self.name_lengths}")
         if self.nodes < 3:
             raise ValueError(f"nodes must be at least 3, got {self.nodes}")
+        if self.pad_to is not None and self.pad_to < self.graph_length:
+            raise ValueError(
+                f"pad_to={self.pad_to} is too short: nodes={self.nodes} take up to {self.graph_length} tokens"
+            )
         if self.hops < 1 or self.queries < 1:
             raise ValueError(f"hops and queries must be at least 1, got {self.hops} and {self.queries}")
         if self.ask == "fork" and self.queries > self.nodes:
@@ -79,9 +89,14 @@ class Depo:
         return "k"
 
     @property
+    def graph_length(self) -> int:
+        """Most tokens of a graph."""
+        return 2 * self.nodes * self.name_lengths[1]
+
+    @property
     def context_length(self) -> int:
         """Tokens of the padded context."""
-        return 2 * self.nodes * self.name_lengths[1]
+        return self.pad_to or self.graph_length
 
     def floors(self) -> dict[str, float]:
         """A guess among the nodes that are not the start; no constant answer does better than 1/n."""
@@ -97,7 +112,7 @@ class Depo:
         edges = np.concatenate([words, after], axis=2)
         edges[~present] = PAD
         edges = np.take_along_axis(edges, edge_order[:, :, None], axis=1)
-        context = edges.reshape(B, -1)
+        context = np.pad(edges.reshape(B, -1), ((0, 0), (self.context_length - self.graph_length, 0)))
         to_left = np.argsort(context != PAD, axis=1, kind="stable")
         context = np.take_along_axis(context, to_left, axis=1)  # padding first
 

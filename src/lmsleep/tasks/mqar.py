@@ -1,6 +1,7 @@
 """MQAR: recall the value of a key (Arora et al., "Zoology", arXiv 2312.04927)."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -16,8 +17,10 @@ class MQAR:
         context  k4 v9   k1 v7   k8 v9
         question k1 v7                     (v7 is the answer, and all of the loss)
 
-    Keys are distinct, values need not be. Every question is asked alone, on its own fork of the memory;
-    in the source they follow in the same sequence at random distances, in reach of attention.
+    With filler=4 the context ends with four more values; without a key before them they say nothing, but
+    they fill windows that are slept on. Keys are distinct, values need not be. Every question is asked alone,
+    on its own fork of the memory; in the source they follow in the same sequence at random distances, in
+    reach of attention.
     """
 
     pairs: int = 16
@@ -28,11 +31,15 @@ class MQAR:
     """Values to choose from."""
     queries: int = 8
     """Keys asked for, of one context."""
+    filler: int = 0
+    """Values without a key between the pairs and the questions: tokens to sleep on, nothing to remember."""
 
     def __post_init__(self) -> None:
         for name in ("pairs", "keys", "values", "queries"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.filler < 0:
+            raise ValueError(f"filler must not be negative, got {self.filler}")
         if self.pairs > self.keys:
             raise ValueError(f"pairs={self.pairs} needs as many keys, got keys={self.keys}")
         if self.queries > self.pairs:
@@ -59,6 +66,9 @@ class MQAR:
         key = rng.permuted(np.tile(np.arange(self.keys), (size, 1)), axis=1)[:, :D]
         value = self.keys + rng.integers(0, self.values, (size, D))
         context = np.stack([key, value], axis=2).reshape(size, 2 * D)
+        if self.filler:
+            noise = self.keys + rng.integers(0, self.values, (size, self.filler))
+            context = np.concatenate([context, noise], axis=1)
         # keys come in random order, so the first positions of another permutation are a random choice
         asked = rng.permuted(np.tile(np.arange(D), (size, 1)), axis=1)[:, : self.queries]
         rows = np.stack([np.take_along_axis(x, asked, axis=1).ravel() for x in (key, value)], axis=1)
@@ -66,8 +76,8 @@ class MQAR:
 
     def solve(self, tokens: list[int]) -> list[list[int]]:
         """See `Task.solve`."""
-        *pairs, asked, _ = tokens
-        return [[dict(zip(pairs[::2], pairs[1::2], strict=True))[asked]]]
+        *context, asked, _ = tokens
+        return [[{key: value for key, value in pairwise(context) if key < self.keys}[asked]]]
 
     def spell(self, tokens: list[int]) -> str:
         """Keys as k, values as v."""

@@ -15,11 +15,9 @@ def show(task: Task, batch: Batch, row: int, window: int | None) -> str:
     Where every token is to be predicted, as in text, nothing is marked as an answer.
     """
     parts = []
-    if batch.context is not None and batch.context_row is not None:
-        context = batch.context[batch.context_row[row]].tolist()
-        for start in range(0, len(context), window or len(context)):
-            parts += [task.spell(context[start : start + (window or len(context))]), EVICTED]
-    tokens, answers = batch.tokens[row].tolist(), batch.answers[row].tolist()
+    context, tokens, answers = batch.row(row)
+    for start in range(0, len(context), window or len(context) or 1):
+        parts += [task.spell(context[start : start + (window or len(context))]), EVICTED]
     everything = batch.context is None and min(answers[1:], default=-1) >= 0
     places = [(i // (window or len(tokens)), -1 if everything else answers[i]) for i in range(len(tokens))]
     previous = 0
@@ -39,10 +37,7 @@ def records(task: Task, batch: Batch) -> Iterator[dict[str, Any]]:
     of `start` (place in `tokens`), `tokens` and `difficulty`; `text` and `context_text` spell it out.
     """
     for row in range(len(batch.tokens)):
-        tokens, places = batch.tokens[row].tolist(), batch.answers[row].tolist()
-        context: list[int] = []
-        if batch.context is not None and batch.context_row is not None:
-            context = batch.context[batch.context_row[row]].tolist()
+        context, tokens, places = batch.row(row)
         answers = []
         for number, group in groupby(range(len(tokens)), key=lambda i: places[i]):
             if number >= 0:

@@ -1,96 +1,221 @@
-"""Your own documents, byte by byte."""
+"""Your own documents, in bytes or the tokens of any tokenizer."""
 
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from lmsleep.tasks.base import Batch, Split
+from lmsleep.tasks.documents import is_set, read_set
+from lmsleep.tasks.packing import alike, is_real, pad
+from lmsleep.tasks.tokenizers import Bytes, Tokenizer, absolute, load_tokenizer
 
-HELD_OUT = 0.1  # the last tenth of each document is for testing
+HELD_OUT = 0.1  # the last tenth of each file is for testing; of sets, whole documents are
+
+Part = tuple[np.ndarray, ...]  # the tokens of a document, or those of a prompt and those of its answer
 
 
 @dataclass(frozen=True, kw_only=True)
 class Text:
-    """Random excerpts of documents; every byte is to be predicted.
+    """Your own documents: files, or rows of text or of prompts with their answers.
 
-    The last tenth of each document is held out. A token is a byte (0 ... 255).
+    Files are read as random excerpts, and the last tenth of each is held out. Of a set (JSON lines, a folder
+    of datasets) each row is a document, and one in ten is held out. All of a text is to be predicted:
+
+        row      t h e   f i r s t   d o c
+        row      t h e   n e x t
+
+    Of a prompt with an answer only the answer is, after the prompt was read, slept on and evicted:
+
+        context  w h o   s l e p t ?
+        row      <answer> i   d i d <end>          (the answer counts as right if all of it is, its end too)
+
+    A row never holds more than one document, so none reads what another left behind.
     """
 
     data: tuple[Path, ...] = ()
-    """Files to read (any bytes; UTF-8 text is what they are usually)."""
+    """Files (any bytes; UTF-8 with a tokenizer), or sets: .jsonl files and folders saved by datasets."""
     length: int = 256
-    """Bytes in a sequence."""
+    """Tokens in a sequence (at most, where a document is shorter); prompts and answers are read whole."""
+    tokenizer: str = "bytes"
+    """bytes, or the folder of a Hugging Face tokenizer."""
+    fields: tuple[str, ...] = ()
+    """Field of the text, or the two of prompt and answer, in a set; default: question answer, prompt
+    completion or text, whichever its first row has."""
 
     def __post_init__(self) -> None:
         if not self.data:
             raise ValueError("data must name at least one file")
         if self.length < 2:
-            raise ValueError(f"length must be at least 2 bytes, got {self.length}")
+            raise ValueError(f"length must be at least 2 {self.unit}s, got {self.length}")
+        if len(self.fields) > 2:
+            raise ValueError(f"fields must be one (text) or two (prompt, answer), got {self.fields}")
         for path in self.data:
-            if not path.is_file():
+            if not path.is_file() and not (path.is_dir() and is_set(path)):
                 raise ValueError(f"data: {path} is not a file")
-        if not len(self._parts["test"]):
-            longest = max(p.stat().st_size for p in self.data)
+        if len({is_set(path) for path in self.data}) > 1:
+            raise ValueError("data must be files, or sets (.jsonl, folders of datasets), not both")
+        object.__setattr__(self, "tokenizer", absolute(self.tokenizer))
+        self._check_parts()
+
+    def _check_parts(self) -> None:
+        kinds = {len(part) for parts in self._parts.values() for part in parts}
+        if len(kinds) > 1:
+            raise ValueError("data: some rows are texts and some prompts with answers; name the fields")
+        for split, parts in self._parts.items():
+            if parts:
+                continue
+            if is_set(self.data[0]):
+                raise ValueError(
+                    f"data: no document for the {split} split (one in ten is held out, by its hash); "
+                    f"{', '.join(map(str, self.data))} must hold more that are not empty"
+                )
+            longest = max(map(len, self._files))
             raise ValueError(
-                f"data: no document is long enough to hold out {self.length} bytes of its last tenth "
-                f"(the longest has {longest} bytes); use longer files or a length of at most {longest // 11}"
+                f"data: no document is long enough to hold out {self.length} {self.unit}s of its last tenth "
+                f"(the longest has {longest} {self.unit}s); use longer files or a length of at most "
+                f"{longest // 11}"
             )
 
     @property
+    def asks(self) -> bool:
+        """Whether the documents are prompts with answers."""
+        return len(self._parts["train"][0]) == 2
+
+    @property
+    def unit(self) -> str:
+        """What a token is: byte or token."""
+        return "byte" if self.tokenizer == "bytes" else "token"
+
+    @property
+    def answer_token(self) -> int:
+        """The token of its own that an answer begins with; the next one ends it."""
+        return self._tokenizer.vocab_size
+
+    @property
     def vocab_size(self) -> int:
-        """One token a byte."""
-        return 256
+        """The tokenizer's (bytes: 256); with answers, <answer> and <end> on top."""
+        return self._tokenizer.vocab_size + (2 if self.asks else 0)
 
     @property
     def difficulty_name(self) -> str:
-        """Text has no difficulty key: all bytes count as one kind."""
-        return "all"
+        """Text has no difficulty key: all tokens, or whole answers, count as one kind, 0."""
+        return "answers" if self.asks else "all"
+
+    @cached_property
+    def bytes_per_token(self) -> float:
+        """Mean length of the held-out tokens (those of texts or answers) in UTF-8."""
+        if self.unit == "byte":
+            return 1.0
+        tokens = [part[-1].tolist() for part in self._parts["test"]]
+        return sum(len(self._tokenizer.decode(t).encode()) for t in tokens) / sum(map(len, tokens))
 
     def floors(self) -> dict[str, float]:
-        """Accuracy per byte of a guess, and of always the most frequent byte of the training part."""
-        counts = sum(np.bincount(part, minlength=256) for part in self._parts["train"])
-        assert isinstance(counts, np.ndarray)
-        return {"chance": 1 / 256, "constant": float(counts.max() / counts.sum())}
+        """A guess, and always the most frequent: token of the training part, or answer of the training set.
+
+        Guesses at an answer are among those of the training set.
+        """
+        if self.asks:
+            answers = Counter(answer.tobytes() for _, answer in self._parts["train"])
+            return {"chance": 1 / len(answers), "constant": max(answers.values()) / answers.total()}
+        counts = np.zeros(self.vocab_size, dtype=np.int64)
+        for (tokens,) in self._parts["train"]:
+            counts += np.bincount(tokens, minlength=self.vocab_size)
+        return {"chance": 1 / self.vocab_size, "constant": float(counts.max() / counts.sum())}
 
     def batch(self, rng: np.random.Generator, size: int, split: Split, level: float = 1.0) -> Batch:
-        """Draw `size` excerpts, documents weighted by their length."""
+        """Draw `size` excerpts or rows; every token of a text is about equally likely to be in one."""
         del level
-        parts = self._parts[split]
-        starts = np.array([len(part) - self.length + 1 for part in parts])
-        which = rng.choice(len(parts), size, p=starts / starts.sum())
+        parts, lengths = self._parts[split], self._lengths[split]
+        if self.asks:
+            return self._questions([parts[i] for i in alike(rng, lengths, size)])
+        starts = np.maximum(lengths - self.length, 0) + 1
+        if is_set(self.data[0]):
+            weights = np.maximum(lengths / self.length, 1)
+            which = alike(rng, np.minimum(lengths, self.length), size, weights)
+        else:
+            which = rng.choice(len(parts), size, p=starts / starts.sum())
         begin = rng.integers(0, starts[which])
-        rows = [parts[w][b : b + self.length] for w, b in zip(which, begin, strict=True)]
-        tokens = torch.from_numpy(np.stack(rows).astype(np.int64))
-        mask = torch.ones_like(tokens, dtype=torch.bool)
-        mask[:, 0] = False  # nothing precedes the first byte
+        tokens, ends = pad([parts[w][0][b : b + self.length] for w, b in zip(which, begin, strict=True)])
+        mask = is_real(tokens, ends)
+        mask[:, 0] = False  # nothing precedes the first token
         return Batch(
             tokens=tokens,
             loss_mask=mask,
             answers=torch.where(mask, torch.arange(mask.numel()).view_as(tokens), -1),
             difficulty=torch.zeros(mask.numel(), dtype=torch.int64),
+            lengths=ends,
+        )
+
+    def _questions(self, pairs: list[Part]) -> Batch:
+        context, context_lengths = pad([prompt for prompt, _ in pairs])
+        begin, end = [self.answer_token], [self.answer_token + 1]
+        tokens, lengths = pad([np.concatenate([begin, answer, end]) for _, answer in pairs])
+        mask = is_real(tokens, lengths)
+        mask[:, 0] = False
+        return Batch(
+            tokens=tokens,
+            loss_mask=mask,
+            answers=torch.where(mask, torch.arange(len(pairs))[:, None], -1),
+            difficulty=torch.zeros(len(pairs), dtype=torch.int64),
+            context=context,
+            context_row=torch.arange(len(pairs)),
+            context_lengths=context_lengths,
+            lengths=lengths,
         )
 
     def solve(self, tokens: list[int]) -> list[list[int]]:
-        """Nothing: the next byte does not follow from those before it."""
+        """Nothing: the next token does not follow from those before it."""
         del tokens
         return []
 
     def spell(self, tokens: list[int]) -> str:
-        """The bytes as text; what is no UTF-8 as escapes."""
-        return bytes(tokens).decode("utf-8", "backslashreplace")
+        """As the tokenizer decodes it; bytes that are no UTF-8 as escapes."""
+        marks = {self.answer_token: "<answer>", self.answer_token + 1: "<end>"}
+        runs = groupby(tokens, key=marks.get)
+        return "".join(mark or self._tokenizer.decode(list(run)) for mark, run in runs)
 
     @cached_property
-    def _parts(self) -> dict[Split, list[np.ndarray]]:
-        train, test = [], []
+    def _tokenizer(self) -> Tokenizer:
+        return load_tokenizer(self.tokenizer)
+
+    @cached_property
+    def _parts(self) -> dict[Split, list[Part]]:
+        parts: dict[Split, list[Part]] = {"train": [], "test": []}
+        if not is_set(self.data[0]):
+            for tokens in self._files:
+                cut = len(tokens) - int(HELD_OUT * len(tokens))
+                parts["train"].append((tokens[:cut],))
+                parts["test"].append((tokens[cut:],))
+            return {split: [p for p in of if len(p[0]) >= self.length] for split, of in parts.items()}
         for path in self.data:
-            data = np.frombuffer(path.read_bytes(), dtype=np.uint8)
-            cut = len(data) - int(HELD_OUT * len(data))
-            train.append(data[:cut])
-            test.append(data[cut:])
-        return {
-            "train": [p for p in train if len(p) >= self.length],
-            "test": [p for p in test if len(p) >= self.length],
-        }
+            for document in read_set(path, self.fields):
+                part = tuple(self._encode(text) for text in document.fields)
+                if len(part) == 2 or len(part[0]) >= 2:  # a text of one token leaves nothing to predict
+                    parts[document.split].append(part)
+        return parts
+
+    @cached_property
+    def _lengths(self) -> dict[Split, np.ndarray]:
+        return {split: np.array([sum(map(len, p)) for p in of]) for split, of in self._parts.items()}
+
+    @cached_property
+    def _files(self) -> list[np.ndarray]:
+        if isinstance(self._tokenizer, Bytes):
+            return [np.frombuffer(path.read_bytes(), dtype=np.uint8) for path in self.data]
+        return [self._encode(_utf8(path)) for path in self.data]
+
+    def _encode(self, text: str) -> np.ndarray:
+        small = isinstance(self._tokenizer, Bytes)
+        return np.array(self._tokenizer.encode(text), dtype=np.uint8 if small else np.int32)
+
+
+def _utf8(path: Path) -> str:
+    try:
+        return path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"data: {path} is not UTF-8 ({error}), which a tokenizer needs") from None

@@ -129,7 +129,7 @@ class HuggingFace:
 
     def encode(self, text: str) -> list[int]:
         """As the tokenizer does, without special tokens."""
-        tokens: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
+        tokens: list[int] = self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
         return tokens
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -148,3 +148,8 @@ def load_tokenizer(name: str) -> Tokenizer:
     if not Path(name).is_dir():
         raise ValueError(f"tokenizer={name!r} is neither 'bytes' nor a folder with a tokenizer")
     return HuggingFace(Path(name))
+
+
+def absolute(name: str) -> str:
+    """The tokenizer of that name as it can be found from any folder."""
+    return name if name == "bytes" else str(Path(name).resolve())

@@ -3,7 +3,7 @@
 from lmsleep.training.baselines import BASELINES, baseline, equal_compute
 from lmsleep.training.config import RunConfig, TrainConfig
 from lmsleep.training.jobs import Job, run_all
-from lmsleep.training.runs import RunFolder
+from lmsleep.training.runs import RunFolder, provenance
 from lmsleep.training.trainer import Diverged, Interrupted, Trainer, flops_per_step
 
 __all__ = [
@@ -18,5 +18,6 @@ __all__ = [
     "baseline",
     "equal_compute",
     "flops_per_step",
+    "provenance",
     "run_all",
 ]

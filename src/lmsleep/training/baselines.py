@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import count, cycle, islice
+from typing import Any
 
 from lmsleep.models import BlockKind, HybridConfig
 from lmsleep.sleep import SleepConfig
@@ -37,6 +38,27 @@ def transformer_evicted(run: RunConfig) -> RunConfig:
 def transformer_sliding(run: RunConfig) -> RunConfig:
     """A transformer in which a token sees the last L tokens."""
     return _transformer(run, replace(_one_pass(run.sleep), eviction="sliding"))
+
+
+def test_time_training(run: RunConfig) -> RunConfig:
+    """An evicted transformer that takes one gradient step on every window before it forgets it.
+
+    What it trains are the feed-forward layers of the blocks that held fast weights; where the model has
+    none it gets them, of the usual size.
+    """
+    held = [i for i, kind in enumerate(run.model.blocks) if kind != "attention"]
+    if not held:
+        raise ValueError(
+            "blocks: test-time training trains the blocks that held fast weights, there are none"
+        )
+    options = run.model.overrides
+    trained = {i: {**options.get(i, {}), "trained_mlp": True} for i in held}
+    evicted = transformer_evicted(replace(run, sleep=replace(run.sleep, **PLAIN)))
+    return replace(
+        evicted,
+        model=replace(evicted.model, mlp_dim=run.model.mlp_dim or None, overrides={**options, **trained}),
+        sleep=replace(evicted.sleep, passes=2, inner_rate=1.0),
+    )
 
 
 def one_pass(run: RunConfig) -> RunConfig:
@@ -91,12 +113,16 @@ def reset_h(run: RunConfig) -> RunConfig:
     return replace(run, sleep=replace(run.sleep, reset="h", normalize=False, reinject=False))
 
 
+# Options that say how passes follow each other: a gradient step is not a pass.
+PLAIN: dict[str, Any] = {"loop": None, "normalize": False, "reinject": False, "checkpoint": False}
+
 BASELINES: dict[str, Callable[[RunConfig], RunConfig]] = {
     make.__name__.replace("_", "-"): make
     for make in (
         transformer_cached,
         transformer_evicted,
         transformer_sliding,
+        test_time_training,
         one_pass,
         one_pass_longer,
         one_pass_deeper,

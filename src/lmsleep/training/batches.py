@@ -3,6 +3,7 @@
 import multiprocessing
 import signal
 from concurrent.futures import Future, ProcessPoolExecutor
+from typing import Any
 
 import torch
 
@@ -12,6 +13,8 @@ from lmsleep.training.optim import level
 from lmsleep.training.workers import leave_with_parent
 
 AHEAD = 2  # batches a worker draws before they are wanted
+
+_config: RunConfig | None = None  # of the run that this worker process draws for
 
 
 def draw(config: RunConfig, step: int) -> Batch:
@@ -36,10 +39,11 @@ class Batches:
             return draw(self.config, step)
         if self._pool is None:
             context = multiprocessing.get_context("spawn")  # a fork would copy threads' locks
-            self._pool = ProcessPoolExecutor(workers, context, initializer=_start)
+            plain = self.config.to_dict()  # each worker reads the data once, for itself
+            self._pool = ProcessPoolExecutor(workers, context, initializer=_start, initargs=(plain,))
         for ahead in range(step, min(step + AHEAD * workers, self.config.train.steps)):
             if ahead not in self._drawn:
-                self._drawn[ahead] = self._pool.submit(draw, self.config, ahead)
+                self._drawn[ahead] = self._pool.submit(_draw_mine, ahead)
         return self._drawn.pop(step).result()
 
     def close(self) -> None:
@@ -49,8 +53,15 @@ class Batches:
         self._pool, self._drawn = None, {}
 
 
-def _start() -> None:
+def _start(plain: dict[str, Any]) -> None:
+    global _config
     leave_with_parent()
     torch.set_num_threads(1)
     for signum in (signal.SIGINT, signal.SIGTERM):  # the trainer decides when to stop
         signal.signal(signum, signal.SIG_IGN)
+    _config = RunConfig.from_dict(plain)
+
+
+def _draw_mine(step: int) -> Batch:
+    assert _config is not None, "_start comes first"
+    return draw(_config, step)

@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args, get_type_hints
 
 from lmsleep.models import HybridConfig
 from lmsleep.sleep import SleepConfig
-from lmsleep.tasks import TASKS, Task
+from lmsleep.tasks import Task, find_task, task_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +20,12 @@ class TrainConfig:
     """Sequences (graphs, for depo with ask="fork") per step."""
     seed: int = 0
     """Seed of the weights and of the data order; the data do not depend on anything else."""
+    start: Path | None = None
+    """Run or model to take the first weights from; default: random ones, by the seed."""
+    inserted: tuple[int, ...] = ()
+    """Blocks that the start does not have; they begin by writing nothing into the residual stream."""
+    only_inserted: bool = False
+    """Train the inserted blocks alone."""
     lr: float = 0.02
     """Learning rate of Muon (the matrices inside the blocks). The paper: 2e-3."""
     adam_lr: float = 0.01
@@ -67,6 +73,10 @@ class TrainConfig:
         for name in ("weight_decay", "warmup", "curriculum", "seed", "data_workers"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.inserted and self.start is None:
+            raise ValueError("inserted: blocks are inserted into a model; name it with start")
+        if self.only_inserted and not self.inserted:
+            raise ValueError("only_inserted leaves nothing to train: name the blocks with inserted")
         if not 0 <= self.decay <= 1:
             raise ValueError(f"decay must lie in 0 ... 1, got {self.decay}")
 
@@ -84,22 +94,31 @@ class RunConfig:
         if self.model.vocab_size != self.task.vocab_size:
             object.__setattr__(self, "model", replace(self.model, vocab_size=self.task.vocab_size))
         self.sleep.loop_range(len(self.model.blocks))
+        if unknown := set(self.train.inserted) - set(range(len(self.model.blocks))):
+            raise ValueError(f"inserted: no block {min(unknown)} among {len(self.model.blocks)} blocks")
+        if self.sleep.inner_rate is not None and set(self.model.blocks) != {"attention"}:
+            raise ValueError(
+                "inner_rate trains S by gradients of gradients, which the recurrences of fast-weight blocks "
+                "do not have: use attention blocks, some with trained_mlp (see --baseline test-time-training)"
+            )
 
     @property
     def task_name(self) -> str:
-        """Name of the task in `TASKS`."""
-        return next(name for name, cls in TASKS.items() if type(self.task) is cls)
+        """The name by which `find_task` finds the task's class."""
+        return task_name(self.task)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled as plain data: what a task has read stays here, and workers find a user's class by name."""
+        return RunConfig.from_dict, (self.to_dict(),)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready form, read back by `from_dict`."""
-        task = asdict(self.task)
-        if "data" in task:
-            task["data"] = [str(Path(p).resolve()) for p in task["data"]]
+        """JSON-ready form, read back by `from_dict`; paths are absolute."""
+        task = {k: _plain(v) for k, v in asdict(self.task).items()}
         return {
             "task": {"name": self.task_name, **task},
             "model": self.model.to_dict(),
             "sleep": asdict(self.sleep),
-            "train": asdict(self.train),
+            "train": {k: _plain(v) for k, v in asdict(self.train).items()},
         }
 
     @classmethod
@@ -112,22 +131,36 @@ class RunConfig:
         try:
             task = dict(data["task"])
             name = task.pop("name")
-            if name not in TASKS:
-                raise ValueError(f"unknown task {name!r}; known: {', '.join(TASKS)}")
-            if "data" in task:
-                task["data"] = tuple(Path(p) for p in task["data"])
+            cls_of_task = find_task(name)
             return cls(
-                task=TASKS[name](**_tuples(TASKS[name], task)),
+                task=cls_of_task(**_options(cls_of_task, task)),
                 model=HybridConfig.from_dict(data["model"]),
-                sleep=SleepConfig(**_tuples(SleepConfig, data["sleep"])),
-                train=TrainConfig(**_tuples(TrainConfig, data["train"])),
+                sleep=SleepConfig(**_options(SleepConfig, data["sleep"])),
+                train=TrainConfig(**_options(TrainConfig, data["train"])),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a run configuration: {error}") from error
 
 
-def _tuples(cls: type, data: Mapping[str, Any]) -> dict[str, Any]:
-    """`data` with JSON's lists as tuples; unknown fields are named."""
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value.resolve())
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def _options(cls: type, data: Mapping[str, Any]) -> dict[str, Any]:
+    """`data` with JSON's lists as tuples and paths as paths; unknown fields are named."""
     if unknown := set(data) - {f.name for f in fields(cls)}:
         raise ValueError(f"unknown field {', '.join(sorted(unknown))} of {cls.__name__}")
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+    hints = get_type_hints(cls)
+    return {k: _restored(v, _mentions(hints[k], Path)) for k, v in data.items()}
+
+
+def _restored(value: Any, is_path: bool) -> Any:
+    if isinstance(value, list):
+        return tuple(_restored(v, is_path) for v in value)
+    return Path(value) if is_path and isinstance(value, str) else value
+
+
+def _mentions(hint: Any, cls: type) -> bool:
+    return hint is cls or any(_mentions(inner, cls) for inner in get_args(hint))

@@ -10,14 +10,18 @@ GATES = ("a_proj", "b_proj")
 
 
 def optimizers(model: nn.Module, config: TrainConfig) -> list[Optimizer]:
-    """Muon over the weights of linear layers in `model.blocks` (gates excepted), AdamW over all others."""
+    """Muon over the weights of linear layers in `model.blocks` (gates excepted), AdamW over all others.
+
+    Parameters that need no gradient are left out.
+    """
     matrices = [
         module.weight
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and name.startswith("blocks.") and not name.endswith(GATES)
     ]
+    matrices = [p for p in matrices if p.requires_grad]
     ids = {id(p) for p in matrices}
-    rest = [p for p in model.parameters() if id(p) not in ids]
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in ids]
     return [
         Muon(matrices, lr=config.lr, weight_decay=config.weight_decay),
         AdamW(rest, lr=config.adam_lr, weight_decay=config.weight_decay, betas=(0.9, 0.95)),

@@ -4,7 +4,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from pickle import UnpicklingError
@@ -24,6 +24,7 @@ from lmsleep.training.batches import Batches, draw
 from lmsleep.training.config import RunConfig
 from lmsleep.training.optim import optimizers, schedule
 from lmsleep.training.runs import RunFolder
+from lmsleep.training.tracking import Events, installed
 
 LOG_EVERY = 10  # steps between lines of the metrics
 
@@ -32,6 +33,22 @@ def flops_per_step(config: RunConfig) -> int:
     """FLOPs of the forward and backward pass of one training step (its first batch, all N passes)."""
     whole = replace(config, train=replace(config.train, curriculum=0))
     return _count_flops(HybridLM(config.model), draw(whole, 0), config.sleep)
+
+
+def first_model(config: RunConfig) -> HybridLM:
+    """What a run begins with: random weights, or those of another run or model.
+
+    Raises:
+        FileNotFoundError: if there is no model at `config.train.start`.
+        ValueError: if it does not fit.
+    """
+    model, train = HybridLM(config.model), config.train
+    if train.start is not None:
+        folder = RunFolder(train.start)
+        is_run = (folder.path / "config.json").is_file() and folder.config_is_run()
+        source = folder.model() if is_run else HybridLM.from_pretrained(train.start)
+        model.take_weights(source, train.inserted)
+    return model
 
 
 def _count_flops(model: HybridLM, batch: Batch, sleep: SleepConfig) -> int:
@@ -58,14 +75,20 @@ class Interrupted(RuntimeError):
 class Trainer:
     """Trains one run in its folder. The state after step `i` is a function of the configuration alone."""
 
-    def __init__(self, folder: RunFolder, config: RunConfig) -> None:
+    def __init__(self, folder: RunFolder, config: RunConfig, model: HybridLM | None = None) -> None:
+        """Train `model`, by default what the run begins with (raises ValueError or OSError if it cannot)."""
         self.folder, self.config = folder, config
         train = config.train
         self.device = torch.device(_device(train.device))
+        if train.tensorboard and not installed():
+            raise ValueError("tensorboard=True needs TensorBoard: pip install 'lmsleep[track]'")
         if train.threads:
             torch.set_num_threads(train.threads)
         torch.manual_seed(train.seed)
-        self.model = HybridLM(config.model).to(self.device)
+        self.model = (model or first_model(config)).to(self.device)
+        if train.only_inserted:
+            for i, block in enumerate(self.model.requires_grad_(False).blocks):
+                block.requires_grad_(i in train.inserted)
         self.optimizers = optimizers(self.model, train)
         self.step, self.tokens, self.flops, self.seconds = 0, 0, 0, 0.0
         self.autocast = train.precision == "bfloat16" or (
@@ -84,13 +107,14 @@ class Trainer:
             FileNotFoundError: if there is no checkpoint.
             ValueError: if it is damaged or belongs to another configuration.
         """
-        trainer = cls(folder, config or folder.config())
+        config = config or folder.config()
         path = checkpoint or folder.latest()
-        model = HybridLM.from_pretrained(path, trainer.device)
-        if model.config != trainer.config.model:
+        model = HybridLM.from_pretrained(path)
+        if model.config != config.model:
             raise ValueError(
                 f"{path} holds a model of another configuration than {folder.path / 'config.json'}"
             )
+        trainer = cls(folder, config, model)
         try:
             saved = torch.load(path / "trainer.pt", map_location=trainer.device, weights_only=True)
             for optimizer, state in zip(trainer.optimizers, saved["optimizers"], strict=True):
@@ -108,7 +132,6 @@ class Trainer:
             UnpicklingError,
         ) as error:
             raise ValueError(f"{path / 'trainer.pt'} is damaged or foreign: {error}") from error
-        trainer.model.load_state_dict(model.state_dict())
         folder.rewind(trainer.step)
         return trainer
 
@@ -128,16 +151,23 @@ class Trainer:
             total=last, initial=self.step, desc=name, unit="step", disable=None,
             position=position, leave=position is None,
         )  # fmt: skip
-        with _signals() as caught, bar, closing(self.batches):
+        tracked = Events(self.folder.path, self.step) if train.tensorboard else nullcontext()
+        with _signals() as caught, bar, closing(self.batches), tracked as events:
+
+            def log(record: dict[str, Any]) -> None:
+                self.folder.log(record)
+                if events is not None:
+                    events.log(record)
+
             while self.step < last:
-                record = self._train_step()
+                record = self.train_step()
                 bar.update()
                 bar.set_postfix(loss=f"{record['loss']:.3f}", refresh=False)
                 if self.step % LOG_EVERY == 0 or self.step == train.steps:
-                    self.folder.log(record)
+                    log(record)
                 if self.step % train.eval_every == 0 or self.step == train.steps:
                     score = self.evaluate(train.eval_batches)
-                    self.folder.log({**self._position(), "eval": score.to_dict()})
+                    log({**self._position(), "eval": score.to_dict()})
                 if self.step % train.save_every == 0 or self.step == train.steps or caught:
                     self.save()
                 if caught and self.step < last:
@@ -168,7 +198,8 @@ class Trainer:
         }
         return self.folder.save_checkpoint(self.step, self.model, state, name)
 
-    def _train_step(self) -> dict[str, Any]:
+    def train_step(self) -> dict[str, Any]:
+        """One optimizer step; the record of it that is logged."""
         train = self.config.train
         batch = self.batches[self.step].to(self.device)
         sleep = self._sleep()
@@ -216,7 +247,8 @@ class Trainer:
         """FLOPs of a forward and backward pass over a batch of this shape.
 
         Counted in a pass of its own: under the counter PyTorch picks other kernels, and a run must not
-        round differently in the step where it happens to count.
+        round differently in the step where it happens to count. Padding counts, and rows of other lengths
+        count like those of the first batch of their shape.
         """
         key = (batch.tokens.shape, None if batch.context is None else batch.context.shape, sleep.passes)
         if key not in self._flops_of:

@@ -3,126 +3,23 @@
 The paper ("Do Language Models Need Sleep?", arXiv 2605.26099) writes it for hard eviction and
 training. Here it is one algorithm for training, text and inference: pass 1 over a window *is* the
 ordinary wake pass, and its logits serve prediction; passes 2 ... N are the sleep, run when the window
-is about to be evicted. Nothing in this file knows a model class: a `Backbone` is enough.
+is about to be evicted.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Literal, Protocol, TypedDict, get_args
+from dataclasses import dataclass
+from typing import TypedDict
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from lmsleep.sleep.backbone import Backbone
+from lmsleep.sleep.config import SleepConfig
+from lmsleep.sleep.loss import next_tokens, nll
+from lmsleep.sleep.test_time_training import train_on_window
 from lmsleep.state import Cache, Memory, State
-
-
-class Backbone(Protocol):
-    """What a model must offer to sleep."""
-
-    @property
-    def num_blocks(self) -> int:
-        """Number `D` of blocks."""
-        ...
-
-    def initial_state(self, batch_size: int) -> State:
-        """`S = 0` and an empty working memory, for `batch_size` rows."""
-        ...
-
-    def embed(self, tokens: Tensor) -> Tensor:
-        """Tokens `[B, T]` -> hidden states `h` `[B, T, d]`."""
-        ...
-
-    def run(
-        self,
-        h: Tensor,
-        state: State,
-        start: int,
-        stop: int,
-        *,
-        valid: Tensor | None = None,
-        span: int | None = None,
-    ) -> tuple[Tensor, State]:
-        """Blocks `start ... stop - 1`; see `HybridLM.run`.
-
-        Rows differ in length where `valid` or `state.cache.filled` says so; both must be honoured.
-        """
-        ...
-
-    def head(self, h: Tensor) -> Tensor:
-        """Hidden states -> logits `[B, T, V]`."""
-        ...
-
-
-Eviction = Literal["hard", "sliding"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class SleepConfig:
-    """When and how a model sleeps."""
-
-    window: int | None = None
-    """L: tokens of attention context; a sleep happens every L tokens. None: nothing is ever evicted."""
-    passes: int = 1
-    """N: passes over a window before it is evicted. 1 is the plain hybrid."""
-    eviction: Eviction = "hard"
-    """After a sleep attention keeps nothing of the window (hard) or its last L - 1 tokens (sliding)."""
-    loop: tuple[int, int] | None = None
-    """Blocks first ... last - 1 that are looped; those before and after run once. None: all blocks."""
-    backprop_passes: int | None = None
-    """Passes of a window, counted from the last, through which gradients flow. None: all."""
-    reset: Literal["S", "h"] | None = None
-    """What each further pass begins anew: S as before the window, or h as before the loop (ablations)."""
-    wake_passes: int = 1
-    """Passes of the wake pass itself; more make a looped model. Each begins with S as before the window."""
-    normalize: bool = False
-    """Scale h to unit RMS before each further pass."""
-    reinject: bool = False
-    """Add what entered the loop to h before each further pass."""
-    sleep_on_loss: bool = True
-    """Sleep on windows that carry loss too. False: Algorithm 1's rule, they get one ordinary pass."""
-    checkpoint: bool = False
-    """Keep no activations of a window for the backward pass; recompute them."""
-
-    def __post_init__(self) -> None:
-        if self.window is not None and self.window < 1:
-            raise ValueError(f"window must be at least 1 token, got {self.window}")
-        if self.passes < 1:
-            raise ValueError(f"passes must be at least 1 (1 = the plain model, no sleep), got {self.passes}")
-        if self.wake_passes < 1:
-            raise ValueError(f"wake_passes must be at least 1, got {self.wake_passes}")
-        if self.reset not in (None, "S", "h"):
-            raise ValueError(f"reset must be None, 'S' or 'h', got {self.reset!r}")
-        if self.reset == "h" and (self.normalize or self.reinject):
-            raise ValueError("reset='h' leaves no h to normalize or reinject into; drop one of them")
-        if self.eviction not in get_args(Eviction):
-            raise ValueError(f"eviction must be 'hard' or 'sliding', got {self.eviction!r}")
-        if self.loop is not None and not 0 <= self.loop[0] < self.loop[1]:
-            raise ValueError(f"loop must be (first, last) with 0 <= first < last, got {self.loop}")
-        if self.backprop_passes is not None and not 1 <= self.backprop_passes <= self.passes:
-            raise ValueError(
-                f"backprop_passes must lie in 1 ... passes={self.passes}, got {self.backprop_passes}"
-            )
-
-    def loop_range(self, num_blocks: int) -> tuple[int, int]:
-        """First block of the loop and the one after its last, for a model of `num_blocks`."""
-        first, last = self.loop or (0, num_blocks)
-        if last > num_blocks:
-            raise ValueError(
-                f"loop={self.loop} reaches outside the model: it has blocks 0 ... {num_blocks - 1}"
-            )
-        return first, last
-
-    @property
-    def span(self) -> int | None:
-        """Most positions a token attends to: L under sliding eviction."""
-        return self.window if self.eviction == "sliding" else None
-
-    @property
-    def kept(self) -> int:
-        """Positions of working memory that survive a sleep."""
-        return self.window - 1 if self.eviction == "sliding" and self.window is not None else 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,8 +63,10 @@ def read_window(
     A looped model (`wake_passes=W`) wakes in W passes. None of them begins with an `S` that another
     wrote, for that holds later tokens of the window, which prediction must not see.
     """
+    if sleep.inner_rate is not None and passes > 1:
+        return train_on_window(model, tokens, state, sleep, passes=passes, valid=valid)
     first, last = sleep.loop_range(model.num_blocks)
-    D, W, awake, began = model.num_blocks, sleep.wake_passes, None, state.cache
+    D, T, W, awake, began = model.num_blocks, tokens.shape[1], sleep.wake_passes, None, state.cache
     rows: _RowOptions = {"valid": valid, "span": sleep.span}
     h, state = model.run(model.embed(tokens), state, 0, first, **rows)
     entered, before = h, state
@@ -182,9 +81,9 @@ def read_window(
             seen, after = model.run(h, state, last, D, **rows)
             awake = model.head(seen)
             if passes == 1:
-                return awake, _counted(after, began, tokens, valid)
+                return awake, after.counted(began, T, valid)
     _, state = model.run(h, state, last, D, **rows)
-    return awake, _counted(state, began, tokens, valid)
+    return awake, state.counted(began, T, valid)
 
 
 def sleep_forward(
@@ -226,7 +125,7 @@ def sleep_forward(
     B, T = tokens.shape
     ends = torch.full((B,), T) if lengths is None else lengths.cpu()
     valid = None if lengths is None else torch.arange(T, device=tokens.device) < lengths[:, None]
-    targets = _targets(tokens, loss_mask, valid)
+    targets = next_tokens(tokens, loss_mask, valid)
     if not read_last:
         T = max(T - 1, 0)
         tokens, targets, ends = tokens[:, :T], None if targets is None else targets[:, :T], ends.clamp(max=T)
@@ -243,8 +142,8 @@ def sleep_forward(
         in_window = None if valid is None else valid[:, a:b]
         logits, state = _read_rows(model, tokens[:, a:b], state, sleep, asleep, in_window, need_logits)
         if logits is not None and targets is not None and loss_rows.any():
-            nll = _nll(logits, targets[:, a:b])
-            total = nll if total is None else total + nll
+            window_loss = nll(logits, targets[:, a:b])
+            total = window_loss if total is None else total + window_loss
         if return_logits and logits is not None:
             kept_logits.append(logits)
         if sleep.window is not None and (b < T or evict_last):
@@ -317,32 +216,10 @@ def _read_rows(
     return torch.cat(both)[order] if both else None, State.join([s for _, s in parts], order)
 
 
-def _counted(state: State, began: Cache, tokens: Tensor, valid: Tensor | None) -> State:
-    """The state after a window whose working memory began as `began`, with what is filled in each row."""
-    if valid is None and began.filled is None:
-        return state
-    B, T = tokens.shape
-    counts = began.counts(B) + (T if valid is None else valid.sum(dim=1))
-    return State(state.memory, replace(state.cache, filled=None).keep(counts))
-
-
 def _between_passes(h: Tensor, entered: Tensor, sleep: SleepConfig) -> Tensor:
     if sleep.normalize:
         h = F.rms_norm(h, h.shape[-1:])
     return h + entered if sleep.reinject else h
-
-
-def _targets(tokens: Tensor, loss_mask: Tensor | None, valid: Tensor | None) -> Tensor | None:
-    """`[B, T]`: at each position the token it must predict, -100 for none."""
-    if loss_mask is None:
-        return None
-    wanted = loss_mask.bool() if valid is None else loss_mask.bool() & valid
-    return F.pad(tokens.masked_fill(~wanted, -100)[:, 1:], (0, 1), value=-100)
-
-
-def _nll(logits: Tensor, targets: Tensor) -> Tensor:
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
 
 
 def _check(tokens: Tensor, loss_mask: Tensor | None, lengths: Tensor | None, state: State | None) -> None:

@@ -1,0 +1,1 @@
+"""Measurements of speed; the figures in the documentation come from here."""

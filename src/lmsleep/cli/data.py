@@ -1,0 +1,101 @@
+"""`lmsleep data`: samples of a task, to read or as files."""
+
+import json
+import os
+import shutil
+import sys
+from dataclasses import dataclass, make_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from lmsleep.cli.options import FLAT, listed_tasks, task_field
+from lmsleep.cli.presets import preset
+from lmsleep.evaluation import EVAL_SEED
+from lmsleep.files import write_atomic
+from lmsleep.tasks import find_task, stream
+from lmsleep.tasks.samples import records, show
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """What is drawn, and where it goes."""
+
+    samples: int = 3
+    """Samples; one with several questions on its own forks gives as many rows."""
+    split: Literal["train", "test"] = "train"
+    """Held-out samples or those of training."""
+    seed: int = 0
+    """The stream: that of the first training batch of a run with this seed and as large a batch."""
+    window: int | None = None
+    """L: mark evictions as with this window; default the preset's."""
+    jsonl: Path | None = None
+    """Write JSON lines to this file, which must not exist, instead of showing the samples."""
+    dataset: Path | None = None
+    """Write a folder for datasets.load_from_disk, which must not exist, likewise (needs the extra "hf")."""
+
+
+def data(argv: list[str]) -> None:
+    """`lmsleep data TASK [OPTIONS]`."""
+    if not argv or argv[0] in ("-h", "--help"):
+        sys.stdout.write(DATA_HELP)
+        return
+    cls, sections = find_task(argv[0]), preset(argv[0], "demo")
+    options: Any = tyro.cli(
+        make_dataclass("Options", [task_field(argv[0], sections), ("data", DataOptions, DataOptions())]),
+        args=argv[1:],
+        config=FLAT,
+        prog=f"lmsleep data {argv[0]}",
+        description=cls.__doc__,
+    )
+    task, chosen = options.task, options.data
+    if chosen.samples < 1:
+        raise ValueError(f"samples must be at least 1, got {chosen.samples}")
+    for option, path in (("--jsonl", chosen.jsonl), ("--dataset", chosen.dataset)):
+        if path is not None and path.exists():
+            raise FileExistsError(f"{path} exists; name another {option} or remove it")
+    seed = EVAL_SEED if chosen.split == "test" else chosen.seed
+    batch = task.batch(stream(seed, chosen.split, 0), chosen.samples, chosen.split)
+    if chosen.jsonl is not None or chosen.dataset is not None:
+        _export(list(records(task, batch)), chosen)
+        return
+    window = chosen.window or sections["sleep"].window
+    for row in range(len(batch.tokens)):
+        sys.stdout.write(show(task, batch, row, window) + "\n")
+    floors = ", ".join(f"{name} {value:.3f}" for name, value in task.floors().items())
+    sys.stdout.write(f"\n{task.vocab_size} tokens in the vocabulary; floors of accuracy: {floors}\n")
+
+
+DATA_HELP = f"""usage: lmsleep data TASK [OPTIONS]
+
+Samples of a task: the evicted windows end with ‖, answers stand in brackets.
+
+{listed_tasks()}
+
+All options, with their defaults: lmsleep data TASK --help
+"""
+
+
+def _export(rows: list[dict[str, Any]], chosen: DataOptions) -> None:
+    if chosen.jsonl is not None:
+        write_atomic(chosen.jsonl, "".join(json.dumps(row) + "\n" for row in rows).encode())
+        sys.stdout.write(f"{chosen.jsonl}: {len(rows)} rows\n")
+    if chosen.dataset is not None:
+        _write_dataset(chosen.dataset, rows)
+        sys.stdout.write(f"{chosen.dataset}: {len(rows)} rows\n")
+
+
+def _write_dataset(folder: Path, rows: list[dict[str, Any]]) -> None:
+    try:
+        import datasets
+    except ImportError:
+        raise ValueError("--dataset needs datasets: pip install 'lmsleep[hf]'") from None
+    datasets.disable_progress_bars()
+    partial = folder.parent / f".{folder.name}.{os.getpid()}"
+    try:
+        datasets.Dataset.from_list(rows).save_to_disk(str(partial))
+        partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise

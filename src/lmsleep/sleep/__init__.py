@@ -1,0 +1,7 @@
+"""Sleep: Algorithm 1 of the paper, over any model that offers a few methods."""
+
+from lmsleep.sleep.algorithm import SleepOutput, read_window, sleep_forward
+from lmsleep.sleep.backbone import Backbone
+from lmsleep.sleep.config import Eviction, SleepConfig
+
+__all__ = ["Backbone", "Eviction", "SleepConfig", "SleepOutput", "read_window", "sleep_forward"]

@@ -1,0 +1,44 @@
+"""What a model must offer to sleep; nothing else in this package knows a model."""
+
+from typing import Protocol
+
+from torch import Tensor
+
+from lmsleep.state import State
+
+
+class Backbone(Protocol):
+    """What a model must offer to sleep."""
+
+    @property
+    def num_blocks(self) -> int:
+        """Number `D` of blocks."""
+        ...
+
+    def initial_state(self, batch_size: int) -> State:
+        """`S = 0` and an empty working memory, for `batch_size` rows."""
+        ...
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Tokens `[B, T]` -> hidden states `h` `[B, T, d]`."""
+        ...
+
+    def run(
+        self,
+        h: Tensor,
+        state: State,
+        start: int,
+        stop: int,
+        *,
+        valid: Tensor | None = None,
+        span: int | None = None,
+    ) -> tuple[Tensor, State]:
+        """Blocks `start ... stop - 1`; see `HybridLM.run`.
+
+        Rows differ in length where `valid` or `state.cache.filled` says so; both must be honoured.
+        """
+        ...
+
+    def head(self, h: Tensor) -> Tensor:
+        """Hidden states -> logits `[B, T, V]`."""
+        ...

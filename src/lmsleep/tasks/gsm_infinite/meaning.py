@@ -1,0 +1,176 @@
+"""What the parameters are worth: constants, values, and the core of a problem as a whole."""
+
+import math
+import zlib
+from dataclasses import dataclass
+from random import Random
+from typing import NamedTuple
+
+from lmsleep.tasks.gsm_infinite.graph import Graph, Operand
+from lmsleep.tasks.gsm_infinite.structure import Parameter, Structure
+
+MOST = 4  # constants are 1 ... 4 (1 ... modulus - 1 if there is one)
+LARGEST = 1000  # value, where there is no modulus
+ROUNDS = 4  # of colour refinement
+
+
+class Definition(NamedTuple):
+    """`constant (+ or *) (sum or difference of operands)`; without operands the constant alone."""
+
+    operands: tuple[Parameter, ...]
+    constant: int | None = None
+    times: bool = False
+    difference: bool = False
+
+
+class Linear(NamedTuple):
+    """`slope * x + value`, where x is the unknown of a problem in reverse."""
+
+    slope: int
+    value: int
+
+
+@dataclass(frozen=True)
+class Core:
+    """A problem: everything but its names and the noise around it.
+
+    Attributes:
+        structure: places and things.
+        definitions: what is stated of each instance parameter; nothing of the unknown of a reverse problem.
+        query: the parameter asked for.
+        answer: its value.
+        ops: operations.
+        given: in a reverse problem, the parameter whose value is stated besides, and that value.
+    """
+
+    structure: Structure
+    definitions: dict[Parameter, Definition]
+    query: Parameter
+    answer: int
+    ops: int
+    given: tuple[Parameter, int] | None = None
+
+    def hash(self) -> int:
+        """A number that does not depend on names or order: equal for equal problems.
+
+        Parameters are told apart by rounds of colour refinement over what they are computed from, so a few
+        different problems share a number; no problem has two.
+        """
+        given = {} if self.given is None else {self.given[0]: self.given[1]}
+        parameters = [*self.structure.instances, *self.structure.totals]
+        colour = {p: _hash((p.kind, given.get(p), p == self.query)) for p in parameters}
+        for _ in range(ROUNDS):
+            colour = {p: _hash((colour[p], *self._refine(p, colour))) for p in parameters}
+        return _hash(sorted(colour.values()))
+
+    def _refine(self, p: Parameter, colour: dict[Parameter, int]) -> tuple[object, ...]:
+        if p.thing < 0:
+            below = [colour[q] for q in self.structure.summands(p)]
+            if p.kind == "attributes":  # which average belongs to which count
+                return tuple(sorted(zip(below[::2], below[1::2], strict=True)))
+            return tuple(sorted(below))
+        if p not in self.definitions:
+            return ("unknown",)
+        operands, constant, times, difference = self.definitions[p]
+        below = [colour[q] for q in operands]
+        return (constant, times, difference, *(below if difference else sorted(below)))
+
+
+def _hash(value: object) -> int:
+    return zlib.crc32(repr(value).encode())
+
+
+def draw_core(random: Random, graph: Graph, *, reverse: bool, modulus: int | None) -> Core | None:
+    """Numbers for a graph; None if a value comes out of range or the unknown cannot be solved for."""
+    most = MOST if modulus is None else modulus - 1
+    definitions = {p: _define(random, operands, most) for p, operands in graph.operands.items()}
+    unknown = None
+    if reverse:
+        unknown = next(
+            (p for p in reversed(graph.order) if p.thing >= 0 and not definitions[p].operands), None
+        )
+        if unknown is None:
+            return None
+    values = _values(graph, definitions, unknown, modulus)
+    if values is None:
+        return None
+    query = graph.order[-1]
+    if unknown is None:
+        return Core(graph.structure, definitions, query, values[query].value, graph.ops)
+    slope = values[query].slope
+    if slope == 0 or (modulus and math.gcd(slope, modulus) != 1):
+        return None
+    answer = definitions.pop(unknown).constant
+    assert answer is not None
+    value = slope * answer + values[query].value
+    return Core(
+        graph.structure,
+        definitions,
+        unknown,
+        answer,
+        graph.ops,
+        (query, value % modulus if modulus else value),
+    )
+
+
+def _define(random: Random, operands: list[Operand], most: int) -> Definition:
+    """A meaning of these operands; each alternative is as likely as the other."""
+    rest = tuple(p for p in operands if p is not None)
+    constant, times = None, False
+    if not rest:
+        constant = random.randint(1 + (random.random() < 0.5), most)
+    elif len(rest) < len(operands):
+        times = random.random() < 0.5
+        constant = random.randint(1 + times, most)
+    return Definition(rest, constant, times, len(rest) == 2 and random.random() < 0.5)
+
+
+def _values(
+    graph: Graph, definitions: dict[Parameter, Definition], unknown: Parameter | None, modulus: int | None
+) -> dict[Parameter, Linear] | None:
+    """Values of the necessary parameters; None if one is out of range or not linear in the unknown."""
+    values: dict[Parameter, Linear] = {}
+    x = 0
+    for p in graph.order:
+        if p == unknown:
+            x = definitions[p].constant or 0
+            values[p] = Linear(1, 0)
+            continue
+        value = _total(graph, p, values) if p.thing < 0 else _evaluate(definitions[p], values)
+        if value is None:
+            return None
+        if modulus is not None:
+            value = Linear(value.slope % modulus, value.value % modulus)
+        elif not (p.kind == "count") <= value.slope * x + value.value <= LARGEST:
+            return None
+        values[p] = value
+    return values
+
+
+def _total(graph: Graph, total: Parameter, values: dict[Parameter, Linear]) -> Linear | None:
+    summands = [values[p] for p in graph.structure.summands(total)]
+    if total.kind == "attributes":
+        pairs = zip(summands[::2], summands[1::2], strict=True)
+        products = [_product(count, average) for count, average in pairs]
+        if None in products:
+            return None
+        summands = [p for p in products if p is not None]
+    return Linear(sum(v.slope for v in summands), sum(v.value for v in summands))
+
+
+def _product(a: Linear, b: Linear) -> Linear | None:
+    if a.slope and b.slope:
+        return None
+    return Linear(a.slope * b.value + b.slope * a.value, a.value * b.value)
+
+
+def _evaluate(definition: Definition, values: dict[Parameter, Linear]) -> Linear:
+    operands, constant, times, difference = definition
+    if not operands:
+        return Linear(0, constant or 0)
+    signs = (1, -1) if difference else (1,) * len(operands)
+    slope = sum(sign * values[p].slope for sign, p in zip(signs, operands, strict=True))
+    value = sum(sign * values[p].value for sign, p in zip(signs, operands, strict=True))
+    if constant is None:
+        return Linear(slope, value)
+    return Linear(constant * slope, constant * value) if times else Linear(slope, constant + value)

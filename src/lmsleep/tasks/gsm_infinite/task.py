@@ -1,0 +1,272 @@
+"""GSM-Infinite as a task: options, batches, floors, and the solver that reads tokens."""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from itertools import chain, groupby
+from random import Random
+from typing import Literal
+
+import numpy as np
+import torch
+
+from lmsleep.tasks.base import HIDDEN, Batch, Split, check_literals
+from lmsleep.tasks.gsm_infinite import reader
+from lmsleep.tasks.gsm_infinite.graph import MOST_OPS, draw_graph
+from lmsleep.tasks.gsm_infinite.language import Language, Tokens, language, tokenizer
+from lmsleep.tasks.gsm_infinite.meaning import LARGEST, Core, draw_core
+from lmsleep.tasks.gsm_infinite.noise import noise
+from lmsleep.tasks.gsm_infinite.structure import Parameter
+from lmsleep.tasks.gsm_infinite.templates import TEMPLATES
+
+MARKERS = ("PAD", "ANSWER", "END")  # tokens after the tokenizer's own
+HELD_OUT = 8  # one core in 8 is kept for testing
+TRIES = 100_000  # draws of a problem of the wanted operations and split before we give up
+MISFITS = 1000  # problems that are too long for a context before we give up
+FLOOR_SAMPLES = 200  # problems per number of operations
+
+
+@dataclass(frozen=True, kw_only=True)
+class GSMInfinite:
+    """Problems in words: counts, averages and unstated totals, amid statements that change nothing.
+
+    One sample, with the answer in brackets:
+
+        context  What is the total number of boats in Gull Point? The number of ferries in Gull Point is 3.
+                 The number of blue rafts in North Reef is the number of ferries in Gull Point. ...
+        row      ANSWER [3 END]
+
+    After GSM-Infinite (Zhou et al., arXiv 2502.05252); its algorithm, our words and names.
+    """
+
+    subset: Literal["medium", "hard"] = "hard"
+    """medium: counts and their totals; hard: also averages and totals of count times average."""
+    mode: Literal["forward", "reverse", "mixed"] = "mixed"
+    """Ask for the result, or for a number that led to a given result; mixed: half of each."""
+    ops: tuple[int, int] = (1, 8)
+    """Fewest and most operations; every number between is as likely. Medium problems take at least 2."""
+    length: tuple[int, int] = (2000, 3300)
+    """Fewest and most tokens of a context; noise fills it up to a random length between."""
+    noise: bool = True
+    """False: no noise, and contexts of any length up to the longest."""
+    question: Literal["first", "last"] = "first"
+    """The question opens the context, or the row that is read after the context was slept on."""
+    modulus: int | None = None
+    """Compute modulo this number, with constants up to it (23 makes answers uniform); None: up to 1000."""
+    instruction: bool = False
+    """Open the context with a paragraph that says what totals and differences are; it is always the same."""
+    templates: tuple[str, ...] = tuple(TEMPLATES)
+    """Worlds that problems are told in: harbour, library, orchard."""
+    tokenizer: str = "words"
+    """'words' (those of the templates), 'bytes', or the folder of a Hugging Face tokenizer."""
+
+    def __post_init__(self) -> None:
+        check_literals(self, ("subset", "mode", "question"))
+        fewest, most = self.ops
+        if not 1 <= fewest <= most <= MOST_OPS:
+            raise ValueError(f"ops must be 1 <= fewest <= most <= {MOST_OPS}, got {self.ops}")
+        if self.subset == "medium" and fewest == 1:
+            raise ValueError(
+                f"ops={self.ops}: no medium problem has one operation; begin at 2 or use subset='hard'"
+            )
+        if not self.templates or not set(self.templates) <= set(TEMPLATES):
+            raise ValueError(f"templates must be some of {', '.join(TEMPLATES)}, got {self.templates}")
+        if self.modulus is not None and not 3 <= self.modulus <= LARGEST:
+            raise ValueError(f"modulus must lie in 3 ... {LARGEST}, got {self.modulus}")
+        if not 0 <= self.length[0] <= self.length[1]:
+            raise ValueError(f"length must be 0 <= fewest <= most, got {self.length}")
+        slack = max(spoken.longest_noise for spoken in self._languages) - 1
+        if self.noise and self.length[1] - self.length[0] < slack:
+            raise ValueError(
+                f"length={self.length} leaves too little room: a statement of noise can have {slack + 1} "
+                f"tokens, so the longest context must have at least {slack} tokens more than the shortest"
+            )
+
+    @property
+    def _languages(self) -> list[Language]:
+        return [language(name, self.tokenizer) for name in self.templates]
+
+    @property
+    def pad(self) -> int:
+        """The first of the markers."""
+        return tokenizer(self.tokenizer).vocab_size
+
+    @property
+    def vocab_size(self) -> int:
+        """The tokenizer's tokens, PAD, ANSWER, END."""
+        return self.pad + len(MARKERS)
+
+    @property
+    def difficulty_name(self) -> str:
+        """Operations, as GSM-Infinite counts them."""
+        return "op"
+
+    def floors(self) -> dict[str, float]:
+        """A guess by the frequency of answers ("chance"), the best constant, and that of each op.
+
+        Measured on problems of any length without noise, which does not matter for answers.
+        """
+        return dict(_floors(self.subset, self.mode, self.ops, self.modulus))
+
+    def batch(self, rng: np.random.Generator, size: int, split: Split, level: float = 1.0) -> Batch:
+        """Draw `size` problems; `level` caps the operations at `ceil(level most)`, but not below the fewest.
+
+        Raises:
+            ValueError: if no problem of so many operations fits into `length`.
+        """
+        random = Random(int(rng.integers(2**63)))  # far quicker than numpy for single draws
+        fewest, most = self.ops
+        ops = rng.integers(fewest, max(fewest, int(np.ceil(level * most))) + 1, size)
+        context = np.full((size, self.length[1]), self.pad)
+        lengths = np.zeros(size, dtype=np.int64)
+        tokens, ends = np.full((size, self._row_length), self.pad), lengths.copy()
+        answers = np.full(tokens.shape, -1)
+        for i, wanted in enumerate(ops.tolist()):
+            before, row, answer = self._draw(random, wanted, split)
+            context[i, : len(before)], lengths[i] = before, len(before)
+            tokens[i, : len(row)], ends[i] = row, len(row)
+            answers[i, len(row) - len(answer) : len(row)] = i
+        return Batch(
+            tokens=torch.from_numpy(tokens),
+            loss_mask=torch.from_numpy(answers >= 0),
+            answers=torch.from_numpy(answers),
+            difficulty=torch.from_numpy(ops),
+            context=torch.from_numpy(context),
+            context_row=torch.arange(size),
+            context_lengths=torch.from_numpy(lengths),
+            lengths=torch.from_numpy(ends),
+        )
+
+    def solve(self, tokens: list[int]) -> list[list[int]]:
+        """See `Task.solve`."""
+        text = tokenizer(self.tokenizer).decode([t for t in tokens if t != HIDDEN and t < self.pad])
+        return [self._answer(reader.answer(text))]
+
+    def spell(self, tokens: list[int]) -> str:
+        """The text, with PAD, ANSWER and END by name."""
+        text, parts = tokenizer(self.tokenizer), []
+        for marker, run in groupby(tokens, key=lambda token: max(token - self.pad, -1)):
+            some = list(run)
+            parts += [text.decode(some).strip()] if marker < 0 else [MARKERS[marker]] * len(some)
+        return " ".join(parts)
+
+    @property
+    def _row_length(self) -> int:
+        question = (
+            max(spoken.longest_question for spoken in self._languages) if self.question == "last" else 0
+        )
+        return question + 1 + _longest_answer(self.tokenizer, self.modulus or LARGEST + 1)
+
+    def _answer(self, value: int) -> Tokens:
+        return [*tokenizer(self.tokenizer).encode(f" {value}"), self.pad + 2]
+
+    def _draw(self, random: Random, ops: int, split: Split) -> tuple[Tokens, Tokens, Tokens]:
+        """A context, its row, and the answer that the row ends with."""
+        for _ in range(MISFITS):
+            core = draw_problem(random, ops, split, self.subset, self.mode, self.modulus)
+            spoken = language(random.choice(self.templates), self.tokenizer)
+            question, statements, names = _tell(random, core, spoken, self.modulus)
+            opening = spoken.instruction if self.instruction else []
+            if self.question == "first":
+                opening = opening + question
+            length = len(opening) + sum(map(len, statements))
+            if length <= self.length[1]:
+                break
+        else:
+            raise ValueError(
+                f"length={self.length} is too short: of {MISFITS} problems of op={ops} none fits into "
+                f"{self.length[1]} tokens"
+            )
+        if self.noise:
+            self._fill(random, length, statements, noise(random, spoken, names, hard=self.subset == "hard"))
+        random.shuffle(statements)
+        answer = self._answer(core.answer)
+        row = [*(question if self.question == "last" else []), self.pad + 1, *answer]
+        return [*opening, *chain.from_iterable(statements)], row, answer
+
+    def _fill(self, random: Random, length: int, statements: list[Tokens], more: Iterator[Tokens]) -> None:
+        """Add noise up to a random length; one that would go too far is left out, if it is not needed."""
+        fewest, most = self.length
+        wanted = random.randint(fewest, most)
+        for statement in more:
+            if length >= wanted:
+                return
+            if length + len(statement) <= most:
+                statements.append(statement)
+                length += len(statement)
+            elif length >= fewest:
+                return
+        raise ValueError(
+            f"length={self.length} is too long: the names of noise do not suffice for {wanted} tokens"
+        )
+
+
+def draw_problem(
+    random: Random, ops: int, split: Split | None, subset: str, mode: str, modulus: int | None
+) -> Core:
+    """A problem of the wanted operations whose hash belongs to the split (None: to either).
+
+    Raises:
+        ValueError: if none is found.
+    """
+    reverse = mode == "reverse" or (mode == "mixed" and random.random() < 0.5)
+    for _ in range(TRIES):
+        core = _attempt(random, ops, subset == "hard", reverse, modulus)
+        if core is not None and (split is None or (core.hash() % HELD_OUT == 0) == (split == "test")):
+            return core
+    raise ValueError(f"of {TRIES} draws none is a problem of op={ops} (subset={subset!r}, mode={mode!r})")
+
+
+def _attempt(random: Random, ops: int, hard: bool, reverse: bool, modulus: int | None) -> Core | None:
+    graph = draw_graph(random, ops, hard=hard, reverse=reverse)
+    return None if graph is None else draw_core(random, graph, reverse=reverse, modulus=modulus)
+
+
+def _tell(
+    random: Random, core: Core, spoken: Language, modulus: int | None
+) -> tuple[Tokens, list[Tokens], list[Tokens]]:
+    """The question, the statements, and the names of all parameters."""
+    things = core.structure.things
+    places = random.sample(random.choice(spoken.template.places), len(things))
+    kinds = random.sample(random.choice(spoken.template.things), len({t for there in things for t in there}))
+
+    def name(p: Parameter, *, capital: bool = False) -> Tokens:
+        return spoken.name(p.kind, places[p.place], kinds[p.thing] if p.thing >= 0 else None, capital=capital)
+
+    names = {p: name(p) for p in [*core.structure.instances, *core.structure.totals]}
+    statements = [
+        spoken.statement(name(p, capital=True), definition, [names[q] for q in definition.operands])
+        for p, definition in core.definitions.items()
+    ]
+    query = core.query
+    if core.given is not None:
+        statements.append(spoken.unknown(name(query, capital=True)))
+        statements.append(spoken.value(name(core.given[0], capital=True), core.given[1]))
+    question = spoken.question(
+        query.kind, places[query.place], kinds[query.thing] if query.thing >= 0 else None, modulus
+    )
+    return question, statements, list(names.values())
+
+
+@cache
+def _longest_answer(name: str, values: int) -> int:
+    """Most tokens of an answer, END included."""
+    return 1 + max(len(tokenizer(name).encode(f" {value}")) for value in range(values))
+
+
+@cache
+def _floors(subset: str, mode: str, ops: tuple[int, int], modulus: int | None) -> dict[str, float]:
+    """See `GSMInfinite.floors`."""
+    random = Random(0)
+    per_op = {
+        op: Counter(
+            draw_problem(random, op, None, subset, mode, modulus).answer for _ in range(FLOOR_SAMPLES)
+        )
+        for op in range(ops[0], ops[1] + 1)
+    }
+    together = sum(per_op.values(), Counter[int]())
+    total = together.total()
+    chance = sum((n / total) ** 2 for n in together.values())
+    best = {f"constant op={op}": max(n.values()) / FLOOR_SAMPLES for op, n in per_op.items()}
+    return {"chance": chance, "constant": max(together.values()) / total, **best}

@@ -1,0 +1,447 @@
+import re
+from collections import Counter
+from dataclasses import replace
+from itertools import product
+from random import Random
+
+import numpy as np
+import pytest
+import torch
+from conftest import close, lively, tiny
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from lmsleep import SleepConfig
+from lmsleep.evaluation import read_batch
+from lmsleep.tasks import GSMInfinite, hide_answers, stream
+from lmsleep.tasks.base import HIDDEN
+from lmsleep.tasks.gsm_infinite import reader
+from lmsleep.tasks.gsm_infinite.language import language, tokenizer
+from lmsleep.tasks.gsm_infinite.structure import Parameter
+from lmsleep.tasks.gsm_infinite.task import HELD_OUT, draw_problem
+from lmsleep.tasks.gsm_infinite.templates import TEMPLATES, plural
+
+SHORT = GSMInfinite(subset="medium", ops=(2, 4), length=(0, 400))
+SETTINGS = list(product(("medium", "hard"), ("forward", "reverse")))
+
+
+def draw(task, size=32, split="train", index=0, level=1.0):
+    return task.batch(stream(0, split, index), size, split, level)
+
+
+def texts(task, batch):
+    # What a model reads of each sample, as text without markers.
+    words = tokenizer(task.tokenizer)
+    for row in range(len(batch.tokens)):
+        seen, _ = hide_answers(batch, row)
+        yield words.decode([t for t in seen if t != HIDDEN and t < task.pad])
+
+
+def problems(subset, mode, op, number, *, split=None, modulus=None, seed=0):
+    random = Random(seed)
+    return [draw_problem(random, op, split, subset, mode, modulus) for _ in range(number)]
+
+
+def fewest(subset):
+    return 2 if subset == "medium" else 1
+
+
+# Answers
+
+
+@pytest.mark.parametrize("question", ["first", "last"])
+@pytest.mark.parametrize("modulus", [None, 23])
+@pytest.mark.parametrize(("subset", "mode"), SETTINGS)
+def test_the_reader_finds_every_answer_from_the_tokens_alone(subset, mode, modulus, question):
+    task = GSMInfinite(
+        subset=subset, mode=mode, ops=(fewest(subset), 8), length=(300, 1200), modulus=modulus,
+        question=question, instruction=question == "last",
+    )  # fmt: skip
+    batch = draw(task, 80)
+    for row in range(80):
+        seen, expected = hide_answers(batch, row)
+        assert seen.count(HIDDEN) == len(expected) == 1
+        assert task.solve(seen) == expected
+    assert set(batch.difficulty.tolist()) == set(range(fewest(subset), 9))
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("name", ["words", "bytes"])
+def test_every_template_is_solved_in_every_tokenizer(template, name):
+    task = GSMInfinite(templates=(template,), tokenizer=name, length=(0, 6000))
+    batch = draw(task, 40)
+    for row in range(40):
+        seen, expected = hide_answers(batch, row)
+        assert task.solve(seen) == expected
+    assert all(f"number of {TEMPLATES[template].attribute} per" in text for text in texts(task, batch))
+
+
+def test_a_folder_with_a_tokenizer_serves_too(tmp_path):
+    pairs = Tokenizer(models.BPE())
+    pairs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    pairs.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=350, initial_alphabet=alphabet, show_progress=False)
+    pairs.train_from_iterator(texts(SHORT, draw(SHORT, 20)), trainer)
+    PreTrainedTokenizerFast(tokenizer_object=pairs).save_pretrained(tmp_path)
+    task = replace(SHORT, tokenizer=str(tmp_path), length=(0, 1500))
+    batch, words = draw(task, 20), tokenizer(str(tmp_path))
+    for row in range(20):
+        seen, expected = hide_answers(batch, row)
+        assert task.solve(seen) == expected
+        context, _, _ = batch.row(row)
+        assert words.encode(words.decode(context)) == context  # pieces joined are the text as a whole
+
+
+@pytest.mark.parametrize(("subset", "mode"), SETTINGS)
+def test_noise_never_changes_an_answer(subset, mode):
+    task = GSMInfinite(subset=subset, mode=mode, ops=(fewest(subset), 8), length=(600, 1500))
+    removed = 0
+    for text in texts(task, draw(task, 40)):
+        template = reader.read(text).template
+        core = []
+        for sentence in re.findall(r"[^.?]+[.?]", text):
+            subject = sentence.partition(f" {template.equals} ")[0]
+            noisy = any(subject.endswith(f" in {place}") for place in template.all_noise_places)
+            removed += noisy
+            core += [] if noisy else [sentence]
+        assert reader.answer("".join(core)) == reader.answer(text)
+        assert not any(
+            place in "".join(core) for place in template.all_noise_places
+        )  # nothing hangs on noise
+    assert removed > 40 * 8
+
+
+def test_a_text_without_an_answer_is_refused():
+    for text, said in [
+        ("How many barges are there in Tern Spit? The number of barges in Tern Spit is positive.", "would"),
+        ("How many ferries are there in Gull Point?", "exactly once"),
+        ("The number of ferries in Gull Point is 3.", "asks nothing"),
+        ("What is the number of ferries in Gull Point? The number of ferries in Gull Point is "
+         "the number of ferries in Gull Point.", "itself"),
+        ("Once upon a time.", "none of the templates"),
+    ]:  # fmt: skip
+        with pytest.raises(reader.UnsolvableError, match=said):
+            reader.answer(text)
+
+
+def test_a_problem_by_hand():
+    text = (
+        "What is the total number of sailors in Gull Point? The number of ferries in Gull Point is 2. "
+        "The number of barges in Gull Point is 1 more than the sum of the number of ferries in Gull Point "
+        "and the number of sloops in Tern Spit. The average number of sailors per ferry in Gull Point is 3 "
+        "times the difference between the number of barges in Gull Point and the number of ferries in Gull "
+        "Point. The average number of sailors per barge in Gull Point is 4. "
+        "The number of sloops in Tern Spit is 3."
+    )
+    assert reader.answer(text) == 2 * 3 * (6 - 2) + 6 * 4
+    known = text.replace(
+        "What is the total number of sailors in Gull Point?", "How many sloops are there in Tern Spit?"
+    )
+    known = known.replace(
+        "The number of sloops in Tern Spit is 3.", "The number of sloops in Tern Spit is positive."
+    )
+    assert reader.answer(f"{known} The total number of sailors in Gull Point is {24 + 24}.") == 3
+    assert reader.answer(text.replace("Gull Point?", "Gull Point, modulo 23?")) == 48 % 23
+
+
+# Problems
+
+
+def count_ops(core) -> int:
+    # Operands of all that the query (or, in reverse, the given total) depends on, constants included.
+    end, seen, ops = (core.given[0] if core.given else core.query), set(), 0
+    todo = [end]
+    while todo:
+        p = todo.pop()
+        if p in seen:
+            continue
+        seen.add(p)
+        if p.thing < 0:
+            below = core.structure.summands(p)
+        elif p in core.definitions:
+            below = list(core.definitions[p].operands)
+            ops += core.definitions[p].constant is not None
+        else:
+            below = []
+            ops += 1  # the constant that the unknown hides
+        ops += len(below)
+        todo += below
+    return ops
+
+
+@pytest.mark.parametrize(("subset", "mode"), SETTINGS)
+def test_operations_can_be_recounted(subset, mode):
+    for op in (fewest(subset), 2, 5, 8, 14):
+        for core in problems(subset, mode, op, 12, seed=op):
+            assert count_ops(core) == core.ops == op
+
+
+@pytest.mark.parametrize(("subset", "mode"), SETTINGS)
+def test_every_parameter_is_defined_once_and_totals_cover_what_is_mentioned(subset, mode):
+    task = GSMInfinite(subset=subset, mode=mode, ops=(fewest(subset), 8), length=(300, 1200))
+    for text in texts(task, draw(task, 25)):
+        problem = reader.read(text)
+        twice = [name for name, statements in problem.statements.items() if len(statements) > 1]
+        assert len(twice) <= (mode == "reverse")  # the value that a reverse problem gives away
+        assert all(len(statements) <= 2 for statements in problem.statements.values())
+        for place, things in problem.mentioned.items():
+            for thing in things:
+                name = f"the number of {thing} in {place}"
+                assert name in problem.statements or name in problem.positive
+        assert len(problem.positive) == (mode == "reverse")
+
+
+def test_totals_sum_every_kind_of_their_place():
+    for core in problems("hard", "forward", 6, 50):
+        for p in core.structure.totals:
+            things = {t for k, place, t in core.structure.instances if place == p.place and k == "count"}
+            assert {q.thing for q in core.structure.summands(p)} == things
+            averages = [q for q in core.structure.summands(p) if q.kind == "average"]
+            assert len(averages) == (len(things) if p.kind == "attributes" else 0)
+
+
+@pytest.mark.parametrize("subset", ["medium", "hard"])
+def test_answers_in_reverse_are_small_constants(subset):
+    for op in (2, 4, 8):
+        answers = {core.answer for core in problems(subset, "reverse", op, 60)}
+        assert answers == {1, 2, 3, 4}
+    assert {core.answer for core in problems(subset, "reverse", 4, 200, modulus=23)} > set(range(1, 20))
+
+
+def test_values_stay_in_range_and_counts_are_positive():
+    for op in (3, 8):
+        for core in problems("hard", "forward", op, 100):
+            assert (core.query.kind == "count") <= core.answer <= 1000
+    assert {core.answer for core in problems("hard", "forward", 6, 400, modulus=23)} == set(range(23))
+
+
+# Distributions, beside those that were measured of the original (docs/tasks.md)
+
+
+def test_medium_problems_ask_mostly_for_totals():
+    kinds = Counter(c.query.kind for op in range(2, 9) for c in problems("medium", "forward", op, 70))
+    assert abs(kinds["total"] / kinds.total() - 0.82) < 0.05 and set(kinds) == {"total", "count"}
+
+
+def test_hard_problems_ask_mostly_for_averages():
+    kinds = Counter(c.query.kind for op in range(1, 9) for c in problems("hard", "forward", op, 60))
+    share = {kind: n / kinds.total() for kind, n in kinds.items()}
+    for kind, measured in {"average": 0.69, "total": 0.15, "attributes": 0.08, "count": 0.09}.items():
+        assert abs(share.get(kind, 0) - measured) < 0.2  # a known difference
+
+
+@pytest.mark.parametrize(("subset", "constant", "copy"), [("medium", 0.46, 0.21), ("hard", 0.38, 0.21)])
+def test_right_hand_sides_are_mixed_as_in_the_original(subset, constant, copy):
+    cores = [c for op in range(fewest(subset), 9) for c in problems(subset, "forward", op, 60)]
+    sides = [d for core in cores for d in core.definitions.values()]
+    assert abs(np.mean([not d.operands for d in sides]) - constant) < 0.08
+    assert abs(np.mean([len(d.operands) == 1 and d.constant is None for d in sides]) - copy) < 0.08
+
+
+def test_constants_favour_what_is_not_one():
+    sides = [
+        d for op in (2, 5, 8) for c in problems("hard", "forward", op, 80) for d in c.definitions.values()
+    ]
+    alone = Counter(d.constant for d in sides if not d.operands)
+    share = np.array([alone[c] for c in (1, 2, 3, 4)]) / alone.total()
+    assert np.abs(share - [1 / 8, 7 / 24, 7 / 24, 7 / 24]).max() < 0.05
+    assert min(d.constant for d in sides if d.times) == 2
+
+
+def test_floors_are_those_of_the_original():
+    floors = GSMInfinite(subset="medium", mode="forward", ops=(2, 8)).floors()
+    for op, measured in zip(range(2, 9), (0.33, 0.31, 0.25, 0.13, 0.17, 0.13, 0.10), strict=True):
+        assert abs(floors[f"constant op={op}"] - measured) < 0.1
+    reverse = GSMInfinite(subset="medium", mode="reverse", ops=(4, 5)).floors()
+    assert all(0.25 < value < 0.4 for value in reverse.values())
+    assert floors["chance"] < floors["constant"] < max(floors.values())
+
+
+def test_operations_are_balanced_and_capped_by_the_level():
+    task = replace(SHORT, ops=(2, 5), noise=False, mode="forward", length=(0, 1000))
+    counts = torch.bincount(draw(task, 200).difficulty)[2:]
+    assert len(counts) == 4 and (counts - 50).abs().max() < 28
+    assert set(draw(task, 60, level=0.6).difficulty.tolist()) == {2, 3}
+    assert set(draw(task, 20, level=0.01).difficulty.tolist()) == {2}
+
+
+# Splits and streams
+
+
+def renamed(core, random):
+    # The same problem with its places and things in another order.
+    places = random.sample(range(9), len(core.structure.things))
+    things = random.sample(range(9), 9)
+
+    def new(p):
+        return Parameter(p.kind, places[p.place], things[p.thing] if p.thing >= 0 else -1)
+
+    there = [()] * 9
+    for place, kinds in enumerate(core.structure.things):
+        there[places[place]] = tuple(things[t] for t in kinds)
+
+    class Renamed(type(core.structure)):
+        @property
+        def instances(self):
+            return [new(p) for p in core.structure.instances]
+
+        @property
+        def totals(self):
+            return [new(p) for p in core.structure.totals]
+
+    items = [(new(p), d._replace(operands=tuple(map(new, d.operands)))) for p, d in core.definitions.items()]
+    random.shuffle(items)
+    given = core.given and (new(core.given[0]), core.given[1])
+    structure = Renamed(tuple(there), core.structure.hard)
+    return replace(core, structure=structure, definitions=dict(items), query=new(core.query), given=given)
+
+
+@pytest.mark.parametrize(("subset", "mode"), SETTINGS)
+def test_the_hash_knows_no_names_and_no_order_but_every_number(subset, mode):
+    random, changed, total = Random(0), 0, 0
+    for core in problems(subset, mode, 4, 30):
+        assert renamed(core, random).hash() == core.hash()
+        for p, d in core.definitions.items():
+            if d.constant is not None:
+                other = {**core.definitions, p: d._replace(constant=d.constant + 1)}
+                changed += replace(core, definitions=other).hash() != core.hash()
+                total += 1
+    assert changed == total > 30
+
+
+def test_training_and_test_never_share_a_problem():
+    for subset, mode in SETTINGS:
+        for op in (fewest(subset), 3):
+            train = {core.hash() for core in problems(subset, mode, op, 60, split="train")}
+            test = {core.hash() for core in problems(subset, mode, op, 6, split="test", seed=1)}
+            assert train and test and not train & test
+            assert {h % HELD_OUT for h in test} == {0}
+
+
+def test_a_batch_is_a_function_of_its_stream():
+    first, again, other = draw(SHORT, 8), draw(SHORT, 8), draw(SHORT, 8, index=1)
+    for name, value in vars(first).items():
+        assert torch.equal(value, getattr(again, name))
+    assert not torch.equal(first.context, other.context)
+
+
+# Layout
+
+
+@pytest.mark.parametrize("question", ["first", "last"])
+def test_contexts_have_the_length_that_was_asked_for(question):
+    task = GSMInfinite(question=question)
+    batch = draw(task, 48)
+    assert batch.context.shape[1] == 3300
+    assert batch.context_lengths.min() >= 2000 and batch.context_lengths.max() <= 3300
+    assert batch.context_lengths.float().std() > 200  # all over the range, not at its ends
+    for row, length in zip(batch.context, batch.context_lengths, strict=True):
+        assert (row[:length] < task.pad).all() and (row[length:] == task.pad).all()
+
+
+def test_without_noise_the_core_stays_alone():
+    task = GSMInfinite(noise=False, length=(0, 3300))
+    for text in texts(task, draw(task, 30)):
+        assert not any(place in text for t in TEMPLATES.values() for place in t.all_noise_places)
+
+
+@pytest.mark.parametrize("question", ["first", "last"])
+def test_masks_cover_exactly_the_answers(question):
+    task = replace(SHORT, question=question, mode="forward")
+    batch = draw(task, 60)
+    words, marker = tokenizer("words"), task.pad + 1
+    for row in range(60):
+        _, tokens, answers = batch.row(row)
+        at = tokens.index(marker)
+        assert answers == [-1] * (at + 1) + [row] * (len(tokens) - at - 1)
+        assert batch.loss_mask[row].tolist() == (batch.answers[row] >= 0).tolist()
+        assert tokens[-1] == task.pad + 2 and words.decode(tokens[at + 1 : -1]).isdigit()
+        assert (at > 0) == (question == "last") and ("?" in words.decode(tokens[:at])) == (question == "last")
+    assert not batch.loss_mask[:, 0].any()
+
+
+def test_padding_is_neither_read_nor_slept_on():
+    task = replace(SHORT, length=(0, 150))
+    batch, sleep = draw(task, 3), SleepConfig(window=32, passes=2)
+    model = lively(tiny(vocab_size=task.vocab_size))
+    together = read_batch(model, batch, sleep, return_logits=True).logits
+    assert len(batch.context_lengths.unique()) > 1
+    for row, length in enumerate(batch.context_lengths):
+        alone = replace(
+            batch, context=batch.context[row : row + 1, :length], context_row=torch.tensor([0]),
+            context_lengths=None, tokens=batch.tokens[row : row + 1], answers=batch.answers[row : row + 1],
+            loss_mask=batch.loss_mask[row : row + 1], lengths=batch.lengths[row : row + 1],
+        )  # fmt: skip
+        expected = read_batch(model, alone, sleep, return_logits=True).logits
+        read = batch.lengths[row] - 1
+        assert close(together[row : row + 1, :read], expected[:, :read], 1e-9)
+
+
+def test_numbers_of_things_agree_with_their_names():
+    assert [plural(w) for w in ("ferry", "launch", "thesis", "gondola", "essay", "cypress")] == [
+        "ferries", "launches", "theses", "gondolas", "essays", "cypresses",
+    ]  # fmt: skip
+    task = GSMInfinite(length=(800, 1500))
+    for text in texts(task, draw(task, 20)):
+        for thing in re.findall(r"average number of \w+ per ([\w ]+?) in ", text):
+            assert any(thing == one for t in TEMPLATES.values() for one, _ in _all_things(t))
+        for thing in re.findall(r"(?<!total )(?<!average )number of ([\w ]+?) in ", text):
+            assert any(thing == many for t in TEMPLATES.values() for _, many in _all_things(t))
+
+
+def _all_things(template):
+    return [thing for group in (*template.things, *template.all_noise_things) for thing in group]
+
+
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+def test_names_of_noise_are_none_of_the_problem(template):
+    places = {place for group in template.places for place in group}
+    things = {thing for group in template.things for thing in group}
+    assert len(places) == len(things) == 10
+    assert not places & set(template.all_noise_places) and len(set(template.all_noise_places)) == 640
+    noise = [thing for group in template.all_noise_things for thing in group]
+    assert not things & set(noise) and len(set(noise)) == 640
+
+
+def test_spelling_names_the_markers():
+    language("harbour", "words")
+    words = tokenizer("words")
+    assert SHORT.spell(
+        [*words.encode("The number"), SHORT.pad + 1, *words.encode("12"), SHORT.pad + 2, SHORT.pad]
+    ) == ("The number ANSWER 12 END PAD")
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"subset": "medium"}, r"^ops=\(1, 8\): no medium problem has one operation"),
+        ({"ops": (0, 3)}, r"^ops must be 1 <= fewest <= most <= 20, got \(0, 3\)"),
+        ({"ops": (3, 21)}, r"^ops must be"),
+        ({"ops": (5, 4)}, r"^ops must be"),
+        ({"subset": "easy"}, r"^subset must be one of 'medium', 'hard', got 'easy'"),
+        ({"mode": "sideways"}, r"^mode must be one of"),
+        ({"question": "never"}, r"^question must be one of"),
+        ({"templates": ("harbour", "zoo")}, r"^templates must be some of harbour, library, orchard"),
+        ({"templates": ()}, r"^templates must be some of"),
+        ({"modulus": 1}, r"^modulus must lie in 3"),
+        ({"length": (50, 40)}, r"^length must be 0 <= fewest <= most"),
+        ({"length": (2000, 2010)}, r"^length=\(2000, 2010\) leaves too little room"),
+        ({"tokenizer": "nowhere"}, r"^tokenizer='nowhere' is neither"),
+    ],
+)
+def test_an_impossible_option_is_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        GSMInfinite(**options)
+
+
+def test_a_length_that_holds_no_problem_is_named(monkeypatch):
+    monkeypatch.setattr("lmsleep.tasks.gsm_infinite.task.MISFITS", 20)
+    task = GSMInfinite(noise=False, length=(0, 20))
+    with pytest.raises(
+        ValueError, match=r"^length=\(0, 20\) is too short: of 20 problems of op=\d none fits"
+    ):
+        draw(task, 2)

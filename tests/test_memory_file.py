@@ -1,0 +1,285 @@
+import json
+import struct
+
+import pytest
+import torch
+from conftest import lively, random_tokens, same_memory, tiny
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from lmsleep import Memory, Session, SleepConfig, fingerprint, sleep_forward
+from lmsleep.memory_file import Origin, pack, unpack
+
+L = 5
+
+
+@pytest.fixture(scope="module")
+def model():
+    return lively(tiny("attention", "gated_delta_net", "gated_linear"))
+
+
+@pytest.fixture
+def session(model):
+    session = Session(model, SleepConfig(window=L, passes=2, eviction="sliding"))
+    session.read(random_tokens(2 * L + 3))
+    return session
+
+
+@pytest.mark.parametrize("eviction", ["hard", "sliding"])
+@pytest.mark.parametrize("cut", [0, 3, L, 2 * L + 2])
+def test_a_session_goes_on_from_its_file_exactly(model, tmp_path, eviction, cut):
+    x, path = random_tokens(4 * L), tmp_path / "a.mem"
+    whole = Session(model, SleepConfig(window=L, passes=2, eviction=eviction))
+    whole.read(x[:cut])
+    whole.save(path)
+    again = Session.load(path, model)
+    assert again.sleep_config == whole.sleep_config and again.memory.origin == whole.memory.origin
+    for session in (whole, again):
+        session.read(x[cut:])
+    assert same_memory(again.stream.start.memory, whole.stream.start.memory, 0.0)
+    assert same_memory(again.memory, whole.memory)
+    assert (again.stats.tokens, again.stats.sleeps) == (whole.stats.tokens, whole.stats.sleeps)
+    assert again.generate([1], 4) == whole.generate([1], 4)
+
+
+def test_a_memory_comes_back_as_it_was(model, session, tmp_path):
+    session.sleep()
+    session.memory.save(tmp_path / "a.mem", tags={"about": "nothing"})
+    loaded = Memory.load(tmp_path / "a.mem", model)
+    assert same_memory(loaded, session.memory, 0.0)
+    assert loaded.origin.tags == {"about": "nothing"} and loaded.origin.id == session.memory.origin.id
+    assert (loaded.origin.tokens, loaded.origin.sleeps, loaded.origin.passes) == (2 * L + 3, 3, 2)
+    assert same_memory(Memory.load(tmp_path / "a.mem"), loaded, 0.0)  # to look at, without a model
+    assert Session.load(tmp_path / "a.mem", model, sleep=session.sleep_config).stats.sleeps == 3
+    with pytest.raises(ValueError, match="a memory alone"):
+        Session.load(tmp_path / "a.mem", model)
+
+
+def test_the_memory_of_any_reading_can_be_saved_with_its_model(model, tmp_path):
+    memory = sleep_forward(model, random_tokens(2, 9), None, SleepConfig(window=L)).memory
+    with pytest.raises(ValueError, match="pass model="):
+        memory.save(tmp_path / "a.mem")
+    memory.save(tmp_path / "a.mem", model)
+    assert same_memory(Memory.load(tmp_path / "a.mem", model), memory, 0.0)
+    with pytest.raises(ValueError, match="2 rows"):
+        Session.load(tmp_path / "a.mem", model, sleep=SleepConfig())
+
+
+def test_the_file_is_plain_safetensors(model, session, tmp_path):
+    session.save(tmp_path / "a.mem")
+    tensors = load_file(tmp_path / "a.mem")
+    assert torch.equal(tensors["S.1"], session.stream.start.memory.layers[1])
+    assert torch.equal(tensors["window"], session.stream.window)
+    with safe_open(tmp_path / "a.mem", "pt") as file:
+        meta = file.metadata()
+    assert (meta["format"], meta["version"]) == ("lmsleep-memory", "1")
+    assert json.loads(meta["model"]) == fingerprint(model) and json.loads(meta["blocks"]) == 3
+    assert json.loads(meta["sleep"])["window"] == L
+
+
+@pytest.mark.parametrize(("storage", "error"), [("float32", 1e-7), ("bfloat16", 2**-8), ("int8", 1 / 254)])
+def test_storage_rounds_as_its_dtype_does(session, storage, error):
+    layers = session.memory.layers
+    packed = pack(layers, storage)
+    back = unpack(packed, len(layers))
+    for S, R in zip(layers, back, strict=True):
+        if S is not None:
+            scale = S.abs().amax((-1, -2), keepdim=True)
+            assert ((S - R).abs() <= error * scale * (1 + 1e-5)).all()
+            assert storage == "float32" or (S - R).abs().max() > 0
+    assert packed["S.1"].dtype == getattr(torch, storage)
+
+
+def test_zero_fast_weights_survive_int8(model, tmp_path):
+    Session(model, SleepConfig(window=L)).save(tmp_path / "a.mem", storage="int8")
+    assert Memory.load(tmp_path / "a.mem", model).norms().sum() == 0
+
+
+def test_an_unknown_storage_is_named(session, tmp_path):
+    with pytest.raises(ValueError, match="storage must be one of"):
+        session.save(tmp_path / "a.mem", storage="float8")
+    assert not list(tmp_path.iterdir())
+
+
+# What does not fit
+
+
+def rewritten(path, **meta):
+    # The file with other metadata, under the name of its own checksum.
+    with safe_open(path, "pt") as file:
+        save_file(load_file(path), path, {**file.metadata(), **meta})
+
+
+def edited(path):
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(bytes(data))
+
+
+CHANGES = {
+    "is empty": lambda p: p.write_bytes(b""),
+    "is cut short": lambda p: p.write_bytes(p.read_bytes()[:-1]),
+    "is cut short, or not": lambda p: p.write_bytes(p.read_bytes()[:100]),
+    "edited or damaged": edited,
+    "edited or damaged: ": lambda p: rewritten(p, tokens="1"),
+    "has format version 2; this lmsleep reads 1": lambda p: rewritten(p, version="2"),
+    "is not a memory file": lambda p: p.write_text("Once upon a time there was a text."),
+    "is not a memory file ": lambda p: save_file({"S.1": torch.zeros(1)}, p),
+    "is not a memory file of": lambda p: save_file({"S.1": torch.zeros(1)}, p, {"format": "pt"}),
+}
+
+
+@pytest.mark.parametrize("said", CHANGES)
+@pytest.mark.parametrize("load", [Memory.load, Session.load])
+def test_a_file_that_is_no_memory_is_called_what_it_is(model, session, tmp_path, said, load):
+    path = tmp_path / "a.mem"
+    session.save(path)
+    CHANGES[said](path)
+    with pytest.raises(ValueError, match=f"a.mem .*{said.strip(': ')}"):
+        load(path, model)
+
+
+def test_a_memory_of_another_model_is_refused(model, session, tmp_path):
+    session.save(tmp_path / "a.mem")
+    same = lively(tiny("attention", "gated_delta_net", "gated_linear"))
+    assert fingerprint(same) == fingerprint(model)
+    Memory.load(tmp_path / "a.mem", same)
+    with torch.no_grad():
+        next(same.parameters()).flatten()[0] += 1e-9
+    for other in (same, lively(tiny("attention", "gated_delta_net", "gated_linear", rope_theta=99.0))):
+        with pytest.raises(ValueError, match="another model"):
+            Memory.load(tmp_path / "a.mem", other)
+
+
+def test_an_option_that_a_later_version_adds_keeps_old_memories(model, tmp_path):
+    from dataclasses import make_dataclass
+
+    Later = make_dataclass("Later", [("new", int, 3)], bases=(type(model.config),), frozen=True, kw_only=True)
+    same = lively(tiny("attention", "gated_delta_net", "gated_linear"))
+    for new, equal in ((3, True), (4, False)):
+        same.config = Later(**vars(model.config), new=new)
+        assert (fingerprint(same) == fingerprint(model)) == equal
+
+
+def test_a_missing_file_is_an_os_error(model, tmp_path):
+    with pytest.raises(FileNotFoundError):
+        Session.load(tmp_path / "none.mem", model)
+
+
+@pytest.fixture(scope="module")
+def saved(model, tmp_path_factory):
+    session = Session(model, SleepConfig(window=L, passes=2, eviction="sliding"))
+    session.read(random_tokens(2 * L + 3))
+    path = tmp_path_factory.mktemp("fuzz") / "a.mem"
+    session.save(path)
+    return path, path.read_bytes(), session
+
+
+@given(
+    cut=st.one_of(st.none(), st.integers(0, 4000)),
+    flips=st.lists(st.tuples(st.integers(0, 4000), st.integers(0, 255)), max_size=4),
+    inserted=st.binary(max_size=8),
+    at=st.integers(0, 2500),
+)
+def test_a_mutated_file_is_refused_or_says_the_same(model, saved, cut, flips, inserted, at):
+    path, data, session = saved
+    mutated = bytearray(data[:at] + inserted + data[at:])[:cut]
+    for place, value in flips:
+        if place < len(mutated):
+            mutated[place] = value
+    other = path.parent / "mutated.mem"
+    other.write_bytes(bytes(mutated))
+    for load in (lambda: Memory.load(other, model), lambda: Session.load(other, model).stream.start.memory):
+        try:
+            loaded = load()
+        except ValueError as error:
+            assert str(other) in str(error)
+        else:
+            assert same_memory(loaded, session.stream.start.memory, 0.0)
+
+
+def nested(x):
+    return st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=5), x)
+
+
+@given(header=st.recursive(st.none() | st.integers() | st.text(max_size=5), nested, max_leaves=8))
+def test_any_json_where_the_index_should_be_is_refused(model, saved, header):
+    index = json.dumps(header).encode()
+    other = saved[0].parent / "json.mem"
+    other.write_bytes(struct.pack("<Q", len(index)) + index)
+    with pytest.raises(ValueError, match=r"json\.mem"):
+        Memory.load(other, model)
+
+
+@pytest.mark.parametrize(
+    ("header", "said"),
+    [
+        ({}, "lacks a field"),
+        ({**Origin().to_dict(), "blocks": "x"}, "is no memory"),
+        ({**Origin(model="m").to_dict(), "tokens": "many", "blocks": 3}, "another type"),
+        ({**Origin().to_dict(), "blocks": 3}, "another model"),
+    ],
+)
+def test_a_header_with_a_checksum_of_its_own_is_still_checked(model, tmp_path, header, said):
+    from lmsleep.memory_file import write
+
+    write(tmp_path / "a.mem", {"S.1": torch.zeros(1, 2, 3, 4)}, header)
+    with pytest.raises(ValueError, match=said):
+        Memory.load(tmp_path / "a.mem", model)
+
+
+def test_no_pickle_is_near(saved):
+    import ast
+    import inspect
+
+    from lmsleep import memory_file
+    from lmsleep.session import saving
+
+    for module in (memory_file, saving):
+        source = inspect.getsource(module)
+        names = {n.id for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Name)}
+        assert "pickle" not in source and "torch.load" not in source and "eval" not in names
+
+
+# Writing
+
+
+def test_a_failed_write_leaves_the_old_file(session, tmp_path, monkeypatch):
+    path = tmp_path / "a.mem"
+    session.save(path)
+    before = path.read_bytes()
+    session.read([1, 2, 3])
+
+    def full(fd):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("lmsleep.files.os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        session.save(path)
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["a.mem"]
+
+
+def test_nan_is_not_written(model, tmp_path):
+    memory = sleep_forward(model, random_tokens(1, 9), None, SleepConfig(window=L)).memory
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        memory.map(lambda s: s * float("nan")).save(tmp_path / "a.mem", model)
+    assert not list(tmp_path.iterdir())
+
+
+def test_log_walks_the_parents_in_the_folder(model, session, tmp_path):
+    (tmp_path / "notes.txt").write_text("no memory")
+    child = session.fork()
+    child.read([1, 2])
+    session.sleep(), child.sleep()
+    session.memory.save(tmp_path / "base.mem")
+    child.memory.save(tmp_path / "child.mem")
+    merged = session.memory.merge([child.memory])
+    merged.save(tmp_path / "merged.mem")
+    names = [where and where.name for where, _ in Memory.log(tmp_path / "merged.mem")]
+    assert names == ["merged.mem", "base.mem", "child.mem"]
+    (tmp_path / "base.mem").unlink()
+    found = Memory.log(tmp_path / "child.mem")
+    assert [where and where.name for where, _ in found] == ["child.mem", None]
+    assert found[1][1].id == session.memory.origin.id

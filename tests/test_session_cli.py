@@ -1,0 +1,206 @@
+import fcntl
+import io
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import lively, same_memory, tiny
+from test_cli import TINY, run
+
+from lmsleep import HybridLM, Memory, Session
+from lmsleep.cli import main
+
+
+@pytest.fixture(scope="module")
+def graphs(tmp_path_factory):
+    # A run, and a graph in its own words.
+    folder = tmp_path_factory.mktemp("graphs")
+    main(["train", "depo", "--passes", "2", "--out", str(folder / "run"), *TINY, "--threads", "1"])
+    (folder / "graph.txt").write_text("n1 n2 n2 n3 n3 n4 n4 n5\nn5 n6 n6 n7 n7 n8 n8 n1\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bytes_model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bytes") / "model"
+    import torch
+
+    lively(tiny(vocab_size=256), dtype=torch.float32).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_graph_is_read_and_asked_about(graphs, capsys, here):
+    code, out, _ = run(
+        capsys, "read", graphs / "run", graphs / "graph.txt", "--memory", "g.mem", "--tag", "a=b"
+    )
+    assert code == 0 and "window 8/8 · 16 tokens · 1 sleeps" in out
+    before = (here / "g.mem").read_bytes()
+    code, out, _ = run(capsys, "ask", graphs / "run", "HOP_2 n1", "--memory", "g.mem")
+    assert code == 0 and out.strip() and len(out.split()) == 1
+    code, document, _ = run(capsys, "ask", graphs / "run", "HOP_2 n1", "--memory", "g.mem", "--json")
+    assert json.loads(document)["answer"] == out.strip() and (here / "g.mem").read_bytes() == before
+    assert json.loads(document)["stats"]["tokens"] == 19
+
+
+def test_reading_on_forking_and_sleeping(graphs, capsys, here):
+    graph, run_folder = graphs / "graph.txt", graphs / "run"
+    (here / "more.txt").write_text("n1 n3")
+    run(capsys, "read", run_folder, graph, "--memory", "g.mem")
+    before = Memory.load("g.mem")
+    code, out, _ = run(capsys, "read", run_folder, graph, "--memory", "g.mem")  # read already
+    assert code == 0 and "16 tokens" in out and same_memory(Memory.load("g.mem"), before, 0.0)
+    _, out, _ = run(
+        capsys, "read", run_folder, "more.txt", "--memory", "h.mem", "--parent", "g.mem", "--sleep"
+    )
+    assert "window 0/8 · 18 tokens · 3 sleeps" in out
+    assert Memory.load("h.mem").origin.parents == (before.origin.id,)
+    _, out, _ = run(capsys, "read", run_folder, "more.txt", "--memory", "g.mem")  # on top
+    assert "window 2/8 · 18 tokens · 2 sleeps" in out and Memory.load("g.mem").origin.id == before.origin.id
+
+
+def test_memories_are_shown_compared_merged_and_traced(graphs, capsys, here):
+    run(capsys, "read", graphs / "run", graphs / "graph.txt", "--memory", "g.mem")
+    code, _, err = run(capsys, "memory", "merge", "g.mem", "g.mem", "--out", "m.mem")
+    assert code == 2 and "8 tokens in its open window" in err
+    run(capsys, "read", graphs / "run", graphs / "graph.txt", "--memory", "g.mem", "--sleep")
+    (here / "more.txt").write_text("n1 n3")
+    run(capsys, "read", graphs / "run", "more.txt", "--memory", "h.mem", "--parent", "g.mem", "--sleep")
+    code, out, _ = run(capsys, "memory", "show", "g.mem", "h.mem", "--json")
+    shown = json.loads(out)
+    assert code == 0 and [s["tokens"] for s in shown] == [16, 18] and len(shown[0]["heads"]) == 2
+    assert shown[0]["heads"][1]["norm"] == pytest.approx(float(Memory.load("g.mem").norms()[0, 0, 1]))
+    _, out, _ = run(capsys, "memory", "show", "g.mem")
+    assert "16 tokens, 2 sleeps, N = 2" in out and "effective_rank" in out
+    _, out, _ = run(capsys, "memory", "diff", "g.mem", "h.mem", "--json")
+    change = Memory.load("g.mem").diff(Memory.load("h.mem")).norms()
+    assert json.loads(out)[0]["difference"] == pytest.approx(float(change[0, 0, 0]))
+    code, _, _ = run(capsys, "memory", "merge", "g.mem", "h.mem", "--out", "m.mem", "--weights", 0.25, 0.75)
+    expected = Memory.load("g.mem").merge([Memory.load("h.mem")], [0.25, 0.75])
+    assert code == 0 and same_memory(Memory.load("m.mem"), expected, 1e-6)
+    _, out, _ = run(capsys, "memory", "log", "m.mem")
+    assert [line.split()[1] for line in out.splitlines()] == ["m.mem:", "g.mem:", "h.mem:"]
+    _, out, _ = run(capsys, "ask", graphs / "run", "HOP_1 n1", "--memory", "m.mem")
+    assert len(out.split()) == 1
+
+
+def chat(capsys, monkeypatch, argv, *lines):
+    monkeypatch.setattr("sys.stdin", io.StringIO("".join(line + "\n" for line in lines)))
+    return run(capsys, "chat", *argv)
+
+
+def test_chat_reads_answers_and_obeys(bytes_model, capsys, here, monkeypatch):
+    options = [bytes_model, "--window", 16, "--passes", 2, "--max-new-tokens", 5]
+    lines = ["/help", "/read hello", "how?", "/sleep", "/memory", "/save a.mem", "/fork", "/save b.mem"]
+    lines += ["/load a.mem", "/load none.mem", "/nosuch", "/quit"]
+    code, out, _ = chat(capsys, monkeypatch, options, *lines)
+    assert code == 0 and "/read TEXT" in out and "effective_rank" in out
+    assert "[window 6/16 · 6 tokens · 0 sleeps" in out and "unknown command '/nosuch'" in out
+    assert "No such file" in out
+    assert Memory.load("b.mem").origin.parents == (Memory.load("a.mem").origin.id,)
+    session = Session.load("a.mem", HybridLM.from_pretrained(bytes_model))
+    assert len(session.stream.window) == 0 and session.sleep_config.window == 16
+    code, out, _ = chat(capsys, monkeypatch, [*options, "--memory", "a.mem"], "/read x")
+    assert code == 0 and "[window 2/16" in out  # ends with its input
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["read", "nowhere", "a.txt", "--memory", "m.mem"], "nowhere holds no model"),
+        (["read", "MODEL", "nosuch.txt", "--memory", "m.mem"], "nosuch.txt"),
+        (["read", "MODEL", "--memory", "m.mem"], "files must name at least one"),
+        (["read", "MODEL", "a.txt", "--memory", "no/where/m.mem"], "no/where"),
+        (["read", "MODEL", "a.txt", "--memory", "m.mem", "--tag", "x"], "tag must be KEY=VALUE"),
+        (["read", "MODEL", "a.txt", "--memory", "a.txt"], "not a memory file of lmsleep"),
+        (["read", "MODEL", "a.txt", "--memory", "old.mem", "--window", "7"], "window=7 contradicts old.mem"),
+        (["read", "MODEL", "a.txt", "--memory", "m.mem", "--window", "0"], "window must be at least 1"),
+        (["read", "MODEL", "a.txt", "--memory", "m.mem", "--save-every", "-1"], "save_every"),
+        (["read", "RUN", "a.txt", "--memory", "m.mem"], "a.txt: 'words' is not in the task's vocabulary"),
+        (["ask", "MODEL", "x", "--memory", "none.mem"], "none.mem"),
+        (["ask", "RUN", "HOP_2 n1", "--memory", "old.mem"], "old.mem is the memory of another model"),
+        (["chat", "nowhere"], "nowhere holds no model"),
+        (["memory", "nosuch"], "unknown command 'memory nosuch'"),
+        (["memory", "show", "a.txt"], "not a memory file"),
+        (["memory", "merge", "old.mem", "--out", "m.mem"], "two memory files or more"),
+        (["memory", "merge", "old.mem", "old.mem", "--out", "old.mem"], "old.mem exists"),
+    ],
+)  # fmt: skip
+def test_bad_input_leaves_with_2_and_writes_nothing(graphs, bytes_model, capsys, here, argv, said):
+    (here / "a.txt").write_text("words")
+    run(capsys, "read", bytes_model, "a.txt", "--memory", "old.mem", "--window", 8)
+    before = {p: p.read_bytes() for p in here.iterdir()}
+    argv = [{"MODEL": bytes_model, "RUN": graphs / "run"}.get(a, a) for a in argv]
+    code, out, err = run(capsys, *argv)
+    assert code == 2 and said in " ".join(err.split()) and "Traceback" not in err and not out
+    assert {p: p.read_bytes() for p in here.iterdir() if not p.name.endswith(".lock")} == {
+        p: data for p, data in before.items() if not p.name.endswith(".lock")
+    }
+
+
+def test_a_memory_that_another_process_writes_is_left_alone(bytes_model, capsys, here):
+    (here / "a.txt").write_text("words")
+    with (here / ".m.mem.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        code, _, err = run(capsys, "read", bytes_model, "a.txt", "--memory", "m.mem")
+    assert code == 2 and "m.mem is being written by another process" in err and not (here / "m.mem").exists()
+    assert run(capsys, "read", bytes_model, "a.txt", "--memory", "m.mem")[0] == 0
+
+
+def test_a_read_stopped_on_other_files_is_not_mixed_up(bytes_model, capsys, here, monkeypatch):
+    (here / "a.txt").write_text("word " * 400)
+    (here / "b.txt").write_text("other")
+    reads, real = [], Session.read
+
+    def stopped(self, text):
+        reads.append(text)
+        if len(reads) == 2:
+            raise KeyboardInterrupt
+        real(self, text)
+
+    command = ["read", bytes_model, "a.txt", "--memory", "m.mem", "--window", 8]
+    monkeypatch.setattr(Session, "read", stopped)
+    assert run(capsys, *command)[0] == 130
+    monkeypatch.setattr(Session, "read", real)
+    assert Memory.load("m.mem").origin.tokens == 128  # saved on the way out
+    code, _, err = run(capsys, "read", bytes_model, "b.txt", "--memory", "m.mem")
+    assert code == 2 and "stopped while it read other files" in err
+    assert run(capsys, *command)[0] == 0 and Memory.load("m.mem").origin.tokens == 2000
+
+
+def test_a_killed_read_ends_with_the_uninterrupted_memory(bytes_model, capsys, here):
+    (here / "a.txt").write_bytes(random.Random(0).randbytes(4_000))
+    options = ["read", str(bytes_model), "a.txt", "--window", "16", "--passes", "2", "--save-every", "0"]
+    assert run(capsys, *options, "--memory", "whole.mem")[0] == 0
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "lmsleep", *options, "--memory", "m.mem"]
+    kills, rng = 0, random.Random(1)
+    while kills < 2:
+        process = subprocess.Popen(
+            command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        )
+        deadline, before = time.monotonic() + 120, (here / "m.mem").stat().st_mtime_ns if kills else 0
+        while time.monotonic() < deadline and process.poll() is None:
+            if (here / "m.mem").exists() and (here / "m.mem").stat().st_mtime_ns > before:
+                break
+            time.sleep(0.002)
+        time.sleep(rng.random() * 0.05)
+        process.kill()
+        process.wait()
+        kills += 1
+        Memory.load("m.mem")  # old or new, never half
+    assert run(capsys, *options, "--memory", "m.mem")[0] == 0
+    model = HybridLM.from_pretrained(bytes_model)
+    whole, resumed = (Session.load(name, model) for name in ("whole.mem", "m.mem"))
+    assert same_memory(resumed.stream.start.memory, whole.stream.start.memory, 0.0)
+    assert resumed.stream.window.tolist() == whole.stream.window.tolist()
+    assert resumed.stats.sleeps == whole.stats.sleeps and resumed.stats.tokens == 4_000
