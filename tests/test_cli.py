@@ -191,3 +191,20 @@ class _Stopped(Exception):
 class _Stop:
     def fit(self):
         raise _Stopped
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["train", "depo", "--nodes", "1"], "nodes must be at least 3, got 1"),
+        (["train", "depo", "--passes", "0"], "passes must be at least 1"),
+        (["train", "depo", "--nodez", "1"], "--nodez, 1; perhaps you meant --nodes"),
+        (["train", "depo", "--nodes", "x"], "--nodes"),
+        (["eval"], "PATH"),
+        (["demo", "--tasks", "chess"], "chess"),
+        (["memory", "show"], "files"),
+    ],
+)
+def test_flags_that_do_not_fit_are_one_line(argv, said, capsys):
+    code, out, err = run(capsys, *argv)
+    assert code == 2 and not out and said in err and err.count("\n") == 1

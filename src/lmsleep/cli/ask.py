@@ -5,10 +5,10 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import tyro
 from tyro.conf import Positional
 
 from lmsleep.cli.opening import SleepOptions, new_session, take_up
+from lmsleep.cli.options import parse
 from lmsleep.session import Session
 from lmsleep.tasks.tokenizers import Spelled
 
@@ -51,7 +51,7 @@ class AskOptions(WriteOptions, SleepOptions):
 
 def ask(argv: list[str]) -> None:
     """`lmsleep ask MODEL QUESTION --memory MEMORY`."""
-    options = tyro.cli(AskOptions, args=argv, config=(tyro.conf.OmitArgPrefixes,), prog="lmsleep ask")
+    options = parse(AskOptions, argv, "lmsleep ask")
     session = take_up(options.memory, new_session(options.model, options), options).fork()
     answer = session.generate(
         options.question,

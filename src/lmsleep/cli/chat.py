@@ -5,12 +5,12 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import tyro
 from tyro.conf import Positional
 
 from lmsleep.cli.ask import WriteOptions
 from lmsleep.cli.memory import table
 from lmsleep.cli.opening import SleepOptions, new_session, status, take_up
+from lmsleep.cli.options import parse
 from lmsleep.session import BrokenSleep, Session
 from lmsleep.tasks.tokenizers import Spelled
 
@@ -40,7 +40,7 @@ class ChatOptions(WriteOptions, SleepOptions):
 
 def chat(argv: list[str]) -> None:
     """`lmsleep chat MODEL`."""
-    options = tyro.cli(ChatOptions, args=argv, config=(tyro.conf.OmitArgPrefixes,), prog="lmsleep chat")
+    options = parse(ChatOptions, argv, "lmsleep chat")
     session = new_session(options.model, options)
     if options.memory is not None:
         session = take_up(options.memory, session, options)

@@ -11,7 +11,7 @@ import tyro
 from tyro.conf import Positional
 
 from lmsleep.adaptation import MOMENTS, Adaptation, Shifting, adaptation
-from lmsleep.cli.options import FLAT, listed, listed_tasks, task_field
+from lmsleep.cli.options import listed, listed_tasks, parse, task_field
 from lmsleep.cli.presets import PRESETS, preset
 from lmsleep.cost import cost
 from lmsleep.demo import command as demo_command
@@ -91,9 +91,7 @@ def _new_run(task: str, argv: list[str]) -> tuple[RunFolder, Trainer]:
         frozen=True,
         kw_only=True,
     )
-    options: Any = tyro.cli(
-        Options, args=argv, config=FLAT, prog=f"lmsleep train {task}", description=cls.__doc__
-    )
+    options = parse(Options, argv, f"lmsleep train {task}", cls.__doc__)
     architecture = HybridConfig(**{f.name: getattr(options.model, f.name) for f in fields(HybridConfig)})
     config = RunConfig(task=options.task, model=architecture, sleep=options.sleep, train=options.train)
     name = f"N{config.sleep.passes}"
@@ -124,7 +122,7 @@ class EvalOptions:
 
 def evaluate_run(argv: list[str]) -> None:
     """`lmsleep eval RUN`."""
-    options = tyro.cli(EvalOptions, args=argv, config=FLAT, prog="lmsleep eval")
+    options = parse(EvalOptions, argv, "lmsleep eval")
     folder = RunFolder.open(options.run)
     config, model = folder.config(), folder.model()
     task = config.task
@@ -233,7 +231,7 @@ class PlotOptions:
 
 def plot(argv: list[str]) -> None:
     """`lmsleep plot RUN...`."""
-    options = tyro.cli(PlotOptions, args=argv, config=FLAT, prog="lmsleep plot")
+    options = parse(PlotOptions, argv, "lmsleep plot")
     if options.out.suffix not in (".png", ".svg", ".pdf"):
         raise ValueError(f"out={options.out} must end in .png, .svg or .pdf")
     plot_runs([RunFolder.open(path) for path in options.runs], options.out, options.x)
@@ -256,7 +254,7 @@ class InfoOptions:
 
 def info(argv: list[str]) -> None:
     """`lmsleep info RUN|MODEL`."""
-    options = tyro.cli(InfoOptions, args=argv, config=FLAT, prog="lmsleep info")
+    options = parse(InfoOptions, argv, "lmsleep info")
     folder = RunFolder(options.path)
     if (folder.path / "config.json").is_file() and folder.config_is_run():
         config = folder.config()
@@ -297,19 +295,14 @@ def _even(figures: dict[str, Any]) -> str:
 
 def demo(argv: Sequence[str]) -> None:
     """`lmsleep demo`."""
-    options = tyro.cli(demo_command.DemoOptions, args=list(argv), config=FLAT, prog="lmsleep demo")
+    options = parse(demo_command.DemoOptions, argv, "lmsleep demo")
     demo_command.run(options)
 
 
 def reproduce(argv: Sequence[str]) -> None:
     """`lmsleep reproduce FIGURE`."""
-    options = tyro.cli(
-        reproduce_command.ReproduceOptions,
-        args=list(argv),
-        config=FLAT,
-        prog="lmsleep reproduce",
-        description=f"{reproduce_command.ReproduceOptions.__doc__}\n\nFigures:\n{_figures()}",
-    )
+    cls = reproduce_command.ReproduceOptions
+    options = parse(cls, argv, "lmsleep reproduce", f"{cls.__doc__}\n\nFigures:\n{_figures()}")
     reproduce_command.run(options)
 
 

@@ -8,9 +8,7 @@ from dataclasses import dataclass, make_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import tyro
-
-from lmsleep.cli.options import FLAT, listed_tasks, task_field
+from lmsleep.cli.options import listed_tasks, parse, task_field
 from lmsleep.cli.presets import preset
 from lmsleep.evaluation import EVAL_SEED
 from lmsleep.files import write_atomic
@@ -42,13 +40,8 @@ def data(argv: list[str]) -> None:
         sys.stdout.write(DATA_HELP)
         return
     cls, sections = find_task(argv[0]), preset(argv[0], "demo")
-    options: Any = tyro.cli(
-        make_dataclass("Options", [task_field(argv[0], sections), ("data", DataOptions, DataOptions())]),
-        args=argv[1:],
-        config=FLAT,
-        prog=f"lmsleep data {argv[0]}",
-        description=cls.__doc__,
-    )
+    both = make_dataclass("Options", [task_field(argv[0], sections), ("data", DataOptions, DataOptions())])
+    options = parse(both, argv[1:], f"lmsleep data {argv[0]}", cls.__doc__)
     task, chosen = options.task, options.data
     if chosen.samples < 1:
         raise ValueError(f"samples must be at least 1, got {chosen.samples}")

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 from tyro.conf import Positional
 
 from lmsleep import memory_file
+from lmsleep.cli.options import parse
 from lmsleep.files import locked
 from lmsleep.state import Memory
 
@@ -68,11 +68,12 @@ def memory(argv: list[str]) -> None:
     if argv[0] not in COMMANDS:
         raise ValueError(f"unknown command 'memory {argv[0]}'; choose one of {', '.join(COMMANDS)}")
     options_of, command = COMMANDS[argv[0]]
-    config = (tyro.conf.OmitArgPrefixes,)
-    command(tyro.cli(options_of, args=argv[1:], config=config, prog=f"lmsleep memory {argv[0]}"))
+    command(parse(options_of, argv[1:], f"lmsleep memory {argv[0]}"))
 
 
 def _show(options: ShowOptions) -> None:
+    if not options.files:
+        raise ValueError("files must name at least one memory file")
     shown = []
     for path in options.files:
         found, header = Memory.load(path), memory_file.read(path)[1]

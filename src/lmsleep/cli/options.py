@@ -1,5 +1,9 @@
-"""What commands that take a task have in common."""
+"""What commands have in common: how options become flags, and tasks are listed."""
 
+import re
+from collections.abc import Sequence
+from contextlib import redirect_stderr
+from io import StringIO
 from typing import Any
 
 import tyro
@@ -7,6 +11,33 @@ import tyro
 from lmsleep.tasks import TASKS, find_task
 
 FLAT = (tyro.conf.OmitArgPrefixes, tyro.conf.SuppressFixed)
+
+
+def parse(options: Any, argv: Sequence[str], prog: str, description: str | None = None) -> Any:
+    """An instance of the dataclass `options`, its fields read from flags; leaves with 0 after --help.
+
+    Raises:
+        ValueError: for flags that do not fit, in one line.
+    """
+    said = StringIO()
+    try:
+        with redirect_stderr(said):
+            return tyro.cli(options, args=list(argv), config=FLAT, prog=prog, description=description)
+    except SystemExit as leaving:
+        if not leaving.code:
+            raise
+        raise ValueError(f"{_one_line(said.getvalue())} (see {prog} --help)") from None
+
+
+def _one_line(box: str) -> str:
+    """What tyro says in a box of several paragraphs: the first one, and which flag may have been meant."""
+    lines = [line.strip("│╰╯ ") for line in box.splitlines()]
+    if lines[0].startswith("╭"):
+        lines[0] = "─────"  # the title, which stands in the frame
+    paragraphs = re.split(r"\n?^[─-]{5,}$\n", "\n".join(lines), flags=re.MULTILINE)[1:]  # before: the title
+    first = re.sub(r"^Error parsing \w+: ", "", " ".join(paragraphs[0].split()))
+    meant = re.search(r"Perhaps you meant:?\n(--[\w-]+)", "\n".join(paragraphs))
+    return f"{first}; perhaps you meant {meant[1]}" if meant else first
 
 
 def listed(docstrings: dict[str, str | None]) -> str:

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import tyro
 from torch import Tensor
 from tqdm import tqdm
 from tyro.conf import Positional
 
 from lmsleep.cli.opening import SleepOptions, new_session, status, take_up
+from lmsleep.cli.options import parse
 from lmsleep.files import locked
 from lmsleep.session import BrokenSleep, Session
 from lmsleep.tasks.tokenizers import Bytes, Tokenizer
@@ -72,7 +72,7 @@ class Reading:
 
 def read(argv: list[str]) -> None:
     """`lmsleep read MODEL FILE... --memory MEMORY`."""
-    options = tyro.cli(ReadOptions, args=argv, config=(tyro.conf.OmitArgPrefixes,), prog="lmsleep read")
+    options = parse(ReadOptions, argv, "lmsleep read")
     if not options.files:
         raise ValueError("files must name at least one file")
     if not options.save_every >= 0:

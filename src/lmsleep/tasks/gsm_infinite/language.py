@@ -108,9 +108,12 @@ class Language:
 @cache
 def tokenizer(name: str) -> Tokenizer:
     """`"words"`, a token for each word of the templates; or what `load_tokenizer` knows."""
-    if name != "words":
+    if name == "words":
+        return Words(sorted(_vocabulary()))
+    try:
         return load_tokenizer(name)
-    return Words(sorted(_vocabulary()))
+    except ValueError as error:
+        raise ValueError(f"{error} (or use 'words')") from None
 
 
 @cache

@@ -19,6 +19,7 @@ from lmsleep.tasks.gsm_infinite.meaning import LARGEST, Core, draw_core
 from lmsleep.tasks.gsm_infinite.noise import noise
 from lmsleep.tasks.gsm_infinite.structure import Parameter
 from lmsleep.tasks.gsm_infinite.templates import TEMPLATES
+from lmsleep.tasks.tokenizers import absolute
 
 MARKERS = ("PAD", "ANSWER", "END")  # tokens after the tokenizer's own
 HELD_OUT = 8  # one core in 8 is kept for testing
@@ -76,6 +77,8 @@ class GSMInfinite:
             raise ValueError(f"modulus must lie in 3 ... {LARGEST}, got {self.modulus}")
         if not 0 <= self.length[0] <= self.length[1]:
             raise ValueError(f"length must be 0 <= fewest <= most, got {self.length}")
+        if self.tokenizer != "words":
+            object.__setattr__(self, "tokenizer", absolute(self.tokenizer))
         slack = max(spoken.longest_noise for spoken in self._languages) - 1
         if self.noise and self.length[1] - self.length[0] < slack:
             raise ValueError(
