@@ -3,10 +3,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import close, lively, random_tokens, same_memory, tiny
+from conftest import close, lively, tiny
 
 from lmsleep import Cache, Memory, SleepConfig, State, sleep_forward
-from lmsleep.evaluation import evaluate, mean_interval, read_batch, trace_sleep, wilson
+from lmsleep.evaluation import evaluate, mean_interval, read_batch, wilson
 from lmsleep.tasks import Batch, Depo, stream
 
 
@@ -117,24 +117,6 @@ def test_questions_fork_the_memory_of_their_context(eviction):
 def test_answers_to_forked_questions_all_come_after_an_eviction():
     score = evaluate(model_for(FORK), FORK, SLEEP, batches=1, batch_size=16)
     assert score.tokens["after_eviction"] == score.tokens["all"] > 0
-
-
-@pytest.mark.parametrize("eviction", ["hard", "sliding"])
-def test_trace_ends_where_sleeping_ends(eviction):
-    model, x = model_for(BLOCK), random_tokens(2, 20)
-    sleep = SleepConfig(window=8, passes=3, eviction=eviction)
-    trace = trace_sleep(model, x, sleep)
-    assert [len(passes) for passes in trace] == [3, 3, 3]
-    for window in range(3):
-        start = (
-            sleep_forward(model, x[:, : 8 * window], None, sleep, evict_last=True).state if window else None
-        )
-        for n in (1, 2, 3):
-            shorter = SleepConfig(window=8, passes=n, eviction=eviction)
-            piece = x[:, 8 * window : 8 * window + 8]
-            after = sleep_forward(model, piece, None, shorter, state=start, evict_last=True)
-            assert same_memory(trace[window][n - 1], after.memory)
-    assert not same_memory(trace[0][0], trace[0][2], 1e-3)
 
 
 # Newcombe, "Two-sided confidence intervals for the single proportion", Statistics in Medicine 17 (1998),

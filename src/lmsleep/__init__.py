@@ -2,12 +2,12 @@
 
 from lmsleep import ops
 from lmsleep.memory_file import Origin, fingerprint
+from lmsleep.microscope import Inspection, inspect
 from lmsleep.models import HybridConfig, HybridLM
 from lmsleep.session import BrokenSleep, Session, SessionBatch
 from lmsleep.sleep import Backbone, SleepConfig, SleepOutput, read_window, sleep_forward
 from lmsleep.state import Cache, Memory, State
-
-__version__ = "0.1.0"
+from lmsleep.version import __version__
 
 __all__ = [
     "Backbone",
@@ -15,6 +15,7 @@ __all__ = [
     "Cache",
     "HybridConfig",
     "HybridLM",
+    "Inspection",
     "Memory",
     "Origin",
     "Session",
@@ -24,6 +25,7 @@ __all__ = [
     "State",
     "__version__",
     "fingerprint",
+    "inspect",
     "ops",
     "read_window",
     "sleep_forward",

@@ -1,7 +1,7 @@
 """Accuracy per difficulty and bits per token, at any number of passes."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lmsleep.sleep import Backbone, SleepConfig, SleepOutput, read_window, sleep_forward
+from lmsleep.sleep import Backbone, SleepConfig, SleepOutput, sleep_forward
 from lmsleep.state import Memory, State
 from lmsleep.tasks import Batch, Task, stream
 
@@ -17,25 +17,33 @@ EVAL_SEED = 1_000_003  # the test stream is the same for every run
 
 
 def read_batch(
-    model: Backbone, batch: Batch, sleep: SleepConfig, *, return_logits: bool = False
+    model: Backbone,
+    batch: Batch,
+    sleep: SleepConfig,
+    *,
+    return_logits: bool = False,
+    state: State | None = None,
+    between: Callable[[Memory], Memory] | None = None,
 ) -> SleepOutput:
     """Read the context of a batch (if it has one), sleep on all of it, then read its rows.
 
     Rows that share a context fork the memory that was left of it. The last token of a row is predicted
-    and not read: logits are `[R, T - 1, V]`.
+    and not read: logits are `[R, T - 1, V]`. `state` is what came before, `between` what is done to the
+    memories (one row a context) before the rows are read.
     """
-    state = None
     if batch.context is not None and batch.context_row is not None:
         after = sleep_forward(
             model,
             batch.context,
             None,
             sleep,
+            state=state,
             lengths=batch.context_lengths,
             evict_last=True,
             return_logits=False,
         )
-        state = after.state.rows(batch.context_row)
+        memory = after.memory if between is None else between(after.memory)
+        state = State(memory, after.state.cache).rows(batch.context_row)
     return sleep_forward(
         model,
         batch.tokens,
@@ -63,6 +71,29 @@ class Score:
     total: dict[int, int] = field(default_factory=dict)
     nll: dict[str, float] = field(default_factory=lambda: {"all": 0.0, "after_eviction": 0.0})
     tokens: dict[str, int] = field(default_factory=lambda: {"all": 0, "after_eviction": 0})
+
+    def add(self, batch: Batch, logits: Tensor, after: int | None = None) -> None:
+        """Add one batch; `logits` `[R, T - 1, V]` predict tokens 1 ... T - 1; `after` as for `evaluate`."""
+        tokens, answers = batch.tokens[:, 1:], batch.answers[:, 1:]
+        hit = logits.argmax(-1) == tokens
+        right = torch.ones(len(batch.difficulty), dtype=torch.bool, device=tokens.device)
+        right[answers[(answers >= 0) & ~hit]] = False  # one wrong token spoils its answer
+        asked = torch.zeros_like(right)
+        asked[answers[answers >= 0]] = True
+        for key in batch.difficulty[asked].unique().tolist():
+            mine = asked & (batch.difficulty == key)
+            self.correct[key] = self.correct.get(key, 0) + int(right[mine].sum())
+            self.total[key] = self.total.get(key, 0) + int(mine.sum())
+
+        nll = F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten(), reduction="none")
+        wanted = batch.loss_mask[:, 1:].flatten()
+        position = torch.arange(tokens.shape[1], device=tokens.device).repeat(len(tokens))
+        evicted = position >= (after or tokens.shape[1])
+        if after is not None and batch.context is not None:
+            evicted = torch.ones_like(evicted)
+        for which, mask in (("all", wanted), ("after_eviction", wanted & evicted)):
+            self.nll[which] += float(nll[mask].double().sum())
+            self.tokens[which] += int(mask.sum())
 
     @property
     def accuracy(self) -> float:
@@ -111,49 +142,8 @@ def evaluate(
         batch = task.batch(stream(seed, "test", index), batch_size, "test").to(device)
         logits = read_batch(model, batch, sleep, return_logits=True).logits
         assert logits is not None
-        _add(score, batch, logits, after or sleep.window)
+        score.add(batch, logits, after or sleep.window)
     return score
-
-
-def _add(score: Score, batch: Batch, logits: Tensor, after: int | None) -> None:
-    """Add one batch; `logits` `[R, T - 1, V]` predict tokens 1 ... T - 1."""
-    tokens, answers = batch.tokens[:, 1:], batch.answers[:, 1:]
-    hit = logits.argmax(-1) == tokens
-    right = torch.ones(len(batch.difficulty), dtype=torch.bool, device=tokens.device)
-    right[answers[(answers >= 0) & ~hit]] = False  # one wrong token spoils its answer
-    asked = torch.zeros_like(right)
-    asked[answers[answers >= 0]] = True
-    for key in batch.difficulty[asked].unique().tolist():
-        mine = asked & (batch.difficulty == key)
-        score.correct[key] = score.correct.get(key, 0) + int(right[mine].sum())
-        score.total[key] = score.total.get(key, 0) + int(mine.sum())
-
-    nll = F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten(), reduction="none")
-    wanted = batch.loss_mask[:, 1:].flatten()
-    position = torch.arange(tokens.shape[1], device=tokens.device).repeat(len(tokens))
-    evicted = position >= (after or tokens.shape[1])
-    if after is not None and batch.context is not None:
-        evicted = torch.ones_like(evicted)
-    for which, mask in (("all", wanted), ("after_eviction", wanted & evicted)):
-        score.nll[which] += float(nll[mask].double().sum())
-        score.tokens[which] += int(mask.sum())
-
-
-@torch.no_grad()
-def trace_sleep(model: Backbone, tokens: Tensor, sleep: SleepConfig) -> list[list[Memory]]:
-    """The fast weights after every pass over every window of `tokens` `[B, T]`, all of it slept on.
-
-    Entry `[w][n]` is the memory after pass `n + 1` over window `w`.
-    """
-    state, trace = model.initial_state(len(tokens)), []
-    for window in tokens.split(sleep.window or tokens.shape[1], dim=1):
-        after = [
-            read_window(model, window, state, sleep, passes=n, logits=False)[1]
-            for n in range(1, sleep.passes + 1)
-        ]
-        trace.append([s.memory for s in after])
-        state = State(after[-1].memory, after[-1].cache.last(sleep.kept))
-    return trace
 
 
 def wilson(correct: int, total: int, z: float = 1.96) -> tuple[float, float]:

@@ -8,9 +8,11 @@ from lmsleep.cli import commands
 from lmsleep.cli.ask import ask
 from lmsleep.cli.chat import chat
 from lmsleep.cli.data import data
+from lmsleep.cli.inspect import inspect_command
 from lmsleep.cli.memory import memory
 from lmsleep.cli.read import read
 from lmsleep.training import Diverged, Interrupted
+from lmsleep.version import __version__
 
 COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "train": (commands.train, "train a model that sleeps, on a task or on your own text"),
@@ -20,6 +22,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "ask": (ask, "ask a memory something"),
     "chat": (chat, "talk to a model that sleeps"),
     "memory": (memory, "show, compare, merge and trace back memory files"),
+    "inspect": (inspect_command, "what sleep writes, what can be read of it, what depends on it"),
     "plot": (commands.plot, "draw the curves of runs"),
     "info": (commands.info, "parameters, bytes, break-even length and FLOPs of a run or model"),
     "reproduce": (commands.reproduce, "train the runs behind a figure; write its data, table and picture"),
@@ -51,8 +54,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.stdout.write(usage() + "\n")
         sys.exit(0 if args else 2)
     if args[0] == "--version":
-        from lmsleep import __version__
-
         sys.stdout.write(f"lmsleep {__version__}\n")
         return
     if args[0] not in COMMANDS:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from lmsleep.demo import settings
-from lmsleep.evaluation import EVAL_SEED, evaluate, trace_sleep
+from lmsleep.evaluation import EVAL_SEED, evaluate
+from lmsleep.microscope import watch
 from lmsleep.tasks import stream
 from lmsleep.training import Job, RunConfig, RunFolder, baseline, equal_compute
 
@@ -113,8 +114,8 @@ def _sleep_pictures(path: Path) -> dict[str, Any]:
     assert batch.context is not None
     block = config.model.blocks.index("gated_delta_net")
     trace = []
-    for memories in trace_sleep(model, batch.context, config.sleep):
-        trace.append([S for m in memories if (S := m.layers[block]) is not None])
+    for watched in watch(model, batch.context, config.sleep):
+        trace.append([S for each in watched.passes if (S := each.memory.layers[block]) is not None])
     norm = [[float(torch.linalg.matrix_norm(S).mean()) for S in window] for window in trace]
     change: list[list[float]] = []
     before = torch.zeros_like(trace[0][0])

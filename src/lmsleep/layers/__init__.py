@@ -1,7 +1,7 @@
 """Layers: modules that take a state and return the next one."""
 
 from lmsleep.layers.attention import Attention
-from lmsleep.layers.fast_weights import FastWeights
+from lmsleep.layers.fast_weights import FastWeights, Writes
 from lmsleep.layers.mlp import SwiGLU
 
-__all__ = ["Attention", "FastWeights", "SwiGLU"]
+__all__ = ["Attention", "FastWeights", "SwiGLU", "Writes"]

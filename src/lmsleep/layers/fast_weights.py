@@ -1,6 +1,7 @@
 """The layer with fast weights: projections and gates around an update rule."""
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -8,6 +9,24 @@ from torch import Tensor, nn
 
 from lmsleep import ops
 from lmsleep.ops import Backend
+
+
+class Writes(NamedTuple):
+    """With what each token reads and writes `S`.
+
+    Attributes:
+        q: queries `[B, T, H, K]`, of unit norm.
+        k: keys `[B, T, H, K]`, of unit norm.
+        v: values `[B, T, H, V]`.
+        g: log decay `[B, T, H]`: a token forgets a share `1 - exp(g)` of `S`.
+        beta: write strength `[B, T, H]`.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    g: Tensor
+    beta: Tensor
 
 
 class FastWeights(nn.Module):
@@ -89,6 +108,15 @@ class FastWeights(nn.Module):
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
         """`x` `[B, T, d]`, `S` `[B, H, K, V]` -> the same; tokens that are not `valid` write nothing."""
         del span, filled  # the state has no window, and convolutions read padding as the zeros it is
+        writes, cache = self.writes(x, cache, valid)
+        o, memory = ops.update(self.rule, *writes, initial_state=memory, backend=self.backend)
+        o = self.norm(o).flatten(2) * F.silu(self.g_proj(x))
+        return self.o_proj(o), memory, cache
+
+    def writes(
+        self, x: Tensor, cache: tuple[Tensor, ...], valid: Tensor | None
+    ) -> tuple[Writes, tuple[Tensor, ...]]:
+        """What the tokens `x` `[B, T, d]` read and write with, and the next cache; arguments as `forward`."""
         qkv = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
         if self.conv is not None:
             qkv, tail = ops.short_conv(qkv, self.conv.to(qkv.dtype), cache[0].to(qkv.dtype), valid)
@@ -102,6 +130,4 @@ class FastWeights(nn.Module):
         beta = self.beta_scale * self.b_proj(x).to(g.dtype).sigmoid()
         if valid is not None:
             g, beta = g * valid[..., None], beta * valid[..., None]
-        o, memory = ops.update(self.rule, q, k, v, g, beta, initial_state=memory, backend=self.backend)
-        o = self.norm(o).flatten(2) * F.silu(self.g_proj(x))
-        return self.o_proj(o), memory, cache
+        return Writes(q, k, v, g, beta), cache

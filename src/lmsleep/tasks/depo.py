@@ -169,6 +169,37 @@ class Depo:
                     words, letters = [*words, letters], ()
         return answers
 
+    def intermediate(self, tokens: torch.Tensor) -> torch.Tensor:
+        """What hopping passes through: at the last token of every edge, the nodes that lie ahead.
+
+        Args:
+            tokens: contexts `[B, T]` int64, as far as they were read.
+
+        Returns:
+            `[B, T, K + 1]` int64: the node that an edge points to, and those 1 ... K hops on, each as the
+            number of the last letter of its name; -1 at all other tokens, and where no edge leads on.
+        """
+        ahead = torch.full((*tokens.shape, self.hops + 1), -1)
+        for row, context in enumerate(tokens.tolist()):
+            words, ends, begin = list[tuple[int, ...]](), list[int](), 0
+            for place, token in enumerate(context):
+                if token >= self.ans:
+                    break
+                if token == PAD:
+                    begin = place + 1
+                elif token > self.names:  # the last letter of a word
+                    words.append(tuple(context[begin : place + 1]))
+                    ends.append(place)
+                    begin = place + 1
+            edges = dict(zip(words[::2], words[1::2], strict=False))
+            for place, word in zip(ends[1::2], words[1::2], strict=True):
+                node: tuple[int, ...] | None = word
+                for j in range(self.hops + 1):
+                    if node is not None:
+                        ahead[row, place, j] = node[-1] - self.names - 1
+                        node = edges.get(node)
+        return ahead
+
     def spell(self, tokens: list[int]) -> str:
         """Letters as l, last letters of names as n, HOP and ANS; padding as dots."""
         return " ".join(map(self._token, tokens))

@@ -106,6 +106,22 @@ class Rule110:
             answer += cells[: self.asked]
         return [answer]
 
+    def intermediate(self, tokens: torch.Tensor) -> torch.Tensor:
+        """What the automaton passes through: at every cell, what it is after 0, 1, ... t steps.
+
+        Args:
+            tokens: states `[B, T]` int64, as far as they were read.
+
+        Returns:
+            `[B, T, t + 1]` int64 of 0 and 1; -1 at what is no cell of a whole state.
+        """
+        whole = min(tokens.shape[1] // self.width, self.states) * self.width
+        cells = tokens[:, :whole].unflatten(1, (-1, self.width)).numpy()
+        after = [automaton(cells, j, self.rule, self.boundary).reshape(-1, whole) for j in range(self.t + 1)]
+        states = torch.full((*tokens.shape, self.t + 1), -1)
+        states[:, :whole] = torch.from_numpy(np.stack(after, axis=-1))
+        return states
+
     def spell(self, tokens: list[int]) -> str:
         """Cells as digits, SEP as a bar."""
         return "".join("01|"[token] for token in tokens)

@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
-import lmsleep
 from lmsleep.files import write_atomic
 from lmsleep.models import HybridLM
 from lmsleep.training.config import RunConfig
+from lmsleep.version import __version__
 
 KEEP = 2  # checkpoints
 
@@ -167,7 +167,7 @@ def provenance() -> dict[str, Any]:
     """What made a result: version, command, software, hardware."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name()
     return {
-        "lmsleep": lmsleep.__version__,
+        "lmsleep": __version__,
         "commit": _commit(),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "python": platform.python_version(),

@@ -1,0 +1,82 @@
+"""`lmsleep inspect`: the microscope, on a run or on what a model reads."""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from tyro.conf import Positional
+
+from lmsleep.cli.opening import SleepOptions, new_session, take_up
+from lmsleep.microscope import Inspection, inspect, words
+from lmsleep.session import Session
+from lmsleep.tasks.tokenizers import Bytes
+from lmsleep.training import RunFolder
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectOptions(SleepOptions):
+    """What sleep writes into the fast weights, what can be read of it, and what depends on it.
+
+    A run is looked at on held-out samples of its task; with --text or --file a run or a model is looked at
+    while it reads that, after what a memory file holds.
+    """
+
+    model: Positional[Path]
+    """Folder of a run or of a saved model."""
+    text: str | None = None
+    """Text to read, or a task's own words (n3 n1 HOP_2)."""
+    file: Path | None = None
+    """File to read instead of --text."""
+    memory: Path | None = None
+    """Memory file to begin with; it is not changed."""
+    samples: int = 128
+    """Samples of the task, without --text and --file."""
+    html: Path | None = None
+    """Write one self-contained page to this file, replacing an old one."""
+    json: bool = False
+    """Print all tables as one JSON document instead of sentences."""
+
+
+def inspect_command(argv: list[str]) -> None:
+    """`lmsleep inspect RUN|MODEL`."""
+    options = tyro.cli(InspectOptions, args=argv, config=(tyro.conf.OmitArgPrefixes,), prog="lmsleep inspect")
+    if options.html is not None and not options.html.parent.is_dir():
+        raise FileNotFoundError(f"html={options.html}: there is no folder {options.html.parent}")
+    seen = _look(options)
+    if options.html is not None:
+        seen.html(options.html)
+    if options.json:
+        sys.stdout.write(json.dumps(seen.to_dict(), indent=2, allow_nan=False) + "\n")
+        return
+    for title, sentences in (
+        ("What does sleep change?", words.changes(seen)),
+        ("Can one rely on it?", words.reliability(seen)),
+        ("Not looked at", seen.notes),
+    ):
+        if sentences:
+            sys.stdout.write(title + "\n" + "".join(f"  {sentence}\n" for sentence in sentences))
+    sys.stdout.write("" if options.html is None else f"{options.html}\n")
+
+
+def _look(options: InspectOptions) -> Inspection:
+    if options.text is None and options.file is None:
+        if options.memory is not None:
+            raise ValueError("--memory needs --text or --file: what the memory is asked for")
+        if any(value is not None for value in (options.window, options.passes)):
+            raise ValueError("--window and --passes are for --text or --file; a run has its own")
+        return inspect(RunFolder.open(options.model), samples=options.samples, progress=True)
+    if options.text is not None and options.file is not None:
+        raise ValueError("--text and --file exclude each other")
+    session = new_session(options.model, options)
+    if options.memory is not None:
+        session = take_up(options.memory, session, options)
+    return inspect(session, _text(options, session), progress=True)
+
+
+def _text(options: InspectOptions, session: Session) -> str | list[int]:
+    if options.file is None:
+        return options.text or ""
+    data = options.file.read_bytes()
+    return list(data) if isinstance(session.tokenizer, Bytes) else data.decode()

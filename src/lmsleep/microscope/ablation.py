@@ -1,0 +1,88 @@
+"""Taking fast weights away: what happens to the answer without a head's S, or with another sequence's."""
+
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any, Literal
+
+import torch
+
+from lmsleep.evaluation import Score, read_batch
+from lmsleep.microscope.heads import Row
+from lmsleep.microscope.subject import Subject
+from lmsleep.sleep import SleepConfig
+from lmsleep.state import Memory
+
+How = Literal["zero", "swap"]
+Head = tuple[int, int]
+
+
+def ablated(memory: Memory, heads: Collection[Head], how: How) -> Memory:
+    """The memory with `S` of some (block, head) set to zero, or to that of the next row of the batch."""
+    layers = list(memory.layers)
+    for block, head in heads:
+        S = layers[block]
+        assert S is not None
+        S = S.clone()
+        S[:, head] = 0 if how == "zero" else S[:, head].roll(1, 0)
+        layers[block] = S
+    return Memory(tuple(layers))
+
+
+def all_heads(memory: Memory) -> list[Head]:
+    """Every (block, head) with fast weights."""
+    return [(i, head) for i, S in enumerate(memory.layers) if S is not None for head in range(S.shape[1])]
+
+
+def ablation_rows(subject: Subject) -> Iterator[Row]:
+    """What is answered with fast weights intact (`how` None), and with one head's ablated, or with all.
+
+    The fast weights are changed where the rows are asked: after the last sleep before them. `block` and
+    `head` are None for all heads. `accuracy` is the share of right answers (of tokens, where every token
+    counts), `nats` the mean log-likelihood of a predicted token; `accuracy_lost` and `nats_lost` compare with
+    the intact memory. A batch of one has no other sequence to swap with.
+    """
+    heads = all_heads(subject.state.memory)
+    intact = _answered(subject, None)
+    yield {"block": None, "head": None, "how": None, **intact, "accuracy_lost": 0.0, "nats_lost": 0.0}
+    hows: tuple[How, ...] = ("zero", "swap") if subject.state.memory.batch_size > 1 else ("zero",)
+    for how in hows:
+        for cut in (heads, *([head] for head in heads)):
+            block, head = cut[0] if len(cut) == 1 else (None, None)
+            figures = _answered(subject, partial(ablated, heads=cut, how=how))
+            lost = {f"{name}_lost": intact[name] - figures[name] for name in intact}
+            yield {"block": block, "head": head, "how": how, **figures, **lost}
+
+
+def reliance_rows(subject: Subject) -> Iterator[Row]:
+    """What is answered from the memory, and what if it had been made or kept in another way.
+
+    `nothing evicted` leaves all tokens in attention and never sleeps, which the model was not trained for.
+    """
+    sleep = subject.sleep
+    yield {"reading": f"evicted after N = {sleep.passes} passes", **_answered(subject, None)}
+    if sleep.passes > 1:
+        once = replace(sleep, passes=1)
+        yield {"reading": "evicted after 1 pass, no sleep", **_answered(subject, None, once)}
+    kept = replace(sleep, window=None, eviction="hard")
+    yield {"reading": "nothing evicted", **_answered(subject, None, kept)}
+    everything = all_heads(subject.state.memory)
+    yield {"reading": "memory erased", **_answered(subject, partial(ablated, heads=everything, how="zero"))}
+
+
+@torch.no_grad()
+def _answered(
+    subject: Subject, between: Callable[[Memory], Memory] | None, sleep: SleepConfig | None = None
+) -> dict[str, Any]:
+    out = read_batch(
+        subject.model,
+        subject.batch,
+        sleep or subject.sleep,
+        state=subject.state,
+        between=between,
+        return_logits=True,
+    )
+    assert out.logits is not None
+    score = Score()
+    score.add(subject.batch, out.logits)
+    return {"accuracy": score.accuracy, "nats": -score.nll["all"] / max(score.tokens["all"], 1)}

@@ -1,0 +1,210 @@
+"""`inspect`: everything the microscope shows about a session or a run, as one result."""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from lmsleep.files import write_atomic
+from lmsleep.memory_file import fingerprint
+from lmsleep.microscope.ablation import ablation_rows, reliance_rows
+from lmsleep.microscope.heads import Row, head_rows, hypnogram_rows, moment
+from lmsleep.microscope.probe import probe_rows, probed
+from lmsleep.microscope.readback import readback_rows
+from lmsleep.microscope.subject import Subject, from_run, from_session
+from lmsleep.microscope.trace import Window, fast_weight_layers, watch
+from lmsleep.session import Session
+from lmsleep.session.session import Readable
+from lmsleep.tasks import stream
+from lmsleep.training import RunFolder
+
+READ_BACK = 8  # windows at the end of the stream whose tokens are read back
+FIT = 8  # times as many contexts to fit a probe as to test it
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What the microscope saw. Every table is a list of flat rows, ready for a data frame."""
+
+    about: dict[str, Any]
+    """What was looked at: model, window, passes, tokens, hash of the slow weights before and after."""
+    change: list[Row]
+    """What each sleep did to all fast weights together: see `change_row`."""
+    heads: list[Row]
+    """Figures per window, pass, block and head: see `heads.head_rows`."""
+    hypnogram: list[Row]
+    """Window fill, pass and norm along the stream: see `heads.hypnogram_rows`."""
+    readback: list[Row]
+    """What each token of the last windows can still be retrieved by: see `readback.readback_rows`."""
+    probe: list[Row]
+    """Accuracy of linear probes per window, pass and steps: see `probe.probe_rows`."""
+    reliance: list[Row]
+    """Answers from the memory, and from other ways to keep the text: see `ablation.reliance_rows`."""
+    ablation: list[Row]
+    """Answers without a head, or with another sequence's: see `ablation.ablation_rows`."""
+    notes: list[str] = field(default_factory=list)
+    """What could not be looked at, and why."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form."""
+        return asdict(self)
+
+    def html(self, path: str | Path) -> None:
+        """Write one self-contained HTML page, atomically.
+
+        Raises:
+            OSError: if the file cannot be written.
+        """
+        from lmsleep.microscope.page import page  # matplotlib is slow to import
+
+        write_atomic(Path(path), page(self).encode())
+
+
+def inspect(
+    subject: Session | RunFolder,
+    text: Readable | None = None,
+    *,
+    samples: int = 128,
+    progress: bool = False,
+) -> Inspection:
+    """Look at what sleep does to the fast weights, and at what they are good for.
+
+    Args:
+        subject: a session, which stays as it is, or a run: the newest checkpoint and held-out samples.
+        text: for a session: text or tokens that it would read next. Its windows are slept on under
+            observation, the last one too, though part-filled; its end, from the last eviction on, is what
+            the memory is asked for. For a run: None.
+        samples: for a run: samples looked at; a probe is fitted on eight times as many, of training.
+        progress: show progress bars on a terminal.
+
+    Raises:
+        ValueError: for a session without a text or a run with one, what never sleeps, or a model without fast
+            weights.
+        OSError: for a run without a checkpoint.
+    """
+    if isinstance(subject, RunFolder):
+        if text is not None:
+            raise ValueError("text is for a session: a run is looked at on samples of its own task")
+        seen = from_run(subject, samples)
+    else:
+        if text is None:
+            raise ValueError("text is missing: a session is looked at while it reads one")
+        seen = from_session(subject, text)
+
+    def bar(steps: Iterator[T], what: str, total: int | None = None) -> Iterator[T]:
+        yield from tqdm(steps, what, total, disable=None if progress else True, leave=False)
+
+    slow_before = _hash(seen)
+    tables, notes = _watched(seen, bar), list[str]()
+    if not tables["readback"]:
+        notes.append("gates and readback need FastWeights layers, which this model does not have")
+    asked = bool(seen.batch.loss_mask[:, 1:].any())
+    if not asked:
+        notes.append("nothing is asked of the memory: the text ends with the first token after an eviction")
+    about = {
+        "subject": seen.name,
+        "model": type(seen.model).__name__,
+        "window": seen.sleep.window,
+        "passes": seen.sleep.passes,
+        "eviction": seen.sleep.eviction,
+        "sequences": len(seen.windows),
+        "tokens_before": seen.read,
+        "tokens": seen.windows.shape[1],
+        "asked": int(seen.batch.loss_mask[:, 1:].sum()),
+        "floors": {} if seen.task is None else seen.task.floors(),
+        "slow_weights_before": slow_before,
+    }
+    probe = list(bar(_probe(seen, notes), "probes"))
+    reliance = list(bar(reliance_rows(seen), "readings")) if asked else []
+    ablation = list(bar(ablation_rows(seen), "ablations")) if asked else []
+    about["slow_weights_after"] = _hash(seen)
+    return Inspection(about=about, probe=probe, reliance=reliance, ablation=ablation, notes=notes, **tables)
+
+
+Bar = Callable[[Iterator[Window], str, int], Iterator[Window]]
+
+
+def _watched(seen: Subject, bar: Bar) -> dict[str, list[Row]]:
+    """The tables that come of watching the stream, window by window."""
+    layers, read = fast_weight_layers(seen.model), seen.read
+    change, heads, hypnogram = list[Row](), list[Row](), list[Row]()
+    recent: deque[tuple[int, Window]] = deque(maxlen=READ_BACK)
+    assert seen.sleep.window is not None
+    total = -(-seen.windows.shape[1] // seen.sleep.window)
+    windows = watch(seen.model, seen.windows, seen.sleep, seen.state)
+    for number, window in enumerate(bar(windows, "windows", total)):
+        change.append(change_row(number, window))
+        heads += head_rows(number, window)
+        hypnogram += hypnogram_rows(read, window, layers)
+        recent.append((number, window))
+        read += window.tokens.shape[1]
+    end = recent[-1][1].after
+    hypnogram.append(moment(read, end))
+    readback = list(readback_rows(recent, end.memory, seen.spell))
+    return {"change": change, "heads": heads, "hypnogram": hypnogram, "readback": readback}
+
+
+def change_row(number: int, window: Window) -> Row:
+    """All fast weights as one vector, mean over the rows of the batch.
+
+    `before`: its norm before the window; `awake`: after one pass; `asleep`: after the last. `moved_awake`
+    and `moved_asleep`: norm of what the first pass and what all further passes changed; `cosine`: between
+    what one pass leaves and what the last leaves.
+    """
+    before, awake, asleep = (
+        torch.cat([S.flatten(1) for S in memory.layers if S is not None], dim=1).double()
+        for memory in (window.before.memory, window.passes[0].memory, window.passes[-1].memory)
+    )
+
+    def size(x: Tensor) -> float:
+        return float(x.norm(dim=1).mean())
+
+    return {
+        "window": number,
+        "before": size(before),
+        "awake": size(awake),
+        "asleep": size(asleep),
+        "moved_awake": size(awake - before),
+        "moved_asleep": size(asleep - awake),
+        "cosine": float(torch.cosine_similarity(awake, asleep, dim=1).mean()),
+    }
+
+
+def _probe(seen: Subject, notes: list[str]) -> Iterator[Row]:
+    if seen.task is None:
+        notes.append("no probe: a session has no task that says what a pass should compute")
+        return
+    try:
+        probed(seen.task)
+    except ValueError as error:
+        notes.append(f"no probe: {error}")
+        return
+    device, samples = seen.windows.device, len(seen.windows)
+    fit = (
+        # training samples, so that what is tested was never fitted, where a task holds samples out
+        seen.task.batch(stream(0, "train", index), samples, "train")
+        for index in range(FIT)
+    )
+    yield from probe_rows(
+        seen.model,
+        seen.task,
+        seen.sleep,
+        [_context(seen, batch).to(device) for batch in fit],
+        seen.windows,
+    )
+
+
+def _context(seen: Subject, batch: Any) -> Tensor:
+    context = batch.tokens if batch.context is None else batch.context
+    return context[:, : seen.windows.shape[1]]
+
+
+def _hash(seen: Subject) -> str | None:
+    return fingerprint(seen.model) if hasattr(seen.model, "state_dict") else None

@@ -1,0 +1,133 @@
+"""Watching a stream sleep: what every pass over every window left behind."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lmsleep.layers import FastWeights, Writes
+from lmsleep.sleep import Backbone, SleepConfig, read_window
+from lmsleep.state import Memory, State
+
+
+@dataclass(frozen=True, eq=False)
+class Pass:
+    """One pass over one window.
+
+    Attributes:
+        h: `[B, L, d]`, what came out of the looped blocks.
+        memory: the fast weights after it. Blocks before the loop have theirs from pass 1 on, blocks after it
+            only in the last pass.
+        writes: what the tokens wrote, by block; of a backbone without `FastWeights` layers nothing is known.
+    """
+
+    h: Tensor
+    memory: Memory
+    writes: dict[int, Writes]
+
+
+@dataclass(frozen=True, eq=False)
+class Window:
+    """One window that was slept on.
+
+    Attributes:
+        tokens: `[B, L]`.
+        before: the state it began with.
+        passes: in order; the first is the wake pass.
+        after: the state it left, evicted.
+    """
+
+    tokens: Tensor
+    before: State
+    passes: list[Pass]
+    after: State
+
+
+def fast_weight_layers(model: Backbone) -> dict[int, FastWeights]:
+    """The `FastWeights` layers of a model by block; none unless every block with fast weights has one."""
+    modules: Iterable[Any] = getattr(model, "modules", tuple)()
+    layers = [module for module in modules if isinstance(module, FastWeights)]
+    blocks = [i for i, S in enumerate(model.initial_state(1).memory.layers) if S is not None]
+    return dict(zip(blocks, layers, strict=True)) if len(layers) == len(blocks) else {}
+
+
+@torch.no_grad()
+def watch(
+    model: Backbone, tokens: Tensor, sleep: SleepConfig, state: State | None = None
+) -> Iterator[Window]:
+    """Read `tokens` `[B, T]` as `sleep_forward(..., evict_last=True)` does, from `state` (default: nothing).
+
+    Yields every window after its sleep; the last may be part-filled.
+
+    Raises:
+        ValueError: for test-time training or a looped wake pass, whose passes are of another kind.
+    """
+    if sleep.inner_rate is not None or sleep.wake_passes != 1:
+        raise ValueError(
+            "inner_rate and wake_passes cannot be watched: only a sleep in passes over a window can"
+        )
+    state = model.initial_state(len(tokens)) if state is None else state
+    for window in tokens.split(sleep.window or max(tokens.shape[1], 1), dim=1):
+        watched = _Watched(model, sleep.loop_range(model.num_blocks))
+        with watched.listening():
+            _, after = read_window(watched, window, state, sleep, passes=sleep.passes, logits=False)
+        last = watched.passes[-1]
+        passes = [
+            *watched.passes[:-1],
+            replace(last, memory=after.memory, writes={**last.writes, **watched.heard}),
+        ]
+        after = State(after.memory, after.cache.last(sleep.kept))
+        yield Window(window, state, passes, after)
+        state = after
+
+
+@dataclass(eq=False)
+class _Watched:
+    """A backbone that keeps what its passes through the loop leave behind."""
+
+    model: Backbone
+    loop: tuple[int, int]
+    passes: list[Pass] = field(default_factory=list)
+    heard: dict[int, Writes] = field(default_factory=dict)
+
+    @property
+    def num_blocks(self) -> int:
+        return self.model.num_blocks
+
+    def initial_state(self, batch_size: int) -> State:
+        return self.model.initial_state(batch_size)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        return self.model.embed(tokens)
+
+    def head(self, h: Tensor) -> Tensor:
+        return self.model.head(h)
+
+    def run(self, h: Tensor, state: State, start: int, stop: int, **rows: Any) -> tuple[Tensor, State]:
+        h, state = self.model.run(h, state, start, stop, **rows)
+        if (start, stop) == self.loop:
+            self.passes.append(Pass(h, state.memory, self.heard))
+            self.heard = {}
+        return h, state
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Hear what the layers with fast weights are given."""
+
+        def hook(block: int) -> Any:
+            def hear(layer: Any, args: tuple[Any, ...]) -> None:
+                x, _, cache, valid, *_ = args
+                self.heard[block] = layer.writes(x, cache, valid)[0]
+
+            return hear
+
+        layers = fast_weight_layers(self.model).items()
+        hooks = [layer.register_forward_pre_hook(hook(block)) for block, layer in layers]
+        try:
+            yield
+        finally:
+            for each in hooks:
+                each.remove()

@@ -1,0 +1,99 @@
+"""What the microscope saw, in sentences: what does sleep change, and can one rely on it?"""
+
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+from lmsleep.microscope.heads import Row
+
+if TYPE_CHECKING:
+    from lmsleep.microscope.inspection import Inspection
+
+READABLE = 0.9  # accuracy from which on a probe is said to read a quantity
+
+
+def changes(seen: "Inspection") -> list[str]:
+    """What sleep changes."""
+    before, after = seen.about["slow_weights_before"], seen.about["slow_weights_after"]
+    if before is None:
+        said = "The slow weights of this backbone cannot be hashed: it has no state_dict()."
+    elif before == after:
+        said = f"Not the slow weights: their SHA-256 is {before[:16]}… before and after."
+    else:
+        said = (
+            f"The slow weights have changed, from {before[:16]}… to {after[:16]}…: a fault of this backbone."
+        )
+    moved = {
+        key: fmean(r[key] for r in seen.change) for key in ("moved_awake", "moved_asleep", "awake", "cosine")
+    }
+    N, windows = seen.about["passes"], f"mean of {len(seen.change)} windows"
+    first = f"The fast weights S ({windows}): the first pass moved them by {moved['moved_awake']:.3g} (norm)"
+    if N == 1:
+        return [said, f"{first}; N = 1, so there was no sleep."]
+    share = moved["moved_asleep"] / max(moved["awake"], 1e-30)
+    return [
+        said,
+        f"{first}; the {N - 1} further passes, asleep, moved them on by {moved['moved_asleep']:.3g}, "
+        f"{share:.0%} of the norm that one pass had left. What the sleep leaves has a cosine of "
+        f"{moved['cosine']:.2f} with what one pass leaves.",
+    ]
+
+
+def reliability(seen: "Inspection") -> list[str]:
+    """Whether one can rely on it."""
+    said = []
+    if seen.reliance:
+        figures = [f"{r['reading']}: {r['accuracy']:.3f} ({r['nats']:.2f} nats)" for r in seen.reliance]
+        chance = seen.about["floors"].get("chance")
+        said.append(
+            f"Answers right, of {seen.about['asked']} tokens asked: " + "; ".join(figures)
+            + ("." if chance is None else f"; by chance: {chance:.3f}.")
+        )  # fmt: skip
+    single = [r for r in seen.ablation if r["block"] is not None and r["how"] == "zero"]
+    if single:
+        worst = max(single, key=lambda r: r["nats_lost"])
+        idle = sum(r["nats_lost"] < 0.01 for r in single if r is not worst)
+        said.append(
+            f"Of {len(single)} heads, erasing head {worst['head']} of block {worst['block']} costs most: "
+            f"accuracy {worst['accuracy']:.3f}, {worst['nats_lost']:.2f} nats a token lost. Erasing any one "
+            f"of {idle} others costs less than 0.01 nats."
+        )
+    if seen.readback:
+        said.append(_retrieved(seen.readback))
+    if seen.probe:
+        said.append(_frontier(seen.probe))
+    return said
+
+
+def _retrieved(rows: list[Row]) -> str:
+    first, last = min(r["window"] for r in rows), max(r["window"] for r in rows)
+
+    def share(window: int, column: str) -> float:
+        best: dict[int, float] = {}
+        for r in rows:
+            if r["window"] == window:
+                best[r["place"]] = max(best.get(r["place"], 0.0), r[column])
+        return fmean(best.values())
+
+    said = (
+        f"Of the tokens of window {last}, {share(last, 'retrieved'):.0%} are retrieved by their own keys "
+        "after its sleep (each from its best head)"
+    )
+    if first == last:
+        return f"{said}."
+    return (
+        f"{said}; of those of window {first}, {share(first, 'retrieved_end'):.0%} at the end of the stream."
+    )
+
+
+def _frontier(rows: list[Row]) -> str:
+    """Up to how many steps a probe reads, pass by pass, in the last window."""
+    last = max(r["window"] for r in rows)
+    reached = []
+    for n in sorted({r["pass"] for r in rows} - {0}):
+        mine = sorted((r["steps"], r["accuracy"]) for r in rows if (r["window"], r["pass"]) == (last, n))
+        far = next((j for j, accuracy in mine if accuracy < READABLE), mine[-1][0] + 1) - 1
+        reached.append(f"pass {n}: {far if far >= 0 else 'not even 0'}")
+    return (
+        f"A linear probe reads off the hidden states of window {last}, with an accuracy of {READABLE} or "
+        f"more, up to this many steps ahead: {', '.join(reached)}."
+    )
