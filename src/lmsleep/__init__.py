@@ -1,6 +1,6 @@
 """lmsleep: language models that sleep."""
 
-from lmsleep import ops
+from lmsleep import ops, pretrained
 from lmsleep.memory_file import Origin, fingerprint
 from lmsleep.models import HybridConfig, HybridLM
 from lmsleep.session import BrokenSleep, Session, SessionBatch
@@ -25,6 +25,7 @@ __all__ = [
     "__version__",
     "fingerprint",
     "ops",
+    "pretrained",
     "read_window",
     "sleep_forward",
 ]
