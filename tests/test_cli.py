@@ -53,15 +53,15 @@ def test_eval_reads_with_several_numbers_of_passes(trained, capsys):
 def test_info_of_a_run_and_of_a_model(trained, capsys):
     _, out, _ = run(capsys, "info", trained, "--json")
     figures = json.loads(out)
-    # one block with 2 heads of 8 x 8 float32, one with keys and values of 16 numbers
-    assert figures["fast_weight_bytes"] == 2 * 8 * 8 * 4
-    assert figures["kv_bytes_per_token"] == 2 * 16 * 4
-    assert figures["break_even_tokens"] == 5
+    # one block with 2 heads of 32 x 32 float32, one with keys and values of 64 numbers
+    assert figures["fast_weight_bytes"] == 2 * 32 * 32 * 4
+    assert figures["kv_bytes_per_token"] == 2 * 64 * 4
+    assert figures["break_even_tokens"] == 17
     model = next((trained / "checkpoints").iterdir())
     _, out, _ = run(capsys, "info", model, "--window", 8, "--passes", 2, "--json")
     assert json.loads(out) == figures
     _, out, _ = run(capsys, "info", trained)
-    assert "from 5 tokens on" in out
+    assert "from 17 tokens on" in out
 
 
 def test_plot_draws_a_picture(trained, capsys, tmp_path):
@@ -83,8 +83,8 @@ def test_plot_draws_a_picture(trained, capsys, tmp_path):
         (["train", "text"], "data must name at least one file"),
         (["train", "text", "--data", "missing.txt"], "missing.txt is not a file"),
         (["train", "--resume", "nowhere"], "nowhere is not a run"),
-        (["eval", "nowhere"], "nowhere is not a run"),
-        (["info", "nowhere"], "nowhere holds no model"),
+        (["eval", "nowhere"], "there is no folder nowhere"),
+        (["info", "nowhere"], "shipped: depo-N1, depo-N4"),
         (["plot", "nowhere"], "nowhere is not a run"),
         (["demo", "--scale", "0"], "scale must lie in (0, 1]"),
         (["demo", "--seeds", "1", "1"], "each once"),

@@ -116,7 +116,7 @@ def test_chat_reads_answers_and_obeys(bytes_model, capsys, here, monkeypatch):
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (["read", "nowhere", "a.txt", "--memory", "m.mem"], "nowhere holds no model"),
+        (["read", "nowhere", "a.txt", "--memory", "m.mem"], "there is no folder nowhere"),
         (["read", "MODEL", "nosuch.txt", "--memory", "m.mem"], "nosuch.txt"),
         (["read", "MODEL", "--memory", "m.mem"], "files must name at least one"),
         (["read", "MODEL", "a.txt", "--memory", "no/where/m.mem"], "no/where"),
@@ -128,7 +128,7 @@ def test_chat_reads_answers_and_obeys(bytes_model, capsys, here, monkeypatch):
         (["read", "RUN", "a.txt", "--memory", "m.mem"], "a.txt: 'words' is not in the task's vocabulary"),
         (["ask", "MODEL", "x", "--memory", "none.mem"], "none.mem"),
         (["ask", "RUN", "HOP_2 n1", "--memory", "old.mem"], "old.mem is the memory of another model"),
-        (["chat", "nowhere"], "nowhere holds no model"),
+        (["chat", "nowhere"], "there is no folder nowhere"),
         (["memory", "nosuch"], "unknown command 'memory nosuch'"),
         (["memory", "show", "a.txt"], "not a memory file"),
         (["memory", "merge", "old.mem", "--out", "m.mem"], "two memory files or more"),

@@ -1,6 +1,6 @@
 """lmsleep: language models that sleep."""
 
-from lmsleep import ops
+from lmsleep import ops, pretrained
 from lmsleep.memory_file import Origin, fingerprint
 from lmsleep.microscope import Inspection, inspect
 from lmsleep.models import HybridConfig, HybridLM
@@ -27,6 +27,7 @@ __all__ = [
     "fingerprint",
     "inspect",
     "ops",
+    "pretrained",
     "read_window",
     "sleep_forward",
 ]

@@ -31,7 +31,7 @@ class ChatOptions(WriteOptions, SleepOptions):
     """Talk to a model that sleeps, line by line; /help lists the commands."""
 
     model: Positional[Path]
-    """Folder of a run or of a saved model."""
+    """Folder of a run or of a saved model, or a shipped one: depo-N1, depo-N4."""
     memory: Path | None = None
     """Memory file to begin with; it is written only by /save."""
     stop: tuple[str, ...] = field(default=("\n",))

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import tyro
 from tyro.conf import Positional
 
+from lmsleep import pretrained
 from lmsleep.adaptation import MOMENTS, Adaptation, Shifting, adaptation
 from lmsleep.cli.options import listed, listed_tasks, parse, task_field
 from lmsleep.cli.presets import PRESETS, preset
@@ -107,7 +108,7 @@ class EvalOptions:
     """Evaluate the newest checkpoint of a run on held-out samples, at one or several numbers of passes."""
 
     run: Positional[Path]
-    """Folder of the run."""
+    """Folder of the run, or a shipped one: depo-N1, depo-N4."""
     passes: tuple[int, ...] = ()
     """Numbers of passes to read with; default the run's own."""
     batches: int = 32
@@ -123,7 +124,7 @@ class EvalOptions:
 def evaluate_run(argv: list[str]) -> None:
     """`lmsleep eval RUN`."""
     options = parse(EvalOptions, argv, "lmsleep eval")
-    folder = RunFolder.open(options.run)
+    folder = RunFolder.open(pretrained.find(options.run))
     config, model = folder.config(), folder.model()
     task = config.task
     if options.data:
@@ -141,7 +142,7 @@ def evaluate_run(argv: list[str]) -> None:
             adapted[n] = adaptation(model, task, sleep, batches=batches, batch_size=size)
     if options.json:
         passes = {str(n): _eval_json(task, score, adapted.get(n)) for n, score in result.items()}
-        document = {"run": str(folder.path), "passes": passes, "floors": task.floors()}
+        document = {"run": str(options.run), "passes": passes, "floors": task.floors()}
         sys.stdout.write(json.dumps(document, indent=2) + "\n")
     else:
         sys.stdout.write(_eval_text(task, result, adapted))
@@ -243,7 +244,7 @@ class InfoOptions:
     """Cost of a run's or model's architecture, before anyone pays it."""
 
     path: Positional[Path]
-    """Folder of a run or of a saved model."""
+    """Folder of a run or of a saved model, or a shipped one: depo-N1, depo-N4."""
     window: int | None = None
     """L; default the run's, or 64."""
     passes: int | None = None
@@ -255,12 +256,12 @@ class InfoOptions:
 def info(argv: list[str]) -> None:
     """`lmsleep info RUN|MODEL`."""
     options = parse(InfoOptions, argv, "lmsleep info")
-    folder = RunFolder(options.path)
+    folder = RunFolder(pretrained.find(options.path))
     if (folder.path / "config.json").is_file() and folder.config_is_run():
         config = folder.config()
         model, sleep = config.model, config.sleep
     else:
-        model, sleep = HybridLM.from_pretrained(options.path).config, SleepConfig(window=64, passes=4)
+        model, sleep = HybridLM.from_pretrained(folder.path).config, SleepConfig(window=64, passes=4)
     sleep = replace(
         sleep,
         window=options.window or sleep.window,

@@ -5,10 +5,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
 from tyro.conf import Positional
 
+from lmsleep import pretrained
 from lmsleep.cli.opening import SleepOptions, new_session, take_up
+from lmsleep.cli.options import parse
 from lmsleep.microscope import Inspection, inspect, words
 from lmsleep.session import Session
 from lmsleep.tasks.tokenizers import Bytes
@@ -41,7 +42,7 @@ class InspectOptions(SleepOptions):
 
 def inspect_command(argv: list[str]) -> None:
     """`lmsleep inspect RUN|MODEL`."""
-    options = tyro.cli(InspectOptions, args=argv, config=(tyro.conf.OmitArgPrefixes,), prog="lmsleep inspect")
+    options = parse(InspectOptions, argv, "lmsleep inspect")
     if options.html is not None and not options.html.parent.is_dir():
         raise FileNotFoundError(f"html={options.html}: there is no folder {options.html.parent}")
     seen = _look(options)
@@ -66,7 +67,7 @@ def _look(options: InspectOptions) -> Inspection:
             raise ValueError("--memory needs --text or --file: what the memory is asked for")
         if any(value is not None for value in (options.window, options.passes)):
             raise ValueError("--window and --passes are for --text or --file; a run has its own")
-        return inspect(RunFolder.open(options.model), samples=options.samples, progress=True)
+        return inspect(RunFolder.open(pretrained.find(options.model)), samples=options.samples, progress=True)
     if options.text is not None and options.file is not None:
         raise ValueError("--text and --file exclude each other")
     session = new_session(options.model, options)

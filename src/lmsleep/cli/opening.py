@@ -1,8 +1,9 @@
-"""MODEL on the command line: a run, which knows its sleep and its vocabulary, or a saved model."""
+"""MODEL on the command line: a run, which knows its sleep and vocabulary, a saved model, or a shipped name."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from lmsleep import pretrained
 from lmsleep.models import HybridLM
 from lmsleep.session import Session
 from lmsleep.sleep import SleepConfig
@@ -24,12 +25,13 @@ class SleepOptions:
 
 
 def new_session(path: Path, options: SleepOptions) -> Session:
-    """A session that has read nothing, for the MODEL at `path`.
+    """A session that has read nothing, for the MODEL at `path` or shipped under that name.
 
     Raises:
         ValueError: for a damaged run or model, or a tokenizer with more tokens than the model.
         FileNotFoundError: if there is neither.
     """
+    path = pretrained.find(path)
     folder = RunFolder(path)
     tokenizer: Tokenizer
     if (path / "config.json").is_file() and folder.config_is_run():
