@@ -5,10 +5,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
 from tyro.conf import Positional
 
 from lmsleep.cli.opening import SleepOptions, new_session, take_up
+from lmsleep.cli.options import parse
 from lmsleep.microscope import Inspection, inspect, words
 from lmsleep.session import Session
 from lmsleep.tasks.tokenizers import Bytes
@@ -41,7 +41,7 @@ class InspectOptions(SleepOptions):
 
 def inspect_command(argv: list[str]) -> None:
     """`lmsleep inspect RUN|MODEL`."""
-    options = tyro.cli(InspectOptions, args=argv, config=(tyro.conf.OmitArgPrefixes,), prog="lmsleep inspect")
+    options = parse(InspectOptions, argv, "lmsleep inspect")
     if options.html is not None and not options.html.parent.is_dir():
         raise FileNotFoundError(f"html={options.html}: there is no folder {options.html.parent}")
     seen = _look(options)
