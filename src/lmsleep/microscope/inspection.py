@@ -13,7 +13,7 @@ from tqdm import tqdm
 from lmsleep.files import write_atomic
 from lmsleep.memory_file import fingerprint
 from lmsleep.microscope.ablation import ablation_rows, reliance_rows
-from lmsleep.microscope.heads import Row, head_rows, hypnogram_rows, moment
+from lmsleep.microscope.heads import Row, head_rows, hypnogram_rows, moment, norm
 from lmsleep.microscope.probe import probe_rows, probed
 from lmsleep.microscope.readback import readback_rows
 from lmsleep.microscope.subject import Subject, from_run, from_session
@@ -107,7 +107,11 @@ def inspect(
         notes.append("gates and readback need FastWeights layers, which this model does not have")
     asked = bool(seen.batch.loss_mask[:, 1:].any())
     if not asked:
-        notes.append("nothing is asked of the memory: the text ends with the first token after an eviction")
+        notes.append("nothing is asked of the memory: no token predicts the only one of the text")
+    elif seen.batch.context is not None and not seen.batch.context.shape[1] and not norm(seen.state.memory):
+        notes.append(
+            "the memory was empty when it was asked: nothing was evicted before the text's only window"
+        )
     about = {
         "subject": seen.name,
         "model": type(seen.model).__name__,
