@@ -116,8 +116,8 @@ def merged(batches: int) -> Table:
                 hops.append(batch.difficulty)
             rows.append({"model": name, "memory": case, **_accuracy(torch.cat(right), torch.cat(hops))})
     note = (
-        "Accuracy per hop. Two graphs: over the same 8 names, so they contradict each other; asked about one of "
-        "them. Two halves: 4 of the 8 edges each, read apart; they agree, but paths cross from one to the other. "
+        "Accuracy per hop. Two graphs: over the same 8 names, so they contradict each other; asked about one "
+        "of them. Two halves: 4 of the 8 edges each, read apart; they agree, but paths cross between them. "
         f"{batches * GRAPHS:,} held-out graphs; 95 % intervals (Wilson)."
     )
     return Table(rows=rows, note=note)
