@@ -1,24 +1,29 @@
 """How quickly samples are drawn: by one process, in CPU time, so that busy neighbours do not count."""
 
+import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from benchmarks.table import Table
 from lmsleep.tasks import TASKS, GSMInfinite, Text, stream
 
-UNIT = "samples a second and core"
 SIZE = 64  # samples in a batch
-FOLDER = tempfile.TemporaryDirectory()
 
 
-def cases() -> dict[str, Callable[[], float]]:
+def tables(repeats: int, tiny: bool) -> dict[str, Table]:
     """Every task with its defaults; GSM-Infinite, of 2,000 to 3,300 tokens, in its four kinds."""
-    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        rows: Any = [
+            {"task": name, **_speeds(task, repeats, 0.01 if tiny else 1.0)}
+            for name, task in _tasks(Path(folder)).items()
+        ]
+    return {"speed": Table(rows=rows, note="Samples a second and core, in CPU time.")}
+
+
+def _tasks(folder: Path) -> dict[str, Any]:
     tasks: dict[str, Any] = {}
     for subset in ("medium", "hard"):
         for mode in ("forward", "reverse"):
@@ -27,24 +32,22 @@ def cases() -> dict[str, Callable[[], float]]:
             tasks[f"gsm-infinite, {subset}, {mode}"] = GSMInfinite(**options)
     for name, cls in TASKS.items():
         if cls is Text:
-            document = Path(FOLDER.name) / "document.txt"
+            document = folder / "document.txt"
             document.write_text("the quick brown fox " * 50_000)
             tasks[name] = Text(data=(document,))
         elif cls is not GSMInfinite:
             tasks[name] = cls()
-    return {name: _measure(task) for name, task in tasks.items()}
+    return tasks
 
 
-def _measure(task: Any) -> Callable[[], float]:
-    index = count()
-
-    def speed() -> float:
-        """Samples a second, over at least a second's batches; the first ever is not counted."""
+def _speeds(task: Any, repeats: int, at_least: float) -> dict[str, float]:
+    """Samples a second, over batches that take at least so many seconds; the first of each is not counted."""
+    index, speeds = count(), []
+    for _ in range(repeats):
         task.batch(stream(0, "train", next(index)), SIZE, "train")
         samples, started = 0, time.process_time()
-        while (seconds := time.process_time() - started) < 1:
+        while (seconds := time.process_time() - started) < at_least:
             task.batch(stream(0, "train", next(index)), SIZE, "train")
             samples += SIZE
-        return samples / seconds
-
-    return speed
+        speeds.append(samples / seconds)
+    return {"median": statistics.median(speeds), "lowest": min(speeds), "highest": max(speeds)}

@@ -1,4 +1,4 @@
-"""Make runs the shipped ones: configuration, report and newest model as package data, and a data card.
+"""Make runs the shipped ones: configuration, report and newest model as package data, and the data card.
 
 lmsleep demo --seeds 0 1 2 3 4 --out runs/committed
 python experiments/ship.py runs/committed/depo-N1-seed0 runs/committed/depo-N4-seed0

@@ -1,4 +1,4 @@
-"""MODEL on the command line: a run, which knows its sleep and vocabulary; a saved model; a shipped name."""
+"""MODEL on the command line: a run (or a shipped one), which knows its sleep and words, or a saved model."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
