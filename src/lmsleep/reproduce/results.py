@@ -4,6 +4,7 @@ import csv
 import io
 import json
 from collections.abc import Sequence
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,7 @@ def table(recipe: Recipe, results: Sequence[Row], name: str) -> str:
         where = [str(at)] if axis else []
         lines.append([cell, *where, str(mine[0]["step"]), f"{mine[0]['flops'] / 1e12:.3g}", *figures])
     for label, floors in _floors(results, keys):
-        lines.append([label, *["" for _ in axis], "", "", *(f"{value:.3f}" for value in floors)])
+        lines.append([label, *["" for _ in axis], "", "", *("" if isnan(f) else f"{f:.3f}" for f in floors)])
     body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     seeds = len({row["seed"] for row in results})
     said = "\n\n".join(text for text in (recipe.expects, recipe.caution) if text)
