@@ -116,7 +116,8 @@ def test_test_time_training_begins_as_the_evicted_transformer():
 
 def test_test_time_training_needs_blocks_to_train():
     bare = replace(RUN, model=replace(RUN.model, mlp_dim=0))
-    assert baseline("test-time-training", bare).model.hidden_dim > 0
+    made = baseline("test-time-training", bare).model
+    assert [made.for_block(i).hidden_dim > 0 for i in range(2)] == [False, True]  # the other block stays
     with pytest.raises(ValueError, match=r"^blocks: test-time training"):
         baseline("test-time-training", replace(RUN, model=replace(RUN.model, blocks=("attention",))))
 

@@ -50,7 +50,7 @@ def test_settings_that_the_paper_gives():
 def test_a_figure_writes_data_table_and_picture(here, capsys):
     reproduce("passes", "--steps", "2", "--seeds", "2")
     assert "N drawn from 1 ... 4" in capsys.readouterr().out
-    out = here / "results/passes-demo"
+    out = here / "results/passes-demo-2-steps"
     rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
     assert len(rows) == 4 * 2 * 6 * 4  # cells, seeds, passes read, hops
     with (out / "results.csv").open() as file:
@@ -58,7 +58,7 @@ def test_a_figure_writes_data_table_and_picture(here, capsys):
     own = next(
         r for r in rows if (r["cell"], r["seed"], r["passes_read"], r["difficulty"]) == ("N = 2", 1, 2, 3)
     )
-    report = RunFolder.open("runs/reproduce/passes-demo/N---2-seed1").report()
+    report = RunFolder.open("runs/reproduce/passes-demo-2-steps/N---2-seed1").report()
     assert report is not None and own["accuracy"] == report["eval"]["per_difficulty"]["3"]
     page = (out / "README.md").read_text()
     assert "chance" in page and "torch" in page and "Mean over 2 seeds" in page

@@ -118,7 +118,12 @@ def test_the_command_exports_a_folder_of_datasets_or_nothing(capsys, tmp_path, m
 
 
 @pytest.mark.parametrize(
-    ("argv", "said"), [(["rule30"], "unknown task"), (["depo", "--samples", "0"], "samples")]
+    ("argv", "said"),
+    [
+        (["rule30"], "unknown task"),
+        (["depo", "--samples", "0"], "samples"),
+        (["depo", "--window", "0"], "window"),
+    ],
 )
 def test_bad_input_is_one_line(capsys, argv, said):
     code, out, err = data(capsys, *argv)

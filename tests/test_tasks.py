@@ -85,6 +85,12 @@ def test_streams_are_equal_only_for_equal_arguments(a, b):
     assert (first == second) == (a == b)
 
 
+@pytest.mark.parametrize("seed", [-1, 2**63])
+def test_a_seed_out_of_range_is_named(seed):
+    with pytest.raises(ValueError, match="seed must lie in"):
+        stream(seed, "train", 0)
+
+
 def test_every_task_is_listed():
     assert {
         "depo": Depo,

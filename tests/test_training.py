@@ -734,6 +734,27 @@ def test_a_missing_device_is_named(tmp_path):
         start(tmp_path / "run", run_config(device="cuda"))
 
 
+@pytest.mark.parametrize(
+    ("task", "window"),
+    [(Rule110(width=6, states=2, t=1), 5), (Depo(nodes=4, names=4, name_lengths=(1, 1), hops=2), 16)],
+)
+def test_a_window_with_context_and_answers_in_it_is_refused(task, window):
+    run = replace(run_config(), task=task, sleep=SleepConfig(window=task.inline_context))
+    with pytest.raises(ValueError, match=f"window={window} .*divides the {task.inline_context} tokens"):
+        replace(run, sleep=SleepConfig(window=window))
+    for sleep in (SleepConfig(), SleepConfig(window=window, eviction="sliding")):  # these look back
+        replace(run, sleep=sleep)
+    asked_apart = Depo(nodes=4, names=4, name_lengths=(1, 1), hops=2, queries=2, ask="fork")
+    replace(run, task=asked_apart, sleep=SleepConfig(window=5))
+
+
+def test_what_cannot_be_drawn_leaves_no_folder(tmp_path, capsys):
+    with pytest.raises(SystemExit) as leaving:
+        main(["train", "gsm-infinite", "--no-noise", "--length", "0", "20", "--out", str(tmp_path / "run")])
+    assert leaving.value.code == 2 and "too short" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 # TensorBoard
 
 

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, make_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import tyro
 from tyro.conf import Positional
@@ -22,7 +22,7 @@ from lmsleep.plots import plot_runs
 from lmsleep.reproduce import RECIPES
 from lmsleep.reproduce import command as reproduce_command
 from lmsleep.sleep import SleepConfig
-from lmsleep.tasks import Task, Text, find_task
+from lmsleep.tasks import Split, Task, Text, find_task, stream
 from lmsleep.training import BASELINES, RunConfig, RunFolder, TrainConfig, Trainer, baseline
 
 
@@ -99,7 +99,9 @@ def _new_run(task: str, argv: list[str]) -> tuple[RunFolder, Trainer]:
     if options.run.baseline is not None:
         name, config = options.run.baseline, baseline(options.run.baseline, config)
     out = options.run.out or Path("runs") / f"{task.rpartition(':')[2]}-{name}-seed{config.train.seed}"
-    trainer = Trainer(RunFolder(out), config)  # first, so that what cannot begin leaves no folder
+    for split in get_args(Split):  # first, and the trainer too: what cannot begin leaves no folder
+        config.task.batch(stream(config.train.seed, split, 0), 1, split)
+    trainer = Trainer(RunFolder(out), config)
     return RunFolder.create(out, config), trainer
 
 

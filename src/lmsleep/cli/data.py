@@ -45,6 +45,8 @@ def data(argv: list[str]) -> None:
     task, chosen = options.task, options.data
     if chosen.samples < 1:
         raise ValueError(f"samples must be at least 1, got {chosen.samples}")
+    if chosen.window is not None and chosen.window < 1:
+        raise ValueError(f"window must be at least 1 token, got {chosen.window}")
     for option, path in (("--jsonl", chosen.jsonl), ("--dataset", chosen.dataset)):
         if path is not None and path.exists():
             raise FileExistsError(f"{path} exists; name another {option} or remove it")

@@ -44,7 +44,8 @@ class ReproduceOptions:
     dry_run: bool = False
     """Say what would be trained, and for how long, instead of doing it."""
     steps: int | None = None
-    """Train every run for so many steps instead and evaluate on little (to try the mechanics)."""
+    """Train every run for so many steps instead and evaluate on little, in folders of its own (to try the
+    mechanics)."""
     json: bool = False
     """Print one JSON document instead of a table."""
 
@@ -56,6 +57,7 @@ def run(options: ReproduceOptions) -> None:
     recipe, name = RECIPES[options.figure], f"{options.figure}-{options.scale}"
     cells = recipe.cells(options.scale)
     if options.steps is not None:
+        name += f"-{options.steps}-steps"
         cells = [_shortened(cell, options.steps) for cell in cells]
     if options.dry_run:
         _report(options, estimate(cells, options.seeds))

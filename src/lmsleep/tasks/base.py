@@ -105,7 +105,13 @@ class Task(Protocol):
 
 
 def stream(seed: int, split: Split, index: int) -> np.random.Generator:
-    """The generator of batch `index`: a function of its arguments alone, so that resuming needs no state."""
+    """The generator of batch `index`: a function of its arguments alone, so that resuming needs no state.
+
+    Raises:
+        ValueError: for a seed outside 0 ... 2^63 - 1.
+    """
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed must lie in 0 ... 2^63 - 1, got {seed}")
     return np.random.Generator(np.random.Philox(key=[seed, 2 * index + (split == "test")]))
 
 

@@ -98,6 +98,11 @@ class Depo:
         """Tokens of the padded context."""
         return self.pad_to or self.graph_length
 
+    @property
+    def inline_context(self) -> int | None:
+        """Tokens before the answers in their own sequence; None where answers are read apart (fork)."""
+        return None if self.ask == "fork" else self.context_length
+
     def floors(self) -> dict[str, float]:
         """A guess among the nodes that are not the start; no constant answer does better than 1/n."""
         return {"chance": 1 / (self.nodes - 1), "constant": 1 / self.nodes}

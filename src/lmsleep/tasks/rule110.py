@@ -68,6 +68,11 @@ class Rule110:
         """Automaton steps."""
         return "t"
 
+    @property
+    def inline_context(self) -> int:
+        """Tokens before the answers: the states."""
+        return self.states * self.width
+
     def floors(self) -> dict[str, float]:
         """Exact match of a coin, and of the better constant bit (estimated on 4096 states)."""
         bits = self.states * self.asked

@@ -118,8 +118,9 @@ class HuggingFace:
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except Exception as error:  # it raises whatever its many formats raise
+            reason = str(error).partition("\n")[0]
             raise ValueError(
-                f"tokenizer: {folder} holds no tokenizer that transformers can load: {error}"
+                f"tokenizer: {folder} holds no tokenizer that transformers can load: {reason}"
             ) from None
 
     @property

@@ -43,8 +43,8 @@ def transformer_sliding(run: RunConfig) -> RunConfig:
 def test_time_training(run: RunConfig) -> RunConfig:
     """An evicted transformer that takes one gradient step on every window before it forgets it.
 
-    What it trains are the feed-forward layers of the blocks that held fast weights; where the model has
-    none it gets them, of the usual size.
+    What it trains are the feed-forward layers of the blocks that held fast weights; where such a block has
+    none it gets one, of the usual size.
     """
     held = [i for i, kind in enumerate(run.model.blocks) if kind != "attention"]
     if not held:
@@ -52,11 +52,15 @@ def test_time_training(run: RunConfig) -> RunConfig:
             "blocks: test-time training trains the blocks that held fast weights, there are none"
         )
     options = run.model.overrides
-    trained = {i: {**options.get(i, {}), "trained_mlp": True} for i in held}
+    trained: dict[int, dict[str, Any]] = {}
+    for i in held:
+        trained[i] = {**options.get(i, {}), "trained_mlp": True}
+        if not run.model.for_block(i).hidden_dim:
+            trained[i]["mlp_dim"] = None  # the usual size
     evicted = transformer_evicted(replace(run, sleep=replace(run.sleep, **PLAIN)))
     return replace(
         evicted,
-        model=replace(evicted.model, mlp_dim=run.model.mlp_dim or None, overrides={**options, **trained}),
+        model=replace(evicted.model, overrides={**options, **trained}),
         sleep=replace(evicted.sleep, passes=2, inner_rate=1.0),
     )
 

@@ -94,12 +94,22 @@ class RunConfig:
         if self.model.vocab_size != self.task.vocab_size:
             object.__setattr__(self, "model", replace(self.model, vocab_size=self.task.vocab_size))
         self.sleep.loop_range(len(self.model.blocks))
+        self._check_window()
         if unknown := set(self.train.inserted) - set(range(len(self.model.blocks))):
             raise ValueError(f"inserted: no block {min(unknown)} among {len(self.model.blocks)} blocks")
         if self.sleep.inner_rate is not None and set(self.model.blocks) != {"attention"}:
             raise ValueError(
                 "inner_rate trains S by gradients of gradients, which the recurrences of fast-weight blocks "
                 "do not have: use attention blocks, some with trained_mlp (see --baseline test-time-training)"
+            )
+
+    def _check_window(self) -> None:
+        """Where answers follow their context in one sequence, no window may hold some of both."""
+        before, window = getattr(self.task, "inline_context", None), self.sleep.window
+        if before and window and self.sleep.eviction == "hard" and before % window:
+            raise ValueError(
+                f"window={window} puts the end of the context and the answers into one window; choose one "
+                f"that divides the {before} tokens of the context"
             )
 
     @property
