@@ -7,7 +7,6 @@ import torch
 from benchmarks.table import Cell, Table
 from lmsleep import HybridConfig, HybridLM, Session, SleepConfig
 
-
 PIECE = 512  # tokens read at a time, which bounds the scores of attention
 
 

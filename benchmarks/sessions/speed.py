@@ -59,8 +59,8 @@ def waking(config: HybridConfig, window: int, repeats: int) -> Table:
     note = (
         f"Awake: a prompt of {len(prompt)} tokens to a memory, then {tokens} tokens one by one, all in one "
         f"window (L = {window}) that is not slept on. {_model(config)}, the same for every N. Medians of "
-        f"{repeats} repeats that took turns; ratios are of CPU time, to N = 1 in the same repeat: median [10th ... 90th "
-        "percentile]."
+        f"{repeats} repeats that took turns; ratios are of CPU time, to N = 1 in the same repeat: "
+        "median [10th ... 90th percentile]."
     )
     return Table(rows=rows, note=note)
 

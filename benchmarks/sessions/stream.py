@@ -25,7 +25,8 @@ def lengths(config: HybridConfig, counts: tuple[int, ...]) -> Table:
     note = (
         f"Reading random bytes: {len(config.blocks)} blocks of width {config.d_model}, L = {SLEEP.window}, "
         f"N = {SLEEP.passes}, float32, one thread. Growth: of the process's peak resident memory after a "
-        f"warm-up of {WARM_UP} windows. Carried: most bytes of fast weights and working memory (`stats.peak_bytes`)."
+        f"warm-up of {WARM_UP} windows. Carried: most bytes of fast weights and working memory "
+        "(`session.stats.peak_bytes`)."
     )
     return Table(rows=rows, note=note)
 
