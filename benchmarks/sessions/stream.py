@@ -10,7 +10,7 @@ import torch
 from benchmarks.table import Cell, Table
 from lmsleep import HybridConfig, HybridLM, Session, SleepConfig
 
-SLEEP = SleepConfig(window=256, passes=4)
+SLEEP = SleepConfig(window=256, passes=2)
 WARM_UP = 32  # windows; by then the allocator has what it needs
 PIECE = 16  # windows read at a time, as by `lmsleep read`
 
