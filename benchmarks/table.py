@@ -30,18 +30,20 @@ def _text(cell: Cell) -> str:
     return f"{cell:,}" if isinstance(cell, int) else cell or ""
 
 
-def source(result: Mapping[str, Any]) -> str:
-    """What made a result, in one line."""
+def as_text(result: Mapping[str, Any]) -> str:
+    """Note, table and what made it."""
     made = result["made_by"]
-    return f"`{made['command']}`, {made['hardware']}, torch {made['torch']}, commit {made['commit']}"
+    source = f"`{made['command']}`, {made['hardware']}, torch {made['torch']}, commit {made['commit']}"
+    return f"{result['note']}\n\n{as_markdown(result['rows'])}\n\n{source}\n"
 
 
-def with_tables(page: str, name: str, result: Mapping[str, Any]) -> str:
-    """`page` with every block `<!-- benchmark:NAME.TABLE -->...<!-- end -->` made anew from `result`."""
+def with_tables(page: str, name: str, results: Mapping[str, Any]) -> str:
+    """`page` with each block `<!-- benchmark:NAME.TABLE -->...<!-- end -->` made anew, if there is a result."""
 
     def block(match: re.Match[str]) -> str:
-        table = result["tables"][match.group(1)]
-        body = f"{table['note']}\n\n{as_markdown(table['rows'])}\n\n{source(result)}"
-        return f"<!-- benchmark:{name}.{match.group(1)} -->\n{body}\n<!-- end -->"
+        table = match.group(1)
+        if table not in results:
+            return match.group()
+        return f"<!-- benchmark:{name}.{table} -->\n{as_text(results[table])}<!-- end -->"
 
     return re.sub(rf"<!-- benchmark:{name}\.([\w-]+) -->.*?<!-- end -->", block, page, flags=re.DOTALL)

@@ -3,6 +3,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from experiments import ship
 from test_cli import run
 
 from lmsleep import HybridLM, pretrained
@@ -83,9 +84,6 @@ def test_a_folder_of_ones_own_goes_before_a_shipped_name(here, capsys):
 
 
 def test_a_shipped_model_can_be_made_again_from_its_run(here, monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "experiments"))
-    import ship
-
     source = RunFolder.open(pretrained.find("depo-N4"))
     page = (pretrained.HERE / "README.md").read_text()
     (here / "shipped").mkdir()

@@ -1,5 +1,7 @@
 """Sessions measured: what waking and sleeping cost in time, what is carried in bytes, what memories keep."""
 
+from collections.abc import Callable
+
 from benchmarks.sessions import memories, size, speed, stream
 from benchmarks.table import Table
 from lmsleep import HybridConfig
@@ -8,17 +10,23 @@ SMALL = HybridConfig(d_model=64, blocks=("attention", "gated_delta_net"))
 MIDDLE = HybridConfig()  # four blocks of width 256: 3 million parameters
 
 
-def tables(repeats: int, tiny: bool) -> dict[str, Table]:
+def tables(repeats: int, tiny: bool) -> dict[str, Callable[[], Table]]:
     """All of them; times come from models with random weights, accuracies from the shipped ones."""
     model = SMALL if tiny else MIDDLE
     return {
-        "waking": speed.waking(model, window=16 if tiny else 128, repeats=repeats * (1 if tiny else 20)),
-        "pause": speed.pauses(
+        "waking": lambda: speed.waking(
+            model, window=16 if tiny else 128, repeats=repeats * (1 if tiny else 20)
+        ),
+        "pause": lambda: speed.pauses(
             model, windows=(8, 16) if tiny else (32, 128, 512), repeats=repeats * (1 if tiny else 20)
         ),
-        "size": size.measured(SMALL, window=64, lengths=(64, 128) if tiny else (64, 256, 1024, 4096, 16384)),
-        "break-even": size.by_formula(),
-        "stream": stream.lengths(SMALL, counts=(1000, 2000) if tiny else (10_000, 100_000, 1_000_000)),
-        "storage": memories.stored(batches=1 if tiny else 16),
-        "merge": memories.merged(batches=1 if tiny else 16),
+        "size": lambda: size.measured(
+            SMALL, window=64, lengths=(64, 128) if tiny else (64, 256, 1024, 4096, 16384)
+        ),
+        "break-even": size.by_formula,
+        "stream": lambda: stream.lengths(
+            SMALL, counts=(1000, 2000) if tiny else (10_000, 100_000, 1_000_000)
+        ),
+        "storage": lambda: memories.stored(batches=1 if tiny else 16),
+        "merge": lambda: memories.merged(batches=1 if tiny else 16),
     }

@@ -10,7 +10,7 @@ import torch
 from benchmarks.table import Cell, Table
 from lmsleep import HybridConfig, HybridLM, Session, SleepConfig
 
-SLEEP = SleepConfig(window=256, passes=4)
+SLEEP = SleepConfig(window=256, passes=2)
 WARM_UP = 32  # windows; by then the allocator has what it needs
 PIECE = 16  # windows read at a time, as by `lmsleep read`
 
@@ -26,7 +26,7 @@ def lengths(config: HybridConfig, counts: tuple[int, ...]) -> Table:
         f"Reading random bytes: {len(config.blocks)} blocks of width {config.d_model}, L = {SLEEP.window}, "
         f"N = {SLEEP.passes}, float32, one thread. Growth: of the process's peak resident memory after a "
         f"warm-up of {WARM_UP} windows. Carried: most bytes of fast weights and working memory "
-        "(`stats.peak_bytes`)."
+        "(`session.stats.peak_bytes`)."
     )
     return Table(rows=rows, note=note)
 

@@ -1,0 +1,140 @@
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from benchmarks import __main__ as benchmarks
+from benchmarks.sessions import SMALL, memories, size, stream
+from benchmarks.table import as_markdown, with_tables
+
+from lmsleep import SleepConfig
+from lmsleep.cost import cost
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    # The smallest run of all tables.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["python", "sessions", "--tiny", "--repeats", "1", "--publish"])
+        published = {}
+        patch.setattr(benchmarks, "publish", lambda name, results: published.update(results))
+        patch.setattr("builtins.print", lambda *_: None)
+        benchmarks.main()
+    return published
+
+
+def rows(result, table):
+    return result[table]["rows"]
+
+
+def test_awake_every_n_does_the_same_work(tiny):
+    assert [row["N"] for row in rows(tiny, "waking")] == [1, 2, 4, 8]
+    for row in rows(tiny, "waking"):  # one repeat on a busy machine: that it is no multiple of N is enough
+        for column in ("first token, ms", "a further token, ms"):
+            assert row[column] > 0
+        assert float(row["to N = 1 "].split()[0]) < 3
+
+
+def test_a_longer_sleep_takes_longer(tiny):
+    for L in (8, 16):
+        found = {row["N"]: row["median of CPU time"] for row in rows(tiny, "pause") if row["L"] == L}
+        assert found[8] > 1.5 * found[1]
+
+
+def test_measured_bytes_are_those_of_the_formula():
+    window, shape = 64, size.Shape.of(SMALL)
+    found = size.measured(SMALL, window=window, lengths=(64, 128, 640)).rows
+    tails = 4 * 3 * SMALL.d_model * (SMALL.conv_size - 1)  # of the convolutions of queries, keys and values
+    for row in found:
+        assert row["sleeping: fast weights"] == shape.memory_bytes
+        assert row["working memory"] == window * shape.kv_bytes(4) + tails
+        assert row["transformer: whole cache"] == row["tokens read"] * 2 * shape.kv_bytes(4)  # in both blocks
+        assert row["most so far"] == found[0]["most so far"]
+
+
+def test_the_formula_is_that_of_lmsleep_info():
+    shape, info = size.Shape.of(SMALL), cost(SMALL, SleepConfig(window=8, passes=2), dtype_bytes=2)
+    assert (shape.memory_bytes, shape.kv_bytes()) == (info["fast_weight_bytes"], info["kv_bytes_per_token"])
+    assert shape.break_even == info["break_even_tokens"]
+
+
+def test_published_models_break_even_where_their_configurations_say():
+    found = {row["model"].split()[0]: row for row in size.by_formula().rows}
+    assert (found["Qwen3.5"]["their bytes"], found["Qwen3.5"]["bytes a token"]) == (24 * 2**21, 2**15)
+    assert (found["Jet-Nemotron"]["their bytes"], found["Jet-Nemotron"]["bytes a token"]) == (
+        27 * 2**20,
+        2**11,
+    )
+    assert found["Ouro"]["bytes a token"] == 196_608
+    for shape in size.PUBLISHED.values():
+        assert shape.break_even * shape.kv_bytes() > shape.memory_bytes
+        assert (shape.break_even - 1) * shape.kv_bytes() <= shape.memory_bytes
+
+
+def test_memory_is_flat_along_the_stream(tiny):
+    short, long = rows(tiny, "stream")
+    assert (short["tokens"], long["tokens"]) == (1000, 2000)
+    assert short["carried, bytes"] == long["carried, bytes"] > 0
+    assert 0 <= long["growth, MB"] < 8 and long["sleeps"] == (2000 - 1) // stream.SLEEP.window
+
+
+def test_peak_resident_memory_sees_what_was_touched():
+    before = stream.peak_resident()
+    torch.ones(before // 2 + 50_000_000, dtype=torch.uint8)  # freed at once
+    assert stream.peak_resident() >= before + 10_000_000
+
+
+def test_storage_costs_little_and_is_what_it_says(tiny):
+    found = {(row["model"], row["stored as"]): row for row in rows(tiny, "storage")}
+    assert [found["depo-N4", s]["bytes of S"] for s in memories.STORAGES] == [16_384, 8_192, 4_096 + 16]
+    assert found["depo-N4", "float32"]["answers that differ"].startswith("0 of 512")
+    for storage in memories.STORAGES:
+        assert float(found["depo-N4", storage]["k=2"].split()[0]) > 0.9
+
+
+def test_merging_adds_facts_up_and_not_what_follows_from_them(tiny):
+    found = {
+        row["memory"]: [float(row[f"k={k}"].split()[0]) for k in (1, 4)]
+        for row in rows(tiny, "merge")
+        if row["model"] == "depo-N4"
+    }
+    whole, halves = found["one graph, read whole"], found["two halves of one graph, mean"]
+    assert min(whole) > 0.9 and halves[0] > 0.9  # one hop: looked up
+    assert halves[1] < 0.7  # four hops: nobody could derive them
+    assert found["one half alone"][0] < 0.8 and found["two graphs, mean of their memories"][0] < 0.8
+    assert max(found["nothing (S = 0)"]) < 0.35
+
+
+def test_publishing_writes_json_and_the_tables_into_the_pages(tiny, tmp_path):
+    (tmp_path / "docs").mkdir()
+    page = "before\n<!-- benchmark:sessions.size -->\nold\n<!-- end -->\n"
+    page += "<!-- benchmark:data.speed -->\nold\n<!-- end -->\n"
+    (tmp_path / "docs/a.md").write_text(page)
+    benchmarks.publish("sessions", tiny, tmp_path)
+    new = (tmp_path / "docs/a.md").read_text()
+    assert new.startswith("before\n") and as_markdown(rows(tiny, "size")) in new and new.count("old") == 1
+    assert json.loads((tmp_path / "benchmarks/results/sessions.json").read_text()) == tiny
+    benchmarks.publish("sessions", {"size": tiny["merge"]}, tmp_path)  # one table alone
+    assert as_markdown(rows(tiny, "merge")) in (tmp_path / "docs/a.md").read_text()
+    kept = json.loads((tmp_path / "benchmarks/results/sessions.json").read_text())
+    assert kept == {**tiny, "size": tiny["merge"]}
+    assert "python -m benchmarks sessions --tiny --repeats 1`" in new
+
+
+def test_the_documentation_shows_the_committed_results():
+    seen = 0
+    for result in sorted((ROOT / "benchmarks/results").glob("*.json")):
+        for page in sorted((ROOT / "docs").glob("*.md")):
+            text = page.read_text()
+            seen += text.count(f"<!-- benchmark:{result.stem}.")
+            assert with_tables(text, result.stem, json.loads(result.read_text())) == text
+    assert seen == 7
+
+
+def test_every_task_is_drawn_by_the_benchmark_of_data():
+    found = benchmarks.BENCHMARKS["data"](1, True)["speed"]().rows
+    assert {"depo", "text", "gsm-infinite, hard, reverse"} <= {row["task"] for row in found}
+    assert all(row["lowest"] > 0 for row in found)
