@@ -105,13 +105,9 @@ def inspect(
     tables, notes = _watched(seen, bar), list[str]()
     if not tables["readback"]:
         notes.append("gates and readback need FastWeights layers, which this model does not have")
-    asked = bool(seen.batch.loss_mask[:, 1:].any())
-    if not asked:
-        notes.append("nothing is asked of the memory: no token predicts the only one of the text")
-    elif seen.batch.context is not None and not seen.batch.context.shape[1] and not norm(seen.state.memory):
-        notes.append(
-            "the memory was empty when it was asked: nothing was evicted before the text's only window"
-        )
+    why_not = _not_asked(seen)
+    if why_not is not None:
+        notes.append(why_not)
     about = {
         "subject": seen.name,
         "model": type(seen.model).__name__,
@@ -126,10 +122,20 @@ def inspect(
         "slow_weights_before": slow_before,
     }
     probe = list(bar(_probe(seen, notes), "probes"))
-    reliance = list(bar(reliance_rows(seen), "readings")) if asked else []
-    ablation = list(bar(ablation_rows(seen), "ablations")) if asked else []
+    reliance = list(bar(reliance_rows(seen), "readings")) if why_not is None else []
+    ablation = list(bar(ablation_rows(seen), "ablations")) if why_not is None else []
     about["slow_weights_after"] = _hash(seen)
     return Inspection(about=about, probe=probe, reliance=reliance, ablation=ablation, notes=notes, **tables)
+
+
+def _not_asked(seen: Subject) -> str | None:
+    """Why nothing can be asked of the memory; None if something can."""
+    assert seen.batch.context is not None
+    if not seen.batch.loss_mask[:, 1:].any():
+        return "nothing is asked of the memory: no token predicts the only one of the text"
+    if not seen.batch.context.shape[1] and not norm(seen.state.memory):
+        return "nothing is asked of the memory: it is empty before the text's only window"
+    return None
 
 
 Bar = Callable[[Iterator[Window], str, int], Iterator[Window]]

@@ -25,8 +25,11 @@ def changes(seen: "Inspection") -> list[str]:
     moved = {
         key: fmean(r[key] for r in seen.change) for key in ("moved_awake", "moved_asleep", "awake", "cosine")
     }
-    N, windows = seen.about["passes"], f"mean of {len(seen.change)} windows"
-    first = f"The fast weights S ({windows}): the first pass moved them by {moved['moved_awake']:.3g} (norm)"
+    N = seen.about["passes"]
+    first = (
+        f"The fast weights S (windows: {len(seen.change)}, mean): the first pass moved them by "
+        f"{moved['moved_awake']:.3g} (norm)"
+    )
     if N == 1:
         return [said, f"{first}; N = 1, so there was no sleep."]
     share = moved["moved_asleep"] / max(moved["awake"], 1e-30)
