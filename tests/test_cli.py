@@ -53,15 +53,15 @@ def test_eval_reads_with_several_numbers_of_passes(trained, capsys):
 def test_info_of_a_run_and_of_a_model(trained, capsys):
     _, out, _ = run(capsys, "info", trained, "--json")
     figures = json.loads(out)
-    # one block with 2 heads of 32 x 32 float32, one with keys and values of 64 numbers
-    assert figures["fast_weight_bytes"] == 2 * 32 * 32 * 4
-    assert figures["kv_bytes_per_token"] == 2 * 64 * 4
-    assert figures["break_even_tokens"] == 17
+    # one block with 2 heads of 8 x 8 float32, one with keys and values of 16 numbers
+    assert figures["fast_weight_bytes"] == 2 * 8 * 8 * 4
+    assert figures["kv_bytes_per_token"] == 2 * 16 * 4
+    assert figures["break_even_tokens"] == 5
     model = next((trained / "checkpoints").iterdir())
     _, out, _ = run(capsys, "info", model, "--window", 8, "--passes", 2, "--json")
     assert json.loads(out) == figures
     _, out, _ = run(capsys, "info", trained)
-    assert "from 17 tokens on" in out
+    assert "from 5 tokens on" in out
 
 
 def test_plot_draws_a_picture(trained, capsys, tmp_path):
@@ -208,3 +208,15 @@ class _Stop:
 def test_flags_that_do_not_fit_are_one_line(argv, said, capsys):
     code, out, err = run(capsys, *argv)
     assert code == 2 and not out and said in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("words", [["--preset", "paper"], ["--preset=paper"]])
+def test_a_preset_may_be_named_either_way(words, capsys):
+    code, out, _ = run(capsys, "train", "rule110", *words, "--help")
+    assert code == 0 and "97000" in out
+
+
+@pytest.mark.parametrize("option", ["--passes", "--window"])
+def test_info_refuses_nothing_for_a_number(option, trained, capsys):
+    code, _, err = run(capsys, "info", trained, option, 0)
+    assert code == 2 and "at least 1" in err

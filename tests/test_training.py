@@ -27,6 +27,7 @@ from lmsleep.training import (
     RunFolder,
     TrainConfig,
     Trainer,
+    choose_device,
     optim,
     run_all,
     trainer,
@@ -255,7 +256,7 @@ def test_random_passes_are_drawn_anew_each_step_and_again_after_a_resume(tmp_pat
         return original(model, batch, sleep, **options)
 
     monkeypatch.setattr(trainer, "read_batch", read_batch)
-    sleep = SleepConfig(window=5, passes=3, backprop_passes=2)
+    sleep = SleepConfig(window=4, passes=3, backprop_passes=2)
     config = replace(run_config(random_passes=True), sleep=sleep)
     whole = start(tmp_path / "whole", config)
     whole.fit(until=12)
@@ -732,6 +733,24 @@ def test_an_invalid_training_option_is_named(change):
 def test_a_missing_device_is_named(tmp_path):
     with pytest.raises(ValueError, match="device='cuda'"):
         start(tmp_path / "run", run_config(device="cuda"))
+
+
+def test_a_run_stopped_before_its_first_checkpoint_begins_again(tmp_path):
+    start(tmp_path / "run", run_config(save_every=100)).fit(until=5)
+    trainer = Trainer.take_up(RunFolder.open(tmp_path / "run"))
+    assert trainer.step == 0 and not list(trainer.folder.metrics())
+
+
+def test_foreign_metrics_are_named(tmp_path):
+    folder = start(tmp_path / "run").folder
+    (folder.path / "metrics.jsonl").write_text('{"loss": 1.0, "step": 1}\n')
+    with pytest.raises(ValueError, match=r"metrics.jsonl is damaged or foreign"):
+        list(folder.metrics())
+
+
+def test_a_device_that_there_is_not_is_named():
+    with pytest.raises(ValueError, match="device='foo' is none"):
+        choose_device("foo")
 
 
 @pytest.mark.parametrize(

@@ -137,6 +137,8 @@ def evaluate(
     What counts as "after eviction" are tokens from position `after` on, by default the window: give it
     to score the same tokens with a model that evicts nothing.
     """
+    if batches < 1:
+        raise ValueError(f"batches must be at least 1, got {batches}")
     score = Score()
     for index in range(batches):
         batch = task.batch(stream(seed, "test", index), batch_size, "test").to(device)

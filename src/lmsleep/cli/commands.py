@@ -23,7 +23,15 @@ from lmsleep.reproduce import RECIPES
 from lmsleep.reproduce import command as reproduce_command
 from lmsleep.sleep import SleepConfig
 from lmsleep.tasks import Split, Task, Text, find_task, stream
-from lmsleep.training import BASELINES, RunConfig, RunFolder, TrainConfig, Trainer, baseline
+from lmsleep.training import (
+    BASELINES,
+    RunConfig,
+    RunFolder,
+    TrainConfig,
+    Trainer,
+    baseline,
+    choose_device,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +62,7 @@ def train(argv: list[str]) -> None:
         if len(argv) != 2:
             raise ValueError("--resume takes the folder of a run and nothing else: its own options hold")
         folder = RunFolder.open(argv[1])
-        trainer = Trainer.resume(folder)
+        trainer = Trainer.take_up(folder)
     else:
         folder, trainer = _new_run(argv[0], argv[1:])
     trainer.fit()
@@ -77,7 +85,8 @@ Baselines (--baseline NAME) of a run with N passes:
 
 
 def _new_run(task: str, argv: list[str]) -> tuple[RunFolder, Trainer]:
-    chosen = next((argv[i + 1] for i, a in enumerate(argv[:-1]) if a == "--preset"), "demo")
+    words = [word for argument in argv for word in argument.split("=", 1)]  # --preset NAME, --preset=NAME
+    chosen = next((words[i + 1] for i, word in enumerate(words[:-1]) if word == "--preset"), "demo")
     cls, sections = find_task(task), preset(task, chosen)
     model = ModelOptions(**{f.name: getattr(sections["model"], f.name) for f in fields(HybridConfig)})
     Options = make_dataclass(
@@ -119,6 +128,8 @@ class EvalOptions:
     """Count as "after eviction" what is predicted from this position on; default: the window."""
     data: tuple[Path, ...] = ()
     """Other files or sets to evaluate a text run on (what is held out of them)."""
+    device: str = "auto"
+    """auto (CUDA where present), cpu, cuda, ..."""
     json: bool = False
     """Print one JSON document instead of a table."""
 
@@ -127,8 +138,8 @@ def evaluate_run(argv: list[str]) -> None:
     """`lmsleep eval RUN`."""
     options = parse(EvalOptions, argv, "lmsleep eval")
     folder = RunFolder.open(pretrained.find(options.run))
-    config, model = folder.config(), folder.model()
-    task = config.task
+    config, device = folder.config(), choose_device(options.device)
+    task, model = config.task, folder.model(device)
     if options.data:
         if not isinstance(task, Text):
             raise ValueError(f"--data is for runs on text; {options.run} was trained on {config.task_name}")
@@ -139,9 +150,10 @@ def evaluate_run(argv: list[str]) -> None:
     for n in options.passes or (config.sleep.passes,):
         backprop = config.sleep.backprop_passes
         sleep = replace(config.sleep, passes=n, backprop_passes=backprop and min(backprop, n))
-        result[n] = evaluate(model, task, sleep, batches=batches, batch_size=size, after=options.after)
+        how: dict[str, Any] = {"batches": batches, "batch_size": size, "device": device}
+        result[n] = evaluate(model, task, sleep, after=options.after, **how)
         if isinstance(task, Shifting) and sleep.window is not None and task.segment % sleep.window == 0:
-            adapted[n] = adaptation(model, task, sleep, batches=batches, batch_size=size)
+            adapted[n] = adaptation(model, task, sleep, **how)
     if options.json:
         passes = {str(n): _eval_json(task, score, adapted.get(n)) for n, score in result.items()}
         document = {"run": str(options.run), "passes": passes, "floors": task.floors()}
@@ -266,8 +278,8 @@ def info(argv: list[str]) -> None:
         model, sleep = HybridLM.from_pretrained(folder.path).config, SleepConfig(window=64, passes=4)
     sleep = replace(
         sleep,
-        window=options.window or sleep.window,
-        passes=options.passes or sleep.passes,
+        window=sleep.window if options.window is None else options.window,
+        passes=sleep.passes if options.passes is None else options.passes,
         backprop_passes=None,
     )
     figures = cost(model, sleep)

@@ -76,6 +76,7 @@ def _next_steps(options: DemoOptions, seconds: float) -> str:
     out = options.out
     return (
         f"\n{seconds / 60:.1f} minutes. Look at {out / 'demo.html'} (pictures: {out}/*.png).\n"
-        f"Go on with:  lmsleep eval {out}/depo-N4-seed{options.seeds[0]} --passes 1 2 3 4 6\n"
+        f"Go on with:  source .venv/bin/activate    (where make made the environment)\n"
+        f"             lmsleep eval {out}/depo-N4-seed{options.seeds[0]} --passes 1 2 3 4 6\n"
         "             lmsleep train depo --passes 4 --nodes 12 --hops 6 --names 12 --window 12 --steps 4000\n"
     )

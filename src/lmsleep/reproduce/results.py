@@ -11,7 +11,7 @@ from typing import Any
 from lmsleep.evaluation import evaluate, mean_interval
 from lmsleep.files import write_atomic
 from lmsleep.reproduce.recipe import Cell, Recipe
-from lmsleep.training import Job, RunConfig, RunFolder, Trainer
+from lmsleep.training import Job, RunConfig, RunFolder, Trainer, choose_device
 
 Row = dict[str, Any]
 FLOORS = ("chance", "constant")
@@ -55,8 +55,9 @@ def _who(cell: Cell, config: RunConfig) -> Row:
 
 def _read(run: RunFolder, reading: RunConfig) -> Row:
     batches, size = 2 * reading.train.eval_batches, reading.train.batch_size
-    model = run.model()
-    return evaluate(model, reading.task, reading.sleep, batches=batches, batch_size=size).to_dict()
+    device = choose_device(reading.train.device)
+    how: dict[str, Any] = {"batches": batches, "batch_size": size, "device": device}
+    return evaluate(run.model(device), reading.task, reading.sleep, **how).to_dict()
 
 
 def time_steps(cells: Sequence[Cell], repeats: int) -> list[Row]:

@@ -4,7 +4,7 @@ from lmsleep.training.baselines import BASELINES, baseline, equal_compute
 from lmsleep.training.config import RunConfig, TrainConfig
 from lmsleep.training.jobs import Job, run_all
 from lmsleep.training.runs import RunFolder, provenance
-from lmsleep.training.trainer import Diverged, Interrupted, Trainer, flops_per_step
+from lmsleep.training.trainer import Diverged, Interrupted, Trainer, choose_device, flops_per_step
 
 __all__ = [
     "BASELINES",
@@ -16,6 +16,7 @@ __all__ = [
     "TrainConfig",
     "Trainer",
     "baseline",
+    "choose_device",
     "equal_compute",
     "flops_per_step",
     "provenance",

@@ -137,8 +137,4 @@ def _run(job: Job) -> tuple[Path, str | None]:
 def _trainer(job: Job) -> Trainer:
     if not (job.path / "config.json").exists():
         return Trainer(RunFolder.create(job.path, job.config), job.config)
-    folder = RunFolder.open(job.path)
-    if folder.checkpoints():
-        return Trainer.resume(folder)
-    folder.rewind(0)
-    return Trainer(folder, job.config)
+    return Trainer.take_up(RunFolder.open(job.path))

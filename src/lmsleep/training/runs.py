@@ -102,9 +102,12 @@ class RunFolder:
         path = self.path / "metrics.jsonl"
         for line in path.read_text().splitlines() if path.exists() else ():
             try:
-                yield json.loads(line)
+                record = json.loads(line)
             except ValueError:
                 return
+            if not isinstance(record, dict) or not {"step", "tokens", "flops", "seconds"} <= record.keys():
+                raise ValueError(f"{path} is damaged or foreign: no line of metrics: {line[:80]!r}")
+            yield record
 
     def rewind(self, step: int) -> None:
         """Drop metrics after `step`, those of steps that are about to be repeated."""
@@ -143,7 +146,7 @@ class RunFolder:
         """
         found = self.checkpoints()
         if not found:
-            raise FileNotFoundError(f"{self.path} has no checkpoint yet; train it (further) with --resume")
+            raise FileNotFoundError(f"{self.path} has no checkpoint yet: lmsleep train --resume {self.path}")
         return found[-1]
 
     def model(self, device: torch.device | str = "cpu") -> HybridLM:

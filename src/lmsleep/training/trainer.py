@@ -79,7 +79,7 @@ class Trainer:
         """Train `model`, by default what the run begins with (raises ValueError or OSError if it cannot)."""
         self.folder, self.config = folder, config
         train = config.train
-        self.device = torch.device(_device(train.device))
+        self.device = choose_device(train.device)
         if train.tensorboard and not installed():
             raise ValueError("tensorboard=True needs TensorBoard: pip install 'lmsleep[track]'")
         if train.threads:
@@ -125,6 +125,7 @@ class Trainer:
         except (
             OSError,
             RuntimeError,
+            AttributeError,
             LookupError,
             TypeError,
             ValueError,
@@ -133,6 +134,15 @@ class Trainer:
         ) as error:
             raise ValueError(f"{path / 'trainer.pt'} is damaged or foreign: {error}") from error
         folder.rewind(trainer.step)
+        return trainer
+
+    @classmethod
+    def take_up(cls, folder: RunFolder) -> "Trainer":
+        """Continue a run; one that was stopped before its first checkpoint begins again."""
+        if folder.checkpoints():
+            return cls.resume(folder)
+        trainer = cls(folder, folder.config())
+        folder.rewind(0)
         return trainer
 
     def fit(self, until: int | None = None, *, position: int | None = None) -> Score | None:
@@ -284,9 +294,17 @@ def _at_most(value: int | None, limit: int) -> int | None:
     return None if value is None else min(value, limit)
 
 
-def _device(name: str) -> str:
+def choose_device(name: str) -> torch.device:
+    """The device called `name`; "auto": CUDA where PyTorch sees it, else the CPU.
+
+    Raises:
+        ValueError: if there is none of that name here.
+    """
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device={name!r}: PyTorch sees no CUDA device here; use device='cpu' or 'auto'")
-    return name
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device={name!r} is none that PyTorch knows; use 'auto', 'cpu' or 'cuda'") from None
