@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def publish(name: str, results: dict[str, Any], root: Path = ROOT) -> None:
-    """Make `results` the committed ones: their part of benchmarks/results/NAME.json, tables in docs/."""
+    """Make `results` the committed ones: in benchmarks/results/NAME.json and in the tables of docs/."""
     path = root / "benchmarks/results" / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = json.loads(path.read_text()) if path.exists() else {}

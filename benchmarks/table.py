@@ -38,7 +38,7 @@ def as_text(result: Mapping[str, Any]) -> str:
 
 
 def with_tables(page: str, name: str, results: Mapping[str, Any]) -> str:
-    """`page` with every block `<!-- benchmark:NAME.TABLE -->...<!-- end -->` made anew from its result."""
+    """`page` with each block `<!-- benchmark:NAME.TABLE -->...<!-- end -->` that `results` has made anew."""
 
     def block(match: re.Match[str]) -> str:
         table = match.group(1)

@@ -12,21 +12,17 @@ MIDDLE = HybridConfig()  # four blocks of width 256: 3 million parameters
 
 def tables(repeats: int, tiny: bool) -> dict[str, Callable[[], Table]]:
     """All of them; times come from models with random weights, accuracies from the shipped ones."""
-    model = SMALL if tiny else MIDDLE
+    model, often = (SMALL, repeats) if tiny else (MIDDLE, 20 * repeats)
+    windows = (8, 16) if tiny else (32, 128, 512)
+    lengths = (64, 128) if tiny else (64, 256, 1024, 4096, 16384)
+    counts = (1000, 2000) if tiny else (10_000, 100_000, 1_000_000)
+    batches = 1 if tiny else 16
     return {
-        "waking": lambda: speed.waking(
-            model, window=16 if tiny else 128, repeats=repeats * (1 if tiny else 20)
-        ),
-        "pause": lambda: speed.pauses(
-            model, windows=(8, 16) if tiny else (32, 128, 512), repeats=repeats * (1 if tiny else 20)
-        ),
-        "size": lambda: size.measured(
-            SMALL, window=64, lengths=(64, 128) if tiny else (64, 256, 1024, 4096, 16384)
-        ),
+        "waking": lambda: speed.waking(model, window=16 if tiny else 128, repeats=often),
+        "pause": lambda: speed.pauses(model, windows=windows, repeats=often),
+        "size": lambda: size.measured(SMALL, window=64, lengths=lengths),
         "break-even": size.by_formula,
-        "stream": lambda: stream.lengths(
-            SMALL, counts=(1000, 2000) if tiny else (10_000, 100_000, 1_000_000)
-        ),
-        "storage": lambda: memories.stored(batches=1 if tiny else 16),
-        "merge": lambda: memories.merged(batches=1 if tiny else 16),
+        "stream": lambda: stream.lengths(SMALL, counts=counts),
+        "storage": lambda: memories.stored(batches=batches),
+        "merge": lambda: memories.merged(batches=batches),
     }
