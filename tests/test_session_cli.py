@@ -177,6 +177,26 @@ def test_a_read_stopped_on_other_files_is_not_mixed_up(bytes_model, capsys, here
     assert run(capsys, *command)[0] == 0 and Memory.load("m.mem").origin.tokens == 2000
 
 
+def test_an_unfinished_read_skips_nothing_where_something_else_read_on(bytes_model, capsys, here, monkeypatch):
+    (here / "a.txt").write_text("word " * 400)
+    reads, real = [], Session.read
+
+    def stopped(self, text):
+        reads.append(text)
+        if len(reads) == 2:
+            raise KeyboardInterrupt
+        real(self, text)
+
+    command = ["read", bytes_model, "a.txt", "--memory", "m.mem", "--window", 8]
+    monkeypatch.setattr(Session, "read", stopped)
+    assert run(capsys, *command)[0] == 130
+    monkeypatch.setattr(Session, "read", real)
+    for more in ("x", "x" * 2000):  # to a place within the file, and to one beyond its end
+        chat(capsys, monkeypatch, [bytes_model, "--memory", "m.mem"], f"/read {more}", "/save m.mem")
+        code, _, err = run(capsys, *command)
+        assert code == 2 and "read on by something else since; read into another --memory" in err
+
+
 def test_a_killed_read_ends_with_the_uninterrupted_memory(bytes_model, capsys, here):
     (here / "a.txt").write_bytes(random.Random(0).randbytes(4_000))
     options = ["read", str(bytes_model), "a.txt", "--window", "16", "--passes", "2", "--save-every", "0"]
