@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lmsleep import Memory, Session, SleepConfig, fingerprint, sleep_forward
+from lmsleep import Memory, Session, SleepConfig, fingerprint, memory_file, sleep_forward
 from lmsleep.memory_file import Origin, pack, unpack
 
 L = 5
@@ -228,6 +228,55 @@ def test_a_header_with_a_checksum_of_its_own_is_still_checked(model, tmp_path, h
     write(tmp_path / "a.mem", {"S.1": torch.zeros(1, 2, 3, 4)}, header)
     with pytest.raises(ValueError, match=said):
         Memory.load(tmp_path / "a.mem", model)
+
+
+@pytest.mark.parametrize("load", [Memory.load, Session.load])
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("blocks", float("inf"), "blocks must lie in"),
+        ("blocks", float("nan"), "blocks must lie in"),
+        ("blocks", -1, "blocks must lie in"),
+        ("blocks", 10**12, "blocks must lie in"),
+        ("blocks", 3.0, "blocks must lie in"),
+        ("blocks", True, "blocks must lie in"),
+        ("tokens", -1, "counts -1 tokens"),
+        ("tokens", True, "another type"),
+        ("sleeps", -2, "-2 sleeps"),
+        ("sleeps", 1.5, "another type"),
+    ],
+)
+def test_counts_that_no_session_has_are_refused(model, saved, load, key, value, said):
+    other = saved[0].parent / "counts.mem"
+    tensors, header = memory_file.read(saved[0])
+    del header["time"]
+    memory_file.write(other, tensors, {**header, key: value})
+    with pytest.raises(ValueError, match=said):
+        load(other, model)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"passes": 2.5}, {"window": True}, {"window": float("inf")}, {"loop": [0.0, 1.0]}, {"loop": [1]},
+     {"eviction": ["hard"]}, {"normalize": "no"}, {"nosuch": 1}],
+    ids=str,
+)  # fmt: skip
+def test_a_sleep_with_options_of_another_type_is_refused(model, saved, change):
+    tensors, header = memory_file.read(saved[0])
+    other, sleep = saved[0].parent / "sleep.mem", header["sleep"]
+    del header["time"]
+    memory_file.write(other, tensors, {**header, "sleep": {**sleep, "loop": [0, 1], "inner_rate": None}})
+    Session.load(other, model)
+    memory_file.write(other, tensors, {**header, "sleep": {**sleep, **change}})
+    with pytest.raises(ValueError, match="holds no session"):
+        Session.load(other, model)
+
+
+def test_a_scale_of_another_shape_is_refused(session):
+    packed = pack(session.memory.layers, "int8")
+    for shape in ((1,), (1, 1, 1, 1, 1), (1, packed["S.1"].shape[1], 1, 3)):
+        with pytest.raises(ValueError, match="S.1.scale has shape"):
+            unpack({**packed, "S.1.scale": torch.ones(shape)}, 3)
 
 
 def test_no_pickle_is_near(saved):

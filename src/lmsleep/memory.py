@@ -223,8 +223,8 @@ class Memory:
         """The memory in what `memory_file.read` returned; arguments and errors as for `load`."""
         try:
             origin = Origin.from_dict(header)
-            memory = cls(memory_file.unpack(tensors, int(header["blocks"])), origin)
-        except (KeyError, TypeError, ValueError) as error:
+            memory = cls(memory_file.unpack(tensors, header["blocks"]), origin)
+        except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
             raise ValueError(f"{path} is no memory: {error}") from None
         if model is None:
             return memory

@@ -23,6 +23,7 @@ from lmsleep.files import write_atomic
 
 FORMAT, VERSION = "lmsleep-memory", 1
 MAX_HEADER = 100_000_000  # bytes; the limit of safetensors
+MAX_BLOCKS = 10_000
 Storage = Literal["float32", "bfloat16", "int8"]
 Layers = tuple[Tensor | None, ...]
 
@@ -66,13 +67,14 @@ class Origin:
         try:
             known = {f.name: data[f.name] for f in fields(cls)}
             origin = cls(**{**known, "parents": tuple(known["parents"]), "rule": tuple(known["rule"])})
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, OverflowError) as error:
             raise ValueError(f"the origin of the memory lacks a field: {error}") from None
         texts = [origin.id, *origin.parents, *origin.tags, *origin.tags.values()]
-        if not all(isinstance(text, str) for text in texts) or not all(
-            isinstance(count, int) for count in (origin.tokens, origin.sleeps)
-        ):
+        counts = (origin.tokens, origin.sleeps)
+        if not all(isinstance(text, str) for text in texts) or not all(type(count) is int for count in counts):
             raise ValueError("the origin of the memory has a field of another type")
+        if min(counts) < 0:
+            raise ValueError(f"the origin of the memory counts {counts[0]} tokens and {counts[1]} sleeps")
         return origin
 
 
@@ -215,15 +217,21 @@ def unpack(tensors: Mapping[str, Tensor], blocks: int) -> Layers:
     """Inverse of `pack`, in float32 or float64.
 
     Raises:
-        ValueError: for a tensor of fast weights that is missing its scale, is no number or has no heads.
+        ValueError: for a number of blocks that no model has, or a tensor of fast weights that is missing its
+            scale, is no number or has no heads.
     """
+    if type(blocks) is not int or not 0 <= blocks <= MAX_BLOCKS:
+        raise ValueError(f"blocks must lie in 0 ... {MAX_BLOCKS}, got {blocks!r}")
     layers: list[Tensor | None] = []
     for i in range(blocks):
         S = tensors.get(f"S.{i}")
         if S is not None and S.dtype == torch.int8:
             if f"S.{i}.scale" not in tensors:
                 raise ValueError(f"S.{i}.scale is missing")
-            S = S.float() * (tensors[f"S.{i}.scale"] / 127)
+            scale = tensors[f"S.{i}.scale"]
+            if scale.shape != (*S.shape[:2], 1, 1):
+                raise ValueError(f"S.{i}.scale has shape {tuple(scale.shape)}, not [B, H, 1, 1]")
+            S = S.float() * (scale / 127)
         elif S is not None:
             S = S.to(torch.promote_types(S.dtype, torch.float32))
         if S is not None and (S.ndim != 4 or not bool(S.isfinite().all())):

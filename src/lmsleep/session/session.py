@@ -529,6 +529,6 @@ def next_logits(model: Backbone, sleep: SleepConfig, after: Stream) -> Tensor:
 def _broken(rows: Sequence[int], streams: Sequence[Stream]) -> str:
     places = ", ".join(f"row {row}: token {s.tokens}" for row, s in zip(rows, streams, strict=True))
     return (
-        f"a sleep left NaN or infinity in the fast weights ({places}); the memory before it was kept, "
+        f"a sleep left NaN or infinity ({places}); the memory before it was kept, "
         "and the tokens of that window are not read"
     )
