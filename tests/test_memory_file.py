@@ -1,5 +1,7 @@
 import json
 import struct
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,8 +11,10 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lmsleep import Memory, Session, SleepConfig, fingerprint, memory_file, sleep_forward
+from lmsleep import Memory, Session, SleepConfig, fingerprint, memory_file, pretrained, sleep_forward
+from lmsleep.files import write_atomic
 from lmsleep.memory_file import Origin, pack, unpack
+from lmsleep.training import RunFolder
 
 L = 5
 
@@ -161,6 +165,27 @@ def test_an_option_that_a_later_version_adds_keeps_old_memories(model, tmp_path)
     for new, equal in ((3, True), (4, False)):
         same.config = Later(**vars(model.config), new=new)
         assert (fingerprint(same) == fingerprint(model)) == equal
+
+
+def test_a_plain_configuration_counts_by_what_it_says():
+    class Plain:
+        def __init__(self, size):
+            self.size, self.kind, self.dtype = size, Plain, torch.float32
+
+    def built(size, inner):
+        found = torch.nn.Linear(2, 2)
+        torch.nn.init.zeros_(found.weight), torch.nn.init.zeros_(found.bias)
+        found.config = Plain(size)
+        found.config.inner = Plain(inner)
+        return found
+
+    assert fingerprint(built(1, 2)) == fingerprint(built(1, 2))
+    assert len({fingerprint(built(*sizes)) for sizes in ((1, 2), (1, 3), (2, 2))}) == 3
+
+
+def test_the_fingerprint_of_a_shipped_model_stays():
+    model = RunFolder(pretrained.find(Path("depo-N4"))).model()
+    assert fingerprint(model).startswith("15dfff90d0cd18df")  # docs/microscope.md
 
 
 def test_a_missing_file_is_an_os_error(model, tmp_path):
@@ -332,3 +357,19 @@ def test_log_walks_the_parents_in_the_folder(model, session, tmp_path):
     found = Memory.log(tmp_path / "child.mem")
     assert [where and where.name for where, _ in found] == ["child.mem", None]
     assert found[1][1].id == session.memory.origin.id
+
+
+def test_log_passes_over_what_a_killed_write_left(session, tmp_path):
+    child = session.fork()
+    session.save(tmp_path / ".base.mem.123")
+    child.save(tmp_path / "child.mem")
+    assert [where and where.name for where, _ in Memory.log(tmp_path / "child.mem")] == ["child.mem", None]
+
+
+def test_threads_may_save_one_path(session, tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        for done in [pool.submit(write_atomic, tmp_path / "a", bytes([i]) * 100_000) for i in range(40)]:
+            done.result()
+    data = (tmp_path / "a").read_bytes()
+    assert len(data) == 100_000 and len(set(data)) == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]

@@ -71,7 +71,9 @@ class Origin:
             raise ValueError(f"the origin of the memory lacks a field: {error}") from None
         texts = [origin.id, *origin.parents, *origin.tags, *origin.tags.values()]
         counts = (origin.tokens, origin.sleeps)
-        if not all(isinstance(text, str) for text in texts) or not all(type(count) is int for count in counts):
+        if not all(isinstance(text, str) for text in texts) or not all(
+            type(count) is int for count in counts
+        ):
             raise ValueError("the origin of the memory has a field of another type")
         if min(counts) < 0:
             raise ValueError(f"the origin of the memory counts {counts[0]} tokens and {counts[1]} sleeps")
@@ -92,7 +94,7 @@ def fingerprint(model: Any) -> str:
     if not hasattr(model, "state_dict"):
         raise ValueError(f"{type(model).__name__} has no state_dict(), so a memory cannot be tied to it")
     config = _settings(getattr(model, "config", None))
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=_plain).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
@@ -110,6 +112,13 @@ def _settings(config: Any) -> Any:
         if value != (f.default if f.default_factory is MISSING else f.default_factory()):
             found[f.name] = value
     return found
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can say of an object: its attributes, never its address."""
+    if hasattr(value, "__qualname__"):  # a class or a function
+        return value.__qualname__
+    return vars(value) if hasattr(value, "__dict__") else str(value)
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
@@ -243,7 +252,7 @@ def unpack(tensors: Mapping[str, Tensor], blocks: int) -> Layers:
 def log(path: Path) -> Iterator[tuple[Path | None, Origin]]:
     """A memory and, as far as they lie in its folder, all that it descends from; the youngest first.
 
-    Files that are no memories are passed over; an ancestor that is not there comes with no path.
+    Files that are no memories, or hidden (what a killed write left), are passed over; an ancestor that is not there comes with no path.
 
     Raises:
         ValueError: as `read`.
@@ -251,7 +260,8 @@ def log(path: Path) -> Iterator[tuple[Path | None, Origin]]:
     """
     begin = Origin.from_dict(read(path)[1])
     found: dict[str, tuple[Path | None, Origin]] = {begin.id: (path, begin)}
-    for other in sorted(p for p in path.parent.iterdir() if p.is_file() and begin.parents):
+    siblings = sorted(p for p in path.parent.iterdir() if p.is_file() and not p.name.startswith("."))
+    for other in siblings if begin.parents else ():
         origin = _glance(other)
         if origin is not None:
             found.setdefault(origin.id, (other, origin))

@@ -72,9 +72,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if get_origin(hint) is Literal:
         return value in allowed
     if get_origin(hint) is tuple:
-        return (
-            isinstance(value, tuple) and len(value) == len(allowed) and all(map(_fits, value, allowed))
-        )
+        return isinstance(value, tuple) and len(value) == len(allowed) and all(map(_fits, value, allowed))
     if allowed:
         return any(_fits(value, one) for one in allowed)
     return type(value) is hint or (hint is float and type(value) is int)

@@ -362,7 +362,7 @@ class Session:
         except ValueError as error:
             raise ValueError(f"{path}: its open window is damaged: {error}") from None
         session.origin = origin
-        session.stream = Stream.begin(start, tokens=origin.tokens - len(window), sleeps=origin.sleeps)
+        session.stream = Stream.begin(start, tokens=origin.tokens, sleeps=origin.sleeps)
         if len(window):
             session.stream = stream.awake(model, sleep, [session.stream], [window]).streams[0]
         return session
