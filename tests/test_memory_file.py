@@ -300,7 +300,7 @@ def test_a_sleep_with_options_of_another_type_is_refused(model, saved, change):
 def test_a_scale_of_another_shape_is_refused(session):
     packed = pack(session.memory.layers, "int8")
     for shape in ((1,), (1, 1, 1, 1, 1), (1, packed["S.1"].shape[1], 1, 3)):
-        with pytest.raises(ValueError, match="S.1.scale has shape"):
+        with pytest.raises(ValueError, match=r"S\.1\.scale has shape"):
             unpack({**packed, "S.1.scale": torch.ones(shape)}, 3)
 
 

@@ -252,7 +252,8 @@ def unpack(tensors: Mapping[str, Tensor], blocks: int) -> Layers:
 def log(path: Path) -> Iterator[tuple[Path | None, Origin]]:
     """A memory and, as far as they lie in its folder, all that it descends from; the youngest first.
 
-    Files that are no memories, or hidden (what a killed write left), are passed over; an ancestor that is not there comes with no path.
+    Files that are no memories, or hidden (as what a killed write leaves), are passed over; an ancestor that is
+    not there comes with no path.
 
     Raises:
         ValueError: as `read`.

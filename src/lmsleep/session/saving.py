@@ -59,7 +59,7 @@ def read(path: Path, model: Backbone, sleep: SleepConfig | None) -> tuple[State,
 
 def _sleep(stored: Mapping[str, Any]) -> SleepConfig:
     hints = get_type_hints(SleepConfig)
-    options = {name: tuple(v) if isinstance(v, list) else v for name, v in stored.items()}
+    options: Any = {name: tuple(v) if isinstance(v, list) else v for name, v in stored.items()}
     for name, value in options.items():
         if name in hints and not _fits(value, hints[name]):
             raise ValueError(f"{name}={value!r} of its sleep is of another type")
