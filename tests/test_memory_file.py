@@ -269,9 +269,14 @@ def test_a_header_with_a_checksum_of_its_own_is_still_checked(model, tmp_path, h
         ("tokens", True, "another type"),
         ("sleeps", -2, "-2 sleeps"),
         ("sleeps", 1.5, "another type"),
+        ("passes", 2.5, "another type"),
+        ("tags", ["a"], "tags .* of another type"),
+        ("tags", "a", "another type"),
+        ("model", ["m"], "another type"),
+        ("rule", [1], "another type"),
     ],
 )
-def test_counts_that_no_session_has_are_refused(model, saved, load, key, value, said):
+def test_headers_that_no_session_has_are_refused(model, saved, load, key, value, said):
     other = saved[0].parent / "counts.mem"
     tensors, header = memory_file.read(saved[0])
     del header["time"]
@@ -295,6 +300,16 @@ def test_a_sleep_with_options_of_another_type_is_refused(model, saved, change):
     memory_file.write(other, tensors, {**header, "sleep": {**sleep, **change}})
     with pytest.raises(ValueError, match="holds no session"):
         Session.load(other, model)
+
+
+@pytest.mark.parametrize(
+    "second", [torch.ones(2, 2, 3, 4), torch.ones(0, 2, 3, 4), torch.ones(1, 2, 3, 4) * 1j]
+)
+def test_tensors_that_are_no_fast_weights_are_refused(second):
+    first = torch.ones(1, 2, 3, 4)
+    assert len(unpack({"S.0": first, "S.1": first}, 2)) == 2
+    with pytest.raises(ValueError, match="fast weights"):
+        unpack({"S.0": first, "S.1": second}, 2)
 
 
 def test_a_scale_of_another_shape_is_refused(session):

@@ -69,14 +69,18 @@ class Origin:
             origin = cls(**{**known, "parents": tuple(known["parents"]), "rule": tuple(known["rule"])})
         except (KeyError, TypeError, OverflowError) as error:
             raise ValueError(f"the origin of the memory lacks a field: {error}") from None
+        if not isinstance(origin.tags, Mapping):
+            raise ValueError("the tags of the memory are of another type")
         texts = [origin.id, *origin.parents, *origin.tags, *origin.tags.values()]
-        counts = (origin.tokens, origin.sleeps)
-        if not all(isinstance(text, str) for text in texts) or not all(
-            type(count) is int for count in counts
-        ):
+        texts += [text for text in (origin.model, *origin.rule) if text is not None]
+        counts = [origin.tokens, origin.sleeps]
+        whole = counts if origin.passes is None else [*counts, origin.passes]
+        if not all(isinstance(text, str) for text in texts) or not all(type(n) is int for n in whole):
             raise ValueError("the origin of the memory has a field of another type")
         if min(counts) < 0:
-            raise ValueError(f"the origin of the memory counts {counts[0]} tokens and {counts[1]} sleeps")
+            raise ValueError(
+                f"the origin of the memory counts {origin.tokens} tokens, {origin.sleeps} sleeps"
+            )
         return origin
 
 
@@ -243,17 +247,20 @@ def unpack(tensors: Mapping[str, Tensor], blocks: int) -> Layers:
             S = S.float() * (scale / 127)
         elif S is not None:
             S = S.to(torch.promote_types(S.dtype, torch.float32))
-        if S is not None and (S.ndim != 4 or not bool(S.isfinite().all())):
+        real = S is None or (S.ndim == 4 and S.numel() and not S.is_complex() and bool(S.isfinite().all()))
+        if not real:
             raise ValueError(f"S.{i} holds no fast weights [B, H, K, V] of finite numbers")
         layers.append(S)
+    if len({len(S) for S in layers if S is not None}) > 1:
+        raise ValueError("its fast weights differ in their number of rows")
     return tuple(layers)
 
 
 def log(path: Path) -> Iterator[tuple[Path | None, Origin]]:
     """A memory and, as far as they lie in its folder, all that it descends from; the youngest first.
 
-    Files that are no memories, or hidden (as what a killed write leaves), are passed over; an ancestor that is
-    not there comes with no path.
+    Files that are no memories, or hidden (as what a killed write leaves), are passed over; an ancestor that
+    is not there comes with no path.
 
     Raises:
         ValueError: as `read`.
