@@ -1,5 +1,7 @@
 import json
 import struct
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,8 +11,10 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lmsleep import Memory, Session, SleepConfig, fingerprint, sleep_forward
+from lmsleep import Memory, Session, SleepConfig, fingerprint, memory_file, pretrained, sleep_forward
+from lmsleep.files import write_atomic
 from lmsleep.memory_file import Origin, pack, unpack
+from lmsleep.training import RunFolder
 
 L = 5
 
@@ -163,6 +167,27 @@ def test_an_option_that_a_later_version_adds_keeps_old_memories(model, tmp_path)
         assert (fingerprint(same) == fingerprint(model)) == equal
 
 
+def test_a_plain_configuration_counts_by_what_it_says():
+    class Plain:
+        def __init__(self, size):
+            self.size, self.kind, self.dtype = size, Plain, torch.float32
+
+    def built(size, inner):
+        found = torch.nn.Linear(2, 2)
+        torch.nn.init.zeros_(found.weight), torch.nn.init.zeros_(found.bias)
+        found.config = Plain(size)
+        found.config.inner = Plain(inner)
+        return found
+
+    assert fingerprint(built(1, 2)) == fingerprint(built(1, 2))
+    assert len({fingerprint(built(*sizes)) for sizes in ((1, 2), (1, 3), (2, 2))}) == 3
+
+
+def test_the_fingerprint_of_a_shipped_model_stays():
+    model = RunFolder(pretrained.find(Path("depo-N4"))).model()
+    assert fingerprint(model).startswith("15dfff90d0cd18df")  # docs/microscope.md
+
+
 def test_a_missing_file_is_an_os_error(model, tmp_path):
     with pytest.raises(FileNotFoundError):
         Session.load(tmp_path / "none.mem", model)
@@ -230,6 +255,70 @@ def test_a_header_with_a_checksum_of_its_own_is_still_checked(model, tmp_path, h
         Memory.load(tmp_path / "a.mem", model)
 
 
+@pytest.mark.parametrize("load", [Memory.load, Session.load])
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("blocks", float("inf"), "blocks must lie in"),
+        ("blocks", float("nan"), "blocks must lie in"),
+        ("blocks", -1, "blocks must lie in"),
+        ("blocks", 10**12, "blocks must lie in"),
+        ("blocks", 3.0, "blocks must lie in"),
+        ("blocks", True, "blocks must lie in"),
+        ("tokens", -1, "counts -1 tokens"),
+        ("tokens", True, "another type"),
+        ("sleeps", -2, "-2 sleeps"),
+        ("sleeps", 1.5, "another type"),
+        ("passes", 2.5, "another type"),
+        ("tags", ["a"], "tags .* of another type"),
+        ("tags", "a", "another type"),
+        ("model", ["m"], "another type"),
+        ("rule", [1], "another type"),
+    ],
+)
+def test_headers_that_no_session_has_are_refused(model, saved, load, key, value, said):
+    other = saved[0].parent / "counts.mem"
+    tensors, header = memory_file.read(saved[0])
+    del header["time"]
+    memory_file.write(other, tensors, {**header, key: value})
+    with pytest.raises(ValueError, match=said):
+        load(other, model)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"passes": 2.5}, {"window": True}, {"window": float("inf")}, {"loop": [0.0, 1.0]}, {"loop": [1]},
+     {"eviction": ["hard"]}, {"normalize": "no"}, {"nosuch": 1}],
+    ids=str,
+)  # fmt: skip
+def test_a_sleep_with_options_of_another_type_is_refused(model, saved, change):
+    tensors, header = memory_file.read(saved[0])
+    other, sleep = saved[0].parent / "sleep.mem", header["sleep"]
+    del header["time"]
+    memory_file.write(other, tensors, {**header, "sleep": {**sleep, "loop": [0, 1], "inner_rate": None}})
+    Session.load(other, model)
+    memory_file.write(other, tensors, {**header, "sleep": {**sleep, **change}})
+    with pytest.raises(ValueError, match="holds no session"):
+        Session.load(other, model)
+
+
+@pytest.mark.parametrize(
+    "second", [torch.ones(2, 2, 3, 4), torch.ones(0, 2, 3, 4), torch.ones(1, 2, 3, 4) * 1j]
+)
+def test_tensors_that_are_no_fast_weights_are_refused(second):
+    first = torch.ones(1, 2, 3, 4)
+    assert len(unpack({"S.0": first, "S.1": first}, 2)) == 2
+    with pytest.raises(ValueError, match="fast weights"):
+        unpack({"S.0": first, "S.1": second}, 2)
+
+
+def test_a_scale_of_another_shape_is_refused(session):
+    packed = pack(session.memory.layers, "int8")
+    for shape in ((1,), (1, 1, 1, 1, 1), (1, packed["S.1"].shape[1], 1, 3)):
+        with pytest.raises(ValueError, match=r"S\.1\.scale has shape"):
+            unpack({**packed, "S.1.scale": torch.ones(shape)}, 3)
+
+
 def test_no_pickle_is_near(saved):
     import ast
     import inspect
@@ -283,3 +372,19 @@ def test_log_walks_the_parents_in_the_folder(model, session, tmp_path):
     found = Memory.log(tmp_path / "child.mem")
     assert [where and where.name for where, _ in found] == ["child.mem", None]
     assert found[1][1].id == session.memory.origin.id
+
+
+def test_log_passes_over_what_a_killed_write_left(session, tmp_path):
+    child = session.fork()
+    session.save(tmp_path / ".base.mem.123")
+    child.save(tmp_path / "child.mem")
+    assert [where and where.name for where, _ in Memory.log(tmp_path / "child.mem")] == ["child.mem", None]
+
+
+def test_threads_may_save_one_path(session, tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        for done in [pool.submit(write_atomic, tmp_path / "a", bytes([i]) * 100_000) for i in range(40)]:
+            done.result()
+    data = (tmp_path / "a").read_bytes()
+    assert len(data) == 100_000 and len(set(data)) == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]

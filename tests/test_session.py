@@ -399,6 +399,26 @@ def test_a_broken_sleep_keeps_the_last_good_memory(model, tmp_path):
     assert same_memory(session.memory, consolidated(expected), 0.0)
 
 
+class PoisonedKeys(Poisoned):
+    # Reading the token 7 leaves infinity in the working memory alone.
+
+    def run(self, h, state, start, stop, *, valid=None, span=None):
+        h, after = self.model.run(h, state, start, stop, valid=valid, span=span)
+        if bool((self.seen == 7).any()):
+            after = type(after)(after.memory, after.cache.map(lambda t: t + torch.inf))
+        return h, after
+
+
+def test_a_sleep_that_would_keep_infinity_is_broken(model):
+    session = Session(PoisonedKeys(model), sleeping(eviction="sliding"))
+    with pytest.raises(BrokenSleep, match=r"NaN or infinity.*token 5"):
+        session.read([0, 1, 2, 3, 4, 0, 1, 7, 3, 4, 0])
+    assert same_memory(session.memory, consolidated(reading(model, [*range(5), 0], eviction="sliding")), 0.0)
+    hard = Session(PoisonedKeys(model), sleeping())
+    hard.read([0, 1, 7, 3, 4, 0])  # nothing of it is kept
+    assert hard.stats.sleeps == 1
+
+
 def test_a_broken_row_leaves_the_others_alone(model):
     poisoned = Poisoned(model)
     sessions = [Session(poisoned, sleeping()) for _ in range(2)]

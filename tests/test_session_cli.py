@@ -113,13 +113,47 @@ def test_chat_reads_answers_and_obeys(bytes_model, capsys, here, monkeypatch):
     assert code == 0 and "[window 2/16" in out  # ends with its input
 
 
+def test_a_stray_byte_or_an_interrupt_keeps_the_session(bytes_model, capsys, here, monkeypatch):
+    typed = b"/read he\xffy\nhow?\n/save a.mem\n"
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(typed), encoding="utf-8"))
+
+    def interrupted(self, *args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Session, "generate", interrupted)
+    code, out, _ = run(capsys, "chat", bytes_model, "--window", 16)
+    assert code == 0 and "interrupted" in out
+    assert Session.load("a.mem", HybridLM.from_pretrained(bytes_model)).stats.tokens == len(
+        "he\ufffdy\n".encode()
+    )
+
+
+def test_chat_leaves_a_memory_alone_that_another_process_writes(bytes_model, capsys, here, monkeypatch):
+    with (here / ".m.mem.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        code, out, _ = chat(capsys, monkeypatch, [bytes_model], "/read x", "/save m.mem")
+    assert code == 0 and "m.mem is being written by another process" in out
+    assert not (here / "m.mem").exists()
+
+
+def test_show_says_what_is_in_an_open_window(graphs, capsys, here):
+    run(capsys, "read", graphs / "run", graphs / "graph.txt", "--memory", "g.mem")
+    _, out, _ = run(capsys, "memory", "show", "g.mem")
+    assert "open window: 8 tokens, not in S" in out and "16 tokens, 1 sleeps" in out
+    _, out, _ = run(capsys, "memory", "show", "g.mem", "--json")
+    assert json.loads(out)[0]["open_window"] == 8 and Memory.load("g.mem").origin.tokens == 8
+    run(capsys, "read", graphs / "run", graphs / "graph.txt", "--memory", "g.mem", "--sleep")
+    _, out, _ = run(capsys, "memory", "show", "g.mem")
+    assert "open window" not in out and Memory.load("g.mem").origin.tokens == 16
+
+
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
         (["read", "nowhere", "a.txt", "--memory", "m.mem"], "there is no folder nowhere"),
         (["read", "MODEL", "nosuch.txt", "--memory", "m.mem"], "nosuch.txt"),
         (["read", "MODEL", "--memory", "m.mem"], "files must name at least one"),
-        (["read", "MODEL", "a.txt", "--memory", "no/where/m.mem"], "no/where"),
+        (["read", "MODEL", "a.txt", "--memory", "no/where/m.mem"], "there is no folder no/where"),
         (["read", "MODEL", "a.txt", "--memory", "m.mem", "--tag", "x"], "tag must be KEY=VALUE"),
         (["read", "MODEL", "a.txt", "--memory", "a.txt"], "not a memory file of lmsleep"),
         (["read", "MODEL", "a.txt", "--memory", "old.mem", "--window", "7"], "window=7 contradicts old.mem"),
@@ -128,6 +162,7 @@ def test_chat_reads_answers_and_obeys(bytes_model, capsys, here, monkeypatch):
         (["read", "RUN", "a.txt", "--memory", "m.mem"], "a.txt: 'words' is not in the task's vocabulary"),
         (["ask", "MODEL", "x", "--memory", "none.mem"], "none.mem"),
         (["ask", "RUN", "HOP_2 n1", "--memory", "old.mem"], "old.mem is the memory of another model"),
+        (["ask", "MODEL", "x", "--memory", "old.mem", "--max-new-tokens", "0"], "max_new_tokens must be at"),
         (["chat", "nowhere"], "there is no folder nowhere"),
         (["memory", "nosuch"], "unknown command 'memory nosuch'"),
         (["memory", "show", "a.txt"], "not a memory file"),
@@ -171,10 +206,32 @@ def test_a_read_stopped_on_other_files_is_not_mixed_up(bytes_model, capsys, here
     monkeypatch.setattr(Session, "read", stopped)
     assert run(capsys, *command)[0] == 130
     monkeypatch.setattr(Session, "read", real)
-    assert Memory.load("m.mem").origin.tokens == 128  # saved on the way out
+    assert Memory.load("m.mem").origin.tokens == 128 - 8  # the open window is not in S; saved on the way out
     code, _, err = run(capsys, "read", bytes_model, "b.txt", "--memory", "m.mem")
     assert code == 2 and "stopped while it read other files" in err
-    assert run(capsys, *command)[0] == 0 and Memory.load("m.mem").origin.tokens == 2000
+    assert run(capsys, *command)[0] == 0 and Memory.load("m.mem").origin.tokens == 2000 - 8
+
+
+def test_an_unfinished_read_skips_nothing_where_something_else_read_on(
+    bytes_model, capsys, here, monkeypatch
+):
+    (here / "a.txt").write_text("word " * 400)
+    reads, real = [], Session.read
+
+    def stopped(self, text):
+        reads.append(text)
+        if len(reads) == 2:
+            raise KeyboardInterrupt
+        real(self, text)
+
+    command = ["read", bytes_model, "a.txt", "--memory", "m.mem", "--window", 8]
+    monkeypatch.setattr(Session, "read", stopped)
+    assert run(capsys, *command)[0] == 130
+    monkeypatch.setattr(Session, "read", real)
+    for more in ("x", "x" * 2000):  # to a place within the file, and to one beyond its end
+        chat(capsys, monkeypatch, [bytes_model, "--memory", "m.mem"], f"/read {more}", "/save m.mem")
+        code, _, err = run(capsys, *command)
+        assert code == 2 and "read on by something else since; read into another --memory" in err
 
 
 def test_a_killed_read_ends_with_the_uninterrupted_memory(bytes_model, capsys, here):

@@ -1,6 +1,7 @@
 """Files that are either old or new, never half written."""
 
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,7 @@ def write_atomic(path: Path, data: bytes) -> None:
     Raises:
         OSError: if the folder cannot be written or the disk is full; the old file is untouched.
     """
-    name = path.parent / f".{path.name}.{os.getpid()}"
+    name = path.parent / f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}"
     try:
         with name.open("wb") as file:
             file.write(data)
@@ -31,11 +32,13 @@ def locked(path: Path) -> Iterator[None]:
     It is on a sibling, `.NAME.lock`, which stays: removing it would let two processes lock two files.
 
     Raises:
-        OSError: if the folder cannot be written.
+        OSError: if the folder is missing or cannot be written.
         ValueError: if another process holds the lock.
     """
     import fcntl  # not on Windows, where everything else works
 
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {path.parent} to write {path.name} into")
     with (path.parent / f".{path.name}.lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

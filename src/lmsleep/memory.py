@@ -207,7 +207,8 @@ class Memory:
     def load(cls, path: str | Path, model: Starts | None = None) -> Self:
         """Read a memory from a file, for `model`, or without one only to look at it.
 
-        Of a session that was saved within a window this is what its last sleep left.
+        Of a session that was saved within a window this is what its last sleep left; `origin.tokens` counts
+        those before the window.
 
         Raises:
             ValueError: for a file that is foreign, truncated, edited, of a newer version or another model's.
@@ -223,8 +224,12 @@ class Memory:
         """The memory in what `memory_file.read` returned; arguments and errors as for `load`."""
         try:
             origin = Origin.from_dict(header)
-            memory = cls(memory_file.unpack(tensors, int(header["blocks"])), origin)
-        except (KeyError, TypeError, ValueError) as error:
+            window = len(tensors.get("window", ()))
+            if window > origin.tokens:
+                raise ValueError(f"its open window has {window} tokens, and it read {origin.tokens}")
+            origin = replace(origin, tokens=origin.tokens - window)
+            memory = cls(memory_file.unpack(tensors, header["blocks"]), origin)
+        except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
             raise ValueError(f"{path} is no memory: {error}") from None
         if model is None:
             return memory

@@ -23,6 +23,7 @@ from lmsleep.files import write_atomic
 
 FORMAT, VERSION = "lmsleep-memory", 1
 MAX_HEADER = 100_000_000  # bytes; the limit of safetensors
+MAX_BLOCKS = 10_000
 Storage = Literal["float32", "bfloat16", "int8"]
 Layers = tuple[Tensor | None, ...]
 
@@ -66,13 +67,20 @@ class Origin:
         try:
             known = {f.name: data[f.name] for f in fields(cls)}
             origin = cls(**{**known, "parents": tuple(known["parents"]), "rule": tuple(known["rule"])})
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, OverflowError) as error:
             raise ValueError(f"the origin of the memory lacks a field: {error}") from None
+        if not isinstance(origin.tags, Mapping):
+            raise ValueError("the tags of the memory are of another type")
         texts = [origin.id, *origin.parents, *origin.tags, *origin.tags.values()]
-        if not all(isinstance(text, str) for text in texts) or not all(
-            isinstance(count, int) for count in (origin.tokens, origin.sleeps)
-        ):
+        texts += [text for text in (origin.model, *origin.rule) if text is not None]
+        counts = [origin.tokens, origin.sleeps]
+        whole = counts if origin.passes is None else [*counts, origin.passes]
+        if not all(isinstance(text, str) for text in texts) or not all(type(n) is int for n in whole):
             raise ValueError("the origin of the memory has a field of another type")
+        if min(counts) < 0:
+            raise ValueError(
+                f"the origin of the memory counts {origin.tokens} tokens, {origin.sleeps} sleeps"
+            )
         return origin
 
 
@@ -90,7 +98,7 @@ def fingerprint(model: Any) -> str:
     if not hasattr(model, "state_dict"):
         raise ValueError(f"{type(model).__name__} has no state_dict(), so a memory cannot be tied to it")
     config = _settings(getattr(model, "config", None))
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=_plain).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
@@ -108,6 +116,13 @@ def _settings(config: Any) -> Any:
         if value != (f.default if f.default_factory is MISSING else f.default_factory()):
             found[f.name] = value
     return found
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can say of an object: its attributes, never its address."""
+    if hasattr(value, "__qualname__"):  # a class or a function
+        return value.__qualname__
+    return vars(value) if hasattr(value, "__dict__") else str(value)
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
@@ -215,27 +230,37 @@ def unpack(tensors: Mapping[str, Tensor], blocks: int) -> Layers:
     """Inverse of `pack`, in float32 or float64.
 
     Raises:
-        ValueError: for a tensor of fast weights that is missing its scale, is no number or has no heads.
+        ValueError: for a number of blocks that no model has, or a tensor of fast weights that is missing its
+            scale, is no number or has no heads.
     """
+    if type(blocks) is not int or not 0 <= blocks <= MAX_BLOCKS:
+        raise ValueError(f"blocks must lie in 0 ... {MAX_BLOCKS}, got {blocks!r}")
     layers: list[Tensor | None] = []
     for i in range(blocks):
         S = tensors.get(f"S.{i}")
         if S is not None and S.dtype == torch.int8:
             if f"S.{i}.scale" not in tensors:
                 raise ValueError(f"S.{i}.scale is missing")
-            S = S.float() * (tensors[f"S.{i}.scale"] / 127)
+            scale = tensors[f"S.{i}.scale"]
+            if scale.shape != (*S.shape[:2], 1, 1):
+                raise ValueError(f"S.{i}.scale has shape {tuple(scale.shape)}, not [B, H, 1, 1]")
+            S = S.float() * (scale / 127)
         elif S is not None:
             S = S.to(torch.promote_types(S.dtype, torch.float32))
-        if S is not None and (S.ndim != 4 or not bool(S.isfinite().all())):
+        real = S is None or (S.ndim == 4 and S.numel() and not S.is_complex() and bool(S.isfinite().all()))
+        if not real:
             raise ValueError(f"S.{i} holds no fast weights [B, H, K, V] of finite numbers")
         layers.append(S)
+    if len({len(S) for S in layers if S is not None}) > 1:
+        raise ValueError("its fast weights differ in their number of rows")
     return tuple(layers)
 
 
 def log(path: Path) -> Iterator[tuple[Path | None, Origin]]:
     """A memory and, as far as they lie in its folder, all that it descends from; the youngest first.
 
-    Files that are no memories are passed over; an ancestor that is not there comes with no path.
+    Files that are no memories, or hidden (as what a killed write leaves), are passed over; an ancestor that
+    is not there comes with no path.
 
     Raises:
         ValueError: as `read`.
@@ -243,7 +268,8 @@ def log(path: Path) -> Iterator[tuple[Path | None, Origin]]:
     """
     begin = Origin.from_dict(read(path)[1])
     found: dict[str, tuple[Path | None, Origin]] = {begin.id: (path, begin)}
-    for other in sorted(p for p in path.parent.iterdir() if p.is_file() and begin.parents):
+    siblings = sorted(p for p in path.parent.iterdir() if p.is_file() and not p.name.startswith("."))
+    for other in siblings if begin.parents else ():
         origin = _glance(other)
         if origin is not None:
             found.setdefault(origin.id, (other, origin))

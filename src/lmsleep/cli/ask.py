@@ -32,7 +32,9 @@ class WriteOptions:
 
     def longest(self, session: Session) -> int:
         """Tokens of the longest answer."""
-        return self.max_new_tokens or (1 if isinstance(session.tokenizer, Spelled) else 64)
+        if self.max_new_tokens is None:
+            return 1 if isinstance(session.tokenizer, Spelled) else 64
+        return self.max_new_tokens
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,6 @@
 """`lmsleep chat`: a session, line by line."""
 
+import io
 import shlex
 import sys
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from lmsleep.cli.ask import WriteOptions
 from lmsleep.cli.memory import table
 from lmsleep.cli.opening import SleepOptions, new_session, status, take_up
 from lmsleep.cli.options import parse
+from lmsleep.files import locked
 from lmsleep.session import BrokenSleep, Session
 from lmsleep.tasks.tokenizers import Spelled
 
@@ -44,6 +46,8 @@ def chat(argv: list[str]) -> None:
     session = new_session(options.model, options)
     if options.memory is not None:
         session = take_up(options.memory, session, options)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # a stray byte must not cost the session
     sys.stdout.write("Lines are read and answered; /help lists the commands.\n")
     while True:
         sys.stdout.write(f"[{status(session)}]\n> ")
@@ -56,6 +60,8 @@ def chat(argv: list[str]) -> None:
             session = _respond(session, line.rstrip("\n"), options)
         except (ValueError, OSError, BrokenSleep) as error:
             sys.stdout.write(f"{error}\n")
+        except KeyboardInterrupt:
+            sys.stdout.write("\ninterrupted\n")
 
 
 def _respond(session: Session, line: str, options: ChatOptions) -> Session:
@@ -71,7 +77,9 @@ def _respond(session: Session, line: str, options: ChatOptions) -> Session:
     elif command == "/memory":
         sys.stdout.write(table(session.memory))
     elif command == "/save":
-        session.save(_file(rest))
+        path = _file(rest)
+        with locked(path):
+            session.save(path)
     elif command == "/load":
         return take_up(_file(rest), session, options)
     elif command.startswith("/"):

@@ -76,7 +76,9 @@ def _show(options: ShowOptions) -> None:
         raise ValueError("files must name at least one memory file")
     shown = []
     for path in options.files:
-        found, header = Memory.load(path), memory_file.read(path)[1]
+        tensors, header = memory_file.read(path)
+        found = Memory.unpacked(path, tensors, header, None)
+        header["open_window"] = len(tensors.get("window", ()))
         shown.append({"file": str(path), **header, "bytes": found.nbytes, "heads": _heads(found)})
         if not options.json:
             sys.stdout.write(f"{path}\n{_origin(header)}{table(found)}")
@@ -85,15 +87,17 @@ def _show(options: ShowOptions) -> None:
 
 
 def _origin(header: dict[str, Any]) -> str:
+    window = {"open window:": f"{header['open_window']:,} tokens, not in S"} if header["open_window"] else {}
     lines = {
         "id": header["id"],
         "parents": " ".join(header["parents"]) or "none",
         "model": header["model"],
         "read": f"{header['tokens']:,} tokens, {header['sleeps']:,} sleeps, N = {header['passes']}",
+        **window,
         "written": header["time"],
         **{f"tag {key}": value for key, value in header["tags"].items()},
     }
-    return "".join(f"  {name:<10} {value}\n" for name, value in lines.items())
+    return "".join(f"  {name:<12} {value}\n" for name, value in lines.items())
 
 
 def _heads(found: Memory) -> list[dict[str, float]]:
@@ -145,8 +149,14 @@ def _diff(options: DiffOptions) -> None:
 def _merge(options: MergeOptions) -> None:
     if len(options.files) < 2:
         raise ValueError("merge takes two memory files or more")
-    if options.out.exists():
-        raise FileExistsError(f"{options.out} exists; name another --out or remove it")
+    with locked(options.out):
+        if options.out.exists():
+            raise FileExistsError(f"{options.out} exists; name another --out or remove it")
+        _merged(options).save(options.out)
+    sys.stdout.write(f"{options.out}\n")
+
+
+def _merged(options: MergeOptions) -> Memory:
     for path in options.files:
         tensors, _ = memory_file.read(path)
         if len(tensors.get("window", ())):
@@ -155,10 +165,7 @@ def _merge(options: MergeOptions) -> None:
                 "finish it with lmsleep read ... --sleep"
             )
     first, *others = [Memory.load(path) for path in options.files]
-    merged = first.merge(others, options.weights or None)
-    with locked(options.out):
-        merged.save(options.out)
-    sys.stdout.write(f"{options.out}\n")
+    return first.merge(others, options.weights or None)
 
 
 def _log(options: LogOptions) -> None:

@@ -5,7 +5,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +58,8 @@ class Reading:
     """Tokens in all of them."""
     begin: int
     """Tokens that the session had read before."""
+    saved: int
+    """Tokens that the session had read when it was saved."""
 
     @classmethod
     def of(cls, session: Session) -> "Reading | None":
@@ -84,7 +86,6 @@ def read(argv: list[str]) -> None:
     with locked(options.memory):
         session = _begin(options, new)
         reading = _reading(session, hashes, len(tokens), options.memory)
-        tags["reading"] = json.dumps(vars(reading))
         _read_on(session, tokens, reading, options, tags)
     sys.stdout.write(f"{options.memory}: {status(session)}\n")
 
@@ -120,11 +121,23 @@ def _begin(options: ReadOptions, new: Session) -> Session:
 
 def _reading(session: Session, hashes: list[str], tokens: int, path: Path) -> Reading:
     before = Reading.of(session)
+    now = session.stream.tokens
+    if before is not None and before.saved < before.begin + before.tokens:
+        if before.saved != now:
+            raise ValueError(
+                f"{path} was stopped while it read files, and was read on by something else since; "
+                "read into another --memory"
+            )
+        if before.files != hashes:
+            raise ValueError(f"{path} was stopped while it read other files; read those to their end first")
     if before is not None and before.files == hashes:
         return before
-    if before is not None and session.stream.tokens < before.begin + before.tokens:
-        raise ValueError(f"{path} was stopped while it read other files; read those to their end first")
-    return Reading(files=hashes, tokens=tokens, begin=session.stream.tokens)
+    return Reading(files=hashes, tokens=tokens, begin=now, saved=now)
+
+
+def _save(session: Session, reading: Reading, options: ReadOptions, tags: dict[str, str]) -> None:
+    at = replace(reading, saved=session.stream.tokens)
+    session.save(options.memory, tags={**tags, "reading": json.dumps(vars(at))})
 
 
 def _read_on(
@@ -140,11 +153,11 @@ def _read_on(
                 bar.update(session.stream.tokens - reading.begin - done)
                 done = session.stream.tokens - reading.begin
                 if time.monotonic() - saved >= options.save_every:
-                    session.save(options.memory, tags=tags)
+                    _save(session, reading, options, tags)
                     saved = time.monotonic()
             if options.sleep:
                 session.sleep()
         except (KeyboardInterrupt, BrokenSleep):
-            session.save(options.memory, tags=tags)
+            _save(session, reading, options, tags)
             raise
-    session.save(options.memory, tags=tags)
+    _save(session, reading, options, tags)

@@ -362,7 +362,7 @@ class Session:
         except ValueError as error:
             raise ValueError(f"{path}: its open window is damaged: {error}") from None
         session.origin = origin
-        session.stream = Stream.begin(start, tokens=origin.tokens - len(window), sleeps=origin.sleeps)
+        session.stream = Stream.begin(start, tokens=origin.tokens, sleeps=origin.sleeps)
         if len(window):
             session.stream = stream.awake(model, sleep, [session.stream], [window]).streams[0]
         return session
@@ -529,6 +529,6 @@ def next_logits(model: Backbone, sleep: SleepConfig, after: Stream) -> Tensor:
 def _broken(rows: Sequence[int], streams: Sequence[Stream]) -> str:
     places = ", ".join(f"row {row}: token {s.tokens}" for row, s in zip(rows, streams, strict=True))
     return (
-        f"a sleep left NaN or infinity in the fast weights ({places}); the memory before it was kept, "
+        f"a sleep left NaN or infinity ({places}); the memory before it was kept, "
         "and the tokens of that window are not read"
     )

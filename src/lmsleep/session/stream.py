@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lmsleep.sleep import Backbone, SleepConfig, read_window
-from lmsleep.state import Memory, State
+from lmsleep.state import State
 
 
 def no_tokens() -> Tensor:
@@ -147,11 +147,11 @@ def asleep(
     out, states = _pass(model, sleep, [s.start for s in streams], windows, passes, logits)
     after, broken = [], []
     for row, (stream, state, tokens) in enumerate(zip(streams, states, new, strict=True)):
-        if not _finite(state.memory):
+        begin = State(state.memory, state.cache.last(sleep.kept))
+        if not all(bool(t.isfinite().all()) for t in _tensors(begin)):
             broken.append(row)
             after.append(stream.reopened())
             continue
-        begin = State(state.memory, state.cache.last(sleep.kept))
         read = stream.tokens + len(tokens)
         begun = Stream.begin(begin, tokens=read, sleeps=stream.sleeps + 1)
         after.append(replace(begun, peak_bytes=max(stream.peak_bytes, size(state))))
@@ -191,7 +191,3 @@ def _pass(
 def _tensors(state: State) -> Iterator[Tensor]:
     for layer in (state.memory.layers, *state.cache.layers):
         yield from (t for t in layer if t is not None)
-
-
-def _finite(memory: Memory) -> bool:
-    return all(bool(S.isfinite().all()) for S in memory.layers if S is not None)
