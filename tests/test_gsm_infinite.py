@@ -430,7 +430,7 @@ def test_spelling_names_the_markers():
         ({"modulus": 1}, r"^modulus must lie in 3"),
         ({"length": (50, 40)}, r"^length must be 0 <= fewest <= most"),
         ({"length": (2000, 2010)}, r"^length=\(2000, 2010\) leaves too little room"),
-        ({"tokenizer": "nowhere"}, r"^tokenizer='nowhere' is neither"),
+        ({"tokenizer": "nowhere"}, r"^tokenizer='.*nowhere' is neither"),
     ],
 )
 def test_an_impossible_option_is_named(options, message):

@@ -540,7 +540,7 @@ def test_runs_that_cannot_be_looked_at_are_refused(tmp_path):
     with pytest.raises(ValueError, match="no block of this model has fast weights"):
         lmsleep.inspect(untrained(tmp_path / "b", FORK, blocks=("attention",)))
     with pytest.raises(ValueError, match="no window of its samples is slept on"):
-        lmsleep.inspect(untrained(tmp_path / "c", BLOCK, SleepConfig(window=100)))
+        lmsleep.inspect(untrained(tmp_path / "c", BLOCK, SleepConfig(window=100, eviction="sliding")))
     with pytest.raises(ValueError, match="cannot be watched"):
         lmsleep.inspect(untrained(tmp_path / "e", FORK, replace(SLEEP, wake_passes=2)))
     ragged = GSMInfinite()
@@ -599,7 +599,7 @@ def words_file(folder):
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        (["nowhere"], "is not a run"),
+        (["nowhere"], "there is no folder nowhere"),
         (["RUN", "--memory", "x.mem"], "--memory needs --text or --file"),
         (["RUN", "--passes", "2"], "a run has its own"),
         (["RUN", "--text", "n1", "--file", "x"], "exclude each other"),
