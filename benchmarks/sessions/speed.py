@@ -48,11 +48,11 @@ def waking(config: HybridConfig, window: int, repeats: int) -> Table:
         {
             "N": n,
             "first token, ms": _ms(first[n].wall, 50),
-            "its CPU time": _ms(first[n].cpu, 50),
-            "to N = 1": _ratio(first[n].cpu, first[1].cpu),
+            "CPU ms of it": _ms(first[n].cpu, 50),
+            "first token to N = 1": _ratio(first[n].cpu, first[1].cpu),
             "a further token, ms": _ms(further[n].wall, 50),
-            "CPU time": _ms(further[n].cpu, 50),
-            "to N = 1 ": _ratio(further[n].cpu, further[1].cpu),
+            "CPU ms of that": _ms(further[n].cpu, 50),
+            "further token to N = 1": _ratio(further[n].cpu, further[1].cpu),
         }
         for n in PASSES
     ]
