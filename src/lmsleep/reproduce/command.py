@@ -19,7 +19,7 @@ from lmsleep.reproduce.recipe import Cell, Scale
 from lmsleep.reproduce.recipes import RECIPES
 from lmsleep.reproduce.results import Row, collect, table, time_steps, write_data
 from lmsleep.tasks import stream
-from lmsleep.training import Job, RunConfig, RunFolder, flops_per_step, provenance, run_all
+from lmsleep.training import Job, RunConfig, RunFolder, choose_device, flops_per_step, provenance, run_all
 
 PROBE_SECONDS = 0.5  # a step this long is timed well enough
 
@@ -134,16 +134,19 @@ def _with_starts(cells: Sequence[Cell]) -> list[Cell]:
 
 
 def _seconds(config: RunConfig) -> float:
-    """Of one forward and backward pass: the best of three."""
+    """Of one forward and backward pass where the run would be trained: the best of three."""
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
-    model, elapsed = HybridLM(config.model), []
-    batch = config.task.batch(stream(0, "train", 0), config.train.batch_size, "train")
+    device, elapsed = choose_device(config.train.device), []
+    model = HybridLM(config.model).to(device)
+    batch = config.task.batch(stream(0, "train", 0), config.train.batch_size, "train").to(device)
     for _ in range(3):
         started = time.perf_counter()
         loss = read_batch(model, batch, config.sleep).loss
         assert loss is not None
         loss.backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
         elapsed.append(time.perf_counter() - started)
     return min(elapsed)
 
