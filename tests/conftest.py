@@ -3,6 +3,7 @@ from hypothesis import settings
 from torch import Tensor
 
 from lmsleep import HybridConfig, HybridLM
+from lmsleep.cli import main
 
 torch.set_num_threads(1)
 settings.register_profile("suite", deadline=None, derandomize=True, max_examples=30)
@@ -51,3 +52,15 @@ def same_memory(actual, expected, tolerance: float = 1e-12) -> bool:
         (s is None and r is None) or close(s, r, tolerance)
         for s, r in zip(actual.layers, expected.layers, strict=True)
     )
+
+
+def run_command(capsys, *argv) -> tuple[int, str, str]:
+    # Exit code, stdout and stderr of a command; what fixtures printed before is left out.
+    capsys.readouterr()
+    try:
+        main([str(a) for a in argv])
+        code = 0
+    except SystemExit as leaving:
+        code = leaving.code
+    out = capsys.readouterr()
+    return code, out.out, out.err

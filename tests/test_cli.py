@@ -7,24 +7,13 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import run_command
 
 from lmsleep.cli import main
 
 OPTIONS = {"steps": 4, "eval-every": 2, "eval-batches": 1, "save-every": 2, "batch-size": 4, "d-model": 16,
            "num-heads": 2, "head-dim": 8}  # fmt: skip
 TINY = [str(word) for name, value in OPTIONS.items() for word in (f"--{name}", value)]
-
-
-def run(capsys, *argv):
-    """Exit code, stdout and stderr of a command."""
-    capsys.readouterr()  # what fixtures printed
-    try:
-        main([str(a) for a in argv])
-        code = 0
-    except SystemExit as leaving:
-        code = leaving.code
-    out = capsys.readouterr()
-    return code, out.out, out.err
 
 
 @pytest.fixture(scope="module")
@@ -42,30 +31,30 @@ def test_a_run_is_a_folder_with_config_metrics_checkpoints_and_report(trained):
 
 
 def test_eval_reads_with_several_numbers_of_passes(trained, capsys):
-    code, out, _ = run(capsys, "eval", trained, "--passes", 1, 2, "--batches", 1, "--json")
+    code, out, _ = run_command(capsys, "eval", trained, "--passes", 1, 2, "--batches", 1, "--json")
     document = json.loads(out)
     assert code == 0 and list(document["passes"]) == ["1", "2"]
     assert document["passes"]["1"]["bits"] != document["passes"]["2"]["bits"]
-    code, out, _ = run(capsys, "eval", trained, "--batches", 1)
+    code, out, _ = run_command(capsys, "eval", trained, "--batches", 1)
     assert code == 0 and out.startswith("N = 2:  k=1: ") and "chance 0.143" in out
 
 
 def test_info_of_a_run_and_of_a_model(trained, capsys):
-    _, out, _ = run(capsys, "info", trained, "--json")
+    _, out, _ = run_command(capsys, "info", trained, "--json")
     figures = json.loads(out)
     # one block with 2 heads of 8 x 8 float32, one with keys and values of 16 numbers
     assert figures["fast_weight_bytes"] == 2 * 8 * 8 * 4
     assert figures["kv_bytes_per_token"] == 2 * 16 * 4
     assert figures["break_even_tokens"] == 5
     model = next((trained / "checkpoints").iterdir())
-    _, out, _ = run(capsys, "info", model, "--window", 8, "--passes", 2, "--json")
+    _, out, _ = run_command(capsys, "info", model, "--window", 8, "--passes", 2, "--json")
     assert json.loads(out) == figures
-    _, out, _ = run(capsys, "info", trained)
+    _, out, _ = run_command(capsys, "info", trained)
     assert "from 5 tokens on" in out
 
 
 def test_plot_draws_a_picture(trained, capsys, tmp_path):
-    code, _, _ = run(capsys, "plot", trained, "--out", tmp_path / "c.png", "--x", "flops")
+    code, _, _ = run_command(capsys, "plot", trained, "--out", tmp_path / "c.png", "--x", "flops")
     assert code == 0 and (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -92,7 +81,7 @@ def test_plot_draws_a_picture(trained, capsys, tmp_path):
 )
 def test_bad_input_leaves_with_2_and_says_what(argv, said, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code, out, err = run(capsys, *argv)
+    code, out, err = run_command(capsys, *argv)
     flat = " ".join(err.replace("│", " ").split())
     assert code == 2 and said in flat and "Traceback" not in err and not out
     assert not list(tmp_path.rglob("metrics.jsonl"))
@@ -100,7 +89,7 @@ def test_bad_input_leaves_with_2_and_says_what(argv, said, capsys, tmp_path, mon
 
 def test_an_existing_run_is_not_touched(trained, capsys):
     before = {p: p.read_bytes() for p in trained.rglob("*") if p.is_file()}
-    code, _, err = run(capsys, "train", "depo", "--out", trained, *TINY)
+    code, _, err = run_command(capsys, "train", "depo", "--out", trained, *TINY)
     assert code == 2 and "--resume" in err
     assert before == {p: p.read_bytes() for p in trained.rglob("*") if p.is_file()}
 
@@ -112,13 +101,13 @@ def test_a_damaged_checkpoint_is_named(trained, capsys, tmp_path):
     shutil.copytree(trained, copy)
     weights = sorted(copy.glob("checkpoints/*/model.safetensors"))[-1]
     weights.write_bytes(weights.read_bytes()[:100])
-    code, _, err = run(capsys, "eval", copy)
+    code, _, err = run_command(capsys, "eval", copy)
     assert code == 2 and "model.safetensors is damaged" in err
 
 
 @pytest.mark.parametrize("task", ["depo", "rule110", "text"])
 def test_help_names_every_option_of_task_model_sleep_and_training(task, capsys):
-    code, out, _ = run(capsys, "train", task, "--help")
+    code, out, _ = run_command(capsys, "train", task, "--help")
     own = {"depo": "--nodes", "rule110": "--width", "text": "--data"}[task]
     assert code == 0 and all(
         f in out for f in (own, "--blocks", "--passes", "--adam-lr", "--out", "--preset")
@@ -129,10 +118,10 @@ def test_help_names_every_option_of_task_model_sleep_and_training(task, capsys):
 def test_text_is_trained_and_scored_in_bits_per_byte(capsys, tmp_path):
     book = tmp_path / "book.txt"
     book.write_text("The quick brown fox jumps over the lazy dog. " * 100)
-    code, out, _ = run(capsys, "train", "text", "--data", book, "--length", 64, "--window", 16,
+    code, out, _ = run_command(capsys, "train", "text", "--data", book, "--length", 64, "--window", 16,
                        "--out", tmp_path / "run", *TINY)  # fmt: skip
     assert code == 0 and "bits per byte held out" in out
-    code, out, _ = run(capsys, "eval", tmp_path / "run", "--passes", 1, 2, "--batches", 1)
+    code, out, _ = run_command(capsys, "eval", tmp_path / "run", "--passes", 1, 2, "--batches", 1)
     assert code == 0 and out.count("after eviction") == 2
 
 
@@ -206,17 +195,17 @@ class _Stop:
     ],
 )
 def test_flags_that_do_not_fit_are_one_line(argv, said, capsys):
-    code, out, err = run(capsys, *argv)
+    code, out, err = run_command(capsys, *argv)
     assert code == 2 and not out and said in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("words", [["--preset", "paper"], ["--preset=paper"]])
 def test_a_preset_may_be_named_either_way(words, capsys):
-    code, out, _ = run(capsys, "train", "rule110", *words, "--help")
+    code, out, _ = run_command(capsys, "train", "rule110", *words, "--help")
     assert code == 0 and "97000" in out
 
 
 @pytest.mark.parametrize("option", ["--passes", "--window"])
 def test_info_refuses_nothing_for_a_number(option, trained, capsys):
-    code, _, err = run(capsys, "info", trained, option, 0)
+    code, _, err = run_command(capsys, "info", trained, option, 0)
     assert code == 2 and "at least 1" in err

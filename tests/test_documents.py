@@ -5,12 +5,11 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import close, lively, tiny
+from conftest import close, lively, run_command, tiny
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from lmsleep import SleepConfig, sleep_forward
-from lmsleep.cli import main
 from lmsleep.evaluation import evaluate, read_batch
 from lmsleep.tasks import Text, stream
 from lmsleep.tasks.documents import read_set
@@ -313,27 +312,18 @@ def test_answers_are_scored_whole(question_set):
 # The commands
 
 
-def run(capsys, *argv):
-    capsys.readouterr()
-    try:
-        main([str(a) for a in argv])
-        code = 0
-    except SystemExit as leaving:
-        code = leaving.code
-    out = capsys.readouterr()
-    return code, out.out, out.err
-
-
 TINY = "--steps 2 --eval-batches 1 --batch-size 4 --d-model 16 --num-heads 2 --threads 1 --window 8"
 
 
 def test_prompts_and_answers_are_trained_on_and_scored_by_exact_match(question_set, tmp_path, capsys):
     out = tmp_path / "run"
-    code, text, err = run(capsys, "train", "text", "--data", question_set, "--out", out, *TINY.split())
+    code, text, err = run_command(
+        capsys, "train", "text", "--data", question_set, "--out", out, *TINY.split()
+    )
     assert code == 0 and "answers=0: 0." in text and "bits" not in text, err
-    code, text, _ = run(capsys, "eval", out, "--batches", 1, "--json")
+    code, text, _ = run_command(capsys, "eval", out, "--batches", 1, "--json")
     assert code == 0 and json.loads(text)["passes"]["2"]["answers"] == {"0": 4}
-    code, text, _ = run(capsys, "data", "text", "--data", question_set, "--samples", 1)
+    code, text, _ = run_command(capsys, "data", "text", "--data", question_set, "--samples", 1)
     assert code == 0 and "<answer> [" in text and "<end>]" in text
 
 
@@ -342,12 +332,12 @@ def test_bits_are_named_after_the_token(tmp_path, tokenizer, capsys, monkeypatch
     monkeypatch.chdir(tmp_path)
     out = tmp_path / "run"
     options = ["--data", "book.txt", "--tokenizer", "tokenizer", "--length", 16, *TINY.split()]
-    code, text, err = run(capsys, "train", "text", *options, "--out", out)
+    code, text, err = run_command(capsys, "train", "text", *options, "--out", out)
     assert code == 0 and " bits per token (about " in text and " per byte) held out" in text, err
     monkeypatch.chdir("/")  # the run holds where its tokenizer is
-    code, text, _ = run(capsys, "eval", out, "--batches", 1)
+    code, text, _ = run_command(capsys, "eval", out, "--batches", 1)
     assert code == 0 and " tokens)" in text and "per byte)" in text
-    code, text, _ = run(capsys, "eval", out, "--batches", 1, "--json")
+    code, text, _ = run_command(capsys, "eval", out, "--batches", 1, "--json")
     score = json.loads(text)["passes"]["2"]
     bytes_per_token = len("the pond has many frogs few has pond the many ") / 10
     assert score["bits"] / score["bits_per_byte"] == pytest.approx(bytes_per_token, rel=0.03)
@@ -372,7 +362,7 @@ def test_bad_input_leaves_with_2_in_one_line(command, argv, said, tmp_path, caps
     (tmp_path / "book.txt").write_text("word " * 1000)
     (tmp_path / "none.jsonl").write_text("\n")
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n{"text"\n')
-    code, out, err = run(capsys, command, "text", *argv)
+    code, out, err = run_command(capsys, command, "text", *argv)
     flat = " ".join(err.replace("│", " ").split())
     assert code == 2 and said in flat and "Traceback" not in err and not out
     assert not (tmp_path / "runs").exists()

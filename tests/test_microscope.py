@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import close, lively, random_tokens, same_memory, tiny
+from conftest import close, lively, random_tokens, run_command, same_memory, tiny
 
 import lmsleep
 from lmsleep import HybridLM, Memory, Session, SleepConfig, State, fingerprint, sleep_forward
@@ -554,13 +554,7 @@ def test_runs_that_cannot_be_looked_at_are_refused(tmp_path):
 
 
 def command(capsys, *argv):
-    try:
-        main(["inspect", *map(str, argv)])
-        code = 0
-    except SystemExit as leaving:
-        code = leaving.code
-    out = capsys.readouterr()
-    return code, out.out, out.err
+    return run_command(capsys, "inspect", *argv)
 
 
 def test_the_command_answers_the_two_questions_and_writes_the_page(tmp_path, capsys):

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import run_command
 
-from lmsleep.cli import main
 from lmsleep.models import HybridConfig
 from lmsleep.sleep import SleepConfig
 from lmsleep.tasks import Depo, find_task, hide_answers, own, stream, task_name
@@ -19,17 +19,6 @@ ARCHITECTURE = Path(__file__).parents[1] / "docs" / "architecture.md"
 EXAMPLE = textwrap.dedent(re.search(r"```python\n(.*?)```", ARCHITECTURE.read_text(), re.S)[1])
 TINY = "--steps 3 --eval-every 3 --eval-batches 1 --save-every 2 --batch-size 4 --d-model 16 --num-heads 2"
 OPTIONS = [*TINY.split(), "--window", "4", "--passes", "2", "--threads", "1"]
-
-
-def run(capsys, *argv):
-    capsys.readouterr()
-    try:
-        main([str(a) for a in argv])
-        code = 0
-    except SystemExit as leaving:
-        code = leaving.code
-    out = capsys.readouterr()
-    return code, out.out, out.err
 
 
 @pytest.fixture
@@ -53,21 +42,23 @@ def test_the_example_of_the_docs_is_short_and_solves_its_samples(file):
 def test_a_task_in_a_file_is_trained_shown_evaluated_and_resumed(file, capsys, tmp_path, monkeypatch):
     out = tmp_path / "run"
     name = f"{file}:Recall"
-    code, text, err = run(capsys, "train", name, "--length", 8, "--out", out, *OPTIONS, "--data-workers", 1)
+    code, text, err = run_command(
+        capsys, "train", name, "--length", 8, "--out", out, *OPTIONS, "--data-workers", 1
+    )
     assert code == 0 and "place=" in text, err
     assert json.loads((out / "config.json").read_text())["task"] == {"name": name, "length": 8}
     sys.modules.pop(str(file))  # as in another process
     monkeypatch.chdir("/")
-    code, text, _ = run(capsys, "eval", out, "--batches", 1, "--json")
+    code, text, _ = run_command(capsys, "eval", out, "--batches", 1, "--json")
     assert code == 0 and json.loads(text)["floors"]["chance"] == 1 / 9
-    code, text, _ = run(capsys, "data", name, "--samples", 1)
+    code, text, _ = run_command(capsys, "data", name, "--samples", 1)
     assert code == 0 and text.count("[") == 1
-    assert run(capsys, "train", "--resume", out)[0] == 0
+    assert run_command(capsys, "train", "--resume", out)[0] == 0
 
 
 def test_the_folder_of_a_run_is_called_after_the_class(file, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert run(capsys, "train", "my_task.py:Recall", *OPTIONS)[0] == 0
+    assert run_command(capsys, "train", "my_task.py:Recall", *OPTIONS)[0] == 0
     assert (tmp_path / "runs" / "Recall-N2-seed0" / "report.json").is_file()
 
 
@@ -95,11 +86,11 @@ def entry_point(monkeypatch):
 def test_an_entry_point_is_a_task_by_its_name(entry_point, capsys):
     entry_point("lmsleep.tasks.depo:Depo")
     assert find_task("mine") is Depo and own.own_name(Depo) == "mine"
-    assert run(capsys, "data", "mine", "--samples", 1)[0] == 0
+    assert run_command(capsys, "data", "mine", "--samples", 1)[0] == 0
     entry_point("lmsleep.nowhere:Task")
-    assert "entry point lmsleep.nowhere:Task of task mine fails" in run(capsys, "data", "mine")[2]
-    assert "depo, rule110" in run(capsys, "data", "yours")[2]
-    assert "mine, FILE.py:CLASS" in run(capsys, "data", "yours")[2]
+    assert "entry point lmsleep.nowhere:Task of task mine fails" in run_command(capsys, "data", "mine")[2]
+    assert "depo, rule110" in run_command(capsys, "data", "yours")[2]
+    assert "mine, FILE.py:CLASS" in run_command(capsys, "data", "yours")[2]
 
 
 def test_listed_tasks_keep_their_names():
@@ -129,17 +120,17 @@ def test_what_is_no_task_is_said_in_one_line(command, content, name, said, capsy
     monkeypatch.chdir(tmp_path)
     if content is not None:
         (tmp_path / "my.py").write_text(content)
-    code, out, err = run(capsys, command, name)
+    code, out, err = run_command(capsys, command, name)
     assert code == 2 and said in err and err.count("\n") == 1 and not out
     assert not (tmp_path / "runs").exists()
 
 
 def test_a_run_whose_task_is_gone_says_so(file, capsys, tmp_path):
     out = tmp_path / "run"
-    assert run(capsys, "train", f"{file}:Recall", "--out", out, *OPTIONS)[0] == 0
+    assert run_command(capsys, "train", f"{file}:Recall", "--out", out, *OPTIONS)[0] == 0
     file.unlink()
     sys.modules.pop(str(file))
-    code, _, err = run(capsys, "eval", out)
+    code, _, err = run_command(capsys, "eval", out)
     assert code == 2 and "config.json: there is no file" in err and err.count("\n") == 1
 
 

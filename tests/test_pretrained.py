@@ -3,8 +3,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+from conftest import run_command
 from experiments import ship
-from test_cli import run
 
 from lmsleep import HybridLM, pretrained
 from lmsleep.cli import main
@@ -54,12 +54,12 @@ def test_more_sleep_answers_what_less_sleep_cannot(here, capsys):
     nodes, answers = {}, {}
     edges = dict(zip(GRAPH.split()[::2], GRAPH.split()[1::2], strict=True))
     for name in ("depo-N4", "depo-N1"):
-        code, out, _ = run(capsys, "read", name, "graph.txt", "--memory", f"{name}.mem")
+        code, out, _ = run_command(capsys, "read", name, "graph.txt", "--memory", f"{name}.mem")
         assert code == 0 and "16 tokens" in out
         node, answers[name] = "n1", []
         for hops in (1, 2, 3, 4):
             node = nodes[hops] = edges[node]
-            code, out, _ = run(capsys, "ask", name, "--memory", f"{name}.mem", f"HOP_{hops} n1")
+            code, out, _ = run_command(capsys, "ask", name, "--memory", f"{name}.mem", f"HOP_{hops} n1")
             assert code == 0
             answers[name].append(out.strip())
     assert answers["depo-N4"] == list(nodes.values())
@@ -67,11 +67,11 @@ def test_more_sleep_answers_what_less_sleep_cannot(here, capsys):
 
 
 def test_every_command_knows_the_shipped_names(here, capsys):
-    code, out, _ = run(capsys, "info", "depo-N4", "--json")
+    code, out, _ = run_command(capsys, "info", "depo-N4", "--json")
     assert code == 0 and json.loads(out)["passes"] == 4
-    code, out, _ = run(capsys, "eval", "depo-N1", "--batches", 1, "--json")
+    code, out, _ = run_command(capsys, "eval", "depo-N1", "--batches", 1, "--json")
     assert code == 0 and json.loads(out)["run"] == "depo-N1"
-    code, out, err = run(capsys, "ask", "depo-N2", "HOP_1 n1", "--memory", "g.mem")
+    code, out, err = run_command(capsys, "ask", "depo-N2", "HOP_1 n1", "--memory", "g.mem")
     assert code == 2 and not out and "no folder depo-N2; models that are shipped: depo-N1, depo-N4" in err
 
 
@@ -79,7 +79,7 @@ def test_a_folder_of_ones_own_goes_before_a_shipped_name(here, capsys):
     main(["read", "depo-N1", "graph.txt", "--memory", "g.mem"])
     shutil.copytree(pretrained.find("depo-N4"), here / "depo-N1")
     assert pretrained.find("depo-N1") == Path("depo-N1")
-    code, _, err = run(capsys, "ask", "depo-N1", "HOP_1 n1", "--memory", "g.mem")
+    code, _, err = run_command(capsys, "ask", "depo-N1", "HOP_1 n1", "--memory", "g.mem")
     assert code == 2 and "another model" in err
 
 

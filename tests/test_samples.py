@@ -7,8 +7,8 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from conftest import run_command
 
-from lmsleep.cli import main
 from lmsleep.demo import settings
 from lmsleep.evaluation import EVAL_SEED
 from lmsleep.tasks import TASKS, Batch, Depo, Rule110, Text, stream
@@ -18,14 +18,7 @@ DEPO = Depo(nodes=4, hops=2, queries=2, names=4, name_lengths=(1, 1), ask="fork"
 
 
 def data(capsys, *argv):
-    capsys.readouterr()
-    try:
-        main(["data", *map(str, argv)])
-        code = 0
-    except SystemExit as leaving:
-        code = leaving.code
-    out = capsys.readouterr()
-    return code, out.out, out.err
+    return run_command(capsys, "data", *argv)
 
 
 def test_evictions_stand_between_windows_and_answers_in_brackets():

@@ -8,8 +8,8 @@ import sys
 import time
 
 import pytest
-from conftest import lively, same_memory, tiny
-from test_cli import TINY, run
+from conftest import lively, run_command, same_memory, tiny
+from test_cli import TINY
 
 from lmsleep import HybridLM, Memory, Session
 from lmsleep.cli import main
@@ -40,14 +40,14 @@ def here(tmp_path, monkeypatch):
 
 
 def test_a_graph_is_read_and_asked_about(graphs, capsys, here):
-    code, out, _ = run(
+    code, out, _ = run_command(
         capsys, "read", graphs / "run", graphs / "graph.txt", "--memory", "g.mem", "--tag", "a=b"
     )
     assert code == 0 and "window 8/8 · 16 tokens · 1 sleeps" in out
     before = (here / "g.mem").read_bytes()
-    code, out, _ = run(capsys, "ask", graphs / "run", "HOP_2 n1", "--memory", "g.mem")
+    code, out, _ = run_command(capsys, "ask", graphs / "run", "HOP_2 n1", "--memory", "g.mem")
     assert code == 0 and out.strip() and len(out.split()) == 1
-    code, document, _ = run(capsys, "ask", graphs / "run", "HOP_2 n1", "--memory", "g.mem", "--json")
+    code, document, _ = run_command(capsys, "ask", graphs / "run", "HOP_2 n1", "--memory", "g.mem", "--json")
     assert json.loads(document)["answer"] == out.strip() and (here / "g.mem").read_bytes() == before
     assert json.loads(document)["stats"]["tokens"] == 19
 
@@ -55,47 +55,51 @@ def test_a_graph_is_read_and_asked_about(graphs, capsys, here):
 def test_reading_on_forking_and_sleeping(graphs, capsys, here):
     graph, run_folder = graphs / "graph.txt", graphs / "run"
     (here / "more.txt").write_text("n1 n3")
-    run(capsys, "read", run_folder, graph, "--memory", "g.mem")
+    run_command(capsys, "read", run_folder, graph, "--memory", "g.mem")
     before = Memory.load("g.mem")
-    code, out, _ = run(capsys, "read", run_folder, graph, "--memory", "g.mem")  # read already
+    code, out, _ = run_command(capsys, "read", run_folder, graph, "--memory", "g.mem")  # read already
     assert code == 0 and "16 tokens" in out and same_memory(Memory.load("g.mem"), before, 0.0)
-    _, out, _ = run(
+    _, out, _ = run_command(
         capsys, "read", run_folder, "more.txt", "--memory", "h.mem", "--parent", "g.mem", "--sleep"
     )
     assert "window 0/8 · 18 tokens · 3 sleeps" in out
     assert Memory.load("h.mem").origin.parents == (before.origin.id,)
-    _, out, _ = run(capsys, "read", run_folder, "more.txt", "--memory", "g.mem")  # on top
+    _, out, _ = run_command(capsys, "read", run_folder, "more.txt", "--memory", "g.mem")  # on top
     assert "window 2/8 · 18 tokens · 2 sleeps" in out and Memory.load("g.mem").origin.id == before.origin.id
 
 
 def test_memories_are_shown_compared_merged_and_traced(graphs, capsys, here):
-    run(capsys, "read", graphs / "run", graphs / "graph.txt", "--memory", "g.mem")
-    code, _, err = run(capsys, "memory", "merge", "g.mem", "g.mem", "--out", "m.mem")
+    run_command(capsys, "read", graphs / "run", graphs / "graph.txt", "--memory", "g.mem")
+    code, _, err = run_command(capsys, "memory", "merge", "g.mem", "g.mem", "--out", "m.mem")
     assert code == 2 and "8 tokens in its open window" in err
-    run(capsys, "read", graphs / "run", graphs / "graph.txt", "--memory", "g.mem", "--sleep")
+    run_command(capsys, "read", graphs / "run", graphs / "graph.txt", "--memory", "g.mem", "--sleep")
     (here / "more.txt").write_text("n1 n3")
-    run(capsys, "read", graphs / "run", "more.txt", "--memory", "h.mem", "--parent", "g.mem", "--sleep")
-    code, out, _ = run(capsys, "memory", "show", "g.mem", "h.mem", "--json")
+    run_command(
+        capsys, "read", graphs / "run", "more.txt", "--memory", "h.mem", "--parent", "g.mem", "--sleep"
+    )
+    code, out, _ = run_command(capsys, "memory", "show", "g.mem", "h.mem", "--json")
     shown = json.loads(out)
     assert code == 0 and [s["tokens"] for s in shown] == [16, 18] and len(shown[0]["heads"]) == 2
     assert shown[0]["heads"][1]["norm"] == pytest.approx(float(Memory.load("g.mem").norms()[0, 0, 1]))
-    _, out, _ = run(capsys, "memory", "show", "g.mem")
+    _, out, _ = run_command(capsys, "memory", "show", "g.mem")
     assert "16 tokens, 2 sleeps, N = 2" in out and "effective_rank" in out
-    _, out, _ = run(capsys, "memory", "diff", "g.mem", "h.mem", "--json")
+    _, out, _ = run_command(capsys, "memory", "diff", "g.mem", "h.mem", "--json")
     change = Memory.load("g.mem").diff(Memory.load("h.mem")).norms()
     assert json.loads(out)[0]["difference"] == pytest.approx(float(change[0, 0, 0]))
-    code, _, _ = run(capsys, "memory", "merge", "g.mem", "h.mem", "--out", "m.mem", "--weights", 0.25, 0.75)
+    code, _, _ = run_command(
+        capsys, "memory", "merge", "g.mem", "h.mem", "--out", "m.mem", "--weights", 0.25, 0.75
+    )
     expected = Memory.load("g.mem").merge([Memory.load("h.mem")], [0.25, 0.75])
     assert code == 0 and same_memory(Memory.load("m.mem"), expected, 1e-6)
-    _, out, _ = run(capsys, "memory", "log", "m.mem")
+    _, out, _ = run_command(capsys, "memory", "log", "m.mem")
     assert [line.split()[1] for line in out.splitlines()] == ["m.mem:", "g.mem:", "h.mem:"]
-    _, out, _ = run(capsys, "ask", graphs / "run", "HOP_1 n1", "--memory", "m.mem")
+    _, out, _ = run_command(capsys, "ask", graphs / "run", "HOP_1 n1", "--memory", "m.mem")
     assert len(out.split()) == 1
 
 
 def chat(capsys, monkeypatch, argv, *lines):
     monkeypatch.setattr("sys.stdin", io.StringIO("".join(line + "\n" for line in lines)))
-    return run(capsys, "chat", *argv)
+    return run_command(capsys, "chat", *argv)
 
 
 def test_chat_reads_answers_and_obeys(bytes_model, capsys, here, monkeypatch):
@@ -121,7 +125,7 @@ def test_a_stray_byte_or_an_interrupt_keeps_the_session(bytes_model, capsys, her
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Session, "generate", interrupted)
-    code, out, _ = run(capsys, "chat", bytes_model, "--window", 16)
+    code, out, _ = run_command(capsys, "chat", bytes_model, "--window", 16)
     assert code == 0 and "interrupted" in out
     assert Session.load("a.mem", HybridLM.from_pretrained(bytes_model)).stats.tokens == len(
         "he\ufffdy\n".encode()
@@ -137,13 +141,13 @@ def test_chat_leaves_a_memory_alone_that_another_process_writes(bytes_model, cap
 
 
 def test_show_says_what_is_in_an_open_window(graphs, capsys, here):
-    run(capsys, "read", graphs / "run", graphs / "graph.txt", "--memory", "g.mem")
-    _, out, _ = run(capsys, "memory", "show", "g.mem")
+    run_command(capsys, "read", graphs / "run", graphs / "graph.txt", "--memory", "g.mem")
+    _, out, _ = run_command(capsys, "memory", "show", "g.mem")
     assert "open window: 8 tokens, not in S" in out and "16 tokens, 1 sleeps" in out
-    _, out, _ = run(capsys, "memory", "show", "g.mem", "--json")
+    _, out, _ = run_command(capsys, "memory", "show", "g.mem", "--json")
     assert json.loads(out)[0]["open_window"] == 8 and Memory.load("g.mem").origin.tokens == 8
-    run(capsys, "read", graphs / "run", graphs / "graph.txt", "--memory", "g.mem", "--sleep")
-    _, out, _ = run(capsys, "memory", "show", "g.mem")
+    run_command(capsys, "read", graphs / "run", graphs / "graph.txt", "--memory", "g.mem", "--sleep")
+    _, out, _ = run_command(capsys, "memory", "show", "g.mem")
     assert "open window" not in out and Memory.load("g.mem").origin.tokens == 16
 
 
@@ -172,10 +176,10 @@ def test_show_says_what_is_in_an_open_window(graphs, capsys, here):
 )  # fmt: skip
 def test_bad_input_leaves_with_2_and_writes_nothing(graphs, bytes_model, capsys, here, argv, said):
     (here / "a.txt").write_text("words")
-    run(capsys, "read", bytes_model, "a.txt", "--memory", "old.mem", "--window", 8)
+    run_command(capsys, "read", bytes_model, "a.txt", "--memory", "old.mem", "--window", 8)
     before = {p: p.read_bytes() for p in here.iterdir()}
     argv = [{"MODEL": bytes_model, "RUN": graphs / "run"}.get(a, a) for a in argv]
-    code, out, err = run(capsys, *argv)
+    code, out, err = run_command(capsys, *argv)
     assert code == 2 and said in " ".join(err.split()) and "Traceback" not in err and not out
     assert {p: p.read_bytes() for p in here.iterdir() if not p.name.endswith(".lock")} == {
         p: data for p, data in before.items() if not p.name.endswith(".lock")
@@ -186,14 +190,13 @@ def test_a_memory_that_another_process_writes_is_left_alone(bytes_model, capsys,
     (here / "a.txt").write_text("words")
     with (here / ".m.mem.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        code, _, err = run(capsys, "read", bytes_model, "a.txt", "--memory", "m.mem")
+        code, _, err = run_command(capsys, "read", bytes_model, "a.txt", "--memory", "m.mem")
     assert code == 2 and "m.mem is being written by another process" in err and not (here / "m.mem").exists()
-    assert run(capsys, "read", bytes_model, "a.txt", "--memory", "m.mem")[0] == 0
+    assert run_command(capsys, "read", bytes_model, "a.txt", "--memory", "m.mem")[0] == 0
 
 
-def test_a_read_stopped_on_other_files_is_not_mixed_up(bytes_model, capsys, here, monkeypatch):
-    (here / "a.txt").write_text("word " * 400)
-    (here / "b.txt").write_text("other")
+def stop_early(capsys, monkeypatch, command):
+    # Interrupts `lmsleep read` at its second piece.
     reads, real = [], Session.read
 
     def stopped(self, text):
@@ -202,42 +205,38 @@ def test_a_read_stopped_on_other_files_is_not_mixed_up(bytes_model, capsys, here
             raise KeyboardInterrupt
         real(self, text)
 
-    command = ["read", bytes_model, "a.txt", "--memory", "m.mem", "--window", 8]
     monkeypatch.setattr(Session, "read", stopped)
-    assert run(capsys, *command)[0] == 130
+    assert run_command(capsys, *command)[0] == 130
     monkeypatch.setattr(Session, "read", real)
+
+
+def test_a_read_stopped_on_other_files_is_not_mixed_up(bytes_model, capsys, here, monkeypatch):
+    (here / "a.txt").write_text("word " * 400)
+    (here / "b.txt").write_text("other")
+    command = ["read", bytes_model, "a.txt", "--memory", "m.mem", "--window", 8]
+    stop_early(capsys, monkeypatch, command)
     assert Memory.load("m.mem").origin.tokens == 128 - 8  # the open window is not in S; saved on the way out
-    code, _, err = run(capsys, "read", bytes_model, "b.txt", "--memory", "m.mem")
+    code, _, err = run_command(capsys, "read", bytes_model, "b.txt", "--memory", "m.mem")
     assert code == 2 and "stopped while it read other files" in err
-    assert run(capsys, *command)[0] == 0 and Memory.load("m.mem").origin.tokens == 2000 - 8
+    assert run_command(capsys, *command)[0] == 0 and Memory.load("m.mem").origin.tokens == 2000 - 8
 
 
 def test_an_unfinished_read_skips_nothing_where_something_else_read_on(
     bytes_model, capsys, here, monkeypatch
 ):
     (here / "a.txt").write_text("word " * 400)
-    reads, real = [], Session.read
-
-    def stopped(self, text):
-        reads.append(text)
-        if len(reads) == 2:
-            raise KeyboardInterrupt
-        real(self, text)
-
     command = ["read", bytes_model, "a.txt", "--memory", "m.mem", "--window", 8]
-    monkeypatch.setattr(Session, "read", stopped)
-    assert run(capsys, *command)[0] == 130
-    monkeypatch.setattr(Session, "read", real)
+    stop_early(capsys, monkeypatch, command)
     for more in ("x", "x" * 2000):  # to a place within the file, and to one beyond its end
         chat(capsys, monkeypatch, [bytes_model, "--memory", "m.mem"], f"/read {more}", "/save m.mem")
-        code, _, err = run(capsys, *command)
+        code, _, err = run_command(capsys, *command)
         assert code == 2 and "read on by something else since; read into another --memory" in err
 
 
 def test_a_killed_read_ends_with_the_uninterrupted_memory(bytes_model, capsys, here):
     (here / "a.txt").write_bytes(random.Random(0).randbytes(4_000))
     options = ["read", str(bytes_model), "a.txt", "--window", "16", "--passes", "2", "--save-every", "0"]
-    assert run(capsys, *options, "--memory", "whole.mem")[0] == 0
+    assert run_command(capsys, *options, "--memory", "whole.mem")[0] == 0
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "lmsleep", *options, "--memory", "m.mem"]
     kills, rng = 0, random.Random(1)
@@ -255,7 +254,7 @@ def test_a_killed_read_ends_with_the_uninterrupted_memory(bytes_model, capsys, h
         process.wait()
         kills += 1
         Memory.load("m.mem")  # old or new, never half
-    assert run(capsys, *options, "--memory", "m.mem")[0] == 0
+    assert run_command(capsys, *options, "--memory", "m.mem")[0] == 0
     model = HybridLM.from_pretrained(bytes_model)
     whole, resumed = (Session.load(name, model) for name in ("whole.mem", "m.mem"))
     assert same_memory(resumed.stream.start.memory, whole.stream.start.memory, 0.0)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lmsleep.evaluation import mean_interval, wilson
+from lmsleep.html_page import framed
 
 Row = dict[str, Any]
 
@@ -103,28 +104,14 @@ class Section:
 
 def page(sections: list[Section]) -> str:
     """A self-contained HTML page: no network, no scripts."""
-    return PAGE.format(body="\n".join(section.html() for section in sections))
+    body = "\n".join(["<h1>What longer sleep buys</h1>", *(section.html() for section in sections)])
+    return framed("lmsleep demo", body)
 
 
 HEADINGS = {
     "depo": "Pointer chase: where is a node after k hops, once the graph is out of sight?",
     "rule110": "Rule 110: what are the cells after t steps, once the state is out of sight?",
 }
-
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>lmsleep demo</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto;
-       padding: 0 1em; color: #222 }}
-img {{ width: 100% }}
-table {{ border-collapse: collapse; font-size: 14px; display: block; overflow-x: auto }}
-td, th {{ padding: .25em .8em; text-align: left; border-bottom: 1px solid #ddd; white-space: nowrap }}
-</style></head><body>
-<h1>What longer sleep buys</h1>
-{body}
-</body></html>
-"""
 
 
 def _html_table(lines: list[list[str]]) -> str:

@@ -6,6 +6,7 @@ import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from lmsleep.html_page import framed
 from lmsleep.microscope import words
 from lmsleep.microscope.figures import figures
 from lmsleep.microscope.heads import Row
@@ -70,9 +71,9 @@ def page(seen: "Inspection") -> str:
         f"{name.replace('_', ' ')} {seen.about[name]}"
         for name in ("model", "window", "passes", "eviction", "sequences", "tokens")
     )
-    return PAGE.format(
-        subject=html.escape(str(seen.about["subject"])), about=html.escape(about), body="\n".join(parts)
-    )
+    subject = html.escape(str(seen.about["subject"]))
+    top = f"<h1>Under the microscope: {subject}</h1>\n<p>{html.escape(about)}</p>"
+    return framed(f"lmsleep inspect: {subject}", "\n".join([top, *parts]))
 
 
 def _words(title: str, sentences: Sequence[str]) -> str:
@@ -89,20 +90,3 @@ def _table(rows: list[Row]) -> str:
     head = "".join(f"<th>{name.replace('_', ' ')}</th>" for name in rows[0])
     body = "".join("<tr>" + "".join(f"<td>{cell(x)}</td>" for x in row.values()) + "</tr>" for row in rows)
     return f"<table><tr>{head}</tr>{body}</table>"
-
-
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>lmsleep inspect: {subject}</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto;
-       padding: 0 1em; color: #222 }}
-img {{ width: 100% }}
-table {{ border-collapse: collapse; font-size: 14px; display: block; overflow-x: auto }}
-td, th {{ padding: .25em .8em; text-align: left; border-bottom: 1px solid #ddd; white-space: nowrap }}
-</style></head><body>
-<h1>Under the microscope: {subject}</h1>
-<p>{about}</p>
-{body}
-</body></html>
-"""
