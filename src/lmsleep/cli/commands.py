@@ -148,8 +148,7 @@ def evaluate_run(argv: list[str]) -> None:
     adapted: dict[int, Adaptation] = {}
     batches, size = options.batches, config.train.batch_size
     for n in options.passes or (config.sleep.passes,):
-        backprop = config.sleep.backprop_passes
-        sleep = replace(config.sleep, passes=n, backprop_passes=backprop and min(backprop, n))
+        sleep = config.sleep.with_passes(n)
         how: dict[str, Any] = {"batches": batches, "batch_size": size, "device": device}
         result[n] = evaluate(model, task, sleep, after=options.after, **how)
         if isinstance(task, Shifting) and sleep.window is not None and task.segment % sleep.window == 0:

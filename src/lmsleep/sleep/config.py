@@ -1,6 +1,6 @@
 """When and how a model sleeps, as plain data."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 Eviction = Literal["hard", "sliding"]
@@ -65,6 +65,11 @@ class SleepConfig:
                     "normalize": False, "reinject": False, "checkpoint": False}  # fmt: skip
         if changed := [name for name, value in defaults.items() if getattr(self, name) != value]:
             raise ValueError(f"inner_rate trains S instead of looping blocks: leave out {', '.join(changed)}")
+
+    def with_passes(self, passes: int) -> "SleepConfig":
+        """The same sleep in N = `passes` passes; gradients flow through no more of them than there are."""
+        limit = self.backprop_passes
+        return replace(self, passes=passes, backprop_passes=None if limit is None else min(limit, passes))
 
     def loop_range(self, num_blocks: int) -> tuple[int, int]:
         """First block of the loop and the one after its last, for a model of `num_blocks`."""

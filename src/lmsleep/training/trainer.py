@@ -243,7 +243,7 @@ class Trainer:
         if not train.random_passes:
             return sleep
         passes = int(np.random.default_rng((train.seed, self.step)).integers(1, sleep.passes + 1))
-        return replace(sleep, passes=passes, backprop_passes=_at_most(sleep.backprop_passes, passes))
+        return sleep.with_passes(passes)
 
     def _backward(self, batch: Batch, sleep: SleepConfig) -> Tensor:
         """Loss of the batch; gradients are left on the parameters."""
@@ -288,10 +288,6 @@ def _signals() -> Iterator[list[int]]:
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
-
-
-def _at_most(value: int | None, limit: int) -> int | None:
-    return None if value is None else min(value, limit)
 
 
 def choose_device(name: str) -> torch.device:
