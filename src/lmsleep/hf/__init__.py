@@ -1,0 +1,1 @@
+"""Hugging Face models that sleep (the `hf` extra)."""
