@@ -1,6 +1,7 @@
 """lmsleep: language models that sleep."""
 
 from lmsleep import ops, pretrained
+from lmsleep.hf import adapt
 from lmsleep.memory_file import Origin, fingerprint
 from lmsleep.microscope import Inspection, inspect
 from lmsleep.models import HybridConfig, HybridLM
@@ -24,6 +25,7 @@ __all__ = [
     "SleepOutput",
     "State",
     "__version__",
+    "adapt",
     "fingerprint",
     "inspect",
     "ops",

@@ -106,10 +106,14 @@ def fingerprint(model: Any) -> str:
     return digest.hexdigest()
 
 
+UNTOLD = {"_name_or_path", "transformers_version"}  # where a model came from says nothing of what it is
+
+
 def _settings(config: Any) -> Any:
     """What a configuration says; defaults of a dataclass left out, so that new options keep old memories."""
     if not is_dataclass(config):
-        return config.to_dict() if hasattr(config, "to_dict") else config
+        found = config.to_dict() if hasattr(config, "to_dict") else config
+        return {k: v for k, v in found.items() if k not in UNTOLD} if isinstance(found, dict) else found
     found = {}
     for f in fields(config):
         value = getattr(config, f.name)

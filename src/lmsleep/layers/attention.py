@@ -74,14 +74,14 @@ class Attention(nn.Module):
             q.transpose(1, 2),
             k.transpose(1, 2),
             v.transpose(1, 2),
-            attn_mask=None if whole else _mask(T, past, span, filled, x.device),
+            attn_mask=None if whole else visible(T, past, span, filled, x.device),
             is_causal=whole,
             enable_gqa=self.num_kv_heads != self.num_heads,
         )
         return self.o_proj(o.transpose(1, 2).flatten(2)), memory, cache
 
 
-def _mask(T: int, past: int, span: int | None, filled: Tensor | None, device: torch.device) -> Tensor:
+def visible(T: int, past: int, span: int | None, filled: Tensor | None, device: torch.device) -> Tensor:
     """`[T, past + T]` or `[B, 1, T, past + T]`: query i sees key j if `i - span < j <= i` and j is filled."""
     query = torch.arange(past, past + T, device=device)[:, None]
     key = torch.arange(past + T, device=device)

@@ -62,10 +62,17 @@ def read_window(
 
     A looped model (`wake_passes=W`) wakes in W passes. None of them begins with an `S` that another
     wrote, for that holds later tokens of the window, which prediction must not see.
+
+    Raises:
+        ValueError: if the loop reaches outside the model or holds none of its fast weights.
     """
     if sleep.inner_rate is not None and passes > 1:
         return train_on_window(model, tokens, state, sleep, passes=passes, valid=valid)
     first, last = sleep.loop_range(model.num_blocks)
+    if passes > 1 and not _writes(state.memory, first, last) and _writes(state.memory, 0, model.num_blocks):
+        raise ValueError(
+            f"loop={sleep.loop} has no block with fast weights, so its passes would write nothing"
+        )
     D, T, W, awake, began = model.num_blocks, tokens.shape[1], sleep.wake_passes, None, state.cache
     rows: _RowOptions = {"valid": valid, "span": sleep.span}
     h, state = model.run(model.embed(tokens), state, 0, first, **rows)
@@ -214,6 +221,10 @@ def _read_rows(
     order = torch.cat(groups).argsort()
     both = [x for x, _ in parts if x is not None]
     return torch.cat(both)[order] if both else None, State.join([s for _, s in parts], order)
+
+
+def _writes(memory: Memory, first: int, last: int) -> bool:
+    return any(S is not None for S in memory.layers[first:last])
 
 
 def _between_passes(h: Tensor, entered: Tensor, sleep: SleepConfig) -> Tensor:

@@ -16,8 +16,9 @@ class SleepConfig:
     """N: passes over a window before it is evicted. 1 is the plain hybrid."""
     eviction: Eviction = "hard"
     """After a sleep attention keeps nothing of the window (hard) or its last L - 1 tokens (sliding)."""
-    loop: tuple[int, int] | None = None
-    """Blocks first ... last - 1 that are looped; those before and after run once. None: all blocks."""
+    loop: tuple[int, int] | Literal["middle"] | None = None
+    """Blocks first ... last - 1 that are looped; those before and after run once. "middle": the middle half of
+    the blocks, as the paper loops Jet-Nemotron. None: all blocks."""
     backprop_passes: int | None = None
     """Passes of a window, counted from the last, through which gradients flow. None: all."""
     reset: Literal["S", "h"] | None = None
@@ -51,7 +52,10 @@ class SleepConfig:
             self._check_inner_rate(self.inner_rate)
         if self.eviction not in get_args(Eviction):
             raise ValueError(f"eviction must be 'hard' or 'sliding', got {self.eviction!r}")
-        if self.loop is not None and not 0 <= self.loop[0] < self.loop[1]:
+        if isinstance(self.loop, str):
+            if self.loop != "middle":
+                raise ValueError(f"loop must be (first, last), 'middle' or None, got {self.loop!r}")
+        elif self.loop is not None and not 0 <= self.loop[0] < self.loop[1]:
             raise ValueError(f"loop must be (first, last) with 0 <= first < last, got {self.loop}")
         if self.backprop_passes is not None and not 1 <= self.backprop_passes <= self.passes:
             raise ValueError(
@@ -73,6 +77,9 @@ class SleepConfig:
 
     def loop_range(self, num_blocks: int) -> tuple[int, int]:
         """First block of the loop and the one after its last, for a model of `num_blocks`."""
+        if self.loop == "middle":
+            first = num_blocks // 4
+            return first, first + max(num_blocks // 2, 1)
         first, last = self.loop or (0, num_blocks)
         if last > num_blocks:
             raise ValueError(

@@ -1,0 +1,120 @@
+"""The cache that decoder blocks of `transformers` see while they run; a `State` goes in and comes out.
+
+`transformers` writes recurrent states and convolution tails in place and ties them to the cache of a whole
+generation. Here they are values: a run takes tensors, its blocks read and replace them through the methods
+they know (`update`, `update_conv_state`, `update_recurrent_state`), and the run hands back new ones.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(eq=False)
+class Carried:
+    """What one layer of `transformers` carries over a call.
+
+    Attributes:
+        keys: `[B, t, H, K]` as the layer caches them (rotated, or latent), None if it has none.
+        values: `[B, t, H, V]`.
+        tail: the last inputs of its short convolution, `[B, t, C]`.
+        S: its fast weights, three dimensions a row.
+    """
+
+    keys: Tensor | None = None
+    values: Tensor | None = None
+    tail: Tensor | None = None
+    S: Tensor | None = None
+
+
+class _Lent(Tensor):
+    """`S` in the hands of a layer. One-token kernels overwrite it; what they write is kept beside it."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    written: Tensor | None = None
+
+    def copy_(self, src: Tensor, non_blocking: bool = False) -> Tensor:
+        self.written = src
+        return self
+
+
+class RunCache:
+    """Stands in for `transformers.Cache` during one run of blocks.
+
+    Args:
+        carried: what each layer carries, by its `layer_idx`; replaced as the layers run.
+    """
+
+    def __init__(self, carried: dict[int, Carried]) -> None:
+        self.carried = carried
+        self._lent: dict[int, _Lent] = {}
+
+    def __getitem__(self, layer_idx: int) -> Carried:
+        return self.carried.setdefault(layer_idx, Carried())
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values `[B, H, T, D]` of new tokens -> those of all visible tokens."""
+        layer = self[layer_idx]
+        if layer.keys is not None and layer.values is not None and layer.keys.shape[1]:
+            key_states = torch.cat([layer.keys.transpose(1, 2).to(key_states.dtype), key_states], dim=2)
+            value_states = torch.cat(
+                [layer.values.transpose(1, 2).to(value_states.dtype), value_states], dim=2
+            )
+        layer.keys, layer.values = key_states.transpose(1, 2), value_states.transpose(1, 2)
+        return key_states, value_states
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> None:
+        """Nothing: then even one token takes the path through `update_conv_state`, which writes no tensor."""
+        return
+
+    def update_conv_state(
+        self,
+        conv_states: Tensor,
+        layer_idx: int,
+        state_idx: int = 0,
+        conv_kernel_size: int | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Inputs `[B, C, T]` of new tokens -> the same after those that the convolution still sees.
+
+        Raises:
+            ValueError: for a layer that does not say how wide its convolution is.
+        """
+        if conv_kernel_size is None or state_idx:
+            raise ValueError(f"layer {layer_idx} keeps its convolution in a way that is not known")
+        layer = self[layer_idx]
+        if layer.tail is not None and layer.tail.shape[1]:
+            conv_states = torch.cat([layer.tail.mT.to(conv_states.dtype), conv_states], dim=2)
+        seen = conv_states.mT
+        layer.tail = seen[:, max(seen.shape[1] - (conv_kernel_size - 1), 0) :]
+        return conv_states
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        """`S` of the layer, a copy that it may overwrite; None on the very first run, before its shape is known."""
+        S = self[layer_idx].S
+        if S is None:
+            return None
+        lent = self._lent[layer_idx] = S.clone().as_subclass(_Lent)
+        return lent
+
+    def update_recurrent_state(
+        self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
+    ) -> Tensor:
+        """Take the new `S` of the layer."""
+        self._lent.pop(layer_idx, None)
+        self[layer_idx].S = recurrent_states
+        return recurrent_states
+
+    def is_recording_past(self, layer_idx: int) -> bool:
+        """Never: nothing here is rolled back."""
+        return False
+
+    def finished(self) -> dict[int, Carried]:
+        """What each layer carries after the run."""
+        for layer_idx, lent in self._lent.items():
+            self[layer_idx].S = lent.as_subclass(Tensor) if lent.written is None else lent.written
+        return self.carried

@@ -1,0 +1,149 @@
+"""Tiny random models of the families of `transformers` that lmsleep adapts, with weights such that S matters."""
+
+from typing import Any
+
+import torch
+import transformers as t
+
+VOCAB = 64
+SMALL: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "pad_token_id": 0}
+HEADS: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2}
+FOUR: dict[str, Any] = {"num_hidden_layers": 4}
+TYPES = ["linear_attention", "full_attention", "linear_attention", "full_attention"]
+GDN: dict[str, Any] = {
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8, "layer_types": TYPES, "head_dim": 16,
+}  # fmt: skip
+MAMBA: dict[str, Any] = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1}
+
+
+def _qwen3_5() -> Any:
+    return t.Qwen3_5ForCausalLM(t.Qwen3_5TextConfig(**SMALL, **HEADS, **FOUR, **GDN))
+
+
+def _qwen3_next() -> Any:
+    moe = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    return t.Qwen3NextForCausalLM(
+        t.Qwen3NextConfig(**SMALL, **HEADS, **FOUR, **GDN, **moe, shared_expert_intermediate_size=16)
+    )
+
+
+def _olmo_hybrid() -> Any:
+    sizes = {
+        "linear_num_key_heads": 4, "linear_num_value_heads": 4, "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8, "layer_types": TYPES, "eos_token_id": None, "bos_token_id": None,
+    }  # fmt: skip
+    return t.OlmoHybridForCausalLM(t.OlmoHybridConfig(**SMALL, **HEADS, **FOUR, **sizes))
+
+
+def _kimi_linear() -> Any:
+    sizes = {
+        "linear_num_heads": 4, "linear_head_dim": 8, "layer_types": TYPES, "num_local_experts": 4,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_shared_experts": 1, "n_group": 1,
+        "topk_group": 1, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8,
+    }  # fmt: skip
+    return t.KimiLinearForCausalLM(
+        t.KimiLinearConfig(**SMALL, num_attention_heads=4, num_key_value_heads=4, **FOUR, **sizes)
+    )
+
+
+def _nemotron_h() -> Any:
+    sizes = {
+        "mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 1, "head_dim": 8,
+        "time_step_min": 1e-4,  # one-token kernels of transformers do not clamp at it, others do
+        "layer_types": ["linear_attention", "mlp", "full_attention", "linear_attention", "mlp", "mlp"],
+        "num_hidden_layers": 6,
+    }  # fmt: skip
+    return t.NemotronHForCausalLM(t.NemotronHConfig(**SMALL, **HEADS, **sizes))
+
+
+def _bamba() -> Any:
+    return t.BambaForCausalLM(
+        t.BambaConfig(**SMALL, **HEADS, **FOUR, **MAMBA, mamba_expand=2, attn_layer_indices=[1, 3])
+    )
+
+
+def _granitemoehybrid() -> Any:
+    return t.GraniteMoeHybridForCausalLM(
+        t.GraniteMoeHybridConfig(
+            **SMALL,
+            **HEADS,
+            **FOUR,
+            **MAMBA,
+            mamba_expand=2,
+            layer_types=["mamba", "attention"] * 2,
+            num_local_experts=0,
+            num_experts_per_tok=0,
+            shared_intermediate_size=48,
+            logits_scaling=2.0,
+            embedding_multiplier=3.0,
+            residual_multiplier=0.5,
+            position_embedding_type="rope",
+        )
+    )
+
+
+def _falcon_h1() -> Any:
+    return t.FalconH1ForCausalLM(
+        t.FalconH1Config(
+            **SMALL,
+            **HEADS,
+            **FOUR,
+            **MAMBA,
+            mamba_d_ssm=64,
+            embedding_multiplier=2.0,
+            lm_head_multiplier=0.5,
+        )
+    )
+
+
+def _llama() -> Any:
+    return t.LlamaForCausalLM(t.LlamaConfig(**SMALL, **HEADS, **FOUR))
+
+
+def _jamba() -> Any:
+    return t.JambaForCausalLM(
+        t.JambaConfig(
+            **SMALL,
+            **HEADS,
+            **FOUR,
+            num_experts=1,
+            num_experts_per_tok=1,
+            mamba_d_state=8,
+            attn_layer_period=2,
+            attn_layer_offset=1,
+            use_mamba_kernels=False,
+        )
+    )
+
+
+FAMILIES = {
+    f.__name__[1:]: f
+    for f in (
+        _qwen3_5,
+        _qwen3_next,
+        _olmo_hybrid,
+        _kimi_linear,
+        _nemotron_h,
+        _bamba,
+        _granitemoehybrid,
+        _falcon_h1,
+    )
+}
+
+
+def family(name: str, seed: int = 0) -> Any:
+    """A tiny model whose answers depend on S: larger weights, slow forgetting."""
+    torch.manual_seed(seed)
+    model = {**FAMILIES, "jamba": _jamba, "llama": _llama}[name]().eval()
+    with torch.no_grad():
+        for key, p in model.named_parameters():
+            if key.endswith("A_log"):
+                p.fill_(-3.0)
+            elif key.endswith("dt_bias"):
+                p.fill_(1.0)
+            elif "mamba.in_proj" in key or "mixer.in_proj" in key:
+                p.mul_(16.0)
+            elif p.ndim == 2 and "norm" not in key:
+                p.mul_(3.0)
+    return model
