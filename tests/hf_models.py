@@ -1,4 +1,4 @@
-"""Tiny random models of the families of `transformers` that lmsleep adapts, with weights such that S matters."""
+"""Tiny random models of the families of `transformers` that lmsleep adapts; their weights make S matter."""
 
 from typing import Any
 

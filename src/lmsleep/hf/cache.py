@@ -94,7 +94,7 @@ class RunCache:
         return conv_states
 
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
-        """`S` of the layer, a copy that it may overwrite; None on the very first run, before its shape is known."""
+        """`S` of the layer, a copy that it may overwrite; None before its shape is known."""
         S = self[layer_idx].S
         if S is None:
             return None

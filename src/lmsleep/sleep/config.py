@@ -17,8 +17,8 @@ class SleepConfig:
     eviction: Eviction = "hard"
     """After a sleep attention keeps nothing of the window (hard) or its last L - 1 tokens (sliding)."""
     loop: tuple[int, int] | Literal["middle"] | None = None
-    """Blocks first ... last - 1 that are looped; those before and after run once. "middle": the middle half of
-    the blocks, as the paper loops Jet-Nemotron. None: all blocks."""
+    """Blocks first ... last - 1 that are looped; those before and after run once. "middle": the middle half
+    of the blocks, as the paper loops Jet-Nemotron. None: all blocks."""
     backprop_passes: int | None = None
     """Passes of a window, counted from the last, through which gradients flow. None: all."""
     reset: Literal["S", "h"] | None = None
