@@ -10,6 +10,7 @@ from lmsleep.cli.chat import chat
 from lmsleep.cli.data import data
 from lmsleep.cli.inspect import inspect_command
 from lmsleep.cli.memory import memory
+from lmsleep.cli.probe import probe
 from lmsleep.cli.read import read
 from lmsleep.training import Diverged, Interrupted
 from lmsleep.version import __version__
@@ -23,6 +24,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "chat": (chat, "talk to a model that sleeps"),
     "memory": (memory, "show, compare, merge and trace back memory files"),
     "inspect": (inspect_command, "what sleep writes, what can be read of it, what depends on it"),
+    "probe": (probe, "what sleep does to a model that was never trained with it"),
     "plot": (commands.plot, "draw the curves of runs"),
     "info": (commands.info, "parameters, bytes, break-even length and FLOPs of a run or model"),
     "reproduce": (commands.reproduce, "train the runs behind a figure; write its data, table and picture"),

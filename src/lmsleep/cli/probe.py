@@ -1,0 +1,113 @@
+"""`lmsleep probe`: what sleep does to a model as it is."""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from tqdm import tqdm
+from tyro.conf import Positional
+
+from lmsleep.cli.opening import SleepOptions, new_session
+from lmsleep.cli.options import parse
+from lmsleep.sleep import SleepConfig
+from lmsleep.tasks.tokenizers import Bytes
+from lmsleep.zero_shot import CHOICES, DROPPED, KEPT, Reading, zero_shot
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeOptions:
+    """Let an untrained model sleep: does it still predict its text, and does it remember planted facts?
+
+    Each piece of the text is read with every N, and to compare with nothing evicted and nothing remembered.
+    """
+
+    model: Positional[Path]
+    """Folder of a Hugging Face model, a run or a saved model."""
+    text: Path
+    """Text file (UTF-8) to read pieces of."""
+    passes: tuple[int, ...] = (1, 2, 4)
+    """Each N to read with."""
+    window: int = 512
+    """L: tokens of a window."""
+    windows: int = 3
+    """Windows in a piece."""
+    samples: int = 16
+    """Pieces; four facts are planted in each."""
+    loop: tuple[int, int] | Literal["middle"] | None = None
+    """Blocks first ... last - 1 that are looped, or the middle half; default all."""
+    eviction: Literal["hard", "sliding"] = "hard"
+    """After a sleep attention keeps nothing of the window (hard) or its last L - 1 tokens (sliding)."""
+    tokenizer: str = "bytes"
+    """Of a model that lmsleep saved: bytes, or the folder of a Hugging Face tokenizer."""
+    seed: int = 0
+    """Of the pieces and the facts."""
+    json: bool = False
+    """Print one JSON document instead of a table."""
+
+
+def probe(argv: list[str]) -> None:
+    """`lmsleep probe MODEL --text FILE`."""
+    options = parse(ProbeOptions, argv, "lmsleep probe")
+    session = new_session(options.model, SleepOptions(tokenizer=options.tokenizer))
+    tokenizer = session.tokenizer
+    assert tokenizer is not None, "new_session always has one"
+    data = options.text.read_bytes()
+    tokens = list(data) if isinstance(tokenizer, Bytes) else tokenizer.encode(data.decode())
+    sleep = SleepConfig(window=options.window, eviction=options.eviction, loop=options.loop)
+    with tqdm(total=2 + len(options.passes), desc="ways of reading", disable=None, leave=False) as bar:
+
+        def progress(way: str) -> None:
+            bar.set_postfix_str(way)
+            bar.update(1)
+
+        readings = list(
+            zero_shot(
+                session.model,
+                tokenizer,
+                tokens,
+                sleep,
+                options.passes,
+                samples=options.samples,
+                windows=options.windows,
+                seed=options.seed,
+                progress=progress,
+            )
+        )
+    if options.json:
+        document = {"chance": 1 / CHOICES, "readings": [r.to_dict() for r in readings]}
+        sys.stdout.write(json.dumps(document, indent=2) + "\n")
+    else:
+        sys.stdout.write(_table(readings) + "\n" + _verdict(readings) + "\n")
+
+
+def _table(readings: list[Reading]) -> str:
+    lines = [f"{'':<22} {'perplexity':>11} {'facts recalled, of ' + str(readings[0].questions):>28}"]
+    for r in readings:
+        share, low, high = r.recall
+        lines.append(f"{r.way:<22} {r.perplexity:>11.4g} {f'{share:.3f} [{low:.3f}, {high:.3f}]':>28}")
+    lines.append(f"{'chance':<22} {'':>11} {f'{1 / CHOICES:.3f}':>8}")
+    return "\n".join(lines)
+
+
+def _verdict(readings: list[Reading]) -> str:
+    by: dict[str, Any] = {r.way: r for r in readings}
+    dropped, kept = by.pop(DROPPED), by.pop(KEPT)
+    best = min(by.values(), key=lambda r: r.nats)
+    said = [
+        f"Text: {best.way} predicts best of those that evict; it closes "
+        f"{_share(best, dropped, kept)} of the gap between forgetting all and keeping all."
+    ]
+    known = [r.way for r in by.values() if r.recall[1] > 1 / CHOICES]
+    said.append(
+        f"Facts: {', '.join(known)} remembers more than chance."
+        if known
+        else "Facts: no N remembers more than chance; fine-tune with sleep first (lmsleep finetune --help)."
+    )
+    return "\n".join(said)
+
+
+def _share(best: Reading, dropped: Reading, kept: Reading) -> str:
+    gap = dropped.nats - kept.nats
+    return f"{(dropped.nats - best.nats) / gap:.0%}" if gap > 0 else "nothing, for there is none,"

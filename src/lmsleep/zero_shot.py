@@ -1,0 +1,217 @@
+"""What sleep does to a model that was never trained with it: text after eviction, and planted facts."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lmsleep.evaluation import wilson
+from lmsleep.sleep import Backbone, SleepConfig, sleep_forward
+from lmsleep.tasks.tokenizers import Tokenizer
+
+KEPT, DROPPED = "nothing is evicted", "memory is dropped too"
+FACTS, CHOICES = 4, 8  # facts in a context, and numbers to choose the answer from
+PLACES = (
+    "Aldermoor", "Brackwell", "Corvane", "Dunmere", "Elsworth", "Farrowby", "Gravenhill", "Hollowick",
+    "Inverlay", "Jessamere", "Kettleby", "Larkdale", "Morrowfield", "Netherby", "Oakenshaw", "Pellworth",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a model does when it reads in one way.
+
+    Attributes:
+        way: "N = 4", or one of the references `KEPT` (the whole text stays in attention) and `DROPPED` (the
+            fast weights are evicted with the window).
+        nats: mean negative log-likelihood of a token after an eviction.
+        right: questions about planted facts whose right answer was the likeliest of `CHOICES`.
+        questions: how many were asked.
+        answer_nats: mean negative log-likelihood of the right answers.
+    """
+
+    way: str
+    nats: float
+    right: int
+    questions: int
+    answer_nats: float
+
+    @property
+    def perplexity(self) -> float:
+        """Of a token of the text."""
+        return math.exp(self.nats)
+
+    @property
+    def recall(self) -> tuple[float, float, float]:
+        """Share of right answers with its 95 % interval (Wilson)."""
+        return self.right / self.questions, *wilson(self.right, self.questions)
+
+    def to_dict(self) -> dict[str, str | float | list[float]]:
+        """JSON-ready figures."""
+        share, low, high = self.recall
+        return {
+            "reading": self.way,
+            "perplexity": self.perplexity,
+            "bits_per_token": self.nats / math.log(2),
+            "recall": share,
+            "recall_interval": [low, high],
+            "questions": self.questions,
+            "bits_per_answer": self.answer_nats / math.log(2),
+        }
+
+
+@torch.no_grad()
+def zero_shot(
+    model: Backbone,
+    tokenizer: Tokenizer,
+    tokens: Sequence[int],
+    sleep: SleepConfig,
+    passes: Sequence[int],
+    *,
+    samples: int = 16,
+    windows: int = 3,
+    seed: int = 0,
+    progress: Callable[[str], None] = lambda way: None,
+) -> Iterator[Reading]:
+    """Read the same pieces of a text with each number of passes, and in the two reference ways.
+
+    A piece is `windows` windows long. Counted are its tokens from the second window on, the first of each
+    window left out, which `DROPPED` could not predict. Then the same pieces are read with `FACTS` planted
+    sentences in their first window, all is evicted, and a fork of the memory is asked for each fact: is the
+    right number likelier than those of the other facts and as many that were not planted?
+
+    Args:
+        model: any `Backbone`.
+        tokenizer: its tokenizer.
+        tokens: the text; pieces begin at places drawn by `seed`.
+        sleep: window, eviction and loop.
+        passes: the N to read with.
+        samples: pieces.
+        windows: windows in a piece, at least 2.
+        seed: of places, facts and numbers.
+        progress: called with the way that is about to be measured.
+
+    Raises:
+        ValueError: for a window that is too short for the facts, or a text that is too short for a piece.
+    """
+    if sleep.window is None:
+        raise ValueError(
+            "window=None evicts nothing, so there is no sleep to try; give the tokens of a window"
+        )
+    if windows < 2 or samples < 1 or not passes:
+        raise ValueError(
+            f"nothing to measure: windows={windows} (2 at least), samples={samples}, passes={passes}"
+        )
+    L = sleep.window
+    generator = torch.Generator().manual_seed(seed)
+    pieces = _pieces(torch.as_tensor(tokens), L * windows, samples, generator)
+    quizzes = [_Quiz.draw(tokenizer, piece, L, generator) for piece in pieces]
+    ways: dict[str, SleepConfig | None] = {KEPT: replace(sleep, window=None), DROPPED: None}
+    for way, config in {**ways, **{f"N = {n}": sleep.with_passes(n) for n in passes}}.items():
+        progress(way)
+        nats = [_nats(model, piece, L, config) for piece in pieces]
+        answers = torch.cat([quiz.answered(model, config) for quiz in quizzes])
+        yield Reading(
+            way=way,
+            nats=sum(nats) / len(nats),
+            right=int((answers[:, 0] > answers[:, 1:].amax(dim=1)).sum()),
+            questions=len(answers),
+            answer_nats=-float(answers[:, 0].mean()),
+        )
+
+
+def _pieces(tokens: Tensor, length: int, samples: int, generator: torch.Generator) -> list[Tensor]:
+    if len(tokens) < length:
+        raise ValueError(
+            f"text has {len(tokens)} tokens, a piece needs {length}; take a longer text or fewer windows"
+        )
+    starts = torch.randint(len(tokens) - length + 1, (samples,), generator=generator)
+    return [tokens[a : a + length] for a in starts.tolist()]
+
+
+def _nats(model: Backbone, piece: Tensor, L: int, sleep: SleepConfig | None) -> float:
+    """Nats a token of the piece; `sleep=None`: every window alone."""
+    counted = torch.ones_like(piece, dtype=torch.bool)
+    counted[:L] = counted[::L] = False
+    rows, mask = (piece[None], counted[None]) if sleep else (piece.view(-1, L)[1:], counted.view(-1, L)[1:])
+    device = _device(model)
+    loss = sleep_forward(
+        model, rows.to(device), mask.to(device), sleep or SleepConfig(), read_last=False, return_logits=False
+    ).loss
+    assert loss is not None
+    return float(loss)
+
+
+def _device(model: Backbone) -> torch.device:
+    state = model.initial_state(1)
+    return next(
+        t.device for layer in (state.memory.layers, *state.cache.layers) for t in layer if t is not None
+    )
+
+
+@dataclass(frozen=True)
+class _Quiz:
+    """A piece with planted facts, and what is asked about each.
+
+    Attributes:
+        context: `[T]`, the piece with the facts in its first window, as long as it was.
+        questions: tokens of each question.
+        choices: tokens of the possible answers to each, the right one first.
+    """
+
+    context: Tensor
+    questions: list[list[int]]
+    choices: list[list[list[int]]]
+
+    @classmethod
+    def draw(cls, tokenizer: Tokenizer, piece: Tensor, L: int, generator: torch.Generator) -> "_Quiz":
+        places = [PLACES[i] for i in torch.randperm(len(PLACES), generator=generator)[:FACTS].tolist()]
+        numbers = [str(n) for n in (1000 + torch.randperm(9000, generator=generator)[:CHOICES]).tolist()]
+        planted = tokenizer.encode(
+            "".join(f"\nThe code of {place} is {n}.\n" for place, n in zip(places, numbers, strict=False))
+        )
+        questions = [tokenizer.encode(f"\nThe code of {place} is") for place in places]
+        answers = [tokenizer.encode(f" {n}") for n in numbers]
+        longest = max(map(len, questions)) + max(map(len, answers))
+        if len(planted) > L or longest > L:
+            raise ValueError(
+                f"window={L} is too short: the planted facts have {len(planted)} tokens, "
+                f"a question with its answer {longest}"
+            )
+        at = int(torch.randint(L - len(planted) + 1, (), generator=generator))
+        context = torch.cat([piece[:at], torch.tensor(planted), piece[at:]])[: len(piece)]
+        choices = [[answers[i], *answers[:i], *answers[i + 1 :]] for i in range(FACTS)]
+        return cls(context, questions, choices)
+
+    def answered(self, model: Backbone, sleep: SleepConfig | None) -> Tensor:
+        """`[FACTS, CHOICES]`: log-likelihood of each choice, the right one first; None: nothing was read."""
+        device = _device(model)
+        state = model.initial_state(1)
+        if sleep is not None:
+            evict = sleep.window is not None
+            state = sleep_forward(
+                model, self.context[None].to(device), None, sleep, evict_last=evict, return_logits=False
+            ).state
+        rows = [
+            (question, choice)
+            for question, choices in zip(self.questions, self.choices, strict=True)
+            for choice in choices
+        ]
+        lengths = torch.tensor([len(q) + len(c) for q, c in rows])
+        padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(q + c) for q, c in rows], batch_first=True)
+        logits = sleep_forward(
+            model,
+            padded.to(device),
+            None,
+            SleepConfig() if sleep is None else sleep.with_passes(1),
+            state=state.rows([0] * len(rows)),
+            lengths=lengths.to(device),
+        ).logits
+        assert logits is not None
+        log_p = logits[:, :-1].float().log_softmax(-1).gather(2, padded[:, 1:, None].to(device))[..., 0].cpu()
+        place = torch.arange(1, padded.shape[1])
+        first = torch.tensor([len(q) for q, _ in rows])[:, None]
+        asked = (place >= first) & (place < lengths[:, None])
+        return (log_p * asked).sum(dim=1).view(FACTS, CHOICES)
