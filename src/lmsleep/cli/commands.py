@@ -32,6 +32,7 @@ from lmsleep.training import (
     baseline,
     choose_device,
 )
+from lmsleep.training.models import Model, build
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,11 +271,13 @@ def info(argv: list[str]) -> None:
     """`lmsleep info RUN|MODEL`."""
     options = parse(InfoOptions, argv, "lmsleep info")
     folder = RunFolder(pretrained.find(options.path))
+    model: Model
     if (folder.path / "config.json").is_file() and folder.config_is_run():
         config = folder.config()
-        model, sleep = config.model, config.sleep
+        model, sleep = build(config.model).to("meta"), config.sleep
     else:
-        model, sleep = HybridLM.from_pretrained(folder.path).config, SleepConfig(window=64, passes=4)
+        model = HybridLM.from_pretrained(folder.path).to("meta")
+        sleep = SleepConfig(window=64, passes=4)
     sleep = replace(
         sleep,
         window=sleep.window if options.window is None else options.window,

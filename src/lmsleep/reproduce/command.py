@@ -13,13 +13,13 @@ from tyro.conf import Positional
 
 from lmsleep.evaluation import read_batch
 from lmsleep.files import write_atomic
-from lmsleep.models import HybridLM
 from lmsleep.reproduce.figure import draw
 from lmsleep.reproduce.recipe import Cell, Scale
 from lmsleep.reproduce.recipes import RECIPES
 from lmsleep.reproduce.results import Row, collect, table, time_steps, write_data
 from lmsleep.tasks import stream
 from lmsleep.training import Job, RunConfig, RunFolder, choose_device, flops_per_step, provenance, run_all
+from lmsleep.training.models import build
 
 PROBE_SECONDS = 0.5  # a step this long is timed well enough
 
@@ -138,7 +138,7 @@ def _seconds(config: RunConfig) -> float:
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     device, elapsed = choose_device(config.train.device), []
-    model = HybridLM(config.model).to(device)
+    model = build(config.model).to(device)
     batch = config.task.batch(stream(0, "train", 0), config.train.batch_size, "train").to(device)
     for _ in range(3):
         started = time.perf_counter()

@@ -213,8 +213,10 @@ def _update_rules(scale: Scale) -> list[Cell]:
     for rule in rules:
         for n in (1, 4):
             run = depo(scale, n)
-            blocks = tuple(kind if kind == "attention" else rule for kind in run.model.blocks)
-            cells.append(Cell(f"{rule}, N = {n}", replace(run, model=replace(run.model, blocks=blocks))))
+            blocks = tuple(kind if kind == "attention" else rule for kind in run.architecture.blocks)
+            cells.append(
+                Cell(f"{rule}, N = {n}", replace(run, model=replace(run.architecture, blocks=blocks)))
+            )
     return cells
 
 
@@ -223,7 +225,7 @@ def _state_sizes(scale: Scale) -> list[Cell]:
     for size in (4, 8, 16, 32):
         for n in (1, 4):
             run = depo(scale, n)
-            model = replace(run.model, head_dim=size)
+            model = replace(run.architecture, head_dim=size)
             cells.append(Cell(f"{size} x {size} a head, N = {n}", replace(run, model=model)))
     return cells
 

@@ -19,10 +19,11 @@ from tqdm import tqdm
 from lmsleep.evaluation import Score, evaluate, read_batch
 from lmsleep.models import HybridLM
 from lmsleep.sleep import SleepConfig
-from lmsleep.tasks import Batch
+from lmsleep.tasks import Batch, stream
 from lmsleep.training.batches import Batches, draw
-from lmsleep.training.config import RunConfig
-from lmsleep.training.optim import optimizers, schedule
+from lmsleep.training.config import RunConfig, TrainConfig
+from lmsleep.training.models import Model, build, load
+from lmsleep.training.optim import learning_rate, optimizers, schedule
 from lmsleep.training.runs import RunFolder
 from lmsleep.training.tracking import Events, installed
 
@@ -32,26 +33,27 @@ LOG_EVERY = 10  # steps between lines of the metrics
 def flops_per_step(config: RunConfig) -> int:
     """FLOPs of the forward and backward pass of one training step (its first batch, all N passes)."""
     whole = replace(config, train=replace(config.train, curriculum=0))
-    return _count_flops(HybridLM(config.model), draw(whole, 0), config.sleep)
+    return _count_flops(build(config.model), draw(whole, 0), config.sleep)
 
 
-def first_model(config: RunConfig) -> HybridLM:
-    """What a run begins with: random weights, or those of another run or model.
+def first_model(config: RunConfig, *, bfloat16: bool = False) -> Model:
+    """What a run begins with: random weights, those of another run or model, or a pretrained model.
 
     Raises:
-        FileNotFoundError: if there is no model at `config.train.start`.
+        FileNotFoundError: if there is no model at `config.train.start`, or no pretrained one.
         ValueError: if it does not fit.
     """
-    model, train = HybridLM(config.model), config.train
+    model, train = build(config.model, bfloat16=bfloat16), config.train
     if train.start is not None:
         folder = RunFolder(train.start)
         is_run = (folder.path / "config.json").is_file() and folder.config_is_run()
         source = folder.model() if is_run else HybridLM.from_pretrained(train.start)
+        assert isinstance(model, HybridLM) and isinstance(source, HybridLM), "RunConfig has checked"
         model.take_weights(source, train.inserted)
     return model
 
 
-def _count_flops(model: HybridLM, batch: Batch, sleep: SleepConfig) -> int:
+def _count_flops(model: Model, batch: Batch, sleep: SleepConfig) -> int:
     with FlopCounterMode(display=False) as counter:
         loss = read_batch(model, batch, sleep).loss
         assert loss is not None, "a training batch without a token to predict"
@@ -75,7 +77,7 @@ class Interrupted(RuntimeError):
 class Trainer:
     """Trains one run in its folder. The state after step `i` is a function of the configuration alone."""
 
-    def __init__(self, folder: RunFolder, config: RunConfig, model: HybridLM | None = None) -> None:
+    def __init__(self, folder: RunFolder, config: RunConfig, model: Model | None = None) -> None:
         """Train `model`, by default what the run begins with (raises ValueError or OSError if it cannot)."""
         self.folder, self.config = folder, config
         train = config.train
@@ -85,15 +87,13 @@ class Trainer:
         if train.threads:
             torch.set_num_threads(train.threads)
         torch.manual_seed(train.seed)
-        self.model = (model or first_model(config)).to(self.device)
+        self.autocast = _autocasts(train, self.device)
+        self.model = (model or first_model(config, bfloat16=self.autocast)).to(self.device).train()
         if train.only_inserted:
             for i, block in enumerate(self.model.requires_grad_(False).blocks):
                 block.requires_grad_(i in train.inserted)
         self.optimizers = optimizers(self.model, train)
         self.step, self.tokens, self.flops, self.seconds = 0, 0, 0, 0.0
-        self.autocast = train.precision == "bfloat16" or (
-            train.precision == "auto" and self.device.type == "cuda" and torch.cuda.is_bf16_supported()
-        )
         self.batches = Batches(config)
         self._flops_of: dict[tuple[Any, ...], int] = {}
 
@@ -109,17 +109,12 @@ class Trainer:
         """
         config = config or folder.config()
         path = checkpoint or folder.latest()
-        model = HybridLM.from_pretrained(path)
-        if model.config != config.model:
-            raise ValueError(
-                f"{path} holds a model of another configuration than {folder.path / 'config.json'}"
-            )
-        trainer = cls(folder, config, model)
+        bfloat16 = _autocasts(config.train, choose_device(config.train.device))
+        trainer = cls(folder, config, load(config.model, path, bfloat16=bfloat16))
         try:
             saved = torch.load(path / "trainer.pt", map_location=trainer.device, weights_only=True)
             for optimizer, state in zip(trainer.optimizers, saved["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
-            torch.set_rng_state(saved["rng"].cpu())
             for name in ("step", "tokens", "flops", "seconds"):
                 setattr(trainer, name, saved[name])
         except (
@@ -193,18 +188,20 @@ class Trainer:
 
     def evaluate(self, batches: int) -> Score:
         """Score on held-out samples with the run's own sleep."""
+        self.model.eval()
         with self._autocast():
-            return evaluate(
+            score = evaluate(
                 self.model, self.config.task, self.config.sleep, batches=batches, device=self.device,
                 batch_size=self.config.train.batch_size,
             )  # fmt: skip
+        self.model.train()
+        return score
 
     def save(self, name: str = "step") -> Path:
         """Write a checkpoint."""
         state = {
             **self._position(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "rng": torch.get_rng_state(),
         }
         return self.folder.save_checkpoint(self.step, self.model, state, name)
 
@@ -216,9 +213,10 @@ class Trainer:
         flops = self._flops(batch, sleep)
         started = time.perf_counter()
         factor = schedule(self.step, train)
-        for optimizer, lr in zip(self.optimizers, (train.lr, train.adam_lr), strict=True):
+        for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = lr * factor
+                group["lr"] = learning_rate(optimizer, train) * factor
+        torch.manual_seed(stream(train.seed, "train", self.step).integers(2**63).item())  # of dropout
         loss = self._backward(batch, sleep)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), train.clip)
         value, norm_value = loss.item(), norm.item()
@@ -276,6 +274,13 @@ class Trainer:
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast)
+
+
+def _autocasts(train: TrainConfig, device: torch.device) -> bool:
+    """Whether blocks compute in bfloat16."""
+    if train.precision != "auto":
+        return train.precision == "bfloat16"
+    return device.type == "cuda" and torch.cuda.is_bf16_supported()
 
 
 @contextmanager
