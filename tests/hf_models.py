@@ -5,6 +5,8 @@ from typing import Any
 import torch
 import transformers as t
 
+from lmsleep.hf.jet_nemotron import JetNemotronConfig, JetNemotronForCausalLM
+
 VOCAB = 64
 SMALL: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "pad_token_id": 0}
 HEADS: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -97,6 +99,20 @@ def _falcon_h1() -> Any:
     )
 
 
+JET: dict[str, Any] = {
+    "num_heads": 2, "head_dim": 6, "expand_v": 1.3333333334, "conv_size": 4, "dconv_generator_reduction": 4,
+    "norm_eps": "1e-5", "mode": "chunk", "dconv_implementation": "triton",
+}  # fmt: skip
+
+
+def _jet_nemotron() -> Any:
+    sizes = {
+        "layer_types": ["jet", "attn", "jet", "swa"], "bos_token_id": None, "eos_token_id": None,
+        "efficient_attention_config": {"jet": JET, "swa": {"window_size": 4}},
+    }  # fmt: skip
+    return JetNemotronForCausalLM(JetNemotronConfig(**SMALL, **HEADS, **FOUR, **sizes))
+
+
 def _llama() -> Any:
     return t.LlamaForCausalLM(t.LlamaConfig(**SMALL, **HEADS, **FOUR))
 
@@ -128,6 +144,7 @@ FAMILIES = {
         _bamba,
         _granitemoehybrid,
         _falcon_h1,
+        _jet_nemotron,
     )
 }
 

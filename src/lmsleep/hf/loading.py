@@ -1,6 +1,7 @@
 """`load_pretrained`: a model of `transformers` from a local folder, checked before anything is computed."""
 
 import json
+import logging
 from collections.abc import Iterable
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,10 @@ from lmsleep.tasks.tokenizers import HuggingFace
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+LICENSES = {
+    "jet_nemotron": "the published weights of Jet-Nemotron, and what is trained from them, are licensed "
+    "for non-commercial use only (NVIDIA License, section 3.3)"
+}
 NAMED = 5  # tensors or files that a message names before it counts the rest
 
 
@@ -49,6 +54,8 @@ def load_pretrained(path: str | Path, *, dtype: torch.dtype | None = None, **opt
             **options,
         )
     _check_tensors(folder, found)
+    if note := LICENSES.get(config.model_type):
+        logging.getLogger(__name__).warning("%s: %s", folder, note)
     return model
 
 
@@ -60,6 +67,8 @@ def _config(folder: Path) -> Any:
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
     except ImportError:
         raise ValueError(f"model={str(folder)!r} needs transformers: pip install 'lmsleep[hf]'") from None
+    import lmsleep.hf.jet_nemotron  # noqa: F401  known to transformers from here on
+
     file = folder / "config.json"
     if not file.is_file():
         adapter = (folder / "adapter_config.json").is_file()
