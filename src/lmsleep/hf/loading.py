@@ -67,7 +67,8 @@ def _config(folder: Path) -> Any:
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
     except ImportError:
         raise ValueError(f"model={str(folder)!r} needs transformers: pip install 'lmsleep[hf]'") from None
-    import lmsleep.hf.jet_nemotron  # noqa: F401  known to transformers from here on
+    import lmsleep.hf.jet_nemotron
+    import lmsleep.hf.ouro  # noqa: F401  known to transformers from here on
 
     file = folder / "config.json"
     if not file.is_file():

@@ -36,7 +36,7 @@ def gated_linear_rule(
 
 
 def dynamic_conv(x: Tensor, kernels: Tensor, tail: Tensor) -> Tensor:
-    """Causal convolution of `x` `[B, T, C]` after inputs `tail` `[B, t, C]`, with a kernel `[C, W]` a token."""
+    """Causal convolution of `x` `[B, T, C]` after `tail` `[B, t, C]`, with a kernel `[C, W]` a token."""
     B, T, C, W = kernels.shape
     seen = torch.cat([x.new_zeros(B, W - 1, C), tail, x], dim=1)
     first = seen.shape[1] - T - (W - 1)
