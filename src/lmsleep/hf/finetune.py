@@ -1,6 +1,7 @@
 """Fine-tuning: which weights of a pretrained model are trained, and what becomes of them."""
 
-from dataclasses import dataclass
+import shutil
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -11,11 +12,16 @@ from torch import nn
 
 from lmsleep.files import write_atomic
 from lmsleep.hf.backbone import HFBackbone, adapt
+from lmsleep.hf.insertion import insert_memory_layers
 from lmsleep.hf.loading import load_pretrained
 from lmsleep.hf.lora import add_adapters, is_adapted, update
+from lmsleep.layers import MemoryKind, MemoryLayer
+from lmsleep.sleep import SleepConfig
 
 Trained = Literal["lora", "memory", "full"]
 WEIGHTS = "trained.safetensors"
+# What an exported model does not take from the folder it was made from: weights, and what describes them.
+NOT_COPIED = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.index.json", "config.json", "README.md")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +40,10 @@ class FineTune:
     """Their scale is lora_alpha / lora."""
     lora_dropout: float = 0.0
     """Dropout on what the adapters read."""
+    insert: int = 0
+    """Memory layers to add to a model that has only attention; the paper: 6. They are trained in full."""
+    insert_kind: MemoryKind = "jet"
+    """jet (a JetBlock) or gated_delta_net."""
     targets: tuple[str, ...] = ()
     """Linear maps that get adapters, by the last part of their names (q_proj out_proj ...); default: all
     inside the blocks but routers of experts."""
@@ -47,6 +57,8 @@ class FineTune:
             raise ValueError(f"lora_alpha must be positive, got {self.lora_alpha}")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout must be at least 0 and less than 1, got {self.lora_dropout}")
+        if self.insert < 0:
+            raise ValueError(f"insert must not be negative, got {self.insert}")
         if self.targets and self.train != "lora":
             raise ValueError(f"targets are maps that get adapters; train={self.train!r} has none")
 
@@ -63,7 +75,7 @@ def pretrained_backbone(options: FineTune, *, bfloat16: bool = False) -> HFBackb
         FileNotFoundError: if the folder holds no model.
         ValueError: if it cannot be loaded, cannot sleep, or has no map of the name of a target.
     """
-    model = load_pretrained(options.folder)
+    model = _start(options)
     halved = {id(p) for p in model.parameters() if p.dtype is torch.bfloat16}
     backbone = adapt(model.float())
     _choose(backbone, options)
@@ -76,6 +88,16 @@ def pretrained_backbone(options: FineTune, *, bfloat16: bool = False) -> HFBackb
             ):
                 module.weight.data = module.weight.data.bfloat16()
     return backbone
+
+
+def _start(options: FineTune) -> Any:
+    """The model that is trained, as it is in the folder but for memory layers that are inserted."""
+    model = load_pretrained(options.folder)
+    if getattr(model.config, "total_ut_steps", 1) > 1:
+        model.config.total_ut_steps = 1  # Ouro: the loop moves from waking to sleep
+    if options.insert:
+        insert_memory_layers(model, options.insert, options.insert_kind)
+    return model
 
 
 def _choose(backbone: HFBackbone, options: FineTune) -> None:
@@ -93,10 +115,11 @@ def _choose(backbone: HFBackbone, options: FineTune) -> None:
         alpha=options.lora_alpha,
         dropout=options.lora_dropout,
         targets=options.targets,
+        skip=[layer for layer in layers if isinstance(layer, MemoryLayer)],
     )
     for layer in layers:
         for module in layer.modules():
-            if not isinstance(module, nn.Linear):
+            if isinstance(layer, MemoryLayer) or not isinstance(module, nn.Linear):
                 for p in module.parameters(recurse=False):
                     p.requires_grad_(True)
 
@@ -150,7 +173,7 @@ def merged(backbone: HFBackbone, options: FineTune) -> Any:
 
     The backbone is left as it is.
     """
-    model = load_pretrained(options.folder)
+    model = _start(options)
     for name, module in backbone.model.named_modules():
         if is_adapted(module):
             weight = model.get_parameter(f"{name}.weight")
@@ -160,3 +183,21 @@ def merged(backbone: HFBackbone, options: FineTune) -> Any:
         if p.requires_grad and name in own:
             own[name].copy_(p)
     return model
+
+
+def export(backbone: HFBackbone, options: FineTune, sleep: SleepConfig, folder: Path) -> None:
+    """Write the merged model as a Hugging Face folder, complete or not at all.
+
+    Its config.json says how it sleeps (field `sleep`); the tokenizer and other small files come along. What
+    stood at `folder` is replaced.
+    """
+    model = merged(backbone, options)
+    model.config.sleep = asdict(replace(sleep, backprop_passes=None, checkpoint=False))
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    for file in options.folder.iterdir():
+        if file.is_file() and not any(map(file.match, NOT_COPIED)) and not (partial / file.name).exists():
+            shutil.copy(file, partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)

@@ -141,6 +141,17 @@ class RunConfig:
         raise ValueError(f"model: {self.model.folder} is pretrained; this is for models trained from scratch")
 
     @property
+    def pretrained(self) -> FineTune:
+        """The model, where it must be a pretrained one.
+
+        Raises:
+            ValueError: if it is not.
+        """
+        if isinstance(self.model, FineTune):
+            return self.model
+        raise ValueError("model: this is for pretrained models (FineTune), not for one trained from scratch")
+
+    @property
     def task_name(self) -> str:
         """The name by which `find_task` finds the task's class."""
         return task_name(self.task)

@@ -8,10 +8,13 @@ from pathlib import Path
 import torch
 
 from lmsleep.hf import HFBackbone
-from lmsleep.hf.finetune import FineTune, load_trained, pretrained_backbone, save_trained
+from lmsleep.hf.finetune import FineTune, export, load_trained, pretrained_backbone, save_trained
 from lmsleep.models import HybridConfig, HybridLM
 
 Model = HybridLM | HFBackbone
+
+
+__all__ = ["Model", "build", "export", "load", "save"]
 
 
 def build(options: HybridConfig | FineTune, *, bfloat16: bool = False) -> Model:

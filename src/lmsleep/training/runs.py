@@ -5,6 +5,7 @@ RUN/metrics.jsonl         one JSON object per line: training losses and evaluati
 RUN/checkpoints/step-*/   model (config.json, model.safetensors; of a pretrained model what is trained of it,
                           trained.safetensors) and trainer.pt
 RUN/report.json           the final evaluation
+RUN/model/                of a pretrained model that was trained to its end: a Hugging Face folder
 """
 
 import json
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 
 from lmsleep.files import write_atomic
+from lmsleep.hf.finetune import FineTune
 from lmsleep.training import models
 from lmsleep.training.config import RunConfig
 from lmsleep.training.models import Model
@@ -152,6 +154,21 @@ class RunFolder:
     def model(self, device: torch.device | str = "cpu") -> Model:
         """The model of the newest checkpoint."""
         return models.load(self.config().model, self.latest(), device).eval()
+
+    @property
+    def exported(self) -> Path:
+        """Where a fine-tuned model is written to."""
+        return self.path / "model"
+
+    def source(self) -> "RunFolder | None":
+        """The run that exports the pretrained model of this one, if it was not finished yet."""
+        model = self.config().model
+        if not isinstance(model, FineTune) or model.folder.exists():
+            return None
+        run = RunFolder(model.folder.parent)
+        return (
+            run if model.folder.name == run.exported.name and (run.path / "config.json").is_file() else None
+        )
 
     def report(self) -> dict[str, Any] | None:
         """The final report, if the run has ended."""

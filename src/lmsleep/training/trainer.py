@@ -17,12 +17,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from lmsleep.evaluation import Score, evaluate, read_batch
+from lmsleep.hf import HFBackbone
+from lmsleep.hf.finetune import FineTune
 from lmsleep.models import HybridLM
 from lmsleep.sleep import SleepConfig
 from lmsleep.tasks import Batch, stream
 from lmsleep.training.batches import Batches, draw
 from lmsleep.training.config import RunConfig, TrainConfig
-from lmsleep.training.models import Model, build, load
+from lmsleep.training.models import Model, build, export, load
 from lmsleep.training.optim import learning_rate, optimizers, schedule
 from lmsleep.training.runs import RunFolder
 from lmsleep.training.tracking import Events, installed
@@ -45,6 +47,8 @@ def first_model(config: RunConfig, *, bfloat16: bool = False) -> Model:
         ValueError: if it does not fit.
     """
     model, train = build(config.model, bfloat16=bfloat16), config.train
+    if isinstance(model, HFBackbone):
+        _check_fit(config, model)
     if train.start is not None:
         folder = RunFolder(train.start)
         is_run = (folder.path / "config.json").is_file() and folder.config_is_run()
@@ -52,6 +56,21 @@ def first_model(config: RunConfig, *, bfloat16: bool = False) -> Model:
         assert isinstance(model, HybridLM) and isinstance(source, HybridLM), "RunConfig has checked"
         model.take_weights(source, train.inserted)
     return model
+
+
+def _check_fit(config: RunConfig, model: HFBackbone) -> None:
+    """Raise ValueError where a pretrained model does not fit its run."""
+    task, sleep, known = config.task, config.sleep, model.config.vocab_size
+    if task.vocab_size > known:
+        raise ValueError(
+            f"{config.task_name} has {task.vocab_size} tokens, the model only {known}; use the model's own "
+            "tokenizer (--tokenizer)"
+        )
+    first, last = sleep.loop_range(model.num_blocks)
+    if sleep.passes > 1 and not any("fast_weights" in kind for kind in model.kinds[first:last]):
+        raise ValueError(
+            f"loop={sleep.loop} has no block with fast weights, so its passes would write nothing"
+        )
 
 
 def _count_flops(model: Model, batch: Batch, sleep: SleepConfig) -> int:
@@ -184,6 +203,8 @@ class Trainer:
     def _finish(self) -> Score:
         score = self.evaluate(4 * self.config.train.eval_batches)
         floors = self.config.task.floors()
+        if isinstance(self.model, HFBackbone) and isinstance(self.config.model, FineTune):
+            export(self.model, self.config.model, self.config.sleep, self.folder.exported)
         self.folder.write_report({**self._position(), "eval": score.to_dict(), "floors": floors})
         return score
 
