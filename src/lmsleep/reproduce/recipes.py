@@ -77,9 +77,9 @@ def retention(scale: Scale, passes: int) -> RunConfig:
 
 def _after_sleeps(run: RunConfig) -> dict[int, RunConfig]:
     """A retention run, read after 1 ... 1000 windows of filler; the long ones on fewer contexts."""
-    task, readings = run.task, {}
+    task, train, readings = run.task, run.train, {}
     assert isinstance(task, MQAR)
-    few = replace(run.train, batch_size=32, eval_batches=1)
+    few = replace(train, batch_size=min(train.batch_size, 32), eval_batches=1)
     for windows in SLEEPS:
         filler = windows * 2 * task.pairs
         other = replace(run, task=replace(task, filler=filler), train=few)
