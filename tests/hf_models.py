@@ -5,6 +5,9 @@ from typing import Any
 import torch
 import transformers as t
 
+from lmsleep.hf.jet_nemotron import JetNemotronConfig, JetNemotronForCausalLM
+from lmsleep.hf.ouro import OuroConfig, OuroForCausalLM
+
 VOCAB = 64
 SMALL: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "pad_token_id": 0}
 HEADS: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -97,8 +100,33 @@ def _falcon_h1() -> Any:
     )
 
 
+JET: dict[str, Any] = {
+    "num_heads": 2, "head_dim": 6, "expand_v": 1.3333333334, "conv_size": 4, "dconv_generator_reduction": 4,
+    "norm_eps": "1e-5", "mode": "chunk", "dconv_implementation": "triton",
+}  # fmt: skip
+
+
+def _jet_nemotron() -> Any:
+    sizes = {
+        "layer_types": ["jet", "attn", "jet", "swa"], "bos_token_id": None, "eos_token_id": None,
+        "efficient_attention_config": {"jet": JET, "swa": {"window_size": 4}},
+    }  # fmt: skip
+    return JetNemotronForCausalLM(JetNemotronConfig(**SMALL, **HEADS, **FOUR, **sizes))
+
+
 def _llama() -> Any:
     return t.LlamaForCausalLM(t.LlamaConfig(**SMALL, **HEADS, **FOUR))
+
+
+def _qwen3() -> Any:
+    sliding = {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 2, "head_dim": 16}
+    return t.Qwen3ForCausalLM(t.Qwen3Config(**SMALL, **HEADS, **FOUR, **sliding))
+
+
+def _ouro() -> Any:
+    return OuroForCausalLM(
+        OuroConfig(**SMALL, **FOUR, num_attention_heads=4, bos_token_id=None, eos_token_id=None)
+    )
 
 
 def _jamba() -> Any:
@@ -128,14 +156,18 @@ FAMILIES = {
         _bamba,
         _granitemoehybrid,
         _falcon_h1,
+        _jet_nemotron,
     )
 }
+
+
+ATTENTION_ONLY = {f.__name__[1:]: f for f in (_llama, _qwen3, _ouro)}
 
 
 def family(name: str, seed: int = 0) -> Any:
     """A tiny model whose answers depend on S: larger weights, slow forgetting."""
     torch.manual_seed(seed)
-    model = {**FAMILIES, "jamba": _jamba, "llama": _llama}[name]().eval()
+    model = {**FAMILIES, **ATTENTION_ONLY, "jamba": _jamba}[name]().eval()
     with torch.no_grad():
         for key, p in model.named_parameters():
             if key.endswith("A_log"):

@@ -353,6 +353,44 @@ def test_short_conv_may_be_cut_anywhere(W, T, data, seed):
     assert torch.equal(tail, final)
 
 
+@given(
+    B=st.integers(1, 3), T=st.integers(0, 9), C=st.integers(1, 4), W=st.integers(1, 5),
+    tail=st.integers(0, 6), seed=st.integers(0, 2**32),
+)  # fmt: skip
+def test_dynamic_conv_is_its_definition(B, T, C, W, tail, seed):
+    rng = torch.Generator().manual_seed(seed)
+    seen = torch.randn(B, tail + T, C, generator=rng, dtype=torch.float64)
+    kernels = torch.randn(B, T, C, W, generator=rng, dtype=torch.float64)
+    y, new_tail = ops.dynamic_conv(seen[:, tail:], kernels, seen[:, :tail])
+    assert close(y, reference.dynamic_conv(seen[:, tail:], kernels, seen[:, :tail]), 1e-14)
+    assert torch.equal(new_tail, seen[:, max(tail + T - W + 1, 0) :])
+
+
+@given(T=st.integers(1, 9), W=st.integers(1, 5), data=st.data(), seed=st.integers(0, 2**32))
+def test_dynamic_conv_may_be_cut_anywhere_and_holds_short_conv(T, W, data, seed):
+    rng = torch.Generator().manual_seed(seed)
+    x = torch.randn(2, T, 3, generator=rng, dtype=torch.float64)
+    kernels = torch.randn(2, T, 3, W, generator=rng, dtype=torch.float64)
+    cuts = sorted(data.draw(st.lists(st.integers(0, T), max_size=4), label="cuts"))
+    tail, outputs = x[:, :0], []
+    for a, b in zip([0, *cuts], [*cuts, T], strict=True):
+        y, tail = ops.dynamic_conv(x[:, a:b], kernels[:, a:b], tail)
+        outputs.append(y)
+    whole, final = ops.dynamic_conv(x, kernels, x[:, :0])
+    assert torch.equal(torch.cat(outputs, dim=1), whole) and torch.equal(tail, final)
+    same = kernels[:1, :1].expand_as(kernels)
+    assert close(ops.dynamic_conv(x, same, x[:, :0])[0], ops.short_conv(x, kernels[0, 0], x[:, :0])[0], 1e-14)
+
+
+def test_dynamic_conv_has_the_derivative_of_its_definition_and_names_shapes():
+    rng = torch.Generator().manual_seed(0)
+    shapes = [(2, 3, 3), (2, 3, 3, 4), (2, 1, 3)]
+    leaves = [torch.randn(s, generator=rng, dtype=torch.float64).requires_grad_() for s in shapes]
+    assert torch.autograd.gradcheck(ops.dynamic_conv, leaves)
+    with pytest.raises(ValueError, match=r"kernels must be \[B, T, C, W\].*\(2, 2, 3, 4\)"):
+        ops.dynamic_conv(leaves[0], leaves[1][:, :2], leaves[2])
+
+
 # A rule of one's own
 
 

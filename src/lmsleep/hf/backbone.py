@@ -265,6 +265,11 @@ def adapt(model: Any) -> HFBackbone:
             f"model: attn_implementation={attention!r} cannot be told what an evicted window hides; load the "
             "model with attn_implementation='sdpa' (whole windows run on flash kernels there too)"
         )
+    if (steps := getattr(model.config, "total_ut_steps", 1)) > 1:
+        raise ValueError(
+            f"model: {name} makes total_ut_steps={steps} passes over every token, so asleep and awake are one; set "
+            "model.config.total_ut_steps = 1 and make passes by SleepConfig (passes, wake_passes)"
+        )
     rotary = getattr(model.get_decoder(), "rotary_emb", None)
     if (kind := getattr(rotary, "rope_type", "default")) in ("dynamic", "longrope"):
         raise ValueError(
@@ -372,9 +377,11 @@ def _blocks(model: Any) -> Any:
 
 def _sliding(block: Any, span: int | None) -> int | None:
     """How far the block's tokens look back: `span`, or its own window if that is shorter."""
-    kind = getattr(block, "block_type", None) or getattr(block, "attention_type", None)
-    own = getattr(getattr(block, "self_attn", None), "sliding_window", None)
-    if kind != "sliding_attention" or own is None:
+    attention = getattr(block, "self_attn", None)
+    own = getattr(attention, "sliding_window", None)
+    named = ((block, "block_type"), (block, "attention_type"), (attention, "layer_type"))
+    kinds = [getattr(place, name, None) for place, name in named]
+    if "sliding_attention" not in kinds or own is None:
         return span
     return own if span is None else min(own, span)
 
