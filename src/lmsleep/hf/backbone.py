@@ -340,7 +340,7 @@ def _reason_against(backbone: HFBackbone, tokens: Tensor) -> str | None:
         return "no block has fast weights to write to; add some with lmsleep.hf.insert_memory_layers"
     plain = backbone.model(tokens, use_cache=False).logits
     empty = backbone.initial_state(1)
-    whole, _ = backbone.run(backbone.embed(tokens), empty, 0, D)
+    whole, after = backbone.run(backbone.embed(tokens), empty, 0, D)
     if not _close(backbone.head(whole), plain):
         return "its blocks called one by one do not compute what the model computes"
     h, cut = backbone.run(backbone.embed(tokens[:, : PROBE // 2]), empty, 0, D)
@@ -354,9 +354,13 @@ def _reason_against(backbone: HFBackbone, tokens: Tensor) -> str | None:
         if x.memory is None:
             continue
         full = Memory(tuple(None if s is None else torch.ones_like(s) for s in empty.memory.layers))
-        filled, _ = backbone.run(whole, State(full, empty.cache), i, i + 1)
-        unfilled, _ = backbone.run(whole, empty, i, i + 1)
-        if torch.equal(filled, unfilled):
+        filled, of_full = backbone.run(whole, State(full, empty.cache), i, i + 1)
+        unfilled, of_empty = backbone.run(whole, empty, i, i + 1)
+        if not torch.equal(filled, unfilled):
+            continue
+        # What it says does not tell: it was just inserted and says nothing yet. What it writes does.
+        a, b, once, cut_up = (s.memory.layers[i].to(x.dtype) for s in (of_full, of_empty, after, cut))
+        if torch.equal(a, b) or not _close(cut_up, once):
             return f"block {i} ignores the fast weights that it is given with several tokens at once"
     return None
 

@@ -160,3 +160,12 @@ def _carried(cache: Any, layer_idx: int) -> tuple[Tensor | None, Tensor | None]:
         return cache[layer_idx].S, cache[layer_idx].tail
     tail = cache.get_conv_state(layer_idx)
     return cache.get_recurrent_state(layer_idx), None if tail is None else tail.mT
+
+
+def cache_layers(config: Any) -> list[Any]:
+    """New layers for a cache of `transformers`: those of the blocks, then those of inserted memory layers."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import LinearAttentionLayer
+
+    inserted = getattr(config, "memory_layers", None) or {"after": ()}
+    return [*DynamicCache(config=config).layers, *(LinearAttentionLayer() for _ in inserted["after"])]

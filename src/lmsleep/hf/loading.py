@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from lmsleep.hf import insertion
 from lmsleep.tasks.tokenizers import HuggingFace
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -42,9 +43,12 @@ def load_pretrained(path: str | Path, *, dtype: torch.dtype | None = None, **opt
     _check_weights(folder)
     _check_tokenizer(folder, config)
     from transformers import AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+    inserted = getattr(config.get_text_config(), insertion.FIELD, None)
+    own = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     with _quiet():
-        model, found = AutoModelForCausalLM.from_pretrained(
+        model, found = (insertion.with_memory(own) if inserted else AutoModelForCausalLM).from_pretrained(
             folder,
             config=config,
             dtype=dtype or "auto",
@@ -54,6 +58,8 @@ def load_pretrained(path: str | Path, *, dtype: torch.dtype | None = None, **opt
             **options,
         )
     _check_tensors(folder, found)
+    if inserted:
+        model.__class__ = own
     if note := LICENSES.get(config.model_type):
         logging.getLogger(__name__).warning("%s: %s", folder, note)
     return model

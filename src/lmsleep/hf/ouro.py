@@ -20,6 +20,8 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
 
+from lmsleep.hf.cache import cache_layers
+
 LAYERS = {"1.4B": 24, "2.6B": 48}
 
 
@@ -107,7 +109,7 @@ class OuroModel(LlamaModel):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As `LlamaModel.forward`; step t keeps its keys and values at places `t D ... (t + 1) D - 1`."""
+        """As `LlamaModel.forward`; step t has the places `t D ... (t + 1) D - 1` of the cache for D layers."""
         h = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if use_cache and past_key_values is None:
@@ -132,10 +134,9 @@ class OuroModel(LlamaModel):
         steps = self.config.total_ut_steps
         if cache is None:
             return [None] * steps
-        own = DynamicCache(config=self.config).layers
-        size = len(own)
+        size = len(cache_layers(self.config))
         for step in range(len(cache.layers) // size, steps):
-            cache.layers[step * size :] = own if step == 0 else DynamicCache(config=self.config).layers
+            cache.layers[step * size :] = cache_layers(self.config)
         views = [copy.copy(cache) for _ in range(steps)]
         for step, view in enumerate(views):
             view.layers = cache.layers[step * size : (step + 1) * size]

@@ -3,6 +3,7 @@
 from lmsleep.layers.attention import Attention
 from lmsleep.layers.fast_weights import FastWeights, Writes
 from lmsleep.layers.jet import JetBlock
+from lmsleep.layers.memory_layer import MemoryKind, MemoryLayer
 from lmsleep.layers.mlp import SwiGLU
 
-__all__ = ["Attention", "FastWeights", "JetBlock", "SwiGLU", "Writes"]
+__all__ = ["Attention", "FastWeights", "JetBlock", "MemoryKind", "MemoryLayer", "SwiGLU", "Writes"]
