@@ -36,9 +36,9 @@ def insert_memory_layers(
 ) -> Insertion:
     """Add layers with fast weights to an attention-only model, which then computes what it did before.
 
-    Each is `h + mixer(norm(h))` after a block: a `MemoryLayer`, whose output projection is zero. They are part
-    of their blocks (`model.layers.3.memory`), so `save_pretrained`, `peft` and `generate` work as before. The
-    configuration describes them (field `memory_layers`), and `load_pretrained` makes them again.
+    Each is `h + mixer(norm(h))` after a block: a `MemoryLayer`, whose output projection is zero. It is part of
+    the block (`model.layers.3.memory`), so `save_pretrained`, `peft` and `generate` work as before. The
+    configuration describes the layers (field `memory_layers`), and `load_pretrained` makes them again.
 
     Args:
         model: llama, qwen2, qwen3, ouro or another whose blocks have attention only; changed in place.
