@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lmsleep import ops
 from lmsleep.ops import RULES, Rule, reference, register_rule
+from lmsleep.ops.chunked import chunks
 
 RULE_NAMES = sorted(RULES)
 GATES = ("none", "near zero", "mild", "strong", "mixed")
@@ -65,7 +66,7 @@ def inputs(B=2, T=130, H=2, K=5, V=3, *, gates="mixed", writes="sigmoid", keys="
 
 
 def shapes() -> st.SearchStrategy[Inputs]:
-    lengths = st.one_of(st.sampled_from([0, 1, 2, 63, 64, 65, 128, 129]), st.integers(0, 200))
+    lengths = st.one_of(st.sampled_from([0, 1, 2, 31, 32, 33, 64, 65]), st.integers(0, 200))
     return st.builds(
         inputs, st.integers(1, 3), lengths, st.integers(1, 3), st.integers(1, 9), st.integers(1, 9),
         gates=st.sampled_from(GATES), writes=st.sampled_from(WRITES), keys=st.sampled_from(KEYS),
@@ -168,6 +169,31 @@ def test_chunked_agrees_at_the_extremes(rule, gates, writes, keys, dtype):
 def test_chunked_agrees_in_float32(rule, x):
     x = x.to(torch.float32)
     assert_agree(run(rule, "chunked", x), run(rule, "reference", x.to(torch.float64)), tolerance(x))
+
+
+@pytest.mark.parametrize("rule", RULE_NAMES)
+@pytest.mark.parametrize(
+    "size",
+    [
+        {"B": 200, "T": 24, "K": 16, "V": 16},
+        {"B": 1, "T": 75, "K": 128, "V": 128},
+        {"B": 2, "T": 97, "K": 96, "V": 160},  # chunks of more than 64 tokens, the last one padded
+        {"B": 1, "T": 700, "H": 1, "gates": "none", "writes": "full"},
+        {"B": 1, "T": 700, "H": 1, "gates": "near zero", "keys": "correlated"},
+        {"B": 1, "T": 700, "H": 1, "gates": "strong"},
+    ],
+    ids=str,
+)
+def test_chunked_agrees_in_float32_on_large_batches_states_and_long_products(rule, size):
+    x = inputs(**size).to(torch.float32)
+    assert_agree(run(rule, "chunked", x), run(rule, "reference", x.to(torch.float64)), tolerance(x))
+
+
+@pytest.mark.parametrize("T", [1, 24, 75, 512, 2000])
+@pytest.mark.parametrize("size", [8, 32, 64, 128])
+def test_chunks_are_of_equal_length_and_hardly_padded(T, size):
+    n, C = chunks(T, size, size)
+    assert 0 <= n * C - T < n and max(32, size) >= C
 
 
 @pytest.mark.parametrize("rule", RULE_NAMES)
