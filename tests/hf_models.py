@@ -5,6 +5,10 @@ from typing import Any
 import torch
 import transformers as t
 
+from lmsleep.hf import insert_memory_layers
+from lmsleep.hf.jet_nemotron import JetNemotronConfig, JetNemotronForCausalLM
+from lmsleep.hf.ouro import OuroConfig, OuroForCausalLM
+
 VOCAB = 64
 SMALL: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "pad_token_id": 0}
 HEADS: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -97,8 +101,33 @@ def _falcon_h1() -> Any:
     )
 
 
+JET: dict[str, Any] = {
+    "num_heads": 2, "head_dim": 6, "expand_v": 1.3333333334, "conv_size": 4, "dconv_generator_reduction": 4,
+    "norm_eps": "1e-5", "mode": "chunk", "dconv_implementation": "triton",
+}  # fmt: skip
+
+
+def _jet_nemotron() -> Any:
+    sizes = {
+        "layer_types": ["jet", "attn", "jet", "swa"], "bos_token_id": None, "eos_token_id": None,
+        "efficient_attention_config": {"jet": JET, "swa": {"window_size": 4}},
+    }  # fmt: skip
+    return JetNemotronForCausalLM(JetNemotronConfig(**SMALL, **HEADS, **FOUR, **sizes))
+
+
 def _llama() -> Any:
     return t.LlamaForCausalLM(t.LlamaConfig(**SMALL, **HEADS, **FOUR))
+
+
+def _qwen3() -> Any:
+    sliding = {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 2, "head_dim": 16}
+    return t.Qwen3ForCausalLM(t.Qwen3Config(**SMALL, **HEADS, **FOUR, **sliding))
+
+
+def _ouro() -> Any:
+    return OuroForCausalLM(
+        OuroConfig(**SMALL, **FOUR, num_attention_heads=4, bos_token_id=None, eos_token_id=None)
+    )
 
 
 def _jamba() -> Any:
@@ -117,6 +146,50 @@ def _jamba() -> Any:
     )
 
 
+def _qwen3() -> Any:
+    sliding = {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 2, "head_dim": 16}
+    return t.Qwen3ForCausalLM(t.Qwen3Config(**SMALL, **HEADS, **FOUR, **sliding))
+
+
+def _ouro() -> Any:
+    return OuroForCausalLM(
+        OuroConfig(**SMALL, **FOUR, num_attention_heads=4, bos_token_id=None, eos_token_id=None)
+    )
+
+
+def _jamba() -> Any:
+    return t.JambaForCausalLM(
+        t.JambaConfig(
+            **SMALL,
+            **HEADS,
+            **FOUR,
+            num_experts=1,
+            num_experts_per_tok=1,
+            mamba_d_state=8,
+            attn_layer_period=2,
+            attn_layer_offset=1,
+            use_mamba_kernels=False,
+        )
+    )
+
+
+def with_memory(model: Any, n: int, kind: Any) -> Any:
+    """The model with memory layers that say something."""
+    for i in insert_memory_layers(model, n, kind).after:
+        torch.nn.init.normal_(model.model.layers[i].memory.mixer.o_proj.weight, std=0.1)
+    return model
+
+
+def _llama_with_jet() -> Any:
+    return with_memory(_llama(), 2, "jet")
+
+
+def _ouro_with_gated_delta_net() -> Any:
+    model = with_memory(_ouro(), 4, "gated_delta_net")
+    model.config.total_ut_steps = 1
+    return model
+
+
 FAMILIES = {
     f.__name__[1:]: f
     for f in (
@@ -128,14 +201,18 @@ FAMILIES = {
         _bamba,
         _granitemoehybrid,
         _falcon_h1,
+        _jet_nemotron,
+        _llama_with_jet,
+        _ouro_with_gated_delta_net,
     )
 }
+ATTENTION_ONLY = {f.__name__[1:]: f for f in (_llama, _qwen3, _ouro)}
 
 
 def family(name: str, seed: int = 0) -> Any:
     """A tiny model whose answers depend on S: larger weights, slow forgetting."""
     torch.manual_seed(seed)
-    model = {**FAMILIES, "jamba": _jamba, "llama": _llama}[name]().eval()
+    model = {**FAMILIES, **ATTENTION_ONLY, "jamba": _jamba}[name]().eval()
     with torch.no_grad():
         for key, p in model.named_parameters():
             if key.endswith("A_log"):

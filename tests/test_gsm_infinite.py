@@ -17,8 +17,7 @@ from lmsleep.tasks import GSMInfinite, hide_answers, stream
 from lmsleep.tasks.base import HIDDEN
 from lmsleep.tasks.gsm_infinite import reader
 from lmsleep.tasks.gsm_infinite.language import language, tokenizer
-from lmsleep.tasks.gsm_infinite.structure import Parameter
-from lmsleep.tasks.gsm_infinite.task import HELD_OUT, draw_problem
+from lmsleep.tasks.gsm_infinite.task import draw_problem
 from lmsleep.tasks.gsm_infinite.templates import TEMPLATES, plural
 
 SHORT = GSMInfinite(subset="medium", ops=(2, 4), length=(0, 400))
@@ -39,7 +38,7 @@ def texts(task, batch):
 
 def problems(subset, mode, op, number, *, split=None, modulus=None, seed=0):
     random = Random(seed)
-    return [draw_problem(random, op, split, subset, mode, modulus) for _ in range(number)]
+    return [draw_problem(random, op, split, subset, mode, modulus)[0] for _ in range(number)]
 
 
 def fewest(subset):
@@ -269,54 +268,76 @@ def test_operations_are_balanced_and_capped_by_the_level():
 # Splits and streams
 
 
-def renamed(core, random):
-    # The same problem with its places and things in another order.
-    places = random.sample(range(9), len(core.structure.things))
-    things = random.sample(range(9), 9)
+@pytest.mark.parametrize(("subset", "mode"), SETTINGS)
+def test_the_hash_knows_all_that_the_answer_needs_and_nothing_else(subset, mode):
+    random, needed, others = Random(0), 0, 0
+    for _ in range(30):
+        core, names = draw_problem(random, 4, None, subset, mode, None)
+        number = core.hash(names)
+        shuffled = random.sample(list(core.definitions.items()), len(core.definitions))
+        assert replace(core, definitions=dict(shuffled)).hash(names) == number
+        for p, d in core.definitions.items():
+            other = d._replace(constant=(d.constant or 0) + 1)
+            changed = replace(core, definitions={**core.definitions, p: other}).hash(names) != number
+            assert changed == (p in core.necessary)
+            needed, others = needed + changed, others + (not changed)
+        for p in core.necessary:
+            places = [place + "!" * (i == p.place) for i, place in enumerate(names.places)]
+            assert core.hash(replace(names, places=places)) != number
+        if core.given is not None:
+            given = (core.given[0], core.given[1] + 1)
+            assert replace(core, given=given).hash(names) != number
+    assert min(needed, others) > 15
 
-    def new(p):
-        return Parameter(p.kind, places[p.place], things[p.thing] if p.thing >= 0 else -1)
 
-    there = [()] * 9
-    for place, kinds in enumerate(core.structure.things):
-        there[places[place]] = tuple(things[t] for t in kinds)
-
-    class Renamed(type(core.structure)):
-        @property
-        def instances(self):
-            return [new(p) for p in core.structure.instances]
-
-        @property
-        def totals(self):
-            return [new(p) for p in core.structure.totals]
-
-    items = [(new(p), d._replace(operands=tuple(map(new, d.operands)))) for p, d in core.definitions.items()]
-    random.shuffle(items)
-    given = core.given and (new(core.given[0]), core.given[1])
-    structure = Renamed(tuple(there), core.structure.hard)
-    return replace(core, structure=structure, definitions=dict(items), query=new(core.query), given=given)
+def needed(text) -> str:
+    # The statements that the answer hangs on, and the question, found in the text by the reader.
+    problem = reader.read(text)
+    todo = [problem.asked]
+    if problem.positive:  # in reverse the value that is given away: of a total, or said twice
+        todo += [n for n in problem.statements if n.startswith("the total")]
+        todo += [n for n, said in problem.statements.items() if len(said) == 2]
+        todo += [n for n in problem.statements if n == problem.asked]
+    found = {}
+    for name in todo:
+        said = problem.statements.get(name, [])
+        below = {n for statement in said for n in statement.names}
+        kind, _, place = reader._parse(problem.template, name)
+        if kind in ("total", "attributes"):
+            things = problem.mentioned[place]
+            below |= {f"the number of {thing} in {place}" for thing in things}
+            if kind == "attributes":
+                one = reader._singulars(problem.template)
+                per = f"the average number of {problem.template.attribute} per"
+                below |= {f"{per} {one[thing]} in {place}" for thing in things}
+        found[name] = sorted(
+            (s.constant or 0, s.times, s.difference, s.names if s.difference else tuple(sorted(s.names)))
+            for s in said
+        )
+        todo += [n for n in below if n not in found and n not in todo]
+    return f"{problem.asked} {sorted(found.items())}"
 
 
 @pytest.mark.parametrize(("subset", "mode"), SETTINGS)
-def test_the_hash_knows_no_names_and_no_order_but_every_number(subset, mode):
-    random, changed, total = Random(0), 0, 0
-    for core in problems(subset, mode, 4, 30):
-        assert renamed(core, random).hash() == core.hash()
-        for p, d in core.definitions.items():
-            if d.constant is not None:
-                other = {**core.definitions, p: d._replace(constant=d.constant + 1)}
-                changed += replace(core, definitions=other).hash() != core.hash()
-                total += 1
-    assert changed == total > 30
+def test_training_and_test_never_share_a_problem_whatever_stands_around_it(subset, mode):
+    op = fewest(subset)  # where there are few problems
+    task = GSMInfinite(
+        subset=subset, mode=mode, ops=(op, op), templates=("harbour",), noise=False, length=(0, 1000)
+    )
+    train = [needed(text) for i in range(2) for text in texts(task, draw(task, 400, index=i))]
+    test = {needed(text) for text in texts(task, draw(task, 150, "test"))}
+    assert len(set(train[:400]) & set(train[400:])) > 10  # two draws of a split do share some
+    assert len(test) > 30 and not test & set(train)
 
 
-def test_training_and_test_never_share_a_problem():
+def test_both_splits_are_distributed_alike():
     for subset, mode in SETTINGS:
-        for op in (fewest(subset), 3):
-            train = {core.hash() for core in problems(subset, mode, op, 60, split="train")}
-            test = {core.hash() for core in problems(subset, mode, op, 6, split="test", seed=1)}
-            assert train and test and not train & test
-            assert {h % HELD_OUT for h in test} == {0}
+        kinds = {}
+        for split in ("train", "test"):
+            cores = problems(subset, mode, 3, 150, split=split)
+            kinds[split] = Counter((core.answer > 3, core.query.kind == "count") for core in cores)
+        for kind, number in (kinds["train"] | kinds["test"]).items():
+            assert abs(kinds["train"][kind] - kinds["test"][kind]) < 0.15 * 150, (subset, mode, kind, number)
 
 
 def test_a_batch_is_a_function_of_its_stream():

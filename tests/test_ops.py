@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lmsleep import ops
 from lmsleep.ops import RULES, Rule, reference, register_rule
+from lmsleep.ops.chunked import chunks
 
 RULE_NAMES = sorted(RULES)
 GATES = ("none", "near zero", "mild", "strong", "mixed")
@@ -65,7 +66,7 @@ def inputs(B=2, T=130, H=2, K=5, V=3, *, gates="mixed", writes="sigmoid", keys="
 
 
 def shapes() -> st.SearchStrategy[Inputs]:
-    lengths = st.one_of(st.sampled_from([0, 1, 2, 63, 64, 65, 128, 129]), st.integers(0, 200))
+    lengths = st.one_of(st.sampled_from([0, 1, 2, 31, 32, 33, 64, 65]), st.integers(0, 200))
     return st.builds(
         inputs, st.integers(1, 3), lengths, st.integers(1, 3), st.integers(1, 9), st.integers(1, 9),
         gates=st.sampled_from(GATES), writes=st.sampled_from(WRITES), keys=st.sampled_from(KEYS),
@@ -168,6 +169,31 @@ def test_chunked_agrees_at_the_extremes(rule, gates, writes, keys, dtype):
 def test_chunked_agrees_in_float32(rule, x):
     x = x.to(torch.float32)
     assert_agree(run(rule, "chunked", x), run(rule, "reference", x.to(torch.float64)), tolerance(x))
+
+
+@pytest.mark.parametrize("rule", RULE_NAMES)
+@pytest.mark.parametrize(
+    "size",
+    [
+        {"B": 200, "T": 24, "K": 16, "V": 16},
+        {"B": 1, "T": 75, "K": 128, "V": 128},
+        {"B": 2, "T": 97, "K": 96, "V": 160},  # chunks of more than 64 tokens, the last one padded
+        {"B": 1, "T": 700, "H": 1, "gates": "none", "writes": "full"},
+        {"B": 1, "T": 700, "H": 1, "gates": "near zero", "keys": "correlated"},
+        {"B": 1, "T": 700, "H": 1, "gates": "strong"},
+    ],
+    ids=str,
+)
+def test_chunked_agrees_in_float32_on_large_batches_states_and_long_products(rule, size):
+    x = inputs(**size).to(torch.float32)
+    assert_agree(run(rule, "chunked", x), run(rule, "reference", x.to(torch.float64)), tolerance(x))
+
+
+@pytest.mark.parametrize("T", [1, 24, 75, 512, 2000])
+@pytest.mark.parametrize("size", [8, 32, 64, 128])
+def test_chunks_are_of_equal_length_and_hardly_padded(T, size):
+    n, C = chunks(T, size, size)
+    assert 0 <= n * C - T < n and max(32, size) >= C
 
 
 @pytest.mark.parametrize("rule", RULE_NAMES)
@@ -351,6 +377,44 @@ def test_short_conv_may_be_cut_anywhere(W, T, data, seed):
     whole, final = ops.short_conv(x, weight, x[:, :0])
     assert torch.equal(torch.cat(outputs, dim=1), whole)
     assert torch.equal(tail, final)
+
+
+@given(
+    B=st.integers(1, 3), T=st.integers(0, 9), C=st.integers(1, 4), W=st.integers(1, 5),
+    tail=st.integers(0, 6), seed=st.integers(0, 2**32),
+)  # fmt: skip
+def test_dynamic_conv_is_its_definition(B, T, C, W, tail, seed):
+    rng = torch.Generator().manual_seed(seed)
+    seen = torch.randn(B, tail + T, C, generator=rng, dtype=torch.float64)
+    kernels = torch.randn(B, T, C, W, generator=rng, dtype=torch.float64)
+    y, new_tail = ops.dynamic_conv(seen[:, tail:], kernels, seen[:, :tail])
+    assert close(y, reference.dynamic_conv(seen[:, tail:], kernels, seen[:, :tail]), 1e-14)
+    assert torch.equal(new_tail, seen[:, max(tail + T - W + 1, 0) :])
+
+
+@given(T=st.integers(1, 9), W=st.integers(1, 5), data=st.data(), seed=st.integers(0, 2**32))
+def test_dynamic_conv_may_be_cut_anywhere_and_holds_short_conv(T, W, data, seed):
+    rng = torch.Generator().manual_seed(seed)
+    x = torch.randn(2, T, 3, generator=rng, dtype=torch.float64)
+    kernels = torch.randn(2, T, 3, W, generator=rng, dtype=torch.float64)
+    cuts = sorted(data.draw(st.lists(st.integers(0, T), max_size=4), label="cuts"))
+    tail, outputs = x[:, :0], []
+    for a, b in zip([0, *cuts], [*cuts, T], strict=True):
+        y, tail = ops.dynamic_conv(x[:, a:b], kernels[:, a:b], tail)
+        outputs.append(y)
+    whole, final = ops.dynamic_conv(x, kernels, x[:, :0])
+    assert torch.equal(torch.cat(outputs, dim=1), whole) and torch.equal(tail, final)
+    same = kernels[:1, :1].expand_as(kernels)
+    assert close(ops.dynamic_conv(x, same, x[:, :0])[0], ops.short_conv(x, kernels[0, 0], x[:, :0])[0], 1e-14)
+
+
+def test_dynamic_conv_has_the_derivative_of_its_definition_and_names_shapes():
+    rng = torch.Generator().manual_seed(0)
+    shapes = [(2, 3, 3), (2, 3, 3, 4), (2, 1, 3)]
+    leaves = [torch.randn(s, generator=rng, dtype=torch.float64).requires_grad_() for s in shapes]
+    assert torch.autograd.gradcheck(ops.dynamic_conv, leaves)
+    with pytest.raises(ValueError, match=r"kernels must be \[B, T, C, W\].*\(2, 2, 3, 4\)"):
+        ops.dynamic_conv(leaves[0], leaves[1][:, :2], leaves[2])
 
 
 # A rule of one's own

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny
+from conftest import close, tiny
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import lmsleep
 from lmsleep import HybridLM, SleepConfig, sleep_forward
 from lmsleep.cli import main
 from lmsleep.files import write_atomic
-from lmsleep.tasks import Depo, Rule110, Text, stream
+from lmsleep.tasks import Depo, GSMInfinite, Rule110, Text, stream
 from lmsleep.training import (
     Diverged,
     Interrupted,
@@ -28,6 +28,7 @@ from lmsleep.training import (
     TrainConfig,
     Trainer,
     choose_device,
+    flops_per_step,
     optim,
     run_all,
     trainer,
@@ -155,6 +156,56 @@ def test_sixty_steps_lower_the_loss(tmp_path, task, blocks):
     losses = [line["loss"] for line in run.folder.metrics() if "loss" in line]
     assert len(losses) == 60
     assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+
+
+FORKED = Depo(nodes=4, names=4, hops=2, queries=3, name_lengths=(1, 1), ask="fork")
+STORIES = GSMInfinite(subset="medium", ops=(2, 3), mode="forward", noise=False, length=(0, 120))
+
+
+@pytest.fixture
+def essays(tmp_path):
+    rows = [{"text": "the quick brown fox " * (1 + i % 7)} for i in range(80)]
+    (tmp_path / "essays.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Text(data=(tmp_path / "essays.jsonl",), length=40)
+
+
+@pytest.mark.parametrize("task", [TASK, FORKED, STORIES, "essays"], ids=["row", "fork", "padded", "text"])
+def test_a_step_is_the_same_in_any_number_of_parts(tmp_path, request, task):
+    task = request.getfixturevalue(task) if task == "essays" else task
+    config, found = run_config(task, batch_size=5), {}
+    if task == STORIES:
+        config = replace(config, sleep=SleepConfig(window=40, passes=2))
+    for accumulate in (1, 2, 5):
+        train = replace(config.train, accumulate=accumulate)
+        run = Trainer(RunFolder("unused"), replace(config, train=train))
+        run.model.double()
+        batch = run.batches[0]
+        parts = batch.parts(accumulate)
+        assert len(parts) == accumulate
+        assert sum(part.num_tokens for part in parts) == batch.num_tokens
+        loss = run._backward(parts, run.config.sleep)
+        found[accumulate] = (loss, [p.grad for p in run.model.parameters()])
+    loss, gradients = found.pop(1)
+    for other, theirs in found.values():
+        assert abs(other - loss) < 1e-6 * loss
+        assert all(close(a, b, 1e-9) for a, b in zip(theirs, gradients, strict=True))
+
+
+def test_a_run_in_parts_resumes_exactly_and_sees_the_same_data(tmp_path, uninterrupted):
+    config = run_config(accumulate=3)
+    whole = start(tmp_path / "whole", config)
+    whole.fit(until=8)
+    start(tmp_path / "stopped", config).fit(until=7)
+    resumed = Trainer.resume(RunFolder.open(tmp_path / "stopped"))
+    resumed.fit(until=8)
+    assert_same_run(resumed, whole)
+    assert whole.flops == 8 * flops_per_step(config) == 8 * flops_per_step(uninterrupted.config)
+    for mine, other in zip(whole.folder.metrics(), uninterrupted.folder.metrics(), strict=False):
+        assert mine["tokens"] == other["tokens"] and mine["flops"] == other["flops"]
+        if "loss" in mine:
+            assert abs(mine["loss"] - other["loss"]) < 1e-3  # roundings add up
+        else:
+            assert mine["eval"]["answers"] == other["eval"]["answers"]
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype")  # no fused norm on the CPU for mixed precision
@@ -720,6 +771,7 @@ def test_schedule_does_not_know_its_length_before_the_fall(steps, decay):
     [
         {"steps": 0}, {"batch_size": 0}, {"eval_every": 0}, {"eval_batches": 0}, {"save_every": 0},
         {"lr": 0.0}, {"adam_lr": -1.0}, {"clip": 0.0}, {"weight_decay": -0.1}, {"warmup": -1},
+        {"accumulate": 0}, {"accumulate": 65},
         {"curriculum": -1}, {"seed": -1}, {"decay": 1.5}, {"decay": -0.1}, {"precision": "float16"},
         {"threads": -1}, {"lr": float("nan")},
     ],

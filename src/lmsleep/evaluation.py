@@ -128,23 +128,26 @@ def evaluate(
     *,
     batches: int = 8,
     batch_size: int = 64,
+    parts: int = 1,
     seed: int = EVAL_SEED,
     device: torch.device | str = "cpu",
     after: int | None = None,
 ) -> Score:
     """Score `model` on `batches * batch_size` held-out samples, the same for every call with a seed.
 
-    What counts as "after eviction" are tokens from position `after` on, by default the window: give it
-    to score the same tokens with a model that evicts nothing.
+    A batch is read in `parts` parts, in the memory of one. What counts as "after eviction" are tokens from
+    position `after` on, by default the window: give it to score the same tokens with a model that evicts
+    nothing.
     """
     if batches < 1:
         raise ValueError(f"batches must be at least 1, got {batches}")
     score = Score()
     for index in range(batches):
-        batch = task.batch(stream(seed, "test", index), batch_size, "test").to(device)
-        logits = read_batch(model, batch, sleep, return_logits=True).logits
-        assert logits is not None
-        score.add(batch, logits, after or sleep.window)
+        for part in task.batch(stream(seed, "test", index), batch_size, "test").parts(parts):
+            batch = part.to(device)
+            logits = read_batch(model, batch, sleep, return_logits=True).logits
+            assert logits is not None
+            score.add(batch, logits, after or sleep.window)
     return score
 
 

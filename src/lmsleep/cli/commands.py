@@ -150,7 +150,7 @@ def evaluate_run(argv: list[str]) -> None:
     for n in options.passes or (config.sleep.passes,):
         sleep = config.sleep.with_passes(n)
         how: dict[str, Any] = {"batches": batches, "batch_size": size, "device": device}
-        result[n] = evaluate(model, task, sleep, after=options.after, **how)
+        result[n] = evaluate(model, task, sleep, after=options.after, parts=config.train.accumulate, **how)
         if isinstance(task, Shifting) and sleep.window is not None and task.segment % sleep.window == 0:
             adapted[n] = adaptation(model, task, sleep, **how)
     if options.json:

@@ -265,6 +265,11 @@ def adapt(model: Any) -> HFBackbone:
             f"model: attn_implementation={attention!r} cannot be told what an evicted window hides; load the "
             "model with attn_implementation='sdpa' (whole windows run on flash kernels there too)"
         )
+    if (steps := getattr(model.config, "total_ut_steps", 1)) > 1:
+        raise ValueError(
+            f"model: {name} makes total_ut_steps={steps} passes over every token, so asleep and awake are one; set "
+            "model.config.total_ut_steps = 1 and make passes by SleepConfig (passes, wake_passes)"
+        )
     rotary = getattr(model.get_decoder(), "rotary_emb", None)
     if (kind := getattr(rotary, "rope_type", "default")) in ("dynamic", "longrope"):
         raise ValueError(
@@ -335,7 +340,7 @@ def _reason_against(backbone: HFBackbone, tokens: Tensor) -> str | None:
         return "no block has fast weights to write to; add some with lmsleep.hf.insert_memory_layers"
     plain = backbone.model(tokens, use_cache=False).logits
     empty = backbone.initial_state(1)
-    whole, _ = backbone.run(backbone.embed(tokens), empty, 0, D)
+    whole, after = backbone.run(backbone.embed(tokens), empty, 0, D)
     if not _close(backbone.head(whole), plain):
         return "its blocks called one by one do not compute what the model computes"
     h, cut = backbone.run(backbone.embed(tokens[:, : PROBE // 2]), empty, 0, D)
@@ -349,9 +354,13 @@ def _reason_against(backbone: HFBackbone, tokens: Tensor) -> str | None:
         if x.memory is None:
             continue
         full = Memory(tuple(None if s is None else torch.ones_like(s) for s in empty.memory.layers))
-        filled, _ = backbone.run(whole, State(full, empty.cache), i, i + 1)
-        unfilled, _ = backbone.run(whole, empty, i, i + 1)
-        if torch.equal(filled, unfilled):
+        filled, of_full = backbone.run(whole, State(full, empty.cache), i, i + 1)
+        unfilled, of_empty = backbone.run(whole, empty, i, i + 1)
+        if not torch.equal(filled, unfilled):
+            continue
+        # What it says does not tell: it was just inserted and says nothing yet. What it writes does.
+        a, b, once, cut_up = (s.memory.layers[i].to(x.dtype) for s in (of_full, of_empty, after, cut))
+        if torch.equal(a, b) or not _close(cut_up, once):
             return f"block {i} ignores the fast weights that it is given with several tokens at once"
     return None
 
@@ -372,9 +381,11 @@ def _blocks(model: Any) -> Any:
 
 def _sliding(block: Any, span: int | None) -> int | None:
     """How far the block's tokens look back: `span`, or its own window if that is shorter."""
-    kind = getattr(block, "block_type", None) or getattr(block, "attention_type", None)
-    own = getattr(getattr(block, "self_attn", None), "sliding_window", None)
-    if kind != "sliding_attention" or own is None:
+    attention = getattr(block, "self_attn", None)
+    own = getattr(attention, "sliding_window", None)
+    named = ((block, "block_type"), (block, "attention_type"), (attention, "layer_type"))
+    kinds = [getattr(place, name, None) for place, name in named]
+    if "sliding_attention" not in kinds or own is None:
         return span
     return own if span is None else min(own, span)
 

@@ -118,3 +118,54 @@ class RunCache:
         for layer_idx, lent in self._lent.items():
             self[layer_idx].S = lent.as_subclass(Tensor) if lent.written is None else lent.written
         return self.carried
+
+
+def through_cache(mixer: Any, x: Tensor, cache: Any, layer_idx: int, valid: Tensor | None) -> Tensor:
+    """Run a layer that takes and returns its state as a layer of `transformers`, which keeps it in a cache.
+
+    Args:
+        mixer: called as `mixer(x, S, (tail,))`, returns `(y, S, (tail,))`.
+        x: `[B, T, d]`.
+        cache: a `RunCache`, a cache of `transformers` with a linear-attention layer, or None for none.
+        layer_idx: the place in the cache.
+        valid: `[B, T]`, zero or False for padding, which is read as zeros. In front of a text it changes
+            nothing, for `S` is zero there.
+
+    Raises:
+        ValueError: for padding after others were remembered: the memory would forget on it.
+    """
+    S, tail = _carried(cache, layer_idx)
+    if valid is not None:
+        if S is not None:
+            raise ValueError(
+                "attention_mask hides tokens that follow on others: the memory would forget on this padding; "
+                "pad in front of the first token, or pass rows of equal length"
+            )
+        x = x * valid[..., None].to(x.dtype)
+    y, S, (tail,) = mixer(x, S, mixer.empty_cache(len(x)) if tail is None else (tail,))
+    if isinstance(cache, RunCache):
+        cache[layer_idx].tail = tail
+        cache.update_recurrent_state(S, layer_idx)
+    elif cache is not None:
+        cache.update_conv_state(tail.mT, layer_idx, conv_kernel_size=mixer.conv_size)
+        cache.update_recurrent_state(S, layer_idx)
+    return y
+
+
+def _carried(cache: Any, layer_idx: int) -> tuple[Tensor | None, Tensor | None]:
+    """`S` and tail of a layer, None before its first token."""
+    if cache is None:
+        return None, None
+    if isinstance(cache, RunCache):
+        return cache[layer_idx].S, cache[layer_idx].tail
+    tail = cache.get_conv_state(layer_idx)
+    return cache.get_recurrent_state(layer_idx), None if tail is None else tail.mT
+
+
+def cache_layers(config: Any) -> list[Any]:
+    """New layers for a cache of `transformers`: those of the blocks, then those of inserted memory layers."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import LinearAttentionLayer
+
+    inserted = getattr(config, "memory_layers", None) or {"after": ()}
+    return [*DynamicCache(config=config).layers, *(LinearAttentionLayer() for _ in inserted["after"])]

@@ -1,6 +1,7 @@
 """`load_pretrained`: a model of `transformers` from a local folder, checked before anything is computed."""
 
 import json
+import logging
 from collections.abc import Iterable
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,10 +10,15 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from lmsleep.hf import insertion
 from lmsleep.tasks.tokenizers import HuggingFace
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+LICENSES = {
+    "jet_nemotron": "the published weights of Jet-Nemotron, and what is trained from them, are licensed "
+    "for non-commercial use only (NVIDIA License, section 3.3)"
+}
 NAMED = 5  # tensors or files that a message names before it counts the rest
 
 
@@ -37,9 +43,12 @@ def load_pretrained(path: str | Path, *, dtype: torch.dtype | None = None, **opt
     _check_weights(folder)
     _check_tokenizer(folder, config)
     from transformers import AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+    inserted = getattr(config.get_text_config(), insertion.FIELD, None)
+    own = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     with _quiet():
-        model, found = AutoModelForCausalLM.from_pretrained(
+        model, found = (insertion.with_memory(own) if inserted else AutoModelForCausalLM).from_pretrained(
             folder,
             config=config,
             dtype=dtype or "auto",
@@ -49,6 +58,10 @@ def load_pretrained(path: str | Path, *, dtype: torch.dtype | None = None, **opt
             **options,
         )
     _check_tensors(folder, found)
+    if inserted:
+        model.__class__ = own
+    if note := LICENSES.get(config.model_type):
+        logging.getLogger(__name__).warning("%s: %s", folder, note)
     return model
 
 
@@ -60,6 +73,9 @@ def _config(folder: Path) -> Any:
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
     except ImportError:
         raise ValueError(f"model={str(folder)!r} needs transformers: pip install 'lmsleep[hf]'") from None
+    import lmsleep.hf.jet_nemotron
+    import lmsleep.hf.ouro  # noqa: F401  known to transformers from here on
+
     file = folder / "config.json"
     if not file.is_file():
         adapter = (folder / "adapter_config.json").is_file()

@@ -2,6 +2,8 @@
 
 from lmsleep.layers.attention import Attention
 from lmsleep.layers.fast_weights import FastWeights, Writes
+from lmsleep.layers.jet import JetBlock
+from lmsleep.layers.memory_layer import MemoryKind, MemoryLayer
 from lmsleep.layers.mlp import SwiGLU
 
-__all__ = ["Attention", "FastWeights", "SwiGLU", "Writes"]
+__all__ = ["Attention", "FastWeights", "JetBlock", "MemoryKind", "MemoryLayer", "SwiGLU", "Writes"]

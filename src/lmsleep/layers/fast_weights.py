@@ -75,10 +75,7 @@ class FastWeights(nn.Module):
     @torch.no_grad()
     def reset_gates(self) -> None:
         """Heads forget between `forget[0]` and `forget[1]` a token (log-spaced); beta starts at 0.73."""
-        low, high = map(math.log, self.forget)
-        rate = torch.linspace(low, high, self.num_heads).exp()
-        self.A_log.zero_()
-        self.dt_bias.copy_(rate.expm1().log())  # softplus(dt_bias) = rate
+        log_spaced_forgetting(self.A_log, self.dt_bias, self.forget)
         self.a_proj.weight.zero_()
         self.b_proj.weight.zero_()
         self.b_proj.bias.fill_(1.0)
@@ -131,3 +128,12 @@ class FastWeights(nn.Module):
         if valid is not None:
             g, beta = g * valid[..., None], beta * valid[..., None]
         return Writes(q, k, v, g, beta), cache
+
+
+@torch.no_grad()
+def log_spaced_forgetting(A_log: Tensor, dt_bias: Tensor, forget: tuple[float, float] = (0.001, 0.1)) -> None:
+    """Set `A_log` and `dt_bias` `[H]` so that heads forget from `forget[0]` to `forget[1]` a token."""
+    low, high = map(math.log, forget)
+    rate = torch.linspace(low, high, len(A_log)).exp()
+    A_log.zero_()
+    dt_bias.copy_(rate.expm1().log())  # softplus(dt_bias) = rate

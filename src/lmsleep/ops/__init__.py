@@ -2,12 +2,14 @@
 
 from lmsleep.ops.align import right_align
 from lmsleep.ops.conv import short_conv
+from lmsleep.ops.dynamic_conv import dynamic_conv
 from lmsleep.ops.rules import RULES, Backend, Rule, gated_delta_rule, gated_linear_rule, register_rule, update
 
 __all__ = [
     "RULES",
     "Backend",
     "Rule",
+    "dynamic_conv",
     "gated_delta_rule",
     "gated_linear_rule",
     "register_rule",

@@ -7,18 +7,18 @@ solution of the unit lower triangular system
 
     u_t + beta_t sum_{s<t} e^{G_t - G_s} (k_t . k_s) u_s = beta_t (v_t - e^{G_t} S^T k_t)
 
-(the WY form of arXiv 2406.06484, gated as in arXiv 2412.06464). Outputs and the next state are
-then matrix products. The backward pass is written out: for the short windows of a sleep autograd
-would spend more on its many small steps than on the products.
+(the WY form of arXiv 2406.06484, gated as in arXiv 2412.06464). Whatever does not need `S` is computed for
+all chunks at once; then `u = U - W S` and the next `S` are three products a chunk, one chunk after the
+other; then the outputs, again for all chunks. The backward pass is written out in the same three stages:
+autograd would spend more on its many small steps than on the products.
 """
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-
-CHUNK = 64  # tokens; longer chunks pay more for the C x C systems than they save in steps
 
 
 def gated_delta_rule(
@@ -48,86 +48,142 @@ def _chunked(
 ) -> tuple[Tensor, Tensor]:
     if q.shape[1] == 0:
         return torch.zeros_like(v), state
-    B, _, H, _ = q.shape
-    # [B, T, H, ...] -> [B H, T, ...], once: every product below would otherwise copy its operands
-    q, k, v, g, beta = (x.transpose(1, 2).flatten(0, 1) for x in (scale * q, k, v, g, beta))
-    state, outputs = state.flatten(0, 1), []
-    for qc, kc, vc, gc, bc in zip(*(x.split(CHUNK, dim=1) for x in (q, k, v, g, beta)), strict=True):
-        o, state = _Chunk.apply(qc, kc, vc, gc, bc[..., None], state, delta)  # type: ignore[no-untyped-call]
-        outputs.append(o)
-    o = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
-    return o.unflatten(0, (B, H)).transpose(1, 2), state.unflatten(0, (B, H))
+    result: tuple[Tensor, Tensor] = _Chunked.apply(q, k, v, g, beta, state, scale, delta)  # type: ignore[no-untyped-call]
+    return result
 
 
-class _Chunk(torch.autograd.Function):
-    """One chunk: `q, k` `[B H, C, K]`, `v` `[B H, C, V]`, `g` `[B H, C]`, `beta` `[B H, C, 1]`."""
+def chunks(T: int, K: int, V: int) -> tuple[int, int]:
+    """Number of chunks and their length, equal for all so that little is padded.
+
+    Longer chunks pay more for their C x C systems, shorter ones for their K x V states.
+    """
+    longest = max(32, 5 * (K + V) // 16)
+    n = math.ceil(T / longest)
+    return n, math.ceil(T / n)
+
+
+class _Chunked(torch.autograd.Function):
+    """Arguments as for the rules. Inside, tensors are `[n B H, C, ...]`, chunk by chunk.
+
+    Products are arranged so that the right factor lies in memory untransposed (BLAS is up to three times
+    slower where it does not), and masks are multiplied (`exp(-inf)` takes a slow path).
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, S: Tensor, delta: bool
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        g: Tensor,
+        beta: Tensor,
+        S: Tensor,
+        scale: float,
+        delta: bool,
     ) -> tuple[Tensor, Tensor]:
-        C = g.shape[-1]
-        # Differences of a long cumulative sum cancel badly in float32 when the gates forget hard.
-        G = g.double().cumsum(-1)[..., None]
-        later = torch.ones(C, C, dtype=torch.bool, device=g.device).triu(1)
-        decay = (G - G.mT).to(S.dtype).masked_fill_(later, -torch.inf).exp_()  # e^{G_t - G_s}, s <= t
-        start, end = G.to(S.dtype).exp(), (G[:, -1:] - G).to(S.dtype).exp()
-        qk, qS = q @ k.mT, q @ S
-        kk = kS = inverse = None
+        B, T, H, K = q.shape
+        n, C = chunks(T, K, v.shape[-1])
+        q, k, v, g, beta = (_split(x, n, C) for x in (q, k, v, g, beta[..., None]))
+        lower = torch.ones(C, C, dtype=S.dtype, device=S.device).tril()
+        # e^{G_t - G_s}, s <= t; summing the terms between s and t does not cancel as G_t - G_s would
+        decay = ((g[:, None] * lower) @ lower.tril(-1)).exp_().mul_(lower)
+        start = g.cumsum(-1).exp_()[..., None]
+        kT = k.mT.contiguous()
+        reads = torch.baddbmm(decay, q, kT, beta=0, alpha=scale).mul_(decay)
+        writes, last = kT * decay[:, -1:], start[:, -1:]
+        inverse = W = None
         if delta:
-            kk, kS = k @ k.mT, k @ S
-            eye = torch.eye(C, dtype=S.dtype, device=S.device)
-            A = (beta * kk).mul_(decay).tril_(-1)
-            inverse = torch.linalg.solve_triangular(A.add_(eye), eye, upper=False, unitriangular=True)
-            u = inverse @ torch.addcmul(v, start, kS, value=-1).mul_(beta)
+            A = (k @ kT).mul_(decay).mul_(beta)
+            eye = lower.new_ones(C).diag()
+            inverse = torch.linalg.solve_triangular(A, eye, upper=False, unitriangular=True)
+            X = inverse * beta.mT
+            u, W = X @ v, X.mul_(start.mT) @ k
         else:
             u = beta * v
-        reads, writes = qk * decay, k * end
+        S, starts = S.flatten(0, 1), S.new_empty(n, B * H, *S.shape[2:])
+        for c in range(n):
+            us, writing, fading = (_chunk(x, c, n) for x in (u, writes, last))
+            if W is not None:
+                us.baddbmm_(_chunk(W, c, n), S, alpha=-1)
+            starts[c] = S
+            S = (fading * S).baddbmm_(writing, us)
+        o = (q @ starts.flatten(0, 1)).mul_(scale * start).baddbmm_(reads, u)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(
-            q, k, v, beta, S, u, decay, start, end, reads, writes, qk, qS, kk, kS, inverse
-        )  # fmt: skip
-        return torch.baddbmm(start * qS, reads, u), torch.baddbmm(start[:, -1:] * S, writes.mT, u)
+        ctx.save_for_backward(q, k, v, beta, starts, S, u, decay, start, reads, writes, inverse, W)
+        ctx.sizes = B, T, H, n, scale
+        return _join(o, B, T, n), S.unflatten(0, (B, H))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, do: Tensor | None, dS_next: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, beta, S, u, decay, start, end, reads, writes, qk, qS, kk, kS, inverse = ctx.saved_tensors
-        dq: Any = None
-        dk: Any = None
-        dS: Any = None
-        du = dlog = None  # dlog: gradient of every G_t - G_s
-        dG = k.new_zeros(k.shape[:-1])
-        if do is not None:  # None for the last pass of a sleep: nobody reads what it outputs
-            start_do = start * do
-            dqk = (do @ u.mT).mul_(decay)
-            du, dk, dS = reads.mT @ do, dqk.mT @ q, q.mT @ start_do
-            dq = torch.baddbmm(start_do @ S.mT, dqk, k)
-            dlog = dqk.mul_(qk)
-            dG += start_do.mul_(qS).sum(-1)
-        if dS_next is not None:  # None where the state is dropped, as after an answer
-            last = start[:, -1:]
-            dwrites = (u @ dS_next.mT).mul_(end)
-            dend = (dwrites * k).sum(-1)
-            dG -= dend
-            dG[:, -1] += dend.sum(-1) + (last * S).mul_(dS_next).sum((-1, -2))
-            du = writes @ dS_next if du is None else torch.baddbmm(du, writes, dS_next)
-            dk = dwrites if dk is None else dk.add_(dwrites)
-            dS = last * dS_next if dS is None else dS.addcmul_(last, dS_next)
+    def backward(ctx: Any, do: Tensor | None, dS: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, beta, starts, S, u, decay, start, reads, writes, inverse, W = ctx.saved_tensors
+        B, T, H, n, scale = ctx.sizes
+        dq: Tensor | None = None
+        if do is None:  # for the last pass of a sleep: nobody reads what it outputs
+            du, dstarts = torch.zeros_like(u), torch.zeros_like(starts)
+        else:
+            do = _split(do, n, k.shape[1])
+            start_do = do * (scale * start)
+            du, dstarts = reads.mT @ do, (q.mT @ start_do).view_as(starts)
+        dk, dG = torch.zeros_like(k), k.new_zeros(k.shape[:2])  # dG: gradient of every G_t
+        dS = None if dS is None else dS.flatten(0, 1)
+        for c in reversed(range(n)):
+            us, dus, writing, fading = (_chunk(x, c, n) for x in (u, du, writes, start[:, -1:]))
+            if dS is not None:  # None where the last state is dropped, as after an answer
+                dus.baddbmm_(writing.mT, dS)
+                torch.bmm(us, dS.mT, out=_chunk(dk, c, n))
+                _chunk(dG, c, n)[:, -1] = (S * dS).sum((-1, -2))
+                dstarts[c].addcmul_(fading, dS)
+            if W is not None:
+                dstarts[c].baddbmm_(_chunk(W, c, n).mT, dus, alpha=-1)
+            S, dS = starts[c], dstarts[c]
+        dk.mul_(decay[:, -1, :, None])
+        ST, uT = starts.flatten(0, 1).mT, u.mT.contiguous()
+        # A key is written with (dk) and, by the delta rule, read with (dread). What reads at t has the factor
+        # e^{G_t}, what writes e^{-G_t}: hence the dot products. A chunk's last G fades its S too (above).
+        if do is not None:
+            dqk = (do @ uT).mul_(decay)
+            dq = (start_do @ ST).baddbmm_(dqk, k, alpha=scale)
+            dk.baddbmm_(dqk.mT, q, alpha=scale)
+            dG += _dot(q, dq)
         if inverse is None:
-            dv, dbeta = beta * du, (du * v).sum(-1, keepdim=True)
+            dv, dbeta = beta * du, _dot(du, v)
+            dG -= _dot(k, dk)
         else:
             dr = inverse.mT @ du
-            dA = (dr @ u.mT).neg_().tril_(-1).mul_(decay)
-            dbeta = (dr * torch.addcmul(v, start, kS, value=-1)).sum(-1, keepdim=True)
-            dbeta += (dA * kk).sum(-1, keepdim=True)
-            dv, dkk = beta * dr, dA.mul_(beta)
-            dkS = (start * dv).neg_()
-            dk = torch.baddbmm(torch.baddbmm(dk, dkS, S.mT), dkk + dkk.mT, k)
-            dS = torch.baddbmm(dS, k.mT, dkS)
-            dG += dkS.mul_(kS).sum(-1)
-            dkk.mul_(kk)
-            dlog = dkk if dlog is None else dlog.add_(dkk)
-        if dlog is not None:
-            dG += dlog.sum(-1) - dlog.sum(-2)
-        return dq, dk, dv, dG.flip(-1).cumsum(-1).flip(-1), dbeta, dS, None
+            dA = (dr @ uT).mul_(decay).mul_(decay.new_full(decay.shape[1:], -1).tril_(-1))
+            dread = (dr @ ST).mul_(-start).baddbmm_(dA, k)
+            dk.baddbmm_(dA.mul_(beta).mT, k)
+            dread_k = _dot(k, dread)
+            dv, dbeta = beta * dr, _dot(dr, v) + dread_k
+            dG += beta[..., 0] * dread_k - _dot(k, dk)
+            dk.addcmul_(beta, dread)
+        dg = dG.flip(-1).cumsum(-1).flip(-1)
+        inputs = (None if x is None else _join(x, B, T, n) for x in (dq, dk, dv, dg, dbeta))
+        return *inputs, dstarts[0].unflatten(0, (B, H)), None, None
+
+
+def _split(x: Tensor, n: int, C: int) -> Tensor:
+    """`[B, T, H, ...]` -> `[n B H, C, ...]`, contiguous; padding is zeros, which neither write nor forget."""
+    B, T, H, *rest = x.shape
+    whole = T // C
+    split = x.new_empty(n, B, H, C, *rest) if whole == n else x.new_zeros(n, B, H, C, *rest)
+    tokens = split.movedim((0, 2), (1, 3))  # [B, n, C, H, ...]
+    tokens[:, :whole] = x[:, : whole * C].unflatten(1, (whole, C))
+    if whole < n:
+        tokens[:, whole, : T - whole * C] = x[:, whole * C :]
+    return split.flatten(0, 2)
+
+
+def _join(x: Tensor, B: int, T: int, n: int) -> Tensor:
+    """Inverse of `_split`."""
+    return x.unflatten(0, (n, B, -1)).movedim((0, 2), (1, 3)).flatten(1, 2)[:, :T]
+
+
+def _chunk(x: Tensor, c: int, n: int) -> Tensor:
+    """Chunk c of `[n B H, ...]`."""
+    return x.unflatten(0, (n, -1))[c]
+
+
+def _dot(x: Tensor, y: Tensor) -> Tensor:
+    return (x * y).sum(-1)

@@ -33,3 +33,14 @@ def gated_linear_rule(
         S = S + torch.einsum("bhk,bhv->bhkv", k[:, t], beta[:, t, :, None] * v[:, t])
         outputs.append(torch.einsum("bhkv,bhk->bhv", S, scale * q[:, t]))
     return (torch.stack(outputs, dim=1) if outputs else torch.zeros_like(v)), S
+
+
+def dynamic_conv(x: Tensor, kernels: Tensor, tail: Tensor) -> Tensor:
+    """Causal convolution of `x` `[B, T, C]` after `tail` `[B, t, C]`, with a kernel `[C, W]` a token."""
+    B, T, C, W = kernels.shape
+    seen = torch.cat([x.new_zeros(B, W - 1, C), tail, x], dim=1)
+    first = seen.shape[1] - T - (W - 1)
+    outputs = [
+        torch.einsum("bwc,bcw->bc", seen[:, first + t : first + t + W], kernels[:, t]) for t in range(T)
+    ]
+    return torch.stack(outputs, dim=1) if outputs else x

@@ -106,7 +106,7 @@ def estimate(cells: Sequence[Cell], seeds: int) -> list[dict[str, Any]]:
     for cell in _with_starts(cells):
         train, probe, seconds = cell.config.train, 1, 0.0
         while True:
-            few = replace(cell.config, train=replace(train, batch_size=probe))
+            few = replace(cell.config, train=replace(train, batch_size=probe, accumulate=1))
             seconds = _seconds(few)
             if seconds > PROBE_SECONDS or probe == train.batch_size:
                 break

@@ -54,9 +54,9 @@ def _who(cell: Cell, config: RunConfig) -> Row:
 
 
 def _read(run: RunFolder, reading: RunConfig) -> Row:
-    batches, size = 2 * reading.train.eval_batches, reading.train.batch_size
-    device = choose_device(reading.train.device)
-    how: dict[str, Any] = {"batches": batches, "batch_size": size, "device": device}
+    train, device = reading.train, choose_device(reading.train.device)
+    how: dict[str, Any] = {"batches": 2 * train.eval_batches, "batch_size": train.batch_size}
+    how |= {"parts": train.accumulate, "device": device}
     return evaluate(run.model(device), reading.task, reading.sleep, **how).to_dict()
 
 

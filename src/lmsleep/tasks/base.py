@@ -50,6 +50,38 @@ class Batch:
             return read + int(self.context_lengths.sum())
         return read + (0 if self.context is None else self.context.numel())
 
+    @property
+    def num_predicted(self) -> int:
+        """Tokens that carry loss: those of the mask, but padding and first tokens, which nothing precedes."""
+        wanted = self.loss_mask
+        if self.lengths is not None:
+            place = torch.arange(wanted.shape[1], device=wanted.device)
+            wanted = wanted & (place < self.lengths[:, None])
+        return int(wanted[:, 1:].sum())
+
+    def parts(self, number: int) -> "list[Batch]":
+        """The batch in `number` parts of about as many contexts (rows, without contexts), none of them empty.
+
+        Rows stay with the context they fork. `difficulty` is that of the whole batch, for `answers` count on.
+        """
+        if number == 1:
+            return [self]
+        unit = self.tokens if self.context is None else self.context
+        parts = []
+        for some in torch.arange(len(unit), device=unit.device).tensor_split(number):
+            rows, split = some, {}
+            if self.context_row is not None:
+                rows = torch.isin(self.context_row, some).nonzero()[:, 0]
+                split = {k: getattr(self, k) for k in ("context", "context_lengths")}
+                split = {k: v[some] for k, v in split.items() if v is not None}
+                split["context_row"] = torch.searchsorted(some, self.context_row[rows])
+            for k in ("tokens", "loss_mask", "answers", "lengths"):
+                if (v := getattr(self, k)) is not None:
+                    split[k] = v[rows]
+            if len(rows):
+                parts.append(replace(self, **split))
+        return parts
+
     def row(self, row: int) -> tuple[list[int], list[int], list[int]]:
         """One row without padding: its context (empty if none), its tokens, and `answers` of them."""
         context: list[int] = []

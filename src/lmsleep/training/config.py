@@ -18,6 +18,9 @@ class TrainConfig:
     """Optimizer steps."""
     batch_size: int = 64
     """Sequences (graphs, for depo with ask="fork") per step."""
+    accumulate: int = 1
+    """Parts that a step's batch is read in, their gradients added up: the memory of one, and the same step up
+    to rounding."""
     seed: int = 0
     """Seed of the weights and of the data order; the data do not depend on anything else."""
     start: Path | None = None
@@ -60,9 +63,13 @@ class TrainConfig:
     """Write TensorBoard events beside metrics.jsonl (needs the extra "track")."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "eval_every", "eval_batches", "save_every"):
+        for name in ("steps", "batch_size", "accumulate", "eval_every", "eval_batches", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.accumulate > self.batch_size:
+            raise ValueError(
+                f"accumulate={self.accumulate} must not exceed the batch_size={self.batch_size} sequences"
+            )
         if self.precision not in ("auto", "float32", "bfloat16"):
             raise ValueError(f"precision must be auto, float32 or bfloat16, got {self.precision!r}")
         if self.threads is not None and self.threads < 1:

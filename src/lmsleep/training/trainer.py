@@ -32,7 +32,8 @@ LOG_EVERY = 10  # steps between lines of the metrics
 def flops_per_step(config: RunConfig) -> int:
     """FLOPs of the forward and backward pass of one training step (its first batch, all N passes)."""
     whole = replace(config, train=replace(config.train, curriculum=0))
-    return _count_flops(HybridLM(config.model), draw(whole, 0), config.sleep)
+    parts = draw(whole, 0).parts(config.train.accumulate)
+    return sum(_count_flops(HybridLM(config.model), part, config.sleep) for part in parts)
 
 
 def first_model(config: RunConfig) -> HybridLM:
@@ -54,8 +55,8 @@ def first_model(config: RunConfig) -> HybridLM:
 def _count_flops(model: HybridLM, batch: Batch, sleep: SleepConfig) -> int:
     with FlopCounterMode(display=False) as counter:
         loss = read_batch(model, batch, sleep).loss
-        assert loss is not None, "a training batch without a token to predict"
-        loss.backward()
+        if loss is not None:
+            loss.backward()
     model.zero_grad()
     return counter.get_total_flops()
 
@@ -196,7 +197,7 @@ class Trainer:
         with self._autocast():
             return evaluate(
                 self.model, self.config.task, self.config.sleep, batches=batches, device=self.device,
-                batch_size=self.config.train.batch_size,
+                batch_size=self.config.train.batch_size, parts=self.config.train.accumulate,
             )  # fmt: skip
 
     def save(self, name: str = "step") -> Path:
@@ -211,15 +212,15 @@ class Trainer:
     def train_step(self) -> dict[str, Any]:
         """One optimizer step; the record of it that is logged."""
         train = self.config.train
-        batch = self.batches[self.step].to(self.device)
-        sleep = self._sleep()
-        flops = self._flops(batch, sleep)
+        batch, sleep = self.batches[self.step], self._sleep()
+        parts = [part.to(self.device) for part in batch.parts(train.accumulate)]
+        flops = sum(self._flops(part, sleep) for part in parts)
         started = time.perf_counter()
         factor = schedule(self.step, train)
         for optimizer, lr in zip(self.optimizers, (train.lr, train.adam_lr), strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = lr * factor
-        loss = self._backward(batch, sleep)
+        loss = self._backward(parts, sleep)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), train.clip)
         value, norm_value = loss.item(), norm.item()
         if not (math.isfinite(value) and math.isfinite(norm_value)):
@@ -245,13 +246,19 @@ class Trainer:
         passes = int(np.random.default_rng((train.seed, self.step)).integers(1, sleep.passes + 1))
         return sleep.with_passes(passes)
 
-    def _backward(self, batch: Batch, sleep: SleepConfig) -> Tensor:
-        """Loss of the batch; gradients are left on the parameters."""
-        with self._autocast():
-            loss = read_batch(self.model, batch, sleep).loss
-        assert loss is not None, "a training batch without a token to predict"
-        loss.backward()
-        return loss.detach()
+    def _backward(self, parts: list[Batch], sleep: SleepConfig) -> Tensor:
+        """Mean loss over the predicted tokens of all parts; its gradients are left on the parameters."""
+        predicted = [part.num_predicted for part in parts]
+        assert any(predicted), "a training batch without a token to predict"
+        total = torch.zeros((), device=self.device)
+        for part, count in zip(parts, predicted, strict=True):
+            with self._autocast():
+                mean = read_batch(self.model, part, sleep).loss
+            if mean is not None:
+                loss = mean * (count / sum(predicted))
+                loss.backward()
+                total += loss.detach()
+        return total
 
     def _flops(self, batch: Batch, sleep: SleepConfig) -> int:
         """FLOPs of a forward and backward pass over a batch of this shape.

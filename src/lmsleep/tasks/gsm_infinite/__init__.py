@@ -2,7 +2,7 @@
 
 structure  places, things, parameters
 graph      which parameter is computed from which
-meaning    constants, values, the hash of a problem
+meaning    constants, values, what an answer depends on
 templates  names and turns of phrase          language  the same as tokens
 noise      statements that change nothing
 reader     solves a problem from its text

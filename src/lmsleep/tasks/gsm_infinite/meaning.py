@@ -2,16 +2,17 @@
 
 import math
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import NamedTuple
 
 from lmsleep.tasks.gsm_infinite.graph import Graph, Operand
 from lmsleep.tasks.gsm_infinite.structure import Parameter, Structure
+from lmsleep.tasks.gsm_infinite.templates import Names
 
 MOST = 4  # constants are 1 ... 4 (1 ... modulus - 1 if there is one)
 LARGEST = 1000  # value, where there is no modulus
-ROUNDS = 4  # of colour refinement
 
 
 class Definition(NamedTuple):
@@ -21,6 +22,9 @@ class Definition(NamedTuple):
     constant: int | None = None
     times: bool = False
     difference: bool = False
+
+
+NOTHING = Definition(())  # is stated of totals and of the unknown
 
 
 class Linear(NamedTuple):
@@ -50,34 +54,33 @@ class Core:
     ops: int
     given: tuple[Parameter, int] | None = None
 
-    def hash(self) -> int:
-        """A number that does not depend on names or order: equal for equal problems.
-
-        Parameters are told apart by rounds of colour refinement over what they are computed from, so a few
-        different problems share a number; no problem has two.
-        """
-        given = {} if self.given is None else {self.given[0]: self.given[1]}
-        parameters = [*self.structure.instances, *self.structure.totals]
-        colour = {p: _hash((p.kind, given.get(p), p == self.query)) for p in parameters}
-        for _ in range(ROUNDS):
-            colour = {p: _hash((colour[p], *self._refine(p, colour))) for p in parameters}
-        return _hash(sorted(colour.values()))
-
-    def _refine(self, p: Parameter, colour: dict[Parameter, int]) -> tuple[object, ...]:
+    def operands(self, p: Parameter) -> Sequence[Parameter]:
+        """What a parameter is computed from."""
         if p.thing < 0:
-            below = [colour[q] for q in self.structure.summands(p)]
-            if p.kind == "attributes":  # which average belongs to which count
-                return tuple(sorted(zip(below[::2], below[1::2], strict=True)))
-            return tuple(sorted(below))
-        if p not in self.definitions:
-            return ("unknown",)
-        operands, constant, times, difference = self.definitions[p]
-        below = [colour[q] for q in operands]
-        return (constant, times, difference, *(below if difference else sorted(below)))
+            return self.structure.summands(p)
+        return self.definitions[p].operands if p in self.definitions else ()
 
+    @property
+    def necessary(self) -> list[Parameter]:
+        """All that the answer depends on: what the query (in reverse: the given value) is computed from."""
+        found = [self.query if self.given is None else self.given[0]]
+        for p in found:  # which grows
+            found += [q for q in self.operands(p) if q not in found]
+        return found
 
-def _hash(value: object) -> int:
-    return zlib.crc32(repr(value).encode())
+    def hash(self, names: Names) -> int:
+        """A number for what the answer depends on, in these names: the same whatever stands around it.
+
+        Of every necessary parameter it covers name, constant and operands; of the problem the parameter asked
+        for and, in reverse, the value given. The order of statements and of summands does not count.
+        """
+        said = []
+        for p in self.necessary:
+            below = [names(q) for q in self.operands(p)]
+            constant, times, difference = self.definitions.get(p, NOTHING)[1:]
+            said.append((names(p), constant, times, difference, below if difference else sorted(below)))
+        given = self.given and self.given[1]
+        return zlib.crc32(repr((names(self.query), given, sorted(said))).encode())
 
 
 def draw_core(random: Random, graph: Graph, *, reverse: bool, modulus: int | None) -> Core | None:

@@ -1,7 +1,7 @@
 """GSM-Infinite as a task: options, batches, floors, and the solver that reads tokens."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import chain, groupby
@@ -18,11 +18,12 @@ from lmsleep.tasks.gsm_infinite.language import Language, Tokens, language, toke
 from lmsleep.tasks.gsm_infinite.meaning import LARGEST, Core, draw_core
 from lmsleep.tasks.gsm_infinite.noise import noise
 from lmsleep.tasks.gsm_infinite.structure import Parameter
-from lmsleep.tasks.gsm_infinite.templates import TEMPLATES
+from lmsleep.tasks.gsm_infinite.templates import TEMPLATES, Names, draw_names
 from lmsleep.tasks.tokenizers import absolute
 
 MARKERS = ("PAD", "ANSWER", "END")  # tokens after the tokenizer's own
-HELD_OUT = 8  # one core in 8 is kept for testing
+HELD_OUT = 8  # one problem in 8 is kept for testing
+NAMINGS = 100  # names that are tried to tell a core in, so that it belongs to the wanted split
 TRIES = 100_000  # draws of a problem of the wanted operations and split before we give up
 MISFITS = 1000  # problems that are too long for a context before we give up
 FLOOR_SAMPLES = 200  # problems per number of operations
@@ -167,9 +168,11 @@ class GSMInfinite:
     def _draw(self, random: Random, ops: int, split: Split) -> tuple[Tokens, Tokens, Tokens]:
         """A context, its row, and the answer that the row ends with."""
         for _ in range(MISFITS):
-            core = draw_problem(random, ops, split, self.subset, self.mode, self.modulus)
-            spoken = language(random.choice(self.templates), self.tokenizer)
-            question, statements, names = _tell(random, core, spoken, self.modulus)
+            core, names = draw_problem(
+                random, ops, split, self.subset, self.mode, self.modulus, self.templates
+            )
+            spoken = language(names.template, self.tokenizer)
+            question, statements, words = _tell(core, names, spoken, self.modulus)
             opening = spoken.instruction if self.instruction else []
             if self.question == "first":
                 opening = opening + question
@@ -182,7 +185,7 @@ class GSMInfinite:
                 f"{self.length[1]} tokens"
             )
         if self.noise:
-            self._fill(random, length, statements, noise(random, spoken, names, hard=self.subset == "hard"))
+            self._fill(random, length, statements, noise(random, spoken, words, hard=self.subset == "hard"))
         random.shuffle(statements)
         answer = self._answer(core.answer)
         row = [*(question if self.question == "last" else []), self.pad + 1, *answer]
@@ -206,9 +209,17 @@ class GSMInfinite:
 
 
 def draw_problem(
-    random: Random, ops: int, split: Split | None, subset: str, mode: str, modulus: int | None
-) -> Core:
-    """A problem of the wanted operations whose hash belongs to the split (None: to either).
+    random: Random,
+    ops: int,
+    split: Split | None,
+    subset: str,
+    mode: str,
+    modulus: int | None,
+    templates: Sequence[str] = tuple(TEMPLATES),
+) -> tuple[Core, Names]:
+    """A problem of the wanted operations, and names with which it belongs to the split (None: to either).
+
+    As names decide, and any core has many, the cores of both splits are distributed alike.
 
     Raises:
         ValueError: if none is found.
@@ -216,8 +227,12 @@ def draw_problem(
     reverse = mode == "reverse" or (mode == "mixed" and random.random() < 0.5)
     for _ in range(TRIES):
         core = _attempt(random, ops, subset == "hard", reverse, modulus)
-        if core is not None and (split is None or (core.hash() % HELD_OUT == 0) == (split == "test")):
-            return core
+        if core is None:
+            continue
+        for _ in range(NAMINGS):
+            names = draw_names(random, core.structure, templates)
+            if split is None or (core.hash(names) % HELD_OUT == 0) == (split == "test"):
+                return core, names
     raise ValueError(f"of {TRIES} draws none is a problem of op={ops} (subset={subset!r}, mode={mode!r})")
 
 
@@ -227,19 +242,17 @@ def _attempt(random: Random, ops: int, hard: bool, reverse: bool, modulus: int |
 
 
 def _tell(
-    random: Random, core: Core, spoken: Language, modulus: int | None
+    core: Core, names: Names, spoken: Language, modulus: int | None
 ) -> tuple[Tokens, list[Tokens], list[Tokens]]:
-    """The question, the statements, and the names of all parameters."""
-    things = core.structure.things
-    places = random.sample(random.choice(spoken.template.places), len(things))
-    kinds = random.sample(random.choice(spoken.template.things), len({t for there in things for t in there}))
+    """The question, the statements, and what all parameters are called."""
+    places, kinds = names.places, names.things
 
     def name(p: Parameter, *, capital: bool = False) -> Tokens:
         return spoken.name(p.kind, places[p.place], kinds[p.thing] if p.thing >= 0 else None, capital=capital)
 
-    names = {p: name(p) for p in [*core.structure.instances, *core.structure.totals]}
+    words = {p: name(p) for p in [*core.structure.instances, *core.structure.totals]}
     statements = [
-        spoken.statement(name(p, capital=True), definition, [names[q] for q in definition.operands])
+        spoken.statement(name(p, capital=True), definition, [words[q] for q in definition.operands])
         for p, definition in core.definitions.items()
     ]
     query = core.query
@@ -249,7 +262,7 @@ def _tell(
     question = spoken.question(
         query.kind, places[query.place], kinds[query.thing] if query.thing >= 0 else None, modulus
     )
-    return question, statements, list(names.values())
+    return question, statements, list(words.values())
 
 
 @cache
@@ -264,7 +277,7 @@ def _floors(subset: str, mode: str, ops: tuple[int, int], modulus: int | None) -
     random = Random(0)
     per_op = {
         op: Counter(
-            draw_problem(random, op, None, subset, mode, modulus).answer for _ in range(FLOOR_SAMPLES)
+            draw_problem(random, op, None, subset, mode, modulus)[0].answer for _ in range(FLOOR_SAMPLES)
         )
         for op in range(ops[0], ops[1] + 1)
     }

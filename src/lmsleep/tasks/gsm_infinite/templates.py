@@ -4,9 +4,13 @@ Names of the core and of the noise are disjoint. Noise names are a first and a s
 that share the first.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
+from random import Random
+
+from lmsleep.tasks.gsm_infinite.structure import Parameter, Structure
 
 Thing = tuple[str, str]  # singular, plural
 
@@ -169,3 +173,24 @@ ORCHARD = Template(
 )
 
 TEMPLATES = {"harbour": HARBOUR, "library": LIBRARY, "orchard": ORCHARD}
+
+
+@dataclass(frozen=True)
+class Names:
+    """What the places and things of a problem are called, in one of the templates."""
+
+    template: str
+    places: Sequence[str]
+    things: Sequence[Thing]
+
+    def __call__(self, p: Parameter) -> tuple[str, str, str]:
+        """Kind, place and thing (empty for totals) of a parameter."""
+        return p.kind, self.places[p.place], self.things[p.thing][1] if p.thing >= 0 else ""
+
+
+def draw_names(random: Random, structure: Structure, templates: Sequence[str]) -> Names:
+    """Names out of one group each of places and things of one of the templates."""
+    name = random.choice(templates)
+    template, kinds = TEMPLATES[name], len({thing for there in structure.things for thing in there})
+    places = random.sample(random.choice(template.places), len(structure.things))
+    return Names(name, places, random.sample(random.choice(template.things), kinds))

@@ -1,0 +1,122 @@
+"""`insert_memory_layers`: fast weights for models of `transformers` that have only attention."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lmsleep.hf.cache import RunCache, cache_layers, through_cache
+from lmsleep.layers import MemoryKind, MemoryLayer
+
+FIELD = "memory_layers"  # of the configuration: {"kind": ..., "after": [blocks]}
+
+
+@dataclass(frozen=True)
+class Insertion:
+    """What `insert_memory_layers` added.
+
+    Attributes:
+        kind: of the layers.
+        after: the blocks that they follow.
+        parameters: how many they have together.
+        share: of the parameters that the model had.
+    """
+
+    kind: str
+    after: tuple[int, ...]
+    parameters: int
+    share: float
+
+
+def insert_memory_layers(
+    model: Any, n: int = 6, kind: MemoryKind = "jet", where: Literal["even"] | Sequence[int] = "even"
+) -> Insertion:
+    """Add layers with fast weights to an attention-only model, which then computes what it did before.
+
+    Each is `h + mixer(norm(h))` after a block, a `MemoryLayer`, whose output projection is zero. They belong to
+    their blocks (`model.layers.3.memory`): `save_pretrained`, `peft` and `generate` go on working, the
+    configuration knows them (field `memory_layers`), and `load_pretrained` makes them again.
+
+    Args:
+        model: llama, qwen2, qwen3, ouro or another whose blocks have attention only; changed in place.
+        n: how many.
+        kind: "jet" (a JetBlock) or "gated_delta_net".
+        where: "even", the last of them after the last block, or the blocks that they are to follow.
+
+    Returns:
+        Where they are, and how many parameters they have.
+
+    Raises:
+        ValueError: for a model with fast weights, more layers than blocks, blocks that there are not, or an
+            unknown kind.
+    """
+    config, blocks = model.config.get_text_config(), _blocks(model)
+    if getattr(config, FIELD, None) or "linear_attention" in (getattr(config, "layer_types", None) or ()):
+        raise ValueError(f"model: {config.model_type} has fast weights already; adapt it as it is")
+    D = len(blocks)
+    if where == "even" and not 1 <= n <= D:
+        raise ValueError(f"n={n} must lie in 1 ... {D}, the number of blocks")
+    after = [(j + 1) * D // n - 1 for j in range(n)] if where == "even" else sorted(map(int, where))
+    if not after or len(set(after)) < len(after) or not 0 <= after[0] <= after[-1] < D:
+        raise ValueError(f"where={where!r} must name different blocks of 0 ... {D - 1}")
+    before = model.num_parameters()
+    attach(model, {"kind": kind, "after": after})
+    added = sum(p.numel() for i in after for p in blocks[i].memory.parameters())
+    return Insertion(kind, tuple(after), added, added / before)
+
+
+def attach(model: Any, inserted: dict[str, Any]) -> None:
+    """Make the layers that the field `memory_layers` of a configuration describes."""
+    config, blocks = model.config.get_text_config(), _blocks(model)
+    eps = getattr(config, "rms_norm_eps", 1e-6)
+    for j, i in enumerate(inserted["after"]):
+        layer = MemoryLayer(config.hidden_size, inserted["kind"], eps)
+        like = next(blocks[i].parameters())
+        blocks[i].memory = layer.to(device=like.device, dtype=like.dtype)
+        blocks[i].memory_idx = config.num_hidden_layers + j
+        blocks[i].register_forward_hook(_remember, with_kwargs=True)
+    setattr(config, FIELD, inserted)
+
+
+def with_memory(model_class: type) -> type:
+    """The class, whose instances are made with the layers that their configuration asks for."""
+
+    class WithMemory(model_class):
+        def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+            super().__init__(config, *args, **kwargs)
+            attach(self, getattr(config.get_text_config(), FIELD))
+
+    WithMemory.__name__ = model_class.__name__
+    return WithMemory
+
+
+def _blocks(model: Any) -> nn.ModuleList:
+    if not hasattr(model, "get_decoder") or not hasattr(model.get_decoder(), "layers"):
+        raise ValueError(f"model: {type(model).__name__} is no decoder with a list of blocks")
+    blocks: nn.ModuleList = model.get_decoder().layers
+    return blocks
+
+
+def _remember(block: Any, args: tuple[Any, ...], options: dict[str, Any], output: Any) -> Any:
+    """Add what the memory layer of a block says to the output of the block."""
+    h, *rest = output if isinstance(output, tuple) else (output,)
+    cache = options.get("past_key_values")
+    if cache is not None and not isinstance(cache, RunCache):
+        cache.layers.extend(cache_layers(block.self_attn.config)[len(cache.layers) :])
+    valid = _valid(options.get("attention_mask"), h.shape[1])
+    h = h + through_cache(block.memory, h, cache, block.memory_idx, valid)
+    return (h, *rest) if isinstance(output, tuple) else h
+
+
+def _valid(mask: Tensor | None, T: int) -> Tensor | None:
+    """`[B, T]` bool, False for padding: a token that does not see itself; None if there is none."""
+    if mask is None:
+        return None
+    if mask.ndim == 2:  # as flash kernels take it
+        valid = mask[:, -T:].bool()
+    else:
+        seen = mask[:, 0].diagonal(offset=mask.shape[-1] - T, dim1=-2, dim2=-1)
+        valid = seen if seen.dtype == torch.bool else seen == 0
+    return None if bool(valid.all()) else valid
