@@ -137,7 +137,7 @@ class HFBackbone(nn.Module):
         if valid is not None and not bool(valid.all()):
             return self._run_by_length(h, state, start, stop, valid, span)
         blocks = self.blocks
-        if self.training and any(getattr(b, "gradient_checkpointing", False) for b in blocks[start:stop]):
+        if any(b.training and getattr(b, "gradient_checkpointing", False) for b in blocks[start:stop]):
             raise ValueError(
                 "the model's own checkpointing of activations (gradients) drops what every block carries, "
                 "so nothing would be remembered; switch it off and use SleepConfig(checkpoint=True)"
