@@ -17,6 +17,8 @@ from lmsleep.cli.presets import PRESETS, preset
 from lmsleep.cost import cost
 from lmsleep.demo import command as demo_command
 from lmsleep.evaluation import Score, evaluate, wilson
+from lmsleep.hf import adapt, load_pretrained
+from lmsleep.hf.loading import is_pretrained
 from lmsleep.models import HybridConfig, HybridLM
 from lmsleep.plots import plot_runs
 from lmsleep.reproduce import RECIPES
@@ -290,9 +292,13 @@ def info(argv: list[str]) -> None:
     if (folder.path / "config.json").is_file() and folder.config_is_run():
         config = folder.config()
         model, sleep = build(config.model).to("meta"), config.sleep
+    elif is_pretrained(folder.path):
+        from lmsleep.hf.sleeping import saved_sleep  # which imports transformers
+
+        loaded = load_pretrained(folder.path)
+        model, sleep = adapt(loaded).to("meta"), saved_sleep(loaded.config, folder.path) or UNTOLD
     else:
-        model = HybridLM.from_pretrained(folder.path).to("meta")
-        sleep = SleepConfig(window=64, passes=4)
+        model, sleep = HybridLM.from_pretrained(folder.path).to("meta"), UNTOLD
     sleep = replace(
         sleep,
         window=sleep.window if options.window is None else options.window,
@@ -307,6 +313,8 @@ def info(argv: list[str]) -> None:
         INFO.format_map({**figures, "blocks": " ".join(figures["blocks"]), "break_even": _even(figures)})
     )
 
+
+UNTOLD = SleepConfig(window=64, passes=4)  # of a model that does not say how it sleeps
 
 INFO = """parameters               {parameters:,}
 blocks                   {blocks}

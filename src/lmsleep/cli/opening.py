@@ -73,6 +73,9 @@ def take_up(path: Path, new: Session, options: SleepOptions) -> Session:
 
 
 def _tokenizer(task: Task) -> Tokenizer:
+    folder = Path(getattr(task, "tokenizer", ""))
+    if folder.is_dir() and has_tokenizer(folder):
+        return HuggingFace(folder)
     return Bytes() if isinstance(task, Text) else Spelled(task.spell, task.vocab_size)
 
 
