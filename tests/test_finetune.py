@@ -142,9 +142,8 @@ def run(folder: Path, **options) -> RunConfig:
     )
 
 
-@pytest.mark.parametrize("options", [{"lora_dropout": 0.3}, {"train": "full"}])
-def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(options, with_words, tmp_path):
-    config = run(with_words["jet_nemotron"], **options)
+def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(with_words, tmp_path):
+    config = run(with_words["jet_nemotron"], lora_dropout=0.3)
     whole = Trainer(RunFolder.create(tmp_path / "whole", config), config)
     whole.fit()
     Trainer(RunFolder.create(tmp_path / "parts", config), config).fit(until=1)
@@ -190,13 +189,13 @@ GSM = [
 
 def test_a_model_learns_to_sleep_and_comes_out_as_a_folder(with_words, tmp_path, capsys):
     out = tmp_path / "run"
-    options = ["--steps", 8, "--lora", 4, "--adam-lr", 0.02, "--warmup", 0, "--out", out]
+    options = ["--steps", 6, "--lora", 4, "--adam-lr", 0.02, "--warmup", 0, "--out", out]
     code, said, errors = run_command(capsys, "finetune", with_words["jet_nemotron"], *GSM, *options)
     assert code == 0, errors
     assert f"{out}/model is the model" in said and "constant" in said
     folder = RunFolder.open(out)
     config = folder.config()
-    before = Trainer(RunFolder(tmp_path / "unused"), config).evaluate(4)
+    before = Trainer(RunFolder(tmp_path / "unused"), config).evaluate(2)
     after = folder.report()["eval"]
     assert after["bits"] < before.bits() - 0.2
 
@@ -204,14 +203,13 @@ def test_a_model_learns_to_sleep_and_comes_out_as_a_folder(with_words, tmp_path,
     assert (made["sleep"]["passes"], made["sleep"]["window"]) == (2, 32)
     assert "that sleeps" in (out / "model/README.md").read_text()
     assert not any("lora" in name for name, _ in load_pretrained(out / "model").named_parameters())
-    merged_score = Trainer(
-        RunFolder(tmp_path / "unused"), replace(config, model=FineTune(folder=out / "model"))
-    ).evaluate(4)
-    assert abs(merged_score.bits() - after["bits"]) < 1e-4
+    exported = replace(config, model=FineTune(folder=out / "model"))
+    again = Trainer(RunFolder(tmp_path / "unused"), exported).evaluate(4)
+    assert abs(again.bits() - after["bits"]) < 1e-4  # which the last checkpoint scored on four batches
     assert load_pretrained(out / "model").config.vocab_size == len(tokenizer("words").words) + 4
 
-    code, said, _ = run_command(capsys, "eval", out, "--passes", 1, 2, "--batches", 1)
-    assert code == 0 and "N = 1:" in said and "N = 2:" in said
+    code, said, _ = run_command(capsys, "eval", out, "--passes", 1, "--batches", 1)
+    assert code == 0 and "N = 1:" in said
     code, said, _ = run_command(capsys, "info", out)
     assert code == 0 and "fast_weights attention" in said
     assert run_command(capsys, "info", out / "model")[0] == 0
@@ -221,7 +219,7 @@ def test_a_model_learns_to_sleep_and_comes_out_as_a_folder(with_words, tmp_path,
 
 def test_two_stages_train_inserted_layers_then_everything(with_words, tmp_path, capsys):
     out = tmp_path / "run"
-    options = ["--preset", "two-stage", "--insert", 2, "--steps", 2, "--out", out]
+    options = ["--preset", "two-stage", "--insert", 2, "--steps", 2, "--out", out, "--precision", "bfloat16"]
     code, _, errors = run_command(capsys, "finetune", with_words["llama"], *GSM, *options)
     assert code == 0, errors
     first, second = (RunFolder.open(path).config() for path in (tmp_path / "run-memory-layers", out))

@@ -4,7 +4,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from pickle import UnpicklingError
@@ -84,9 +84,12 @@ def _check_fit(config: RunConfig, model: HFBackbone) -> None:
         )
 
 
-def _count_flops(model: Model, batch: Batch, sleep: SleepConfig) -> int:
+def _count_flops(
+    model: Model, batch: Batch, sleep: SleepConfig, forward: AbstractContextManager[object] | None = None
+) -> int:
     with FlopCounterMode(display=False) as counter:
-        loss = read_batch(model, batch, sleep).loss
+        with forward or nullcontext():
+            loss = read_batch(model, batch, sleep).loss
         if loss is not None:
             loss.backward()
     model.zero_grad()
@@ -299,8 +302,7 @@ class Trainer:
         """
         key = (batch.tokens.shape, None if batch.context is None else batch.context.shape, sleep.passes)
         if key not in self._flops_of:
-            with self._autocast():
-                self._flops_of[key] = _count_flops(self.model, batch, sleep)
+            self._flops_of[key] = _count_flops(self.model, batch, sleep, self._autocast())
         return self._flops_of[key]
 
     def _position(self) -> dict[str, Any]:
