@@ -37,7 +37,7 @@ def padded(x, lengths, side):
 
 @pytest.mark.parametrize(
     ("name", "eviction"),
-    [("qwen3_5", "hard"), ("kimi_linear", "sliding"), ("bamba", "hard")],
+    [("qwen3_5", "hard"), ("kimi_linear", "sliding"), ("bamba", "hard"), ("jet_nemotron", "hard")],
 )
 def test_greedy_generation_is_that_of_a_session(name, eviction):
     sleep, x = SleepConfig(window=L, passes=3, eviction=eviction), text(1, 2 * L + 3)
