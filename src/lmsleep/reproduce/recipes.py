@@ -7,6 +7,7 @@ nothing of it is tuned.
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +78,9 @@ def retention(scale: Scale, passes: int) -> RunConfig:
 
 def _after_sleeps(run: RunConfig) -> dict[int, RunConfig]:
     """A retention run, read after 1 ... 1000 windows of filler; the long ones on fewer contexts."""
-    task, readings = run.task, {}
+    task, train, readings = run.task, run.train, {}
     assert isinstance(task, MQAR)
-    few = replace(run.train, batch_size=32, eval_batches=1)
+    few = replace(train, batch_size=min(train.batch_size, 32), eval_batches=1)
     for windows in SLEEPS:
         filler = windows * 2 * task.pairs
         other = replace(run, task=replace(task, filler=filler), train=few)
@@ -185,6 +186,7 @@ def _by_steps(scale: Scale) -> list[Cell]:
 
 
 def _compute_matched(make: Make) -> Callable[[Scale], list[Cell]]:
+    @cache  # counting the FLOPs of many models takes a while
     def cells(scale: Scale) -> list[Cell]:
         asleep = make(scale, 4)
         rivals = [name for name in BASELINES if name != "one-pass"]  # at equal compute: one-pass-longer

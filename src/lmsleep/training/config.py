@@ -56,7 +56,7 @@ class TrainConfig:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of the blocks; auto: bfloat16 autocast on CUDA, float32 elsewhere. S stays float32."""
     threads: int | None = None
-    """CPU threads; default all."""
+    """CPU threads; default all, or of runs side by side an equal share."""
     data_workers: int = 0
     """Processes that draw batches ahead; 0: the training process draws them itself."""
     tensorboard: bool = False

@@ -30,10 +30,19 @@ LOG_EVERY = 10  # steps between lines of the metrics
 
 
 def flops_per_step(config: RunConfig) -> int:
-    """FLOPs of the forward and backward pass of one training step (its first batch, all N passes)."""
+    """FLOPs of the forward and backward pass of one training step (its first batch, all N passes).
+
+    Samples without padding cost the same, so one of them is counted for all.
+    """
     whole = replace(config, train=replace(config.train, curriculum=0))
-    parts = draw(whole, 0).parts(config.train.accumulate)
-    return sum(_count_flops(HybridLM(config.model), part, config.sleep) for part in parts)
+    model, batch = HybridLM(config.model), draw(whole, 0)
+    if batch.lengths is not None or batch.context_lengths is not None:
+        parts = batch.parts(config.train.accumulate)
+        return sum(_count_flops(model, part, config.sleep) for part in parts)
+    samples = batch.parts(config.train.batch_size)
+    one = samples[0]  # with loss in all windows where any has some
+    one = replace(one, loss_mask=one.loss_mask | batch.loss_mask.any(dim=0))
+    return len(samples) * _count_flops(model, one, config.sleep)
 
 
 def first_model(config: RunConfig) -> HybridLM:
