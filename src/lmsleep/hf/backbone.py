@@ -131,7 +131,7 @@ class HFBackbone(nn.Module):
         if valid is not None and not bool(valid.all()):
             return self._run_by_length(h, state, start, stop, valid, span)
         blocks = _blocks(self.model)
-        if self.training and any(getattr(b, "gradient_checkpointing", False) for b in blocks[start:stop]):
+        if any(b.training and getattr(b, "gradient_checkpointing", False) for b in blocks[start:stop]):
             raise ValueError(
                 "the model's own checkpointing of activations (gradients) drops what every block carries, "
                 "so nothing would be remembered; switch it off and use SleepConfig(checkpoint=True)"
@@ -267,7 +267,7 @@ def adapt(model: Any) -> HFBackbone:
         )
     if (steps := getattr(model.config, "total_ut_steps", 1)) > 1:
         raise ValueError(
-            f"model: {name} makes total_ut_steps={steps} passes over every token, so asleep and awake are one; set "
+            f"model: {name} makes total_ut_steps={steps} passes over every token while awake; set "
             "model.config.total_ut_steps = 1 and make passes by SleepConfig (passes, wake_passes)"
         )
     rotary = getattr(model.get_decoder(), "rotary_emb", None)
@@ -359,8 +359,9 @@ def _reason_against(backbone: HFBackbone, tokens: Tensor) -> str | None:
         if not torch.equal(filled, unfilled):
             continue
         # What it says does not tell: it was just inserted and says nothing yet. What it writes does.
-        a, b, once, cut_up = (s.memory.layers[i].to(x.dtype) for s in (of_full, of_empty, after, cut))
-        if torch.equal(a, b) or not _close(cut_up, once):
+        S = [s.memory.layers[i] for s in (of_full, of_empty, after, cut)]
+        from_full, from_empty, once, in_parts = (t.to(x.dtype) for t in S if t is not None)
+        if torch.equal(from_full, from_empty) or not _close(in_parts, once):
             return f"block {i} ignores the fast weights that it is given with several tokens at once"
     return None
 

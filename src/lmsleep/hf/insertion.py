@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lmsleep.hf.cache import RunCache, cache_layers, through_cache
 from lmsleep.layers import MemoryKind, MemoryLayer
@@ -35,9 +36,9 @@ def insert_memory_layers(
 ) -> Insertion:
     """Add layers with fast weights to an attention-only model, which then computes what it did before.
 
-    Each is `h + mixer(norm(h))` after a block, a `MemoryLayer`, whose output projection is zero. They belong to
-    their blocks (`model.layers.3.memory`): `save_pretrained`, `peft` and `generate` go on working, the
-    configuration knows them (field `memory_layers`), and `load_pretrained` makes them again.
+    Each is `h + mixer(norm(h))` after a block: a `MemoryLayer`, whose output projection is zero. It is part of
+    the block (`model.layers.3.memory`), so `save_pretrained`, `peft` and `generate` work as before. The
+    configuration describes the layers (field `memory_layers`), and `load_pretrained` makes them again.
 
     Args:
         model: llama, qwen2, qwen3, ouro or another whose blocks have attention only; changed in place.
@@ -52,7 +53,8 @@ def insert_memory_layers(
         ValueError: for a model with fast weights, more layers than blocks, blocks that there are not, or an
             unknown kind.
     """
-    config, blocks = model.config.get_text_config(), _blocks(model)
+    blocks = _blocks(model)
+    config = model.config.get_text_config()
     if getattr(config, FIELD, None) or "linear_attention" in (getattr(config, "layer_types", None) or ()):
         raise ValueError(f"model: {config.model_type} has fast weights already; adapt it as it is")
     D = len(blocks)
@@ -75,12 +77,12 @@ def attach(model: Any, inserted: dict[str, Any]) -> None:
         layer = MemoryLayer(config.hidden_size, inserted["kind"], eps)
         like = next(blocks[i].parameters())
         blocks[i].memory = layer.to(device=like.device, dtype=like.dtype)
-        blocks[i].memory_idx = config.num_hidden_layers + j
-        blocks[i].register_forward_hook(_remember, with_kwargs=True)
+        said = partial(_with_memory, config, config.num_hidden_layers + j)
+        blocks[i].register_forward_hook(said, with_kwargs=True)
     setattr(config, FIELD, inserted)
 
 
-def with_memory(model_class: type) -> type:
+def with_memory(model_class: Any) -> Any:
     """The class, whose instances are made with the layers that their configuration asks for."""
 
     class WithMemory(model_class):
@@ -92,21 +94,22 @@ def with_memory(model_class: type) -> type:
     return WithMemory
 
 
-def _blocks(model: Any) -> nn.ModuleList:
+def _blocks(model: Any) -> Any:
     if not hasattr(model, "get_decoder") or not hasattr(model.get_decoder(), "layers"):
         raise ValueError(f"model: {type(model).__name__} is no decoder with a list of blocks")
-    blocks: nn.ModuleList = model.get_decoder().layers
-    return blocks
+    return model.get_decoder().layers
 
 
-def _remember(block: Any, args: tuple[Any, ...], options: dict[str, Any], output: Any) -> Any:
-    """Add what the memory layer of a block says to the output of the block."""
+def _with_memory(
+    config: Any, layer_idx: int, block: Any, args: tuple[Any, ...], options: dict[str, Any], output: Any
+) -> Any:
+    """Add what a block's memory layer says to what the block says; `layer_idx` is its place in a cache."""
     h, *rest = output if isinstance(output, tuple) else (output,)
     cache = options.get("past_key_values")
     if cache is not None and not isinstance(cache, RunCache):
-        cache.layers.extend(cache_layers(block.self_attn.config)[len(cache.layers) :])
+        cache.layers.extend(cache_layers(config)[len(cache.layers) :])
     valid = _valid(options.get("attention_mask"), h.shape[1])
-    h = h + through_cache(block.memory, h, cache, block.memory_idx, valid)
+    h = h + through_cache(block.memory, h, cache, layer_idx, valid)
     return (h, *rest) if isinstance(output, tuple) else h
 
 

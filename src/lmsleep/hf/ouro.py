@@ -109,7 +109,7 @@ class OuroModel(LlamaModel):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As `LlamaModel.forward`; step t has the places `t D ... (t + 1) D - 1` of the cache for D layers."""
+        """As `LlamaModel.forward`; step t has places `t D ... (t + 1) D - 1` of the cache, for D layers."""
         h = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if use_cache and past_key_values is None:

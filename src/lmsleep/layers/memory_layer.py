@@ -13,8 +13,8 @@ MemoryKind = Literal["jet", "gated_delta_net"]
 class MemoryLayer(nn.Module):
     """`mixer(norm(h))`, to be added to `h`; zero until it is trained, so that adding it changes nothing.
 
-    Heads have K = 128 and V = 256 (K is a quarter of the width in narrow models), and half as many key channels
-    as the model is wide.
+    Heads have K = 128 (a quarter of the width in models narrower than 512) and V = 2 K; all keys together are
+    half as wide as the model.
 
     Args:
         d_model: width of the model.
