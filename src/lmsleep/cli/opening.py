@@ -1,14 +1,16 @@
-"""MODEL on the command line: a run (or a shipped one), which knows its sleep and words, or a saved model."""
+"""MODEL on the command line: a run (or a shipped one), or a saved model, of lmsleep or of transformers."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lmsleep import pretrained
+from lmsleep.hf import HFBackbone, adapt
+from lmsleep.hf.loading import has_tokenizer, is_pretrained, load_pretrained
 from lmsleep.models import HybridLM
 from lmsleep.session import Session
 from lmsleep.sleep import SleepConfig
 from lmsleep.tasks import Task, Text
-from lmsleep.tasks.tokenizers import Bytes, Spelled, Tokenizer, load_tokenizer
+from lmsleep.tasks.tokenizers import Bytes, HuggingFace, Spelled, Tokenizer, load_tokenizer
 from lmsleep.training import RunFolder
 
 
@@ -21,7 +23,7 @@ class SleepOptions:
     passes: int | None = None
     """N of a new session; default the run's, or 4."""
     tokenizer: str = "bytes"
-    """Of a saved model: bytes, or the folder of a Hugging Face tokenizer. A run knows its own."""
+    """Of a model without its own: bytes, or the folder of a Hugging Face tokenizer."""
 
 
 def new_session(path: Path, options: SleepOptions) -> Session:
@@ -34,9 +36,14 @@ def new_session(path: Path, options: SleepOptions) -> Session:
     path = pretrained.find(path)
     folder = RunFolder(path)
     tokenizer: Tokenizer
+    model: HybridLM | HFBackbone
     if (path / "config.json").is_file() and folder.config_is_run():
         config = folder.config()
         model, sleep, tokenizer = folder.model(), config.sleep, _tokenizer(config.task)
+    elif is_pretrained(path):
+        model, sleep = adapt(load_pretrained(path)), SleepConfig(window=64, passes=4)
+        own = options.tokenizer == SleepOptions.tokenizer and has_tokenizer(path)
+        tokenizer = HuggingFace(path) if own else load_tokenizer(options.tokenizer)
     else:
         model, sleep = HybridLM.from_pretrained(path), SleepConfig(window=64, passes=4)
         tokenizer = load_tokenizer(options.tokenizer)

@@ -40,7 +40,7 @@ class ProbeOptions:
     eviction: Literal["hard", "sliding"] = "hard"
     """After a sleep attention keeps nothing of the window (hard) or its last L - 1 tokens (sliding)."""
     tokenizer: str = "bytes"
-    """Of a model that lmsleep saved: bytes, or the folder of a Hugging Face tokenizer."""
+    """Of a model without its own: bytes, or the folder of a Hugging Face tokenizer."""
     seed: int = 0
     """Of the pieces and the facts."""
     json: bool = False

@@ -36,8 +36,8 @@ def insert_memory_layers(
 ) -> Insertion:
     """Add layers with fast weights to an attention-only model, which then computes what it did before.
 
-    Each is `h + mixer(norm(h))` after a block: a `MemoryLayer`, whose output projection is zero. It is part of
-    the block (`model.layers.3.memory`), so `save_pretrained`, `peft` and `generate` work as before. The
+    Each is `h + mixer(norm(h))` after a block: a `MemoryLayer`, whose output projection is zero, as a part of
+    the block (`model.layers.3.memory`). So `save_pretrained`, `peft` and `generate` work as before. The
     configuration describes the layers (field `memory_layers`), and `load_pretrained` makes them again.
 
     Args:
