@@ -13,9 +13,9 @@ from tyro.conf import Positional
 
 from lmsleep.evaluation import read_batch
 from lmsleep.files import write_atomic
-from lmsleep.models import HybridLM
+from lmsleep.hf.finetune import FineTune
 from lmsleep.reproduce.figure import draw
-from lmsleep.reproduce.recipe import Cell, Scale
+from lmsleep.reproduce.recipe import Cell, Recipe, Scale
 from lmsleep.reproduce.recipes import RECIPES
 from lmsleep.reproduce.results import Row, collect, table, time_steps, write_data
 from lmsleep.tasks import stream
@@ -29,6 +29,7 @@ from lmsleep.training import (
     provenance,
     run_all,
 )
+from lmsleep.training.models import build
 
 FEW = 8  # samples in a batch of a run that only tries the mechanics
 PROBE_SECONDS = 0.2  # a step this long is timed well enough
@@ -45,6 +46,8 @@ class ReproduceOptions:
     """2a to 6: figures of the paper; the others are comparisons it left out (lmsleep reproduce --help)."""
     scale: Scale = "demo"
     """demo: minutes on two cores; small: hours; paper: the paper's own setting, for a GPU."""
+    weights: Path | None = None
+    """Figures 4a, 4b and 5 at the scales small and paper: the folder of the pretrained model."""
     seeds: int = 3
     """Seeds 0 ... K - 1."""
     out: Path | None = None
@@ -65,13 +68,17 @@ def run(options: ReproduceOptions) -> None:
     if options.seeds < 1:
         raise ValueError(f"seeds must be at least 1, got {options.seeds}")
     recipe, name = RECIPES[options.figure], f"{options.figure}-{options.scale}"
-    cells = recipe.cells(options.scale)
+    if options.weights is None:
+        cells = recipe.cells(options.scale)
+    else:
+        recipe, cells = _with_weights(recipe, options.scale, options.weights)
+        name += f"-{options.weights.resolve().name}"
     if options.steps is not None:
         name += f"-{options.steps}-steps"
         cells = [_shortened(cell, options.steps) for cell in cells]
     if options.dry_run:
         torch.set_num_threads(1)
-        _report(options, estimate(cells, options.seeds))
+        _report(options, recipe, estimate(cells, options.seeds))
         return
     curves: list[Row] = []
     if recipe.value == "tokens_per_second":
@@ -90,6 +97,18 @@ def run(options: ReproduceOptions) -> None:
     sys.stdout.write(json.dumps(rows) + "\n" if options.json else f"{text}\n{out / 'README.md'}\n")
 
 
+def _with_weights(recipe: Recipe, scale: Scale, weights: Path) -> tuple[Recipe, list[Cell]]:
+    """The recipe for a pretrained model, and its cells."""
+    if recipe.fine_tuned is None:
+        raise ValueError("weights: only figures 4a, 4b and 5 begin with a pretrained model")
+    if not weights.is_dir():
+        raise FileNotFoundError(f"weights: there is no folder {weights}; nothing is downloaded")
+    caution = f"Fine-tuned from `{weights.resolve().name}`."
+    if scale == "small":
+        caution += " Adapters on shorter problems than the paper's, with fewer operations; nothing is tuned."
+    return replace(recipe, caution=caution), recipe.fine_tuned(scale, weights)
+
+
 def _train(cells: Sequence[Cell], options: ReproduceOptions, folder: Path) -> list[tuple[Cell, Job]]:
     """The finished run of every cell and seed; those that others start from go first."""
     chains = [(cell, _chain(cell, seed, folder)) for seed in range(options.seeds) for cell in cells]
@@ -103,7 +122,10 @@ def _chain(cell: Cell, seed: int, folder: Path) -> list[Job]:
     """The run of a cell, after those that it starts from."""
     before = [] if cell.start is None else _chain(cell.start, seed, folder)
     config = cell.with_seed(seed)
-    if before:
+    if before and isinstance(config.model, FineTune):
+        model = replace(config.model, folder=RunFolder(before[-1].path).exported.resolve())
+        config = replace(config, model=model)
+    elif before:
         config = replace(config, train=replace(config.train, start=before[-1].path))
     return [*before, Job(folder / f"{_slug(cell.label)}-seed{seed}", config)]
 
@@ -159,7 +181,7 @@ def _probe(config: RunConfig) -> tuple[RunConfig, int, float]:
 def _timed(config: RunConfig) -> tuple[int, float]:
     """Tokens and seconds of one forward and backward pass: the best of three."""
     device, elapsed = choose_device(config.train.device), []
-    model = HybridLM(config.model).to(device)
+    model = build(config.model).to(device)
     batch = config.task.batch(stream(0, "train", 0), config.train.batch_size, "train").to(device)
     for _ in range(3):
         started = _clock(device)
@@ -178,11 +200,10 @@ def _clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _report(options: ReproduceOptions, rows: list[dict[str, Any]]) -> None:
+def _report(options: ReproduceOptions, recipe: Recipe, rows: list[dict[str, Any]]) -> None:
     if options.json:
         sys.stdout.write(json.dumps(rows) + "\n")
         return
-    recipe = RECIPES[options.figure]
     said = "\n".join(text for text in (recipe.title, recipe.expects, recipe.caution) if text)
     sys.stdout.write(f"{said}\n\n")
     for row in rows:

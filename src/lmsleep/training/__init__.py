@@ -4,6 +4,7 @@ from lmsleep.training.baselines import BASELINES, baseline, equal_compute
 from lmsleep.training.config import RunConfig, TrainConfig
 from lmsleep.training.jobs import Job, default_workers, run_all
 from lmsleep.training.runs import RunFolder, provenance
+from lmsleep.training.stages import two_stages
 from lmsleep.training.trainer import Diverged, Interrupted, Trainer, choose_device, flops_per_step
 
 __all__ = [
@@ -22,4 +23,5 @@ __all__ = [
     "flops_per_step",
     "provenance",
     "run_all",
+    "two_stages",
 ]
