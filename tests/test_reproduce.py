@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from lmsleep.cli import main
-from lmsleep.reproduce import RECIPES, command, recipes
+from lmsleep.reproduce import RECIPES, command, recipes, results
 from lmsleep.reproduce.command import _chain, estimate, side_by_side
 from lmsleep.reproduce.figure import draw
 from lmsleep.reproduce.results import table
@@ -90,6 +90,7 @@ def train_here(jobs, workers):
 @pytest.mark.parametrize("figure", sorted(set(RECIPES) - {"passes"}))
 def test_every_recipe_runs_to_its_end(here, figure, monkeypatch, capsys):
     monkeypatch.setattr(recipes, "SLEEPS", (1, 4, 12))
+    monkeypatch.setattr(results, "TIMED_STEPS", 1)
     monkeypatch.setattr(command, "run_all", train_here)
     reproduce(figure, "--steps", "1", "--seeds", "1", "--out", "here")
     assert {path.name for path in Path("here").iterdir()} == {
