@@ -239,10 +239,22 @@ def test_a_prompt_is_context_and_the_answer_a_row_with_a_beginning_of_its_own(qu
         assert task.spell(tokens) == f"<answer>{answer}<end>"
         assert answers == [-1] + [number] * (len(answer) + 1)
         assert batch.loss_mask[number].nonzero()[:, 0].tolist() == list(range(1, len(tokens)))
-    assert (task.vocab_size - 2, task.vocab_size - 1) == (task.answer_token, tokens[-1])
+    assert (task.vocab_size - 2, task.vocab_size - 1) == (task.marks.answer[0], tokens[-1])
     assert task.floors()["chance"] == 1 / sum(
         d.split == "train" for d in read_set(question_set)
     )  # all answers differ
+
+
+def test_an_answer_ends_as_texts_of_the_tokenizer_do(question_set, tmp_path):
+    plain = Tokenizer(models.WordLevel({"[UNK]": 0, "<s>": 1, "1": 2}, unk_token="[UNK]"))
+    PreTrainedTokenizerFast(tokenizer_object=plain, unk_token="[UNK]", eos_token="<s>").save_pretrained(
+        tmp_path / "words"
+    )
+    task = Text(data=(question_set,), tokenizer=str(tmp_path / "words"))
+    _, tokens, answers = draw(task).row(0)
+    assert (task.vocab_size, task.marks.end) == (3, 1) and tokens[-1] == 1
+    begin = len(task.marks.answer)
+    assert answers == [-1] * begin + [0] * (len(tokens) - begin) and tokens[:begin] == task.marks.answer
 
 
 def test_samples_show_rows_without_their_padding(question_set, text_set):

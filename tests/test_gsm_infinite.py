@@ -75,20 +75,26 @@ def test_every_template_is_solved_in_every_tokenizer(template, name):
     assert all(f"number of {TEMPLATES[template].attribute} per" in text for text in texts(task, batch))
 
 
-def test_a_folder_with_a_tokenizer_serves_too(tmp_path):
+@pytest.mark.parametrize("end", [None, "<end>"])
+def test_a_folder_with_a_tokenizer_serves_too(tmp_path, end):
     pairs = Tokenizer(models.BPE())
     pairs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     pairs.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=350, initial_alphabet=alphabet, show_progress=False)
     pairs.train_from_iterator(texts(SHORT, draw(SHORT, 20)), trainer)
-    PreTrainedTokenizerFast(tokenizer_object=pairs).save_pretrained(tmp_path)
+    PreTrainedTokenizerFast(tokenizer_object=pairs, eos_token=end).save_pretrained(tmp_path)
     task = replace(SHORT, tokenizer=str(tmp_path), length=(0, 1500))
     batch, words = draw(task, 20), tokenizer(str(tmp_path))
+    known = words.vocab_size if end else words.vocab_size + 3
+    assert task.vocab_size == known and batch.tokens.max() < known and batch.context.max() < known
     for row in range(20):
         seen, expected = hide_answers(batch, row)
         assert task.solve(seen) == expected
-        context, _, _ = batch.row(row)
+        context, tokens, answers = batch.row(row)
+        answer = words.decode([t for t, a in zip(tokens, answers, strict=True) if a >= 0][:-1])
+        said = f"\nAnswer:{answer}<end>" if end else f"ANSWER {answer.strip()} END"
+        assert task.spell(tokens) == said.strip()
         assert words.encode(words.decode(context)) == context  # pieces joined are the text as a whole
 
 

@@ -103,6 +103,20 @@ def test_windows_equal_one_token_at_a_time(doubled, name, eviction, passes, loop
 
 
 @EACH
+def test_a_window_goes_on_after_one_token_or_many(doubled, name):
+    model, x = adapt(doubled(name)), text(2, 9)
+    with torch.no_grad():
+        whole, ends = model.run(model.embed(x), model.initial_state(2), 0, model.num_blocks)
+        for parts in ((1, 8), (1, 2, 6), (5, 1, 3), (2, 1, 1, 5), (8, 1)):
+            state, found = model.initial_state(2), []
+            for part in x.split(parts, dim=1):
+                h, state = model.run(model.embed(part), state, 0, model.num_blocks)
+                found.append(h)
+            assert close(torch.cat(found, dim=1), whole, 1e-9)
+            assert same_memory(state.memory, ends.memory, 1e-9)
+
+
+@EACH
 def test_passes_and_memory_matter(doubled, name):
     # Else the comparisons above would hold for a model that ignores S.
     model, x = adapt(doubled(name)), text(2, 3 * L)

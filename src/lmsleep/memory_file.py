@@ -106,12 +106,16 @@ def fingerprint(model: Any) -> str:
     return digest.hexdigest()
 
 
-UNTOLD = {"_name_or_path", "transformers_version"}  # where a model came from says nothing of what it is
+# Where a model came from and how it is used say nothing of what it is; dtypes are those of its tensors.
+UNTOLD = {
+    *("_name_or_path", "transformers_version", "architectures", "dtype", "use_cache", "sleep"),
+    *("bos_token_id", "eos_token_id", "pad_token_id"),
+}
 
 
 def _settings(config: Any) -> Any:
     """What a configuration says; defaults of a dataclass left out, so that new options keep old memories."""
-    if not is_dataclass(config):
+    if not is_dataclass(config) or hasattr(config, "to_diff_dict"):  # those of transformers are both
         found = config.to_dict() if hasattr(config, "to_dict") else config
         return {k: v for k, v in found.items() if k not in UNTOLD} if isinstance(found, dict) else found
     found = {}

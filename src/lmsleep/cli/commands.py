@@ -25,6 +25,7 @@ from lmsleep.sleep import SleepConfig
 from lmsleep.tasks import Split, Task, Text, find_task, stream
 from lmsleep.training import (
     BASELINES,
+    Interrupted,
     RunConfig,
     RunFolder,
     TrainConfig,
@@ -32,6 +33,7 @@ from lmsleep.training import (
     baseline,
     choose_device,
 )
+from lmsleep.training.models import Model, build
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,10 +63,22 @@ def train(argv: list[str]) -> None:
     if argv[0] == "--resume":
         if len(argv) != 2:
             raise ValueError("--resume takes the folder of a run and nothing else: its own options hold")
-        folder = RunFolder.open(argv[1])
-        trainer = Trainer.take_up(folder)
+        finish(RunFolder.open(argv[1]))
     else:
-        folder, trainer = _new_run(argv[0], argv[1:])
+        finish(*_new_run(argv[0], argv[1:]))
+
+
+def finish(folder: RunFolder, trainer: Trainer | None = None) -> None:
+    """Train a run to its end, after the run whose model it goes on from, and say how it went."""
+    if (before := folder.source()) is not None:
+        try:
+            (trainer or Trainer.take_up(before)).fit()
+        except Interrupted as stop:
+            raise Interrupted(
+                stop.signum, f"stopped; to go on: lmsleep train --resume {folder.path}"
+            ) from None
+        trainer = None
+    trainer = trainer or Trainer.take_up(folder)
     trainer.fit()
     sys.stdout.write(_score_text(folder, trainer.config, folder.report() or {}))
 
@@ -225,6 +239,8 @@ def _score_text(folder: RunFolder, config: RunConfig, report: dict[str, Any]) ->
         figures = "  ".join(
             f"{name}={k}: {v:.3f}{_floor(floors, f'{name}={k}')}" for k, v in score["per_difficulty"].items()
         )
+    if folder.exported.exists():
+        figures += f"\n{folder.exported} is the model, a Hugging Face folder"
     return (
         f"{figures}\n{report['tokens']} tokens, {report['flops']:.3g} FLOP, {report['seconds']:.0f} s\n"
         f"{folder.path} is complete; next: lmsleep eval {folder.path} --passes 1 2 4\n"
@@ -270,11 +286,13 @@ def info(argv: list[str]) -> None:
     """`lmsleep info RUN|MODEL`."""
     options = parse(InfoOptions, argv, "lmsleep info")
     folder = RunFolder(pretrained.find(options.path))
+    model: Model
     if (folder.path / "config.json").is_file() and folder.config_is_run():
         config = folder.config()
-        model, sleep = config.model, config.sleep
+        model, sleep = build(config.model).to("meta"), config.sleep
     else:
-        model, sleep = HybridLM.from_pretrained(folder.path).config, SleepConfig(window=64, passes=4)
+        model = HybridLM.from_pretrained(folder.path).to("meta")
+        sleep = SleepConfig(window=64, passes=4)
     sleep = replace(
         sleep,
         window=sleep.window if options.window is None else options.window,

@@ -1,7 +1,32 @@
 """Hugging Face models that sleep (the `hf` extra)."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from lmsleep.hf.backbone import HFBackbone, adapt
 from lmsleep.hf.insertion import Insertion, insert_memory_layers
 from lmsleep.hf.loading import load_pretrained
 
-__all__ = ["HFBackbone", "Insertion", "adapt", "insert_memory_layers", "load_pretrained"]
+if TYPE_CHECKING:
+    from lmsleep.hf.sleep_cache import SleepCache
+    from lmsleep.hf.sleeping import from_pretrained, sleepify
+
+__all__ = [
+    "HFBackbone",
+    "Insertion",
+    "SleepCache",
+    "adapt",
+    "from_pretrained",
+    "insert_memory_layers",
+    "load_pretrained",
+    "sleepify",
+]
+
+# What subclasses something of transformers is imported when it is asked for.
+LATER = {"SleepCache": "sleep_cache", "from_pretrained": "sleeping", "sleepify": "sleeping"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{LATER[name]}"), name)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,7 +45,7 @@ def read(path: Path, model: Backbone, sleep: SleepConfig | None) -> tuple[State,
         raise ValueError(f"{path} holds {memory.batch_size} rows; a session has one")
     try:
         if "sleep" in header:
-            sleep = _sleep(header["sleep"])
+            sleep = SleepConfig.from_dict(header["sleep"])
         cache = _cache(tensors, model.initial_state(1).cache)
     except (TypeError, ValueError, AttributeError, OverflowError, RuntimeError) as error:
         raise ValueError(f"{path} holds no session: {error}") from None
@@ -55,27 +55,6 @@ def read(path: Path, model: Backbone, sleep: SleepConfig | None) -> tuple[State,
     if window.dtype != torch.int64 or window.ndim != 1 or len(window) > (sleep.window or len(window)):
         raise ValueError(f"{path} holds no session: its open window is none")
     return State(replace(memory, origin=None), cache), memory.origin, sleep, window
-
-
-def _sleep(stored: Mapping[str, Any]) -> SleepConfig:
-    hints = get_type_hints(SleepConfig)
-    options: Any = {name: tuple(v) if isinstance(v, list) else v for name, v in stored.items()}
-    for name, value in options.items():
-        if name in hints and not _fits(value, hints[name]):
-            raise ValueError(f"{name}={value!r} of its sleep is of another type")
-    return SleepConfig(**options)
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value out of JSON is one that the annotation `hint` allows."""
-    allowed = get_args(hint)
-    if get_origin(hint) is Literal:
-        return value in allowed
-    if get_origin(hint) is tuple:
-        return isinstance(value, tuple) and len(value) == len(allowed) and all(map(_fits, value, allowed))
-    if allowed:
-        return any(_fits(value, one) for one in allowed)
-    return type(value) is hint or (hint is float and type(value) is int)
 
 
 def _cache(tensors: Mapping[str, Tensor], empty: Cache) -> Cache:

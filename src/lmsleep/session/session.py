@@ -401,6 +401,17 @@ class SessionBatch:
         """
         self._read(self._encoded(texts))
 
+    def read_with_logits(self, texts: Sequence[Readable]) -> list[Tensor]:
+        """Read a text on each row, as `read` does; the logits `[t, V]` after each of its t tokens.
+
+        Raises:
+            ValueError: as `read`.
+            BrokenSleep: as `read`.
+        """
+        logits = self._read(self._encoded(texts), logits=True)
+        size = next((len(row[0]) for row in logits.values()), 0)
+        return [logits.get(row, torch.empty(0, size)) for row in range(len(self.sessions))]
+
     def sleep(self, passes: int | None = None) -> None:
         """Sleep now on all open windows, together; see `Session.sleep`."""
         if self.sleep_config.window is None:
@@ -446,17 +457,17 @@ class SessionBatch:
         return [session.tokens(text) for session, text in zip(self.sessions, texts, strict=True)]
 
     def _read(self, tokens: Sequence[Tensor], *, logits: bool = False) -> dict[int, Tensor]:
-        """Read on; the logits `[V]` after the last token of each row that has tokens, if asked for."""
-        last, broken = dict[int, Tensor](), list[int]()
+        """Read on; the logits `[t, V]` after each token of the rows that have tokens, if asked for."""
+        seen, broken = dict[int, list[Tensor]](), list[int]()
         streams, begin = [s.stream for s in self.sessions], time.perf_counter()
         for step in stream.read(self.model, self.sleep_config, streams, tokens, logits=logits):
             begin = self._take(step, begin)
             broken += step.broken
             for row, out in zip(step.rows, step.logits or [], strict=False):
                 if len(out):  # a sleep before the next token reads nothing new
-                    last[row] = out[-1]
+                    seen.setdefault(row, []).append(out)
         self._report(broken)
-        return last
+        return {row: torch.cat(parts) for row, parts in seen.items()}
 
     def _write(
         self,
@@ -482,11 +493,11 @@ class SessionBatch:
             logits = self._read([prompt[-1:] for prompt in tokens], logits=True)
             for row, prompt in enumerate(tokens):
                 if not len(prompt):
-                    logits[row] = next_logits(self.model, self.sleep_config, self.sessions[row].stream)
+                    logits[row] = next_logits(self.model, self.sleep_config, self.sessions[row].stream)[None]
             for written in range(1, max_new_tokens + 1):
                 rows, new = list(logits), [stream.no_tokens()] * len(self.sessions)
                 for row in rows:
-                    token = sampling.draw(logits[row], generators[row])
+                    token = sampling.draw(logits[row][-1], generators[row])
                     answers[row].add(token)
                     new[row] = torch.tensor([token])
                 ended = {row for row in rows if answers[row].stopped or written == max_new_tokens}

@@ -1,7 +1,8 @@
 """When and how a model sleeps, as plain data."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
 Eviction = Literal["hard", "sliding"]
 
@@ -70,6 +71,22 @@ class SleepConfig:
         if changed := [name for name, value in defaults.items() if getattr(self, name) != value]:
             raise ValueError(f"inner_rate trains S instead of looping blocks: leave out {', '.join(changed)}")
 
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Inverse of `dataclasses.asdict`, also after a trip through JSON.
+
+        Raises:
+            ValueError: for an unknown field, or a value of another type.
+        """
+        hints = get_type_hints(cls)
+        options: Any = {name: tuple(v) if isinstance(v, list) else v for name, v in data.items()}
+        for name, value in options.items():
+            if name not in hints:
+                raise ValueError(f"{name} is no field of a sleep")
+            if not _fits(value, hints[name]):
+                raise ValueError(f"{name}={value!r} of its sleep is of another type")
+        return cls(**options)
+
     def with_passes(self, passes: int) -> "SleepConfig":
         """The same sleep in N = `passes` passes; gradients flow through no more of them than there are."""
         limit = self.backprop_passes
@@ -96,3 +113,15 @@ class SleepConfig:
     def kept(self) -> int:
         """Positions of working memory that survive a sleep."""
         return self.window - 1 if self.eviction == "sliding" and self.window is not None else 0
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value out of JSON is one that the annotation `hint` allows."""
+    allowed = get_args(hint)
+    if get_origin(hint) is Literal:
+        return value in allowed
+    if get_origin(hint) is tuple:
+        return isinstance(value, tuple) and len(value) == len(allowed) and all(map(_fits, value, allowed))
+    if allowed:
+        return any(_fits(value, one) for one in allowed)
+    return type(value) is hint or (hint is float and type(value) is int)

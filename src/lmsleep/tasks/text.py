@@ -12,7 +12,7 @@ import torch
 from lmsleep.tasks.base import Batch, Split
 from lmsleep.tasks.documents import is_set, read_set
 from lmsleep.tasks.packing import alike, is_real, pad
-from lmsleep.tasks.tokenizers import Bytes, Tokenizer, absolute, load_tokenizer
+from lmsleep.tasks.tokenizers import Bytes, Marks, Tokenizer, absolute, load_tokenizer, marks
 
 HELD_OUT = 0.1  # the last tenth of each file is for testing; of sets, whole documents are
 
@@ -33,6 +33,8 @@ class Text:
 
         context  w h o   s l e p t ?
         row      <answer> i   d i d <end>          (the answer counts as right if all of it is, its end too)
+
+    With a tokenizer that has an eos_token a line break stands for <answer> and that token for <end>.
 
     A row never holds more than one document, so none reads what another left behind.
     """
@@ -92,14 +94,15 @@ class Text:
         return "byte" if self.tokenizer == "bytes" else "token"
 
     @property
-    def answer_token(self) -> int:
-        """The token of its own that an answer begins with; the next one ends it."""
-        return self._tokenizer.vocab_size
+    def marks(self) -> Marks:
+        """<answer> and <end>."""
+        return marks(self._tokenizer, "\n", self._tokenizer.vocab_size)
 
     @property
     def vocab_size(self) -> int:
-        """The tokenizer's (bytes: 256); with answers, <answer> and <end> on top."""
-        return self._tokenizer.vocab_size + (2 if self.asks else 0)
+        """The tokenizer's (bytes: 256); with answers and no end of a text, <answer> and <end> on top."""
+        own = self.asks and self._tokenizer.end is None
+        return self._tokenizer.vocab_size + (2 if own else 0)
 
     @property
     def difficulty_name(self) -> str:
@@ -153,10 +156,10 @@ class Text:
 
     def _questions(self, pairs: list[Part]) -> Batch:
         context, context_lengths = pad([prompt for prompt, _ in pairs])
-        begin, end = [self.answer_token], [self.answer_token + 1]
-        tokens, lengths = pad([np.concatenate([begin, answer, end]) for _, answer in pairs])
+        begin, end = self.marks
+        tokens, lengths = pad([np.concatenate([begin, answer, [end]]) for _, answer in pairs])
         mask = is_real(tokens, lengths)
-        mask[:, 0] = False
+        mask[:, : len(begin)] = False
         return Batch(
             tokens=tokens,
             loss_mask=mask,
@@ -175,8 +178,8 @@ class Text:
 
     def spell(self, tokens: list[int]) -> str:
         """As the tokenizer decodes it; bytes that are no UTF-8 as escapes."""
-        marks = {self.answer_token: "<answer>", self.answer_token + 1: "<end>"}
-        runs = groupby(tokens, key=marks.get)
+        first = self._tokenizer.vocab_size
+        runs = groupby(tokens, key={first: "<answer>", first + 1: "<end>"}.get)
         return "".join(mark or self._tokenizer.decode(list(run)) for mark, run in runs)
 
     @cached_property

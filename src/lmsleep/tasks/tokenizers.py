@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 
 class Tokenizer(Protocol):
@@ -12,6 +12,11 @@ class Tokenizer(Protocol):
     @property
     def vocab_size(self) -> int:
         """Token numbers are 0 ... vocab_size - 1."""
+        ...
+
+    @property
+    def end(self) -> int | None:
+        """The token that ends a text, None if there is none."""
         ...
 
     def encode(self, text: str) -> list[int]:
@@ -27,6 +32,7 @@ class Bytes:
     """UTF-8 bytes, 0 ... 255."""
 
     vocab_size = 256
+    end = None
 
     def encode(self, text: str) -> list[int]:
         """The bytes of `text`."""
@@ -44,6 +50,7 @@ class Words:
         ValueError: from `encode`, for a word that is not in the list.
     """
 
+    end = None
     PIECES = re.compile(r"[^\W\d_]+|\d|[^\w\s]")
 
     def __init__(self, words: Sequence[str]) -> None:
@@ -81,6 +88,8 @@ class Spelled:
     Raises:
         ValueError: from `encode`, for a word that the task has not.
     """
+
+    end = None
 
     def __init__(self, spell: Callable[[list[int]], str], vocab_size: int) -> None:
         self.spell, self.vocab_size = spell, vocab_size
@@ -128,6 +137,12 @@ class HuggingFace:
         """Added tokens included."""
         return len(self.tokenizer)
 
+    @property
+    def end(self) -> int | None:
+        """The tokenizer's `eos_token`."""
+        token: int | None = self.tokenizer.eos_token_id
+        return token
+
     def encode(self, text: str) -> list[int]:
         """As the tokenizer does, without special tokens."""
         tokens: list[int] = self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
@@ -136,6 +151,23 @@ class HuggingFace:
     def decode(self, tokens: Sequence[int]) -> str:
         """As the tokenizer does, special tokens included."""
         return str(self.tokenizer.decode(list(tokens)))
+
+
+class Marks(NamedTuple):
+    """What stands before an answer and what ends it."""
+
+    answer: list[int]
+    end: int
+
+
+def marks(tokenizer: Tokenizer, opening: str, first: int) -> Marks:
+    """The words `opening` and the tokenizer's own end of a text, which a pretrained model knows.
+
+    A tokenizer without end gets two tokens of ours, numbers `first` and `first + 1`.
+    """
+    if tokenizer.end is None:
+        return Marks([first], first + 1)
+    return Marks(tokenizer.encode(opening) or [tokenizer.end], tokenizer.end)
 
 
 def load_tokenizer(name: str) -> Tokenizer:

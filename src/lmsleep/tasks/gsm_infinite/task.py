@@ -19,9 +19,10 @@ from lmsleep.tasks.gsm_infinite.meaning import LARGEST, Core, draw_core
 from lmsleep.tasks.gsm_infinite.noise import noise
 from lmsleep.tasks.gsm_infinite.structure import Parameter
 from lmsleep.tasks.gsm_infinite.templates import TEMPLATES, Names, draw_names
-from lmsleep.tasks.tokenizers import absolute
+from lmsleep.tasks.tokenizers import Marks, absolute, marks
 
-MARKERS = ("PAD", "ANSWER", "END")  # tokens after the tokenizer's own
+MARKERS = ("PAD", "ANSWER", "END")  # after the tokens of a tokenizer that has no end of a text
+OPENING = "\nAnswer:"  # before the answer, with a tokenizer that has one
 HELD_OUT = 8  # one problem in 8 is kept for testing
 NAMINGS = 100  # names that are tried to tell a core in, so that it belongs to the wanted split
 TRIES = 100_000  # draws of a problem of the wanted operations and split before we give up
@@ -61,7 +62,8 @@ class GSMInfinite:
     templates: tuple[str, ...] = tuple(TEMPLATES)
     """Worlds that problems are told in: harbour, library, orchard."""
     tokenizer: str = "words"
-    """'words' (those of the templates), 'bytes', or the folder of a Hugging Face tokenizer."""
+    """'words' (those of the templates), 'bytes', or the folder of a Hugging Face tokenizer. If it has an
+    eos_token, the words "Answer:" stand for ANSWER and that token for END."""
 
     def __post_init__(self) -> None:
         check_literals(self, ("subset", "mode", "question"))
@@ -93,13 +95,20 @@ class GSMInfinite:
 
     @property
     def pad(self) -> int:
-        """The first of the markers."""
-        return tokenizer(self.tokenizer).vocab_size
+        """PAD, the first of the markers; the end of a text where the tokenizer has one."""
+        words = tokenizer(self.tokenizer)
+        return words.vocab_size if words.end is None else words.end
+
+    @property
+    def marks(self) -> Marks:
+        """ANSWER and END."""
+        return marks(tokenizer(self.tokenizer), OPENING, self.pad + 1)
 
     @property
     def vocab_size(self) -> int:
-        """The tokenizer's tokens, PAD, ANSWER, END."""
-        return self.pad + len(MARKERS)
+        """The tokenizer's tokens; without an end of a text also PAD, ANSWER, END."""
+        words = tokenizer(self.tokenizer)
+        return words.vocab_size + (len(MARKERS) if words.end is None else 0)
 
     @property
     def difficulty_name(self) -> str:
@@ -144,13 +153,13 @@ class GSMInfinite:
 
     def solve(self, tokens: list[int]) -> list[list[int]]:
         """See `Task.solve`."""
-        text = tokenizer(self.tokenizer).decode([t for t in tokens if t != HIDDEN and t < self.pad])
-        return [self._answer(reader.answer(text))]
+        read = tokens[: tokens.index(HIDDEN) - len(self.marks.answer)]
+        return [self._answer(reader.answer(tokenizer(self.tokenizer).decode(read)))]
 
     def spell(self, tokens: list[int]) -> str:
         """The text, with PAD, ANSWER and END by name."""
         text, parts = tokenizer(self.tokenizer), []
-        for marker, run in groupby(tokens, key=lambda token: max(token - self.pad, -1)):
+        for marker, run in groupby(tokens, key=lambda token: max(token - text.vocab_size, -1)):
             some = list(run)
             parts += [text.decode(some).strip()] if marker < 0 else [MARKERS[marker]] * len(some)
         return " ".join(parts)
@@ -160,10 +169,12 @@ class GSMInfinite:
         question = (
             max(spoken.longest_question for spoken in self._languages) if self.question == "last" else 0
         )
-        return question + 1 + _longest_answer(self.tokenizer, self.modulus or LARGEST + 1)
+        return (
+            question + len(self.marks.answer) + _longest_answer(self.tokenizer, self.modulus or LARGEST + 1)
+        )
 
     def _answer(self, value: int) -> Tokens:
-        return [*tokenizer(self.tokenizer).encode(f" {value}"), self.pad + 2]
+        return [*tokenizer(self.tokenizer).encode(f" {value}"), self.marks.end]
 
     def _draw(self, random: Random, ops: int, split: Split) -> tuple[Tokens, Tokens, Tokens]:
         """A context, its row, and the answer that the row ends with."""
@@ -188,7 +199,7 @@ class GSMInfinite:
             self._fill(random, length, statements, noise(random, spoken, words, hard=self.subset == "hard"))
         random.shuffle(statements)
         answer = self._answer(core.answer)
-        row = [*(question if self.question == "last" else []), self.pad + 1, *answer]
+        row = [*(question if self.question == "last" else []), *self.marks.answer, *answer]
         return [*opening, *chain.from_iterable(statements)], row, answer
 
     def _fill(self, random: Random, length: int, statements: list[Tokens], more: Iterator[Tokens]) -> None:
