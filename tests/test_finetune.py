@@ -11,10 +11,12 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from lmsleep import SleepConfig, adapt, sleep_forward
+from lmsleep.cli.opening import SleepOptions, new_session
 from lmsleep.hf import load_pretrained
 from lmsleep.hf.finetune import FineTune, memory_layers, merged, pretrained_backbone
 from lmsleep.tasks import MQAR
 from lmsleep.tasks.gsm_infinite.language import tokenizer
+from lmsleep.tasks.tokenizers import HuggingFace
 from lmsleep.training import RunConfig, RunFolder, TrainConfig, Trainer
 
 SLEEP = SleepConfig(window=4, passes=2)
@@ -191,6 +193,7 @@ def test_a_model_learns_to_sleep_and_comes_out_as_a_folder(with_words, tmp_path,
 
     made = json.loads((out / "model/config.json").read_text())
     assert (made["sleep"]["passes"], made["sleep"]["window"]) == (2, 32)
+    assert "that sleeps" in (out / "model/README.md").read_text()
     assert not any("lora" in name for name, _ in load_pretrained(out / "model").named_parameters())
     merged_score = Trainer(
         RunFolder(tmp_path / "unused"), replace(config, model=FineTune(folder=out / "model"))
@@ -201,7 +204,9 @@ def test_a_model_learns_to_sleep_and_comes_out_as_a_folder(with_words, tmp_path,
     code, said, _ = run_command(capsys, "eval", out, "--passes", 1, 2, "--batches", 1)
     assert code == 0 and "N = 1:" in said and "N = 2:" in said
     code, said, _ = run_command(capsys, "info", out)
-    assert code == 0 and "attention+" not in said and "fast_weights attention" in said
+    assert code == 0 and "fast_weights attention fast_weights attention" in said
+    assert run_command(capsys, "info", out / "model")[0] == 0
+    assert isinstance(new_session(out, SleepOptions()).tokenizer, HuggingFace)
     assert run_command(capsys, "plot", out, "--out", tmp_path / "curves.png")[0] == 0
 
 
@@ -229,6 +234,7 @@ def first_model(out: Path) -> Path:
     [
         (["--task", "mqar", "--loop", "1", "2"], "loop=(1, 2) has no block with fast weights"),
         (["--task", "mqar", "--loop", "0", "9"], "loop=(0, 9) reaches outside the model"),
+        (["--task", "mqar", "--wake-passes", "2"], "wake_passes"),
         (["--task", "mqar", "--keys", "900"], "tokens, the model only"),
         ([], "--task: name what is learned"),
         (["--task", "mqar", "--preset", "none"], "preset='none' is unknown; choose one of lora, full, two-"),

@@ -13,14 +13,14 @@ from tyro.conf import Positional
 
 from lmsleep import pretrained
 from lmsleep.adaptation import MOMENTS, Adaptation, Shifting, adaptation
-from lmsleep.cli.opening import open_model
+from lmsleep.cli.opening import is_run, open_backbone
 from lmsleep.cli.options import listed, listed_tasks, parse, task_field
 from lmsleep.cli.presets import PRESETS, preset
 from lmsleep.cost import cost
 from lmsleep.demo import command as demo_command
 from lmsleep.evaluation import Score, evaluate, wilson
 from lmsleep.hf.loading import is_pretrained
-from lmsleep.models import HybridConfig, HybridLM
+from lmsleep.models import HybridConfig
 from lmsleep.plots import plot_runs
 from lmsleep.reproduce import RECIPES
 from lmsleep.reproduce import command as reproduce_command
@@ -194,7 +194,7 @@ def _evaluated(options: EvalOptions, device: torch.device) -> _Evaluated:
             raise ValueError(
                 f"{options.run} was trained on no task of lmsleep: name files to read with --data"
             )
-        model, sleep, _ = open_model(path, device=options.device)
+        model, sleep = open_backbone(path, options.device)
         sleep = replace(sleep, window=options.window or sleep.window)
         length = options.length or 4 * (sleep.window or 512)
         task = Text(data=options.data, tokenizer=str(path), length=length)
@@ -322,19 +322,18 @@ def info(argv: list[str]) -> None:
     options = parse(InfoOptions, argv, "lmsleep info")
     folder = RunFolder(pretrained.find(options.path))
     model: Model
-    if (folder.path / "config.json").is_file() and folder.config_is_run():
+    if is_run(folder.path):
         config = folder.config()
-        model, sleep = build(config.model).to("meta"), config.sleep
+        model, sleep = build(config.model), config.sleep
     else:
-        model = HybridLM.from_pretrained(folder.path).to("meta")
-        sleep = SleepConfig(window=64, passes=4)
+        model, sleep = open_backbone(folder.path, "cpu")
     sleep = replace(
         sleep,
         window=sleep.window if options.window is None else options.window,
         passes=sleep.passes if options.passes is None else options.passes,
         backprop_passes=None,
     )
-    figures = cost(model, sleep)
+    figures = cost(model.to("meta"), sleep)
     if options.json:
         sys.stdout.write(json.dumps(figures, indent=2) + "\n")
         return

@@ -11,9 +11,10 @@ import tyro
 from lmsleep.cli.commands import finish
 from lmsleep.cli.options import listed, listed_tasks, parse, task_field
 from lmsleep.hf.finetune import FineTune
+from lmsleep.hf.loading import has_tokenizer
 from lmsleep.sleep import SleepConfig
 from lmsleep.tasks import Split, Task, find_task, stream
-from lmsleep.tasks.tokenizers import load_tokenizer
+from lmsleep.tasks.tokenizers import HuggingFace
 from lmsleep.training import RunConfig, RunFolder, TrainConfig, Trainer, two_stages
 
 # Rates: Muon's and AdamW's of the paper's fine-tuning; adapters, which AdamW trains, take a usual one.
@@ -62,8 +63,8 @@ Presets (--preset NAME):
 {listed({name: preset.about for name, preset in PRESETS.items()})}
 
 Memory: --accumulate K reads a batch in K parts (default: one sequence at a time), and --checkpoint (on by
-default) keeps no activations of a window. On CUDA blocks compute in bfloat16 (autocast) and what is trained is
-float32; --precision bfloat16 does so elsewhere. A run that was stopped goes on exactly where it was.
+default) keeps no activations of a window. On CUDA blocks compute in bfloat16 (autocast) and what is trained
+is float32; --precision bfloat16 does so elsewhere. A run that was stopped goes on exactly where it was.
 
 {listed_tasks()}
 
@@ -159,9 +160,8 @@ def _check_tokenizer(folder: Path, task: Task) -> None:
     given = getattr(task, "tokenizer", None)
     if given is None or Path(given).resolve() == folder.resolve():
         return
-    try:
-        own = load_tokenizer(str(folder))
-    except ValueError:
-        return  # the model has none
-    if not Path(given).is_dir() or load_tokenizer(given).encode(SAMPLE) != own.encode(SAMPLE):
+    if not has_tokenizer(folder):
+        return
+    own = HuggingFace(folder)
+    if not Path(given).is_dir() or HuggingFace(Path(given)).encode(SAMPLE) != own.encode(SAMPLE):
         raise ValueError(f"tokenizer={given!r} is not that of the model in {folder}; leave the option out")

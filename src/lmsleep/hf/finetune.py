@@ -1,7 +1,7 @@
 """Fine-tuning: which weights of a pretrained model are trained, and what becomes of them."""
 
 import shutil
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -188,11 +188,12 @@ def merged(backbone: HFBackbone, options: FineTune) -> Any:
 def export(backbone: HFBackbone, options: FineTune, sleep: SleepConfig, folder: Path) -> None:
     """Write the merged model as a Hugging Face folder, complete or not at all.
 
-    Its config.json says how it sleeps (field `sleep`); the tokenizer and other small files come along. What
-    stood at `folder` is replaced.
+    It is that of `sleepify(...).save_pretrained`: config.json says how the model sleeps. The tokenizer and
+    other small files come along. What stood at `folder` is replaced.
     """
-    model = merged(backbone, options)
-    model.config.sleep = asdict(replace(sleep, backprop_passes=None, checkpoint=False))
+    from lmsleep.hf.sleeping import sleepify  # which imports transformers
+
+    model = sleepify(merged(backbone, options), replace(sleep, backprop_passes=None, checkpoint=False))
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)

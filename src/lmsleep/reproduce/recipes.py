@@ -122,9 +122,9 @@ def _on_the_spot(figure: str) -> Callable[[Scale], list[Cell]]:
     def cells(scale: Scale) -> list[Cell]:
         if scale != "demo":
             raise ValueError(
-                f"figure {figure} at scale={scale} needs pretrained weights: download {PRETRAINED[figure]} from "
-                "the Hugging Face Hub and name its folder with --weights (scale=demo trains a tiny model on "
-                "the spot instead)"
+                f"figure {figure} at scale={scale} needs pretrained weights: download {PRETRAINED[figure]} "
+                "from the Hugging Face Hub and name its folder with --weights (scale=demo trains a tiny "
+                "model on the spot instead)"
             )
         make = _looped_in_the_middle if figure == "4a" else _with_memory_blocks
         return [make(n, "sliding" if figure == "5" else "hard") for n in (1, 2, 4)]

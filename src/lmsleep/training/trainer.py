@@ -20,6 +20,7 @@ from lmsleep.evaluation import Score, evaluate, read_batch
 from lmsleep.hf import HFBackbone
 from lmsleep.hf.finetune import FineTune
 from lmsleep.models import HybridLM
+from lmsleep.session import Session
 from lmsleep.sleep import SleepConfig
 from lmsleep.tasks import Batch, stream
 from lmsleep.training.batches import Batches, draw
@@ -75,6 +76,7 @@ def _check_fit(config: RunConfig, model: HFBackbone) -> None:
             f"{config.task_name} has {task.vocab_size} tokens, the model only {known}; use the model's own "
             "tokenizer (--tokenizer)"
         )
+    Session(model, replace(sleep, backprop_passes=None))  # refuses what could not be used afterwards
     first, last = sleep.loop_range(model.num_blocks)
     if sleep.passes > 1 and not any("fast_weights" in kind for kind in model.kinds[first:last]):
         raise ValueError(
