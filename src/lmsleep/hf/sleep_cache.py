@@ -10,7 +10,7 @@ from transformers import Cache
 from lmsleep.session import Session, SessionBatch
 
 
-class SleepCache(Cache):  # type: ignore[misc]
+class SleepCache(Cache):
     """What a sleeping model remembers while it generates: one `Session` a row.
 
     Each row stands at its own place of its own window, so padding before a prompt moves nothing. A full
