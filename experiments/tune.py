@@ -62,7 +62,7 @@ def depo_heads() -> Grid:
         (8, 16, 1300),
     ):
         config = settings.depo(4, 300, steps, lr=0.02)
-        model = replace(config.model, num_heads=heads, head_dim=size)
+        model = replace(config.architecture, num_heads=heads, head_dim=size)
         grid.append((f"depo-{heads}-heads-of-{size}-{steps}-steps", replace(config, model=model)))
     return grid
 
@@ -81,7 +81,7 @@ def rule110(steps: int) -> Grid:
 def variants(task: str, make: Callable[..., RunConfig], steps: int, level: int) -> Grid:
     """N = 4 with one thing changed at a time."""
     base = make(4, SEED, steps)
-    other_size = 16 if base.model.key_dim == 32 else 32
+    other_size = 16 if base.architecture.key_dim == 32 else 32
     changes: dict[str, dict[str, dict[str, Any]]] = {
         "as chosen": {},
         "normalize h between passes": {"sleep": {"normalize": True}},

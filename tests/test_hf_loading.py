@@ -3,9 +3,12 @@ import shutil
 
 import pytest
 import torch
+from conftest import run_command
 from hf_models import FAMILIES, family
 from safetensors.torch import load_file, save_file
 
+from lmsleep import Session, SleepConfig, adapt
+from lmsleep.cli.opening import SleepOptions, new_session
 from lmsleep.hf import load_pretrained
 
 
@@ -22,9 +25,11 @@ def edit(file, **fields):
 def tokenizer(folder, size):
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
     from transformers import PreTrainedTokenizerFast
 
     words = Tokenizer(WordLevel({f"w{i}": i for i in range(size)}, unk_token="w0"))
+    words.pre_tokenizer = Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
 
 
@@ -123,3 +128,15 @@ def test_a_tokenizer_of_another_model_is_refused(folder):
     (folder / "tokenizer.json").write_text("{")
     with pytest.raises(ValueError, match="no tokenizer that transformers can load"):
         load_pretrained(folder)
+
+
+def test_commands_take_the_folder_of_a_pretrained_model(folder, capsys):
+    with pytest.raises(ValueError, match=r"tokenizer has 256 tokens, .* only 64"):
+        new_session(folder, SleepOptions())
+    tokenizer(folder, 64)
+    session = new_session(folder, SleepOptions(window=4, passes=2))
+    wanted = Session(adapt(family("qwen3_5")), SleepConfig(window=4, passes=2))
+    assert session.generate("w1 w2 w3", 9) == " ".join(f"w{i}" for i in wanted.generate([1, 2, 3], 9))
+    (folder / "model.safetensors").unlink()
+    code, _, err = run_command(capsys, "probe", folder, "--text", folder / "config.json")
+    assert code == 2 and "holds no weights" in err and len(err.splitlines()) == 1

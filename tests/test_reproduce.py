@@ -6,15 +6,25 @@ from pathlib import Path
 import pytest
 
 from lmsleep.cli import main
-from lmsleep.reproduce import RECIPES, Cell, recipes
-from lmsleep.reproduce.command import _chain, estimate
+from lmsleep.reproduce import RECIPES, command, recipes, results
+from lmsleep.reproduce.command import _chain, estimate, side_by_side
 from lmsleep.reproduce.figure import draw
 from lmsleep.reproduce.results import table
-from lmsleep.training import RunFolder
+from lmsleep.training import RunFolder, Trainer, trainer
 
 
 def reproduce(*argv: str) -> None:
     main(["reproduce", *argv, "--workers", "1"])
+
+
+@pytest.fixture(autouse=True)
+def flops_by_a_rule_of_thumb(monkeypatch):
+    # The counter takes a second for each model; test_baselines.py and test_training.py show that it is right.
+    def count(model, batch, sleep):
+        weights = sum(p.numel() for p in model.parameters())
+        return 6 * weights * batch.num_tokens * (sleep.passes + sleep.wake_passes - 1)
+
+    monkeypatch.setattr(trainer, "_count_flops", count)
 
 
 @pytest.fixture
@@ -26,8 +36,8 @@ def here(tmp_path, monkeypatch):
 @pytest.mark.parametrize("figure", RECIPES)
 @pytest.mark.parametrize("scale", ["demo", "small", "paper"])
 def test_the_cells_of_a_figure_differ_in_name_and_run(figure, scale):
-    if scale != "demo" and figure.startswith("compute-matched"):
-        pytest.skip("counts FLOPs of real steps: minutes at these scales")
+    if scale == "paper" and figure.startswith("compute-matched"):
+        pytest.skip("builds many large models")
     if scale != "demo" and figure in ("4a", "4b", "5"):
         with pytest.raises(ValueError, match=rf"^figure {figure} at scale={scale} needs the weights of"):
             RECIPES[figure].cells(scale)
@@ -70,9 +80,18 @@ def test_a_figure_writes_data_table_and_picture(here, capsys):
     assert (out / "results.jsonl").read_bytes() == before
 
 
+def train_here(jobs, workers):
+    # What run_all does (test_training.py), without a new process for each recipe.
+    for job in jobs:
+        if not job.path.exists():
+            Trainer(RunFolder.create(job.path, job.config), job.config).fit()
+
+
 @pytest.mark.parametrize("figure", sorted(set(RECIPES) - {"passes"}))
 def test_every_recipe_runs_to_its_end(here, figure, monkeypatch, capsys):
     monkeypatch.setattr(recipes, "SLEEPS", (1, 4, 12))
+    monkeypatch.setattr(results, "TIMED_STEPS", 1)
+    monkeypatch.setattr(command, "run_all", train_here)
     reproduce(figure, "--steps", "1", "--seeds", "1", "--out", "here")
     assert {path.name for path in Path("here").iterdir()} == {
         "README.md", "curves.jsonl", "figure.png", "results.csv", "results.jsonl",
@@ -159,8 +178,13 @@ def test_estimates_grow_with_steps_and_passes():
     cells = RECIPES["3"].cells("demo")
     rows = estimate([cells[0], cells[-1]], seeds=3)
     assert rows[0]["tokens"] == rows[1]["tokens"] == cells[0].config.train.steps * 64 * (16 + 8 * 3)
-    assert rows[0]["runs"] == 3 and rows[0]["flops"] < rows[1]["flops"]
-    assert isinstance(cells[0], Cell)
+    assert rows[0]["runs"] == 3
+    assert rows[0]["flops"] < rows[1]["flops"] and rows[0]["seconds"] < rows[1]["seconds"]
+
+
+def test_runs_side_by_side_take_no_less_than_the_longest():
+    rows = [{"runs": 3, "seconds": 10.0}, {"runs": 1, "seconds": 30.0}]
+    assert [side_by_side(rows, workers) for workers in (1, 2, 8)] == [60, 30, 30]
 
 
 @pytest.mark.parametrize(

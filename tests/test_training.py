@@ -1,5 +1,6 @@
 import io
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -18,7 +19,7 @@ import lmsleep
 from lmsleep import HybridLM, SleepConfig, sleep_forward
 from lmsleep.cli import main
 from lmsleep.files import write_atomic
-from lmsleep.tasks import Depo, GSMInfinite, Rule110, Text, stream
+from lmsleep.tasks import MQAR, Depo, Drift, GSMInfinite, Rule110, Text, Variables, stream
 from lmsleep.training import (
     Diverged,
     Interrupted,
@@ -28,7 +29,9 @@ from lmsleep.training import (
     TrainConfig,
     Trainer,
     choose_device,
+    default_workers,
     flops_per_step,
+    jobs,
     optim,
     run_all,
     trainer,
@@ -878,3 +881,34 @@ def test_a_run_started_again_from_nothing_forgets_its_old_metrics(tmp_path, monk
     run_all([Job(tmp_path / "run", config)], workers=1)
     steps = [line["step"] for line in RunFolder(tmp_path / "run").metrics() if "loss" in line]
     assert steps == sorted(set(steps))
+
+
+@pytest.mark.parametrize(("gpus", "workers", "dealt"), [(0, 2, []), (2, 2, [0, 1]), (2, 3, [0, 1, 0])])
+def test_workers_share_gpus_and_cores(monkeypatch, gpus, workers, dealt):
+    monkeypatch.setattr(jobs, "leave_with_parent", lambda: None)
+    monkeypatch.setattr(jobs.tqdm, "set_lock", lambda lock: None)
+    monkeypatch.setattr(jobs.signal, "signal", lambda signum, handler: None)
+    monkeypatch.setattr(os, "cpu_count", lambda: 5)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    threads, devices = [], []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.setattr(torch.cuda, "set_device", devices.append)
+    numbers = multiprocessing.get_context("spawn").SimpleQueue()
+    for number in range(workers):
+        numbers.put(number)
+    for _ in range(workers):
+        jobs._start(None, numbers, workers)
+    assert devices == dealt and threads == workers * [5 // workers]
+    assert default_workers() == (gpus or 5)
+
+
+@pytest.mark.parametrize(
+    "task",
+    [Rule110(), FORKED, Depo(nodes=5, queries=3), MQAR(filler=8), Drift(), Variables()],
+    ids=lambda task: type(task).__name__,
+)
+def test_one_sample_tells_the_flops_of_a_step(task):
+    config = run_config(task, batch_size=6)
+    config = replace(config, sleep=SleepConfig(window=getattr(task, "inline_context", 64), passes=2))
+    run = Trainer(RunFolder("unused"), config)
+    assert flops_per_step(config) == run._flops(run.batches[0], config.sleep)

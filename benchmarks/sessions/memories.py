@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.table import Cell, Table
-from lmsleep import HybridLM, Memory, State, pretrained, sleep_forward
+from lmsleep import Backbone, Memory, State, pretrained, sleep_forward
 from lmsleep.evaluation import EVAL_SEED, wilson
 from lmsleep.memory_file import Storage
 from lmsleep.sleep import SleepConfig
@@ -25,7 +25,7 @@ STORAGES: tuple[Storage, ...] = ("float32", "bfloat16", "int8")
 class Reader:
     """A shipped model that reads graphs into memories and answers from memories."""
 
-    model: HybridLM
+    model: Backbone
     sleep: SleepConfig
     task: Any
 
@@ -84,7 +84,7 @@ def stored(batches: int) -> Table:
     return Table(rows=rows, note=note)
 
 
-def _through_file(memory: Memory, model: HybridLM, storage: Storage) -> tuple[Memory, int]:
+def _through_file(memory: Memory, model: Backbone, storage: Storage) -> tuple[Memory, int]:
     """The memory out of a file, and the bytes there of one row."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "memories"

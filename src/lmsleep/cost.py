@@ -1,15 +1,30 @@
 """What a model costs: parameters, bytes of memory, FLOPs of waking and of sleeping."""
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Protocol
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lmsleep.models import HybridConfig, HybridLM
-from lmsleep.sleep import SleepConfig, read_window
+from lmsleep.sleep import Backbone, SleepConfig, read_window
 
 
-def cost(config: HybridConfig, sleep: SleepConfig, *, dtype_bytes: int = 4) -> dict[str, Any]:
+class Known(Backbone, Protocol):
+    """A backbone that says what it is made of."""
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kind of each block; those with keys and values have "attention" in it."""
+        ...
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """All weights."""
+        ...
+
+
+def cost(model: HybridConfig | Known, sleep: SleepConfig, *, dtype_bytes: int = 4) -> dict[str, Any]:
     """Figures of one sequence (batch of 1).
 
     FLOPs are those of matrix products (multiply and add count as two), counted by PyTorch's own
@@ -17,13 +32,14 @@ def cost(config: HybridConfig, sleep: SleepConfig, *, dtype_bytes: int = 4) -> d
     2 ... N of a sleep on it. Keys and values take `dtype_bytes` per number, fast weights four.
 
     Args:
-        config: the model.
+        model: an architecture, or a model on the device "meta", where nothing is computed.
         sleep: its window and passes; the window defaults to 64 tokens where nothing is evicted.
         dtype_bytes: bytes of a key or value: 4 in float32, 2 in bfloat16.
     """
     L = sleep.window or 64
-    with torch.device("meta"):
-        model = HybridLM(config)
+    if isinstance(model, HybridConfig):
+        with torch.device("meta"):
+            model = HybridLM(model)
     tokens = torch.zeros(1, L, dtype=torch.int64, device="meta")
     empty = model.initial_state(1)
     with torch.no_grad():
@@ -40,14 +56,14 @@ def cost(config: HybridConfig, sleep: SleepConfig, *, dtype_bytes: int = 4) -> d
         sleep_flops = _flops(lambda: read(sleep.passes)) - _flops(lambda: read(1))
     kv_bytes = sum(
         c[0, 0].numel() * dtype_bytes
-        for kind, layer in zip(config.blocks, full.cache.layers, strict=True)
-        for c in layer
-        if kind == "attention"
+        for kind, layer in zip(model.kinds, full.cache.layers, strict=True)
+        if "attention" in kind
+        for c in layer[:2]
     )
     memory_bytes = empty.memory.nbytes
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
-        "blocks": list(config.blocks),
+        "blocks": list(model.kinds),
         "window": sleep.window,
         "passes": sleep.passes,
         "fast_weight_bytes": memory_bytes,

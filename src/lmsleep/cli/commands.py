@@ -13,13 +13,14 @@ from tyro.conf import Positional
 
 from lmsleep import pretrained
 from lmsleep.adaptation import MOMENTS, Adaptation, Shifting, adaptation
-from lmsleep.cli.opening import is_hugging_face, open_model
+from lmsleep.cli.opening import is_run, open_backbone
 from lmsleep.cli.options import listed, listed_tasks, parse, task_field
 from lmsleep.cli.presets import PRESETS, preset
 from lmsleep.cost import cost
 from lmsleep.demo import command as demo_command
 from lmsleep.evaluation import Score, evaluate, wilson
-from lmsleep.models import HybridConfig, HybridLM
+from lmsleep.hf.loading import is_pretrained
+from lmsleep.models import HybridConfig
 from lmsleep.plots import plot_runs
 from lmsleep.reproduce import RECIPES
 from lmsleep.reproduce import command as reproduce_command
@@ -27,6 +28,7 @@ from lmsleep.sleep import Backbone, SleepConfig
 from lmsleep.tasks import Split, Task, Text, find_task, stream
 from lmsleep.training import (
     BASELINES,
+    Interrupted,
     RunConfig,
     RunFolder,
     TrainConfig,
@@ -34,6 +36,7 @@ from lmsleep.training import (
     baseline,
     choose_device,
 )
+from lmsleep.training.models import Model, build
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,10 +66,22 @@ def train(argv: list[str]) -> None:
     if argv[0] == "--resume":
         if len(argv) != 2:
             raise ValueError("--resume takes the folder of a run and nothing else: its own options hold")
-        folder = RunFolder.open(argv[1])
-        trainer = Trainer.take_up(folder)
+        finish(RunFolder.open(argv[1]))
     else:
-        folder, trainer = _new_run(argv[0], argv[1:])
+        finish(*_new_run(argv[0], argv[1:]))
+
+
+def finish(folder: RunFolder, trainer: Trainer | None = None) -> None:
+    """Train a run to its end, after the run whose model it goes on from, and say how it went."""
+    if (before := folder.source()) is not None:
+        try:
+            (trainer or Trainer.take_up(before)).fit()
+        except Interrupted as stop:
+            raise Interrupted(
+                stop.signum, f"stopped; to go on: lmsleep train --resume {folder.path}"
+            ) from None
+        trainer = None
+    trainer = trainer or Trainer.take_up(folder)
     trainer.fit()
     sys.stdout.write(_score_text(folder, trainer.config, folder.report() or {}))
 
@@ -174,12 +189,12 @@ class _Evaluated(NamedTuple):
 
 def _evaluated(options: EvalOptions, device: torch.device) -> _Evaluated:
     path = pretrained.find(options.run)
-    if is_hugging_face(path):
+    if is_pretrained(path):
         if not options.data:
             raise ValueError(
                 f"{options.run} was trained on no task of lmsleep: name files to read with --data"
             )
-        model, sleep, _ = open_model(path, device=options.device)
+        model, sleep = open_backbone(path, options.device)
         sleep = replace(sleep, window=options.window or sleep.window)
         length = options.length or 4 * (sleep.window or 512)
         task = Text(data=options.data, tokenizer=str(path), length=length)
@@ -259,6 +274,8 @@ def _score_text(folder: RunFolder, config: RunConfig, report: dict[str, Any]) ->
         figures = "  ".join(
             f"{name}={k}: {v:.3f}{_floor(floors, f'{name}={k}')}" for k, v in score["per_difficulty"].items()
         )
+    if folder.exported.exists():
+        figures += f"\n{folder.exported} is the model, a Hugging Face folder"
     return (
         f"{figures}\n{report['tokens']} tokens, {report['flops']:.3g} FLOP, {report['seconds']:.0f} s\n"
         f"{folder.path} is complete; next: lmsleep eval {folder.path} --passes 1 2 4\n"
@@ -304,18 +321,19 @@ def info(argv: list[str]) -> None:
     """`lmsleep info RUN|MODEL`."""
     options = parse(InfoOptions, argv, "lmsleep info")
     folder = RunFolder(pretrained.find(options.path))
-    if (folder.path / "config.json").is_file() and folder.config_is_run():
+    model: Model
+    if is_run(folder.path):
         config = folder.config()
-        model, sleep = config.model, config.sleep
+        model, sleep = build(config.model), config.sleep
     else:
-        model, sleep = HybridLM.from_pretrained(folder.path).config, SleepConfig(window=64, passes=4)
+        model, sleep = open_backbone(folder.path, "cpu")
     sleep = replace(
         sleep,
         window=sleep.window if options.window is None else options.window,
         passes=sleep.passes if options.passes is None else options.passes,
         backprop_passes=None,
     )
-    figures = cost(model, sleep)
+    figures = cost(model.to("meta"), sleep)
     if options.json:
         sys.stdout.write(json.dumps(figures, indent=2) + "\n")
         return

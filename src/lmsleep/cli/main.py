@@ -8,6 +8,7 @@ from lmsleep.cli import commands
 from lmsleep.cli.ask import ask
 from lmsleep.cli.chat import chat
 from lmsleep.cli.data import data
+from lmsleep.cli.finetune import finetune
 from lmsleep.cli.harness import harness
 from lmsleep.cli.inspect import inspect_command
 from lmsleep.cli.memory import memory
@@ -18,6 +19,7 @@ from lmsleep.version import __version__
 
 COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "train": (commands.train, "train a model that sleeps, on a task or on your own text"),
+    "finetune": (finetune, "teach a pretrained model to sleep: LoRA, memory layers, or every weight"),
     "data": (data, "samples of a task, to read, or as JSON lines or a datasets folder"),
     "eval": (commands.evaluate_run, "evaluate a run at one or several numbers of passes"),
     "read": (read, "read files into a memory, sleeping at window ends; resumable"),

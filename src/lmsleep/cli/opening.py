@@ -1,21 +1,19 @@
 """MODEL on the command line: a run (or a shipped one), a saved model, or a Hugging Face model."""
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import torch
-
 from lmsleep import pretrained
 from lmsleep.hf import adapt, load_pretrained
-from lmsleep.hf.loading import TOKENIZER_FILES
+from lmsleep.hf.loading import has_tokenizer, is_pretrained
 from lmsleep.models import HybridLM
 from lmsleep.session import Session
-from lmsleep.sleep import Backbone, SleepConfig
-from lmsleep.tasks import Task, Text
-from lmsleep.tasks.tokenizers import Bytes, Spelled, Tokenizer, load_tokenizer
+from lmsleep.sleep import SleepConfig
+from lmsleep.tasks import Text
+from lmsleep.tasks.tokenizers import Bytes, HuggingFace, Spelled, Tokenizer, load_tokenizer
 from lmsleep.training import RunFolder, choose_device
+from lmsleep.training.models import Model
 
 GIVEN = ("window", "passes", "loop")  # options that a session which is taken up may not contradict
 
@@ -40,7 +38,7 @@ class SleepOptions:
 class Opened(NamedTuple):
     """A model with how it sleeps and what it reads."""
 
-    model: Backbone
+    model: Model
     sleep: SleepConfig
     tokenizer: Tokenizer
 
@@ -52,50 +50,50 @@ def open_model(path: Path, tokenizer: str | None = None, device: str = "auto") -
         ValueError: for a damaged run or model, one that cannot sleep, or a tokenizer with more tokens.
         FileNotFoundError: if there is none.
     """
-    path, where = pretrained.find(path), choose_device(device)
-    folder = RunFolder(path)
-    if (path / "config.json").is_file() and folder.config_is_run():
-        config = folder.config()
-        opened = Opened(folder.model(where), config.sleep, _tokenizer(config.task))
-    elif is_hugging_face(path):
-        opened = _hugging_face(path, tokenizer, device=where)
-    else:
-        sleep = SleepConfig(window=64, passes=4)
-        opened = Opened(HybridLM.from_pretrained(path, where), sleep, load_tokenizer(tokenizer or "bytes"))
-    size = opened.model.config.vocab_size  # type: ignore[attr-defined]
-    if opened.tokenizer.vocab_size > size:
+    path = pretrained.find(path)
+    read = _tokenizer(path, tokenizer)
+    model, sleep = open_backbone(path, device)
+    size = model.config.vocab_size
+    if read.vocab_size > size:
         raise ValueError(
-            f"tokenizer has {opened.tokenizer.vocab_size} tokens, {path} only {size}; "
+            f"tokenizer has {read.vocab_size} tokens, {path} only {size}; "
             "pass the run that trained the model, or its tokenizer"
         )
-    return opened
+    return Opened(model, sleep, read)
 
 
-def is_hugging_face(path: Path) -> bool:
-    """Whether a folder holds a model of `transformers`, by its config.json.
+def open_backbone(path: Path, device: str = "auto") -> tuple[Model, SleepConfig]:
+    """`open_model` for who needs no words."""
+    path, where = pretrained.find(path), choose_device(device)
+    if is_run(path):
+        folder = RunFolder(path)
+        return folder.model(where), folder.config().sleep
+    if is_pretrained(path):
+        model = load_pretrained(path).to(where)
+        from lmsleep.hf.sleeping import saved_sleep  # which imports transformers
 
-    Raises:
-        ValueError: if that is damaged.
-    """
-    file = path / "config.json"
-    if not file.is_file():
-        return False
-    try:
-        return "model_type" in json.loads(file.read_text())
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{file} is damaged: {error}") from error
+        told = saved_sleep(model.config, path)
+        return adapt(model), told or SleepConfig(window=512, passes=4, loop="middle")
+    return HybridLM.from_pretrained(path, where), SleepConfig(window=64, passes=4)
 
 
-def _hugging_face(path: Path, tokenizer: str | None, *, device: torch.device) -> Opened:
-    own = any((path / name).is_file() for name in TOKENIZER_FILES)
-    if tokenizer is None and not own:
-        raise ValueError(f"{path} holds no tokenizer; pass --tokenizer FOLDER (or bytes)")
-    read = load_tokenizer(tokenizer or str(path))
-    model = load_pretrained(path).to(device)
-    from lmsleep.hf.sleeping import saved_sleep  # which imports transformers
+def is_run(path: Path) -> bool:
+    """Whether the folder is that of a run."""
+    return (path / "config.json").is_file() and RunFolder(path).config_is_run()
 
-    sleep = saved_sleep(model.config, path) or SleepConfig(window=512, passes=4, loop="middle")
-    return Opened(adapt(model), sleep, read)
+
+def _tokenizer(path: Path, given: str | None) -> Tokenizer:
+    if is_run(path):
+        task = RunFolder(path).config().task
+        folder = Path(getattr(task, "tokenizer", ""))
+        if folder.is_dir() and has_tokenizer(folder):
+            return HuggingFace(folder)
+        return Bytes() if isinstance(task, Text) else Spelled(task.spell, task.vocab_size)
+    if is_pretrained(path) and given is None:
+        if not has_tokenizer(path):
+            raise ValueError(f"{path} holds no tokenizer; pass --tokenizer FOLDER (or bytes)")
+        return HuggingFace(path)
+    return load_tokenizer(given or "bytes")
 
 
 def new_session(path: Path, options: SleepOptions) -> Session:
@@ -124,10 +122,6 @@ def take_up(path: Path, new: Session, options: SleepOptions) -> Session:
         if wanted not in (None, has):
             raise ValueError(f"{name}={wanted} contradicts {path}, which was read with {name}={has}")
     return session
-
-
-def _tokenizer(task: Task) -> Tokenizer:
-    return Bytes() if isinstance(task, Text) else Spelled(task.spell, task.vocab_size)
 
 
 def status(session: Session) -> str:

@@ -30,7 +30,7 @@ class DemoOptions:
     tasks: tuple[Literal["depo", "rule110"], ...] = ("depo",)
     """Tasks to train: the pointer chase, Rule 110, or both. The committed results of both are shown."""
     workers: int | None = None
-    """Runs at a time, one thread each; default one per core."""
+    """Runs at a time, one thread each; default one for each GPU, or without one for each core."""
     scale: float = 1.0
     """Shortens all runs alike, for a quick look at the mechanics (0.02: a minute; nothing is learned)."""
     json: bool = False

@@ -86,7 +86,7 @@ def collect(out: Path, seeds: Sequence[int], tasks: Sequence[str]) -> dict[str, 
 
 def _label(config: RunConfig, name: str) -> tuple[str, str]:
     """What a row is called, and what it has in common with the N = 4 run: tokens, compute, or both."""
-    if "gated_delta_net" not in config.model.blocks:
+    if "gated_delta_net" not in config.architecture.blocks:
         kept = config.sleep.window is None
         return ("transformer, cache kept" if kept else "transformer, cache evicted"), "tokens"
     label = f"hybrid, N = {config.sleep.passes}"
@@ -112,7 +112,7 @@ def _sleep_pictures(path: Path) -> dict[str, Any]:
     config, model = run.config(), run.model()
     batch = config.task.batch(stream(EVAL_SEED, "test", 0), 64, "test")
     assert batch.context is not None
-    block = config.model.blocks.index("gated_delta_net")
+    block = config.architecture.blocks.index("gated_delta_net")
     trace = []
     for watched in watch(model, batch.context, config.sleep):
         trace.append([S for each in watched.passes if (S := each.memory.layers[block]) is not None])

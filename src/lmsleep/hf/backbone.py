@@ -61,9 +61,15 @@ class HFBackbone(nn.Module):
         return self.model.config.get_text_config()
 
     @property
+    def blocks(self) -> nn.ModuleList:
+        """The decoder blocks themselves."""
+        blocks: nn.ModuleList = self.model.get_decoder().layers
+        return blocks
+
+    @property
     def num_blocks(self) -> int:
         """Decoder blocks."""
-        return len(_blocks(self.model))
+        return len(self.blocks)
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -132,7 +138,7 @@ class HFBackbone(nn.Module):
             return self._run_by_length(h, state, start, stop, valid, span)
         if not h.shape[1]:  # kernels of transformers want a token
             return h, state
-        blocks = _blocks(self.model)
+        blocks = self.blocks
         if any(b.training and getattr(b, "gradient_checkpointing", False) for b in blocks[start:stop]):
             raise ValueError(
                 "the model's own checkpointing of activations (gradients) drops what every block carries, "
@@ -202,7 +208,8 @@ class _Positions:
         first = next((i for i in range(start, stop) if layouts[i].kv), None)
         old = h.new_zeros(B, 0, dtype=torch.int64) if first is None else state.cache.layers[first][2]
         self.past = old.shape[1]
-        far = self.past > 0 and self.rotary is not None and bool((old[:, 0] > REBASE_AFTER).any())
+        far = self.past > 0 and self.rotary is not None and not old.is_meta  # where nothing has a value
+        far = far and bool((old[:, 0] > REBASE_AFTER).any())
         self.shift = (old[:, :1] - 1).clamp(min=0) if far else None
         if self.shift is not None:
             old = (old - self.shift).clamp(min=0)
@@ -307,7 +314,7 @@ def _layouts(model: Any, tokens: Tensor) -> list[Layout]:
     scout = HFBackbone(model, ())
     h, found = scout.embed(tokens), []
     where = _Positions(model, h, State(Memory(()), Cache(())), (), 0, 0)
-    for i, block in enumerate(_blocks(model)):
+    for i, block in enumerate(scout.blocks):
         cache = RunCache({})
         h = _call(block, h, cache, where, None)
         found.append(_layout(i, cache.finished(), model.dtype))
@@ -376,10 +383,6 @@ def _close(a: Tensor, b: Tensor) -> bool:
 def _vocab(model: Any) -> int:
     size: int = model.config.get_text_config().vocab_size
     return size
-
-
-def _blocks(model: Any) -> Any:
-    return model.get_decoder().layers
 
 
 def _sliding(block: Any, span: int | None) -> int | None:

@@ -3,7 +3,7 @@
 import json
 import logging
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,17 @@ def load_pretrained(path: str | Path, *, dtype: torch.dtype | None = None, **opt
     if note := LICENSES.get(config.model_type):
         logging.getLogger(__name__).warning("%s: %s", folder, note)
     return model
+
+
+def is_pretrained(folder: Path) -> bool:
+    """Whether the folder's config.json is that of a model of `transformers`."""
+    file = folder / "config.json"
+    return file.is_file() and "model_type" in _json(file)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether there is a tokenizer of `transformers` in the folder."""
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
 
 
 def _config(folder: Path) -> Any:
@@ -130,7 +141,7 @@ def _names(file: Path) -> set[str]:
 
 def _check_tokenizer(folder: Path, config: Any) -> None:
     """A tokenizer beside the model knows no token that the model does not."""
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+    if not has_tokenizer(folder):
         return
     numbers = HuggingFace(folder).tokenizer.get_vocab().values()
     size, rows = max(numbers, default=-1) + 1, config.get_text_config().vocab_size
@@ -173,7 +184,7 @@ def _some(names: Iterable[str]) -> str:
 
 
 @contextmanager
-def _quiet() -> Any:
+def _quiet() -> Iterator[None]:
     """No report of `transformers` on tensors (ours is an error), and a bar only where somebody looks."""
     from transformers.utils import logging
 

@@ -143,6 +143,11 @@ class HybridLM(nn.Module):
         """Blocks a sleep may loop over."""
         return len(self.blocks)
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kind of each block."""
+        return self.config.blocks
+
     def initial_state(self, batch_size: int) -> State:
         """`S = 0` and nothing in the working memory."""
         weight = self.embedding.weight

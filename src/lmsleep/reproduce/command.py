@@ -13,15 +13,26 @@ from tyro.conf import Positional
 
 from lmsleep.evaluation import read_batch
 from lmsleep.files import write_atomic
-from lmsleep.models import HybridLM
+from lmsleep.hf.finetune import FineTune
 from lmsleep.reproduce.figure import draw
-from lmsleep.reproduce.recipe import Cell, Scale
+from lmsleep.reproduce.recipe import Cell, Recipe, Scale
 from lmsleep.reproduce.recipes import RECIPES
 from lmsleep.reproduce.results import Row, collect, table, time_steps, write_data
 from lmsleep.tasks import stream
-from lmsleep.training import Job, RunConfig, RunFolder, choose_device, flops_per_step, provenance, run_all
+from lmsleep.training import (
+    Job,
+    RunConfig,
+    RunFolder,
+    choose_device,
+    default_workers,
+    flops_per_step,
+    provenance,
+    run_all,
+)
+from lmsleep.training.models import build
 
-PROBE_SECONDS = 0.5  # a step this long is timed well enough
+FEW = 8  # samples in a batch of a run that only tries the mechanics
+PROBE_SECONDS = 0.2  # a step this long is timed well enough
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,17 +46,19 @@ class ReproduceOptions:
     """2a to 6: figures of the paper; the others are comparisons it left out (lmsleep reproduce --help)."""
     scale: Scale = "demo"
     """demo: minutes on two cores; small: hours; paper: the paper's own setting, for a GPU."""
+    weights: Path | None = None
+    """Figures 4a, 4b and 5 at the scales small and paper: the folder of the pretrained model."""
     seeds: int = 3
     """Seeds 0 ... K - 1."""
     out: Path | None = None
     """Folder for results; default results/FIGURE-SCALE. The runs go to runs/reproduce/FIGURE-SCALE."""
     workers: int | None = None
-    """Runs at a time; default one per core."""
+    """Runs at a time; default one for each GPU, or without one for each core."""
     dry_run: bool = False
     """Say what would be trained, and for how long, instead of doing it."""
     steps: int | None = None
-    """Train every run for so many steps instead and evaluate on little, in folders of its own (to try the
-    mechanics)."""
+    """Train every run for so many steps of few samples instead, and evaluate on little, in folders of its own
+    (to try the mechanics)."""
     json: bool = False
     """Print one JSON document instead of a table."""
 
@@ -55,12 +68,17 @@ def run(options: ReproduceOptions) -> None:
     if options.seeds < 1:
         raise ValueError(f"seeds must be at least 1, got {options.seeds}")
     recipe, name = RECIPES[options.figure], f"{options.figure}-{options.scale}"
-    cells = recipe.cells(options.scale)
+    if options.weights is None:
+        cells = recipe.cells(options.scale)
+    else:
+        recipe, cells = _with_weights(recipe, options.scale, options.weights)
+        name += f"-{options.weights.resolve().name}"
     if options.steps is not None:
         name += f"-{options.steps}-steps"
         cells = [_shortened(cell, options.steps) for cell in cells]
     if options.dry_run:
-        _report(options, estimate(cells, options.seeds))
+        torch.set_num_threads(1)
+        _report(options, recipe, estimate(cells, options.seeds))
         return
     curves: list[Row] = []
     if recipe.value == "tokens_per_second":
@@ -79,6 +97,18 @@ def run(options: ReproduceOptions) -> None:
     sys.stdout.write(json.dumps(rows) + "\n" if options.json else f"{text}\n{out / 'README.md'}\n")
 
 
+def _with_weights(recipe: Recipe, scale: Scale, weights: Path) -> tuple[Recipe, list[Cell]]:
+    """The recipe for a pretrained model, and its cells."""
+    if recipe.fine_tuned is None:
+        raise ValueError("weights: only figures 4a, 4b and 5 begin with a pretrained model")
+    if not weights.is_dir():
+        raise FileNotFoundError(f"weights: there is no folder {weights}; nothing is downloaded")
+    caution = f"Fine-tuned from `{weights.resolve().name}`."
+    if scale == "small":
+        caution += " Adapters on shorter problems than the paper's, with fewer operations; nothing is tuned."
+    return replace(recipe, caution=caution), recipe.fine_tuned(scale, weights)
+
+
 def _train(cells: Sequence[Cell], options: ReproduceOptions, folder: Path) -> list[tuple[Cell, Job]]:
     """The finished run of every cell and seed; those that others start from go first."""
     chains = [(cell, _chain(cell, seed, folder)) for seed in range(options.seeds) for cell in cells]
@@ -92,36 +122,40 @@ def _chain(cell: Cell, seed: int, folder: Path) -> list[Job]:
     """The run of a cell, after those that it starts from."""
     before = [] if cell.start is None else _chain(cell.start, seed, folder)
     config = cell.with_seed(seed)
-    if before:
+    if before and isinstance(config.model, FineTune):
+        model = replace(config.model, folder=RunFolder(before[-1].path).exported.resolve())
+        config = replace(config, model=model)
+    elif before:
         config = replace(config, train=replace(config.train, start=before[-1].path))
     return [*before, Job(folder / f"{_slug(cell.label)}-seed{seed}", config)]
 
 
 def estimate(cells: Sequence[Cell], seeds: int) -> list[dict[str, Any]]:
-    """Per cell: runs, training tokens and FLOPs of one, and seconds for one on this machine.
+    """Per cell: runs, and training steps, tokens, FLOPs and seconds of one run on this machine.
 
-    All are those of one step over as many rows as take half a second, times rows and steps.
+    The seconds are FLOPs at the rate of one pass, forward and backward, over as many samples as take
+    `PROBE_SECONDS`: in CPU time of one thread, which busy neighbours do not lengthen, or on the GPU.
     """
     rows = []
     for cell in _with_starts(cells):
-        train, probe, seconds = cell.config.train, 1, 0.0
-        while True:
-            few = replace(cell.config, train=replace(train, batch_size=probe, accumulate=1))
-            seconds = _seconds(few)
-            if seconds > PROBE_SECONDS or probe == train.batch_size:
-                break
-            probe = min(2 * probe, train.batch_size)
-        times = train.steps * train.batch_size / probe
-        batch = few.task.batch(stream(0, "train", 0), probe, "train")
+        config, steps = cell.config, cell.config.train.steps
+        flops = steps * flops_per_step(config)
+        probe, tokens, seconds = _probe(config)
         rows.append({
             "cell": cell.label,
             "runs": seeds,
-            "steps": train.steps,
-            "tokens": round(times * batch.num_tokens),
-            "flops": round(times * flops_per_step(few)),
-            "seconds": times * seconds,
+            "steps": steps,
+            "tokens": round(steps * config.train.batch_size * tokens / probe.train.batch_size),
+            "flops": flops,
+            "seconds": flops / flops_per_step(probe) * seconds,
         })  # fmt: skip
     return rows
+
+
+def side_by_side(rows: Sequence[dict[str, Any]], workers: int) -> float:
+    """Seconds that the runs of an estimate take in so many workers: no less than the longest of them."""
+    total = sum(row["runs"] * row["seconds"] for row in rows)
+    return max(total / workers, *(row["seconds"] for row in rows))
 
 
 def _with_starts(cells: Sequence[Cell]) -> list[Cell]:
@@ -133,29 +167,43 @@ def _with_starts(cells: Sequence[Cell]) -> list[Cell]:
     return [*found.values()]
 
 
-def _seconds(config: RunConfig) -> float:
-    """Of one forward and backward pass where the run would be trained: the best of three."""
-    if config.train.threads:
-        torch.set_num_threads(config.train.threads)
+def _probe(config: RunConfig) -> tuple[RunConfig, int, float]:
+    """The run with as many samples a step as take long enough, the tokens of a step, and its seconds."""
+    size, most = 1, config.train.batch_size
+    while True:
+        few = replace(config, train=replace(config.train, batch_size=size, accumulate=1))
+        tokens, seconds = _timed(few)
+        if seconds > PROBE_SECONDS or size == most:
+            return few, tokens, seconds
+        size = min(2 * size, most)
+
+
+def _timed(config: RunConfig) -> tuple[int, float]:
+    """Tokens and seconds of one forward and backward pass: the best of three."""
     device, elapsed = choose_device(config.train.device), []
-    model = HybridLM(config.model).to(device)
+    model = build(config.model).to(device)
     batch = config.task.batch(stream(0, "train", 0), config.train.batch_size, "train").to(device)
     for _ in range(3):
-        started = time.perf_counter()
+        started = _clock(device)
         loss = read_batch(model, batch, config.sleep).loss
         assert loss is not None
         loss.backward()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        elapsed.append(time.perf_counter() - started)
-    return min(elapsed)
+        elapsed.append(_clock(device) - started)
+    return batch.num_tokens, min(elapsed)
 
 
-def _report(options: ReproduceOptions, rows: list[dict[str, Any]]) -> None:
+def _clock(device: torch.device) -> float:
+    """Seconds: of this thread on the CPU, or by the clock when the GPU has done its work."""
+    if device.type == "cpu":
+        return time.thread_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _report(options: ReproduceOptions, recipe: Recipe, rows: list[dict[str, Any]]) -> None:
     if options.json:
         sys.stdout.write(json.dumps(rows) + "\n")
         return
-    recipe = RECIPES[options.figure]
     said = "\n".join(text for text in (recipe.title, recipe.expects, recipe.caution) if text)
     sys.stdout.write(f"{said}\n\n")
     for row in rows:
@@ -163,13 +211,15 @@ def _report(options: ReproduceOptions, rows: list[dict[str, Any]]) -> None:
             f"{row['runs']} x {row['cell']:<24} {row['steps']:>7,} steps  {row['tokens']:>15,} tokens  "
             f"{row['flops'] / 1e12:>12,.1f} TFLOP  {row['seconds'] / 60:>9,.1f} min\n"
         )
-    total = sum(row["runs"] * row["seconds"] for row in rows) / 3600
-    sys.stdout.write(f"\nabout {total:,.1f} hours of one process on this machine, evaluation not counted\n")
+    workers = options.workers or default_workers()
+    hours = side_by_side(rows, workers) / 3600
+    sys.stdout.write(f"\nabout {hours:,.1f} hours on this machine, {workers} at a time, without evaluation\n")
 
 
 def _shortened(cell: Cell, steps: int) -> Cell:
     train = cell.config.train
-    few = replace(train, steps=steps, curriculum=min(train.curriculum, steps), eval_batches=1)
+    size, rise = min(train.batch_size, FEW), min(train.curriculum, steps)
+    few = replace(train, steps=steps, batch_size=size, curriculum=rise, eval_batches=1)
     start = None if cell.start is None else _shortened(cell.start, steps)
     return replace(cell, config=replace(cell.config, train=few), start=start)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 from lmsleep.training import RunConfig
@@ -48,6 +49,7 @@ class Recipe:
         read: the ways a trained run is read, by their place on the axis; by default its own.
         value: what is measured: accuracy after training, or the speed of a few training steps.
         caution: what must be said with every result.
+        fine_tuned: the runs from the pretrained weights in a folder; raises ValueError for the scale "demo".
     """
 
     title: str
@@ -58,3 +60,4 @@ class Recipe:
     read: Callable[[RunConfig], dict[int, RunConfig]] | None = None
     value: Value = "accuracy"
     caution: str = ""
+    fine_tuned: Callable[[Scale, Path], list[Cell]] | None = None

@@ -11,18 +11,31 @@ from pathlib import Path
 from typing import Any
 
 from lmsleep.demo import settings
+from lmsleep.hf.finetune import FineTune
 from lmsleep.models import BlockKind, HybridConfig
 from lmsleep.reproduce.recipe import Cell, Recipe, Scale
 from lmsleep.reproduce.results import TIMED_STEPS
 from lmsleep.sleep import Eviction, SleepConfig
 from lmsleep.tasks import MQAR, Depo, GSMInfinite, Rule110
-from lmsleep.training import BASELINES, RunConfig, TrainConfig, baseline, equal_compute
+from lmsleep.training import BASELINES, RunConfig, TrainConfig, baseline, equal_compute, two_stages
 
 ALTERNATING: tuple[BlockKind, ...] = ("attention", "gated_delta_net", "attention", "gated_delta_net")
 PRETRAINED = {
-    "4a": "the weights of Jet-Nemotron 2B",
-    "4b": "the weights of Ouro 1.4B with six memory blocks inserted",
-    "5": "the weights of Ouro 1.4B with six memory blocks inserted",
+    "4a": "jet-ai/Jet-Nemotron-2B",
+    "4b": "ByteDance/Ouro-1.4B",
+    "5": "ByteDance/Ouro-1.4B",
+}  # on the Hugging Face Hub
+# Fine-tuning: operations, tokens of a context, and windows of hard and of sliding eviction.
+GSM_SIZES: dict[Scale, dict[str, Any]] = {
+    "small": {"ops": (1, 4), "length": (400, 700), "hard": 400, "sliding": 128},
+    "paper": {"ops": (1, 8), "length": (2000, 3300), "hard": 2000, "sliding": 512},
+}
+# 1,000 steps of `paper` are by our arithmetic about the 1 - 2 H100-days that the paper gives for a run.
+GSM_TRAIN: dict[Scale, TrainConfig] = {
+    "small": TrainConfig(batch_size=32, accumulate=32, steps=500, lr=1e-3, adam_lr=2e-4, save_every=50),
+    "paper": TrainConfig(
+        batch_size=256, accumulate=128, lr=1e-3, adam_lr=5e-5, save_every=50, eval_batches=2
+    ),
 }
 ON_THE_SPOT = (
     "**No pretrained weights.** Every run starts from a model of four small blocks that was trained on the "
@@ -77,9 +90,9 @@ def retention(scale: Scale, passes: int) -> RunConfig:
 
 def _after_sleeps(run: RunConfig) -> dict[int, RunConfig]:
     """A retention run, read after 1 ... 1000 windows of filler; the long ones on fewer contexts."""
-    task, readings = run.task, {}
+    task, train, readings = run.task, run.train, {}
     assert isinstance(task, MQAR)
-    few = replace(run.train, batch_size=32, eval_batches=1)
+    few = replace(train, batch_size=min(train.batch_size, 32), eval_batches=1)
     for windows in SLEEPS:
         filler = windows * 2 * task.pairs
         other = replace(run, task=replace(task, filler=filler), train=few)
@@ -103,17 +116,54 @@ def _load_by_depth(scale: Scale) -> list[Cell]:
     return cells
 
 
-def _fine_tuned(figure: str) -> Callable[[Scale], list[Cell]]:
+def _on_the_spot(figure: str) -> Callable[[Scale], list[Cell]]:
     """GSM-Infinite with a model that knows it already, but never had to remember: figures 4a, 4b and 5."""
 
     def cells(scale: Scale) -> list[Cell]:
         if scale != "demo":
             raise ValueError(
-                f"figure {figure} at scale={scale} needs {PRETRAINED[figure]}, which this version "
-                "cannot load; scale=demo trains a tiny model on the spot instead"
+                f"figure {figure} at scale={scale} needs pretrained weights: download {PRETRAINED[figure]} "
+                "from the Hugging Face Hub and name its folder with --weights (scale=demo trains a tiny "
+                "model on the spot instead)"
             )
         make = _looped_in_the_middle if figure == "4a" else _with_memory_blocks
         return [make(n, "sliding" if figure == "5" else "hard") for n in (1, 2, 4)]
+
+    return cells
+
+
+def _fine_tuned(figure: str) -> Callable[[Scale, Path], list[Cell]]:
+    """The same from pretrained weights: the paper's setting, or adapters on shorter problems (`small`)."""
+
+    def cells(scale: Scale, weights: Path) -> list[Cell]:
+        if scale == "demo":
+            raise ValueError("weights: scale=demo trains a model on the spot; use scale=small or paper")
+        hybrid, sizes = figure == "4a", GSM_SIZES[scale]
+        eviction: Eviction = "sliding" if figure == "5" else "hard"
+        made = []
+        for n in (1, 2, 4, 6) if hybrid else (1, 2, 4):
+            run = RunConfig(
+                task=GSMInfinite(ops=sizes["ops"], length=sizes["length"], tokenizer=str(weights)),
+                model=FineTune(
+                    folder=weights.resolve(),
+                    train="full" if scale == "paper" else "lora",
+                    insert=0 if hybrid else 6,
+                ),
+                sleep=SleepConfig(
+                    window=sizes[eviction],
+                    passes=n,
+                    eviction=eviction,
+                    loop="middle" if hybrid else None,
+                    checkpoint=True,
+                ),
+                train=GSM_TRAIN[scale],
+            )
+            if hybrid:
+                made.append(Cell(f"N = {n}", run))
+                continue
+            alone, whole = two_stages(run, Path("known when it is trained"))
+            made.append(Cell(f"N = {n}", whole, start=Cell(f"memory layers alone, N = {n}", alone)))
+        return made
 
     return cells
 
@@ -213,8 +263,10 @@ def _update_rules(scale: Scale) -> list[Cell]:
     for rule in rules:
         for n in (1, 4):
             run = depo(scale, n)
-            blocks = tuple(kind if kind == "attention" else rule for kind in run.model.blocks)
-            cells.append(Cell(f"{rule}, N = {n}", replace(run, model=replace(run.model, blocks=blocks))))
+            blocks = tuple(kind if kind == "attention" else rule for kind in run.architecture.blocks)
+            cells.append(
+                Cell(f"{rule}, N = {n}", replace(run, model=replace(run.architecture, blocks=blocks)))
+            )
     return cells
 
 
@@ -223,7 +275,7 @@ def _state_sizes(scale: Scale) -> list[Cell]:
     for size in (4, 8, 16, 32):
         for n in (1, 4):
             run = depo(scale, n)
-            model = replace(run.model, head_dim=size)
+            model = replace(run.architecture, head_dim=size)
             cells.append(Cell(f"{size} x {size} a head, N = {n}", replace(run, model=model)))
     return cells
 
@@ -250,23 +302,26 @@ RECIPES: dict[str, Recipe] = {
     "4a": Recipe(
         "GSM-Infinite: a pretrained hybrid learns to sleep, its middle blocks looped",
         "Paper (Jet-Nemotron 2B, L = 2000): from N = 1 to 6, op 6 .742 to .812, op 8 .351 to .388.",
-        _fine_tuned("4a"),
+        _on_the_spot("4a"),
         ("tokens", "difficulty"),
         caution=ON_THE_SPOT,
+        fine_tuned=_fine_tuned("4a"),
     ),
     "4b": Recipe(
         "GSM-Infinite: a pretrained looped transformer gets memory blocks",
         "Paper (Ouro 1.4B, L = 2000): from N = 1 to 4, op 6 .419 to .615, op 8 .210 to .272.",
-        _fine_tuned("4b"),
+        _on_the_spot("4b"),
         ("tokens", "difficulty"),
         caution=ON_THE_SPOT,
+        fine_tuned=_fine_tuned("4b"),
     ),
     "5": Recipe(
         "GSM-Infinite: the same under sliding windows",
         "Paper (Ouro 1.4B, L = 512): from N = 1 to 4, op 2 .596 to .905, op 6 .251 to .320.",
-        _fine_tuned("5"),
+        _on_the_spot("5"),
         ("tokens", "difficulty"),
         caution=ON_THE_SPOT,
+        fine_tuned=_fine_tuned("5"),
     ),
     "6": Recipe(
         "Training throughput against window and passes",

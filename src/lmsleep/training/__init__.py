@@ -2,8 +2,9 @@
 
 from lmsleep.training.baselines import BASELINES, baseline, equal_compute
 from lmsleep.training.config import RunConfig, TrainConfig
-from lmsleep.training.jobs import Job, run_all
+from lmsleep.training.jobs import Job, default_workers, run_all
 from lmsleep.training.runs import RunFolder, provenance
+from lmsleep.training.stages import two_stages
 from lmsleep.training.trainer import Diverged, Interrupted, Trainer, choose_device, flops_per_step
 
 __all__ = [
@@ -17,8 +18,10 @@ __all__ = [
     "Trainer",
     "baseline",
     "choose_device",
+    "default_workers",
     "equal_compute",
     "flops_per_step",
     "provenance",
     "run_all",
+    "two_stages",
 ]

@@ -46,21 +46,21 @@ def test_time_training(run: RunConfig) -> RunConfig:
     What it trains are the feed-forward layers of the blocks that held fast weights; where such a block has
     none it gets one, of the usual size.
     """
-    held = [i for i, kind in enumerate(run.model.blocks) if kind != "attention"]
+    held = [i for i, kind in enumerate(run.architecture.blocks) if kind != "attention"]
     if not held:
         raise ValueError(
             "blocks: test-time training trains the blocks that held fast weights, there are none"
         )
-    options = run.model.overrides
+    options = run.architecture.overrides
     trained: dict[int, dict[str, Any]] = {}
     for i in held:
         trained[i] = {**options.get(i, {}), "trained_mlp": True}
-        if not run.model.for_block(i).hidden_dim:
+        if not run.architecture.for_block(i).hidden_dim:
             trained[i]["mlp_dim"] = None  # the usual size
     evicted = transformer_evicted(replace(run, sleep=replace(run.sleep, **PLAIN)))
     return replace(
         evicted,
-        model=replace(evicted.model, overrides={**options, **trained}),
+        model=replace(evicted.architecture, overrides={**options, **trained}),
         sleep=replace(evicted.sleep, passes=2, inner_rate=1.0),
     )
 
@@ -77,15 +77,16 @@ def one_pass_longer(run: RunConfig) -> RunConfig:
 
 def one_pass_deeper(run: RunConfig) -> RunConfig:
     """N = 1 for as many training FLOPs, spent on depth: the pattern of blocks goes on."""
-    pattern = run.model.blocks
+    pattern = run.architecture.blocks
     return _grown(
-        run, lambda size: replace(run.model, blocks=tuple(islice(cycle(pattern), len(pattern) + size - 1)))
+        run,
+        lambda size: replace(run.architecture, blocks=tuple(islice(cycle(pattern), len(pattern) + size - 1))),
     )
 
 
 def one_pass_wider(run: RunConfig) -> RunConfig:
     """N = 1 for as many training FLOPs, spent on width: more heads of the same size."""
-    model = run.model
+    model = run.architecture
     group = model.num_heads // (model.num_kv_heads or model.num_heads)  # query heads of a key head
 
     def wider(size: int) -> HybridConfig:
@@ -149,8 +150,8 @@ def _one_pass(sleep: SleepConfig) -> SleepConfig:
 
 
 def _transformer(run: RunConfig, sleep: SleepConfig) -> RunConfig:
-    blocks: list[BlockKind] = ["attention" for _ in run.model.blocks]
-    return replace(run, model=replace(run.model, blocks=tuple(blocks)), sleep=sleep)
+    blocks: list[BlockKind] = ["attention" for _ in run.architecture.blocks]
+    return replace(run, model=replace(run.architecture, blocks=tuple(blocks)), sleep=sleep)
 
 
 def _grown(run: RunConfig, model: Callable[[int], HybridConfig]) -> RunConfig:
@@ -158,7 +159,7 @@ def _grown(run: RunConfig, model: Callable[[int], HybridConfig]) -> RunConfig:
 
     What is left of the FLOPs goes into steps.
     """
-    if run.model.overrides:
+    if run.architecture.overrides:
         raise ValueError("overrides: a larger model leaves open which of its blocks they are for")
     limit, largest = flops_per_step(run), one_pass(run)
     for size in count(2):

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Self, get_args, get_type_hints
 
+from lmsleep.hf.finetune import FineTune
 from lmsleep.models import HybridConfig
 from lmsleep.sleep import SleepConfig
 from lmsleep.tasks import Task, find_task, task_name
@@ -56,7 +57,7 @@ class TrainConfig:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of the blocks; auto: bfloat16 autocast on CUDA, float32 elsewhere. S stays float32."""
     threads: int | None = None
-    """CPU threads; default all."""
+    """CPU threads; default all, or of runs side by side an equal share."""
     data_workers: int = 0
     """Processes that draw batches ahead; 0: the training process draws them itself."""
     tensorboard: bool = False
@@ -93,18 +94,27 @@ class RunConfig:
     """Everything that determines a run."""
 
     task: Task
-    model: HybridConfig
+    model: HybridConfig | FineTune
+    """One with random weights, or a pretrained one."""
     sleep: SleepConfig
     train: TrainConfig
 
     def __post_init__(self) -> None:
-        if self.model.vocab_size != self.task.vocab_size:
-            object.__setattr__(self, "model", replace(self.model, vocab_size=self.task.vocab_size))
-        self.sleep.loop_range(len(self.model.blocks))
         self._check_window()
-        if unknown := set(self.train.inserted) - set(range(len(self.model.blocks))):
-            raise ValueError(f"inserted: no block {min(unknown)} among {len(self.model.blocks)} blocks")
-        if self.sleep.inner_rate is not None and set(self.model.blocks) != {"attention"}:
+        if isinstance(self.model, HybridConfig):
+            self._check_architecture(self.model)
+        elif self.train.start is not None:
+            raise ValueError("start is for models trained from scratch; a fine-tuned one starts from folder")
+        elif self.sleep.inner_rate is not None:
+            raise ValueError("inner_rate trains layers of models trained from scratch (trained_mlp)")
+
+    def _check_architecture(self, model: HybridConfig) -> None:
+        if model.vocab_size != self.task.vocab_size:
+            object.__setattr__(self, "model", replace(model, vocab_size=self.task.vocab_size))
+        self.sleep.loop_range(len(model.blocks))
+        if unknown := set(self.train.inserted) - set(range(len(model.blocks))):
+            raise ValueError(f"inserted: no block {min(unknown)} among {len(model.blocks)} blocks")
+        if self.sleep.inner_rate is not None and set(model.blocks) != {"attention"}:
             raise ValueError(
                 "inner_rate trains S by gradients of gradients, which the recurrences of fast-weight blocks "
                 "do not have: use attention blocks, some with trained_mlp (see --baseline test-time-training)"
@@ -120,6 +130,28 @@ class RunConfig:
             )
 
     @property
+    def architecture(self) -> HybridConfig:
+        """The model, where it must be one that is trained from scratch.
+
+        Raises:
+            ValueError: if it is not.
+        """
+        if isinstance(self.model, HybridConfig):
+            return self.model
+        raise ValueError(f"model: {self.model.folder} is pretrained; this is for models trained from scratch")
+
+    @property
+    def pretrained(self) -> FineTune:
+        """The model, where it must be a pretrained one.
+
+        Raises:
+            ValueError: if it is not.
+        """
+        if isinstance(self.model, FineTune):
+            return self.model
+        raise ValueError("model: this is for pretrained models (FineTune), not for one trained from scratch")
+
+    @property
     def task_name(self) -> str:
         """The name by which `find_task` finds the task's class."""
         return task_name(self.task)
@@ -130,12 +162,13 @@ class RunConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form, read back by `from_dict`; paths are absolute."""
-        task = {k: _plain(v) for k, v in asdict(self.task).items()}
         return {
-            "task": {"name": self.task_name, **task},
-            "model": self.model.to_dict(),
+            "task": {"name": self.task_name, **_plain_dict(self.task)},
+            "model": self.model.to_dict()
+            if isinstance(self.model, HybridConfig)
+            else _plain_dict(self.model),
             "sleep": asdict(self.sleep),
-            "train": {k: _plain(v) for k, v in asdict(self.train).items()},
+            "train": _plain_dict(self.train),
         }
 
     @classmethod
@@ -151,12 +184,20 @@ class RunConfig:
             cls_of_task = find_task(name)
             return cls(
                 task=cls_of_task(**_options(cls_of_task, task)),
-                model=HybridConfig.from_dict(data["model"]),
+                model=_model(data["model"]),
                 sleep=SleepConfig(**_options(SleepConfig, data["sleep"])),
                 train=TrainConfig(**_options(TrainConfig, data["train"])),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a run configuration: {error}") from error
+
+
+def _model(data: Mapping[str, Any]) -> HybridConfig | FineTune:
+    return FineTune(**_options(FineTune, data)) if "folder" in data else HybridConfig.from_dict(data)
+
+
+def _plain_dict(options: Any) -> dict[str, Any]:
+    return {k: _plain(v) for k, v in asdict(options).items()}
 
 
 def _plain(value: Any) -> Any:

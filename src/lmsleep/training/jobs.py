@@ -9,8 +9,11 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from multiprocessing.queues import SimpleQueue
 from pathlib import Path
+from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from lmsleep.training.config import RunConfig
@@ -41,10 +44,16 @@ class Job:
         return math.floor((1 - short.train.decay) * short.train.steps)
 
 
-def run_all(jobs: Sequence[Job], workers: int | None = None) -> None:
-    """Train every run that has no report yet, `workers` at a time (default: one per CPU core).
+def default_workers() -> int:
+    """One for each GPU; where there is none, for each CPU core."""
+    return torch.cuda.device_count() or os.cpu_count() or 1
 
-    A run that was stopped goes on from its last checkpoint.
+
+def run_all(jobs: Sequence[Job], workers: int | None = None) -> None:
+    """Train every run that has no report yet, `workers` at a time (default: `default_workers`).
+
+    GPUs are dealt out to the workers in turn, and CPU cores evenly (where a run does not say its threads). A
+    run that was stopped goes on from its last checkpoint.
 
     Raises:
         ValueError: if a folder holds a run of another configuration.
@@ -57,9 +66,13 @@ def run_all(jobs: Sequence[Job], workers: int | None = None) -> None:
     context = multiprocessing.get_context("spawn")
     lock, failed = context.RLock(), []  # one lock, so that progress bars do not overwrite each other
     tqdm.set_lock(lock)
-    workers = min(workers or os.cpu_count() or 1, len(todo))
+    workers = min(workers or default_workers(), len(todo))
+    numbers = context.SimpleQueue()
+    for number in range(workers):
+        numbers.put(number)
+    started: dict[str, Any] = {"initializer": _start, "initargs": (lock, numbers, workers)}
     with (
-        ProcessPoolExecutor(workers, context, initializer=_start, initargs=(lock,)) as pool,
+        ProcessPoolExecutor(workers, context, **started) as pool,
         tqdm(total=len(jobs), initial=len(jobs) - len(todo), desc="runs", unit="run", position=0) as bar,
         _raising_interrupted(),
     ):
@@ -103,10 +116,14 @@ def _finished(job: Job) -> bool:
     return folder.report() is not None and (job.shorter is None or _finished(job.shorter))
 
 
-def _start(lock: object) -> None:
+def _start(lock: object, numbers: SimpleQueue[int], workers: int) -> None:
     leave_with_parent()
     tqdm.set_lock(lock)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # between runs the parent decides
+    number, gpus = numbers.get(), torch.cuda.device_count()
+    torch.set_num_threads(max((os.cpu_count() or 1) // workers, 1))
+    if gpus:
+        torch.cuda.set_device(number % gpus)
 
 
 def _run(job: Job) -> tuple[Path, str | None]:

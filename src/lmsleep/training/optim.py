@@ -4,28 +4,35 @@ from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 
 from lmsleep.training.config import TrainConfig
+from lmsleep.training.models import Model
 
 # Rows of these few-row projections are independent gates, not a map to be orthogonalised.
-GATES = ("a_proj", "b_proj")
+GATES = ("a_proj", "b_proj", "in_proj_a", "in_proj_b", "in_proj_ba")
 
 
-def optimizers(model: nn.Module, config: TrainConfig) -> list[Optimizer]:
-    """Muon over the weights of linear layers in `model.blocks` (gates excepted), AdamW over all others.
+def optimizers(model: Model, config: TrainConfig) -> list[Optimizer]:
+    """Muon over the weights of linear layers in `model.blocks`, AdamW over all others.
 
-    Parameters that need no gradient are left out.
+    Gates are left to AdamW, and so are adapters, whose two factors are no map by themselves. Parameters that
+    need no gradient are left out.
     """
     matrices = [
         module.weight
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.startswith("blocks.") and not name.endswith(GATES)
+        for name, module in model.blocks.named_modules()
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] not in GATES and "lora_" not in name
     ]
     matrices = [p for p in matrices if p.requires_grad]
     ids = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in ids]
-    return [
-        Muon(matrices, lr=config.lr, weight_decay=config.weight_decay),
-        AdamW(rest, lr=config.adam_lr, weight_decay=config.weight_decay, betas=(0.9, 0.95)),
-    ]
+    adam = AdamW(rest, lr=config.adam_lr, weight_decay=config.weight_decay, betas=(0.9, 0.95))
+    if not matrices:
+        return [adam]
+    return [Muon(matrices, lr=config.lr, weight_decay=config.weight_decay), adam]
+
+
+def learning_rate(optimizer: Optimizer, config: TrainConfig) -> float:
+    """The largest learning rate of one of the `optimizers`."""
+    return config.lr if isinstance(optimizer, Muon) else config.adam_lr
 
 
 def schedule(step: int, config: TrainConfig) -> float:

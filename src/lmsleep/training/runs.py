@@ -2,8 +2,10 @@
 
 RUN/config.json           what determines the run, and where it was made
 RUN/metrics.jsonl         one JSON object per line: training losses and evaluations
-RUN/checkpoints/step-*/   model (config.json, model.safetensors) and trainer.pt
+RUN/checkpoints/step-*/   model (config.json, model.safetensors; of a pretrained model what is trained of it,
+                          trained.safetensors) and trainer.pt
 RUN/report.json           the final evaluation
+RUN/model/                of a pretrained model that was trained to its end: a Hugging Face folder
 """
 
 import json
@@ -19,8 +21,10 @@ from typing import Any
 import torch
 
 from lmsleep.files import write_atomic
-from lmsleep.models import HybridLM
+from lmsleep.hf.finetune import FineTune
+from lmsleep.training import models
 from lmsleep.training.config import RunConfig
+from lmsleep.training.models import Model
 from lmsleep.version import __version__
 
 KEEP = 2  # checkpoints
@@ -114,15 +118,13 @@ class RunFolder:
         lines = [json.dumps(m) + "\n" for m in self.metrics() if m["step"] <= step]
         write_atomic(self.path / "metrics.jsonl", "".join(lines).encode())
 
-    def save_checkpoint(
-        self, step: int, model: HybridLM, trainer: dict[str, Any], name: str = "step"
-    ) -> Path:
+    def save_checkpoint(self, step: int, model: Model, trainer: dict[str, Any], name: str = "step") -> Path:
         """Write a checkpoint beside the others, complete or not at all; keep the newest two."""
         root = self.path / "checkpoints"
         root.mkdir(exist_ok=True)
         final, partial = root / f"{name}-{step:08d}", root / ".partial"
         shutil.rmtree(partial, ignore_errors=True)
-        model.save_pretrained(partial)
+        models.save(model, partial)
         with (partial / "trainer.pt").open("wb") as file:
             torch.save(trainer, file)
             file.flush()
@@ -149,9 +151,24 @@ class RunFolder:
             raise FileNotFoundError(f"{self.path} has no checkpoint yet: lmsleep train --resume {self.path}")
         return found[-1]
 
-    def model(self, device: torch.device | str = "cpu") -> HybridLM:
+    def model(self, device: torch.device | str = "cpu") -> Model:
         """The model of the newest checkpoint."""
-        return HybridLM.from_pretrained(self.latest(), device)
+        return models.load(self.config().model, self.latest(), device).eval()
+
+    @property
+    def exported(self) -> Path:
+        """Where a fine-tuned model is written to."""
+        return self.path / "model"
+
+    def source(self) -> "RunFolder | None":
+        """The run that exports the pretrained model of this one, if it was not finished yet."""
+        model = self.config().model
+        if not isinstance(model, FineTune) or model.folder.exists():
+            return None
+        run = RunFolder(model.folder.parent)
+        return (
+            run if model.folder.name == run.exported.name and (run.path / "config.json").is_file() else None
+        )
 
     def report(self) -> dict[str, Any] | None:
         """The final report, if the run has ended."""

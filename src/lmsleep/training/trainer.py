@@ -17,12 +17,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from lmsleep.evaluation import Score, evaluate, read_batch
+from lmsleep.hf import HFBackbone
+from lmsleep.hf.finetune import FineTune
 from lmsleep.models import HybridLM
+from lmsleep.session import Session
 from lmsleep.sleep import SleepConfig
-from lmsleep.tasks import Batch
+from lmsleep.tasks import Batch, stream
 from lmsleep.training.batches import Batches, draw
-from lmsleep.training.config import RunConfig
-from lmsleep.training.optim import optimizers, schedule
+from lmsleep.training.config import RunConfig, TrainConfig
+from lmsleep.training.models import Model, build, export, load
+from lmsleep.training.optim import learning_rate, optimizers, schedule
 from lmsleep.training.runs import RunFolder
 from lmsleep.training.tracking import Events, installed
 
@@ -30,29 +34,57 @@ LOG_EVERY = 10  # steps between lines of the metrics
 
 
 def flops_per_step(config: RunConfig) -> int:
-    """FLOPs of the forward and backward pass of one training step (its first batch, all N passes)."""
+    """FLOPs of the forward and backward pass of one training step (its first batch, all N passes).
+
+    Samples without padding cost the same, so one of them is counted for all.
+    """
     whole = replace(config, train=replace(config.train, curriculum=0))
-    parts = draw(whole, 0).parts(config.train.accumulate)
-    return sum(_count_flops(HybridLM(config.model), part, config.sleep) for part in parts)
+    model, batch = build(config.model), draw(whole, 0)
+    if batch.lengths is not None or batch.context_lengths is not None:
+        parts = batch.parts(config.train.accumulate)
+        return sum(_count_flops(model, part, config.sleep) for part in parts)
+    samples = batch.parts(config.train.batch_size)
+    one = samples[0]  # with loss in all windows where any has some
+    one = replace(one, loss_mask=one.loss_mask | batch.loss_mask.any(dim=0))
+    return len(samples) * _count_flops(model, one, config.sleep)
 
 
-def first_model(config: RunConfig) -> HybridLM:
-    """What a run begins with: random weights, or those of another run or model.
+def first_model(config: RunConfig, *, bfloat16: bool = False) -> Model:
+    """What a run begins with: random weights, those of another run or model, or a pretrained model.
 
     Raises:
-        FileNotFoundError: if there is no model at `config.train.start`.
+        FileNotFoundError: if there is no model at `config.train.start`, or no pretrained one.
         ValueError: if it does not fit.
     """
-    model, train = HybridLM(config.model), config.train
+    model, train = build(config.model, bfloat16=bfloat16), config.train
+    if isinstance(model, HFBackbone):
+        _check_fit(config, model)
     if train.start is not None:
         folder = RunFolder(train.start)
         is_run = (folder.path / "config.json").is_file() and folder.config_is_run()
         source = folder.model() if is_run else HybridLM.from_pretrained(train.start)
+        assert isinstance(model, HybridLM) and isinstance(source, HybridLM), "RunConfig has checked"
         model.take_weights(source, train.inserted)
     return model
 
 
-def _count_flops(model: HybridLM, batch: Batch, sleep: SleepConfig) -> int:
+def _check_fit(config: RunConfig, model: HFBackbone) -> None:
+    """Raise ValueError where a pretrained model does not fit its run."""
+    task, sleep, known = config.task, config.sleep, model.config.vocab_size
+    if task.vocab_size > known:
+        raise ValueError(
+            f"{config.task_name} has {task.vocab_size} tokens, the model only {known}; use the model's own "
+            "tokenizer (--tokenizer)"
+        )
+    Session(model, replace(sleep, backprop_passes=None))  # refuses what could not be used afterwards
+    first, last = sleep.loop_range(model.num_blocks)
+    if sleep.passes > 1 and not any("fast_weights" in kind for kind in model.kinds[first:last]):
+        raise ValueError(
+            f"loop={sleep.loop} has no block with fast weights, so its passes would write nothing"
+        )
+
+
+def _count_flops(model: Model, batch: Batch, sleep: SleepConfig) -> int:
     with FlopCounterMode(display=False) as counter:
         loss = read_batch(model, batch, sleep).loss
         if loss is not None:
@@ -76,7 +108,7 @@ class Interrupted(RuntimeError):
 class Trainer:
     """Trains one run in its folder. The state after step `i` is a function of the configuration alone."""
 
-    def __init__(self, folder: RunFolder, config: RunConfig, model: HybridLM | None = None) -> None:
+    def __init__(self, folder: RunFolder, config: RunConfig, model: Model | None = None) -> None:
         """Train `model`, by default what the run begins with (raises ValueError or OSError if it cannot)."""
         self.folder, self.config = folder, config
         train = config.train
@@ -86,15 +118,13 @@ class Trainer:
         if train.threads:
             torch.set_num_threads(train.threads)
         torch.manual_seed(train.seed)
-        self.model = (model or first_model(config)).to(self.device)
+        self.autocast = _autocasts(train, self.device)
+        self.model = (model or first_model(config, bfloat16=self.autocast)).to(self.device).train()
         if train.only_inserted:
             for i, block in enumerate(self.model.requires_grad_(False).blocks):
                 block.requires_grad_(i in train.inserted)
         self.optimizers = optimizers(self.model, train)
         self.step, self.tokens, self.flops, self.seconds = 0, 0, 0, 0.0
-        self.autocast = train.precision == "bfloat16" or (
-            train.precision == "auto" and self.device.type == "cuda" and torch.cuda.is_bf16_supported()
-        )
         self.batches = Batches(config)
         self._flops_of: dict[tuple[Any, ...], int] = {}
 
@@ -110,17 +140,12 @@ class Trainer:
         """
         config = config or folder.config()
         path = checkpoint or folder.latest()
-        model = HybridLM.from_pretrained(path)
-        if model.config != config.model:
-            raise ValueError(
-                f"{path} holds a model of another configuration than {folder.path / 'config.json'}"
-            )
-        trainer = cls(folder, config, model)
+        bfloat16 = _autocasts(config.train, choose_device(config.train.device))
+        trainer = cls(folder, config, load(config.model, path, bfloat16=bfloat16))
         try:
             saved = torch.load(path / "trainer.pt", map_location=trainer.device, weights_only=True)
             for optimizer, state in zip(trainer.optimizers, saved["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
-            torch.set_rng_state(saved["rng"].cpu())
             for name in ("step", "tokens", "flops", "seconds"):
                 setattr(trainer, name, saved[name])
         except (
@@ -189,23 +214,27 @@ class Trainer:
     def _finish(self) -> Score:
         score = self.evaluate(4 * self.config.train.eval_batches)
         floors = self.config.task.floors()
+        if isinstance(self.model, HFBackbone) and isinstance(self.config.model, FineTune):
+            export(self.model, self.config.model, self.config.sleep, self.folder.exported)
         self.folder.write_report({**self._position(), "eval": score.to_dict(), "floors": floors})
         return score
 
     def evaluate(self, batches: int) -> Score:
         """Score on held-out samples with the run's own sleep."""
+        self.model.eval()
         with self._autocast():
-            return evaluate(
+            score = evaluate(
                 self.model, self.config.task, self.config.sleep, batches=batches, device=self.device,
                 batch_size=self.config.train.batch_size, parts=self.config.train.accumulate,
             )  # fmt: skip
+        self.model.train()
+        return score
 
     def save(self, name: str = "step") -> Path:
         """Write a checkpoint."""
         state = {
             **self._position(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "rng": torch.get_rng_state(),
         }
         return self.folder.save_checkpoint(self.step, self.model, state, name)
 
@@ -217,9 +246,10 @@ class Trainer:
         flops = sum(self._flops(part, sleep) for part in parts)
         started = time.perf_counter()
         factor = schedule(self.step, train)
-        for optimizer, lr in zip(self.optimizers, (train.lr, train.adam_lr), strict=True):
+        for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = lr * factor
+                group["lr"] = learning_rate(optimizer, train) * factor
+        torch.manual_seed(stream(train.seed, "train", self.step).integers(2**63).item())  # of dropout
         loss = self._backward(parts, sleep)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), train.clip)
         value, norm_value = loss.item(), norm.item()
@@ -283,6 +313,13 @@ class Trainer:
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast)
+
+
+def _autocasts(train: TrainConfig, device: torch.device) -> bool:
+    """Whether blocks compute in bfloat16."""
+    if train.precision != "auto":
+        return train.precision == "bfloat16"
+    return device.type == "cuda" and torch.cuda.is_bf16_supported()
 
 
 @contextmanager

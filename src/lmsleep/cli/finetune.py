@@ -1,0 +1,167 @@
+"""`lmsleep finetune`: a pretrained model learns to sleep."""
+
+import itertools
+import sys
+from dataclasses import dataclass, fields, make_dataclass, replace
+from pathlib import Path
+from typing import get_args
+
+import tyro
+
+from lmsleep.cli.commands import finish
+from lmsleep.cli.options import listed, listed_tasks, parse, task_field
+from lmsleep.hf.finetune import FineTune
+from lmsleep.hf.loading import has_tokenizer
+from lmsleep.sleep import SleepConfig
+from lmsleep.tasks import Split, Task, find_task, stream
+from lmsleep.tasks.tokenizers import HuggingFace
+from lmsleep.training import RunConfig, RunFolder, TrainConfig, Trainer, two_stages
+
+# Rates: Muon's and AdamW's of the paper's fine-tuning; adapters, which AdamW trains, take a usual one.
+TRAIN = TrainConfig(batch_size=16, accumulate=16, lr=1e-3, adam_lr=5e-5, save_every=100, eval_batches=2)
+SLEEP = SleepConfig(window=2000, passes=4, loop="middle", checkpoint=True)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Defaults; every option still overrides them."""
+
+    about: str
+    train: str
+    sleep: SleepConfig = SLEEP
+    adam_lr: float = TRAIN.adam_lr
+    stages: int = 1
+
+
+PRESETS = {
+    "lora": Preset("Adapters beside all linear maps; decays and convolutions in full.", "lora", adam_lr=2e-4),
+    "full": Preset("Every weight: four numbers of float32 for each, adapters take far less.", "full"),
+    "two-stage": Preset(
+        "Memory layers alone, hard eviction, for half of --steps; then everything, sliding windows.",
+        "full",
+        replace(SLEEP, window=512, loop=None, eviction="sliding"),
+        stages=2,
+    ),
+}  # fmt: skip
+
+SAMPLE = "The 2nd of 3,300 tokens; naïve, 睡眠!\n\tdef f(x): return x"  # by which tokenizers are compared
+
+HELP = f"""usage: lmsleep finetune MODEL_DIR --task TASK [OPTIONS]
+       lmsleep finetune --resume RUN
+
+Teach a pretrained model to sleep: a local Hugging Face folder of a hybrid (qwen3_5, qwen3_next, olmo_hybrid,
+kimi_linear, nemotron_h, bamba, granitemoehybrid, falcon_h1, jet_nemotron), or of a model with attention alone
+(llama, qwen3, ouro ...) that gets memory layers (--insert 6). It reads in windows of L tokens and sleeps N
+passes at the end of each; gradients flow through all of it. The run's folder gets checkpoints, metrics, a
+report and, at its end, model/: a Hugging Face folder, adapters merged, which says how it sleeps.
+
+  lmsleep finetune Qwen3.5-2B --task gsm-infinite --passes 4 --window 2000 --lora 16
+  lmsleep finetune Qwen3.5-2B --task text --data book.txt --length 4096 --window 1024
+  lmsleep finetune Ouro-1.4B --task gsm-infinite --preset two-stage --insert 6
+
+Presets (--preset NAME):
+{listed({name: preset.about for name, preset in PRESETS.items()})}
+
+Memory: --accumulate K reads a batch in K parts (default: one sequence at a time), and --checkpoint (on by
+default) keeps no activations of a window. On CUDA blocks compute in bfloat16 (autocast) and what is trained
+is float32; --precision bfloat16 does so elsewhere. A run that was stopped goes on exactly where it was.
+
+{listed_tasks()}
+
+Tokens are those of the model's own tokenizer. All options, with their defaults: lmsleep finetune MODEL_DIR
+--task TASK --help
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(FineTune):
+    """What is trained."""
+
+    folder: tyro.conf.Suppress[Path] = Path()  # the first argument
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Where the run goes and what it starts from."""
+
+    task: str
+    """What is learned; see lmsleep finetune --help."""
+    out: Path | None = None
+    """Folder of the run, which must not exist; default runs/MODEL-TASK-N<passes>-seed<seed>."""
+    preset: str = "lora"
+    """Named setting that provides all defaults shown here: lora, full or two-stage."""
+
+
+def finetune(argv: list[str]) -> None:
+    """`lmsleep finetune MODEL_DIR --task TASK [OPTIONS]` or `lmsleep finetune --resume RUN`."""
+    if not argv or argv[0] in ("-h", "--help"):
+        sys.stdout.write(HELP)
+    elif argv[0] == "--resume":
+        if len(argv) != 2:
+            raise ValueError("--resume takes the folder of a run and nothing else: its own options hold")
+        finish(RunFolder.open(argv[1]))
+    else:
+        finish(*_new_run(Path(argv[0]), argv[1:]))
+
+
+def _new_run(folder: Path, argv: list[str]) -> tuple[RunFolder, Trainer]:
+    """The folder of a new run, and the trainer of its first stage."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder} with a model; nothing is downloaded")
+    given = _given(argv)
+    if "task" not in given:
+        raise ValueError("--task: name what is learned, for example gsm-infinite (lmsleep finetune --help)")
+    name = given["task"]
+    if (preset := PRESETS.get(given.get("preset", "lora"))) is None:
+        raise ValueError(f"preset={given['preset']!r} is unknown; choose one of {', '.join(PRESETS)}")
+    cls = find_task(name)
+    if "tokenizer" in {f.name for f in fields(cls)} and "tokenizer" not in given:
+        argv = [*argv, "--tokenizer", str(folder)]
+    Options = make_dataclass(
+        "Options",
+        [
+            task_field(name, {}),
+            ("model", ModelOptions, ModelOptions(train=preset.train)),  # type: ignore[arg-type]
+            ("sleep", SleepConfig, preset.sleep),
+            ("train", TrainConfig, replace(TRAIN, adam_lr=preset.adam_lr)),
+            ("run", RunOptions),
+        ],
+        frozen=True,
+        kw_only=True,
+    )
+    options = parse(Options, argv, f"lmsleep finetune {folder}", cls.__doc__)
+    _check_tokenizer(folder, options.task)
+    own = {f.name: getattr(options.model, f.name) for f in fields(FineTune)}
+    model = FineTune(**{**own, "folder": folder.resolve()})
+    config = RunConfig(task=options.task, model=model, sleep=options.sleep, train=options.train)
+    kind = name.rpartition(":")[2]
+    default = f"{folder.resolve().name}-{kind}-N{config.sleep.passes}-seed{config.train.seed}"
+    out = options.run.out or Path("runs") / default
+    for split in get_args(Split):  # first, and the trainer too: what cannot begin leaves no folder
+        config.task.batch(stream(config.train.seed, split, 0), 1, split)
+    if preset.stages == 1:
+        trainer = Trainer(RunFolder(out), config)
+        return RunFolder.create(out, config), trainer
+    before = RunFolder(out.with_name(f"{out.name}-memory-layers"))
+    first, second = two_stages(config, before.path)
+    trainer = Trainer(before, first)
+    RunFolder.create(before.path, first)
+    return RunFolder.create(out, second), trainer
+
+
+def _given(argv: list[str]) -> dict[str, str]:
+    """Options with one value, as they stand on the command line: --preset NAME, --preset=NAME."""
+    words = [word for argument in argv for word in argument.split("=", 1)]
+    return {a.removeprefix("--"): b for a, b in itertools.pairwise(words) if a.startswith("--")}
+
+
+def _check_tokenizer(folder: Path, task: Task) -> None:
+    """Raise ValueError if a task's text is not in the tokens of the model."""
+    given = getattr(task, "tokenizer", None)
+    if given is None or Path(given).resolve() == folder.resolve():
+        return
+    if not has_tokenizer(folder):
+        return
+    own = HuggingFace(folder)
+    if not Path(given).is_dir() or HuggingFace(Path(given)).encode(SAMPLE) != own.encode(SAMPLE):
+        raise ValueError(f"tokenizer={given!r} is not that of the model in {folder}; leave the option out")

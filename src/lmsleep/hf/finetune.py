@@ -1,0 +1,204 @@
+"""Fine-tuning: which weights of a pretrained model are trained, and what becomes of them."""
+
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import nn
+
+from lmsleep.files import write_atomic
+from lmsleep.hf.backbone import HFBackbone, adapt
+from lmsleep.hf.insertion import insert_memory_layers
+from lmsleep.hf.loading import load_pretrained
+from lmsleep.hf.lora import add_adapters, is_adapted, update
+from lmsleep.layers import MemoryKind, MemoryLayer
+from lmsleep.sleep import SleepConfig
+
+Trained = Literal["lora", "memory", "full"]
+WEIGHTS = "trained.safetensors"
+# What an exported model does not take from the folder it was made from: weights, and what describes them.
+NOT_COPIED = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.index.json", "config.json", "README.md")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineTune:
+    """A pretrained model and which of its weights are trained."""
+
+    folder: Path
+    """Hugging Face folder of the model."""
+    train: Trained = "lora"
+    """lora: adapters beside the linear maps of all blocks, those of the fast weights included, and whatever
+    else fast weights are made with (decays, short convolutions, norms). memory: the layers with fast weights
+    alone. full: everything."""
+    lora: int = 16
+    """Rank of the adapters."""
+    lora_alpha: float = 32.0
+    """Their scale is lora_alpha / lora."""
+    lora_dropout: float = 0.0
+    """Dropout on what the adapters read."""
+    insert: int = 0
+    """Memory layers to add to a model that has only attention; the paper: 6. They are trained in full."""
+    insert_kind: MemoryKind = "jet"
+    """jet (a JetBlock) or gated_delta_net."""
+    targets: tuple[str, ...] = ()
+    """Linear maps that get adapters, by the last part of their names (q_proj out_proj ...); default: all
+    inside the blocks but routers of experts."""
+
+    def __post_init__(self) -> None:
+        if self.train not in get_args(Trained):
+            raise ValueError(f"train must be one of {', '.join(get_args(Trained))}, got {self.train!r}")
+        if self.lora < 1:
+            raise ValueError(f"lora must be a rank of at least 1, got {self.lora}")
+        if not self.lora_alpha > 0:
+            raise ValueError(f"lora_alpha must be positive, got {self.lora_alpha}")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout must be at least 0 and less than 1, got {self.lora_dropout}")
+        if self.insert < 0:
+            raise ValueError(f"insert must not be negative, got {self.insert}")
+        if self.targets and self.train != "lora":
+            raise ValueError(f"targets are maps that get adapters; train={self.train!r} has none")
+
+
+def pretrained_backbone(options: FineTune, *, bfloat16: bool = False) -> HFBackbone:
+    """The model of the folder in float32, ready to be trained; adapters are new and change nothing yet.
+
+    Args:
+        options: the folder and what is trained.
+        bfloat16: it will run under autocast to bfloat16, which rounds matrices in any case: frozen ones that
+            the folder holds in bfloat16 stay so, with the same result in half the memory.
+
+    Raises:
+        FileNotFoundError: if the folder holds no model.
+        ValueError: if it cannot be loaded, cannot sleep, or has no map of the name of a target.
+    """
+    model = _start(options)
+    halved = {id(p) for p in model.parameters() if p.dtype is torch.bfloat16}
+    backbone = adapt(model.float())
+    _choose(backbone, options)
+    if bfloat16:
+        for module in backbone.blocks.modules():
+            if (
+                isinstance(module, nn.Linear)
+                and not module.weight.requires_grad
+                and id(module.weight) in halved
+            ):
+                module.weight.data = module.weight.data.bfloat16()
+    return backbone
+
+
+def _start(options: FineTune) -> Any:
+    """The model that is trained, as it is in the folder but for memory layers that are inserted."""
+    model = load_pretrained(options.folder)
+    if getattr(model.config, "total_ut_steps", 1) > 1:
+        model.config.total_ut_steps = 1  # Ouro: the loop moves from waking to sleep
+    if options.insert:
+        insert_memory_layers(model, options.insert, options.insert_kind)
+    return model
+
+
+def _choose(backbone: HFBackbone, options: FineTune) -> None:
+    """Let the weights that are trained require gradients, and no others."""
+    backbone.requires_grad_(options.train == "full")
+    layers = memory_layers(backbone)
+    if options.train == "memory":
+        for layer in layers:
+            layer.requires_grad_(True)
+    if options.train != "lora":
+        return
+    add_adapters(
+        backbone.blocks,
+        rank=options.lora,
+        alpha=options.lora_alpha,
+        dropout=options.lora_dropout,
+        targets=options.targets,
+        skip=[layer for layer in layers if isinstance(layer, MemoryLayer)],
+    )
+    for layer in layers:
+        for module in layer.modules():
+            if isinstance(layer, MemoryLayer) or not isinstance(module, nn.Linear):
+                for p in module.parameters(recurse=False):
+                    p.requires_grad_(True)
+
+
+def memory_layers(backbone: HFBackbone) -> list[nn.Module]:
+    """The layers with fast weights, one of each block that has any: those with a decay, `A_log`."""
+    return [
+        layer
+        for block in backbone.blocks
+        for layer in block.children()
+        if any(name.endswith("A_log") for name, _ in layer.named_parameters())
+    ]
+
+
+def save_trained(backbone: HFBackbone, folder: Path) -> None:
+    """Write the weights that are trained into `folder`, which is made if missing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        name: p.detach().cpu().contiguous()
+        for name, p in backbone.model.named_parameters()
+        if p.requires_grad
+    }
+    write_atomic(folder / WEIGHTS, save(tensors, {"format": "pt"}))
+
+
+@torch.no_grad()
+def load_trained(backbone: HFBackbone, folder: Path) -> None:
+    """Take what `save_trained` wrote.
+
+    Raises:
+        FileNotFoundError: if there is nothing.
+        ValueError: for a damaged file, or one of other weights.
+    """
+    path = folder / WEIGHTS
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no fine-tuned weights: {WEIGHTS} is missing")
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    trained = {name: p for name, p in backbone.model.named_parameters() if p.requires_grad}
+    if {n: p.shape for n, p in trained.items()} != {n: t.shape for n, t in tensors.items()}:
+        raise ValueError(f"{path} holds other weights than those that the configuration trains")
+    for name, p in trained.items():
+        p.copy_(tensors[name])
+
+
+@torch.no_grad()
+def merged(backbone: HFBackbone, options: FineTune) -> Any:
+    """The model of the folder, in its dtypes, with what was trained put in and adapters added to their maps.
+
+    The backbone is left as it is.
+    """
+    model = _start(options)
+    for name, module in backbone.model.named_modules():
+        if is_adapted(module):
+            weight = model.get_parameter(f"{name}.weight")
+            weight.copy_(weight.float() + update(module).to(weight.device))
+    own = dict(model.named_parameters())
+    for name, p in backbone.model.named_parameters():
+        if p.requires_grad and name in own:
+            own[name].copy_(p)
+    return model
+
+
+def export(backbone: HFBackbone, options: FineTune, sleep: SleepConfig, folder: Path) -> None:
+    """Write the merged model as a Hugging Face folder, complete or not at all.
+
+    It is that of `sleepify(...).save_pretrained`: config.json says how the model sleeps. The tokenizer and
+    other small files come along. What stood at `folder` is replaced.
+    """
+    from lmsleep.hf.sleeping import sleepify  # which imports transformers
+
+    model = sleepify(merged(backbone, options), replace(sleep, backprop_passes=None, checkpoint=False))
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    for file in options.folder.iterdir():
+        if file.is_file() and not any(map(file.match, NOT_COPIED)) and not (partial / file.name).exists():
+            shutil.copy(file, partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)

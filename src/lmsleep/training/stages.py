@@ -1,0 +1,30 @@
+"""The recipe for memory layers that a model does not use yet."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from lmsleep.training.config import RunConfig
+from lmsleep.training.runs import RunFolder
+
+
+def two_stages(run: RunConfig, first: Path) -> tuple[RunConfig, RunConfig]:
+    """Fine-tune the memory layers alone, under hard eviction if N > 1; then go on as `run` says.
+
+    After section 6.4 of the paper: while attention slides, new memory layers are not needed and stay unused.
+    There the first stage takes one epoch and the second two, so here the first has half as many steps.
+
+    Args:
+        run: the second stage, of the model that the first begins with.
+        first: folder of the run of the first stage, whose exported model the second stage takes.
+
+    Raises:
+        ValueError: for a run that does not fine-tune a pretrained model.
+    """
+    model, sleep, train = run.pretrained, run.sleep, run.train
+    alone = replace(
+        run,
+        model=replace(model, train="memory", targets=()),
+        sleep=replace(sleep, eviction="hard") if sleep.passes > 1 else sleep,
+        train=replace(train, steps=max(train.steps // 2, 1)),
+    )
+    return alone, replace(run, model=replace(model, folder=RunFolder(first).exported.resolve(), insert=0))

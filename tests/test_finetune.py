@@ -1,0 +1,260 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import close, run_command
+from hf_models import VOCAB, family
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
+from transformers import PreTrainedTokenizerFast
+
+from lmsleep import SleepConfig, adapt, sleep_forward
+from lmsleep.cli.opening import SleepOptions, new_session
+from lmsleep.hf import load_pretrained
+from lmsleep.hf.finetune import FineTune, memory_layers, merged, pretrained_backbone
+from lmsleep.tasks import MQAR
+from lmsleep.tasks.gsm_infinite.language import tokenizer
+from lmsleep.tasks.tokenizers import HuggingFace
+from lmsleep.training import RunConfig, RunFolder, TrainConfig, Trainer
+
+SLEEP = SleepConfig(window=4, passes=2)
+TOKENS = torch.randint(0, VOCAB, (2, 7), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    made: dict[str, Path] = {}
+
+    def saved(name: str) -> Path:
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp(name)
+            family(name).save_pretrained(made[name])
+        return made[name]
+
+    return saved
+
+
+def loss_of(backbone):
+    return sleep_forward(backbone, TOKENS, torch.ones_like(TOKENS, dtype=torch.bool), SLEEP).loss
+
+
+def stirred(backbone, seed: int = 0):
+    # As after some training: everything that is trained has moved, adapters do something.
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for p in backbone.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p) * 0.1)
+    return backbone
+
+
+# Routers and experts, Mamba-2 whose output projection peft refuses, a layer made of parts.
+@pytest.mark.parametrize(
+    "name", ["qwen3_next", "kimi_linear", "nemotron_h", "jet_nemotron", "llama_with_jet"]
+)
+def test_adapters_train_what_they_should_and_merge(name, folder):
+    options = FineTune(folder=folder(name), lora=2, lora_alpha=4.0)
+    plain, tuned = adapt(family(name)), pretrained_backbone(options)
+    assert torch.equal(loss_of(plain), loss_of(tuned))  # new adapters change nothing
+    layers, blocks = memory_layers(tuned), tuned.blocks
+    assert len(layers) == sum("fast_weights" in kind for kind in tuned.kinds)
+
+    inside = {id(p) for layer in layers for p in layer.parameters()}
+    trained = {n: p for n, p in blocks.named_parameters() if p.requires_grad}
+    assert {id(p) for p in tuned.parameters() if p.requires_grad} == {id(p) for p in trained.values()}
+    assert all("lora_" in n or id(p) in inside for n, p in trained.items())
+    for word in ("A_log", "dt_bias"):
+        assert sum(n.endswith(word) for n in trained) == len(layers)
+    maps = {n for n, m in adapt(family(name)).blocks.named_modules() if isinstance(m, nn.Linear)}
+    adapted = {n.partition(".lora_A")[0] for n in trained if "lora_A" in n}
+    whole = {n for n in maps if ".memory." in n}  # inserted layers have nothing to be close to
+    assert adapted == {n for n in maps - whole if not n.endswith("shared_expert_gate")}
+    assert {f"{n}.weight" for n in whole} <= set(trained)
+    if name == "nemotron_h":
+        assert any("conv1d.weight" in n for n in trained) and any("out_proj.lora_A" in n for n in trained)
+
+    loss_of(stirred(tuned)).backward()
+    idle = {n for n, p in trained.items() if p.grad is None or not p.grad.abs().any()}
+    assert not idle
+    assert all(p.grad is None for p in tuned.parameters() if not p.requires_grad)
+
+    before = loss_of(tuned)
+    assert not close(before, loss_of(plain), 1e-3)
+    assert close(loss_of(adapt(merged(tuned, options))), before, 1e-5)
+    assert torch.equal(loss_of(tuned), before)  # which merging leaves alone
+
+
+@pytest.mark.parametrize("train", ["memory", "full"])
+def test_only_the_memory_layers_or_everything(train, folder):
+    options = FineTune(folder=folder("jet_nemotron"), train=train)
+    tuned = stirred(pretrained_backbone(options))
+    moved = {n for n, p in tuned.model.named_parameters() if p.requires_grad}
+    everything = {n for n, _ in tuned.model.named_parameters()}
+    memory = ("model.layers.0.self_attn.", "model.layers.2.self_attn.")
+    assert moved == (everything if train == "full" else {n for n in everything if n.startswith(memory)})
+    assert close(loss_of(adapt(merged(tuned, options))), loss_of(tuned), 1e-6)
+
+
+def test_frozen_matrices_in_bfloat16_give_the_same_result(tmp_path):
+    family("jet_nemotron").bfloat16().save_pretrained(tmp_path)
+    losses = []
+    for bfloat16 in (False, True):
+        torch.manual_seed(1)  # of the adapters
+        tuned = stirred(pretrained_backbone(FineTune(folder=tmp_path, lora=2), bfloat16=bfloat16))
+        halved = [p for p in tuned.parameters() if p.dtype is torch.bfloat16]
+        assert bool(halved) == bfloat16 and not any(p.requires_grad for p in halved)
+        with torch.autocast("cpu", torch.bfloat16):
+            losses.append(loss_of(tuned))
+    assert torch.equal(*losses)
+    model = merged(tuned, FineTune(folder=tmp_path, lora=2))
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}  # as it was
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"train": "some"}, "^train must be one of lora, memory, full, got 'some'"),
+        ({"lora": 0}, "^lora must be a rank of at least 1, got 0"),
+        ({"lora_alpha": 0.0}, "^lora_alpha must be positive"),
+        ({"lora_dropout": 1.0}, "^lora_dropout must be at least 0 and less than 1, got 1.0"),
+        ({"train": "full", "targets": ("q_proj",)}, "^targets are maps that get adapters; train='full' has"),
+        ({"targets": ("q", "out_proj")}, "^targets: no linear map is called out_proj, q; there are a_proj, "),
+    ],
+)
+def test_what_cannot_be_trained_is_named(options, message, folder):
+    with pytest.raises(ValueError, match=message):
+        pretrained_backbone(FineTune(folder=folder("jet_nemotron"), **options))
+
+
+def run(folder: Path, **options) -> RunConfig:
+    task = MQAR(pairs=4, keys=6, values=5, queries=2)
+    train = {"steps": 2, "batch_size": 2, "lr": 0.01, "adam_lr": 0.01, "eval_batches": 1, "threads": 1}
+    return RunConfig(
+        task=task,
+        model=FineTune(folder=folder, lora=2, **options),
+        sleep=SleepConfig(window=8, passes=2, checkpoint=True),
+        train=TrainConfig(**train, warmup=0, save_every=1),
+    )
+
+
+@pytest.mark.parametrize("options", [{"lora_dropout": 0.3}, {"train": "full"}])
+def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(options, folder, tmp_path):
+    config = run(folder("jet_nemotron"), **options)
+    whole = Trainer(RunFolder.create(tmp_path / "whole", config), config)
+    whole.fit()
+    Trainer(RunFolder.create(tmp_path / "parts", config), config).fit(until=1)
+    resumed = Trainer.resume(RunFolder.open(tmp_path / "parts"))
+    resumed.fit()
+    ends = [dict(t.model.named_parameters()) for t in (whole, resumed)]
+    assert all(torch.equal(p, ends[1][name]) for name, p in ends[0].items())
+    reports = [RunFolder.open(tmp_path / name).report()["eval"] for name in ("whole", "parts")]
+    assert reports[0] == reports[1]
+
+
+@pytest.fixture(scope="module")
+def with_words(tmp_path_factory):
+    # A model and its tokenizer, of the words of the problems.
+    names = [*tokenizer("words").words, "Answer", ":", "<end>", "<unknown>"]
+    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(names)}, unk_token="<unknown>"))
+    splits = [pre_tokenizers.Whitespace(), pre_tokenizers.Digits(individual_digits=True)]
+    words.pre_tokenizer = pre_tokenizers.Sequence(splits)
+    saved = {}
+    for name in ("jet_nemotron", "llama"):
+        saved[name] = tmp_path_factory.mktemp("with_words") / name
+        model = family(name)
+        model.resize_token_embeddings(len(names), mean_resizing=False)
+        model.save_pretrained(saved[name])
+        PreTrainedTokenizerFast(
+            tokenizer_object=words, unk_token="<unknown>", eos_token="<end>"
+        ).save_pretrained(saved[name])
+    return saved
+
+
+GSM = [
+    "--task", "gsm-infinite", "--subset", "medium", "--mode", "forward", "--ops", 2, 2, "--length", 0, 100,
+    "--no-noise", "--window", 32, "--passes", 2, "--batch-size", 2, "--accumulate", 2, "--eval-batches", 1,
+    "--threads", 1,
+]  # fmt: skip
+
+
+def test_a_model_learns_to_sleep_and_comes_out_as_a_folder(with_words, tmp_path, capsys):
+    out = tmp_path / "run"
+    options = ["--steps", 8, "--lora", 4, "--adam-lr", 0.02, "--warmup", 0, "--out", out]
+    code, said, errors = run_command(capsys, "finetune", with_words["jet_nemotron"], *GSM, *options)
+    assert code == 0, errors
+    assert f"{out}/model is the model" in said and "constant" in said
+    folder = RunFolder.open(out)
+    config = folder.config()
+    before = Trainer(RunFolder(tmp_path / "unused"), config).evaluate(4)
+    after = folder.report()["eval"]
+    assert after["bits"] < before.bits() - 0.5
+
+    made = json.loads((out / "model/config.json").read_text())
+    assert (made["sleep"]["passes"], made["sleep"]["window"]) == (2, 32)
+    assert "that sleeps" in (out / "model/README.md").read_text()
+    assert not any("lora" in name for name, _ in load_pretrained(out / "model").named_parameters())
+    merged_score = Trainer(
+        RunFolder(tmp_path / "unused"), replace(config, model=FineTune(folder=out / "model"))
+    ).evaluate(4)
+    assert abs(merged_score.bits() - after["bits"]) < 1e-4
+    assert load_pretrained(out / "model").config.vocab_size == len(tokenizer("words").words) + 4
+
+    code, said, _ = run_command(capsys, "eval", out, "--passes", 1, 2, "--batches", 1)
+    assert code == 0 and "N = 1:" in said and "N = 2:" in said
+    code, said, _ = run_command(capsys, "info", out)
+    assert code == 0 and "fast_weights attention fast_weights attention" in said
+    assert run_command(capsys, "info", out / "model")[0] == 0
+    assert isinstance(new_session(out, SleepOptions()).tokenizer, HuggingFace)
+    assert run_command(capsys, "plot", out, "--out", tmp_path / "curves.png")[0] == 0
+
+
+def test_two_stages_train_inserted_layers_then_everything(with_words, tmp_path, capsys):
+    out = tmp_path / "run"
+    options = ["--preset", "two-stage", "--insert", 2, "--steps", 2, "--out", out]
+    code, _, errors = run_command(capsys, "finetune", with_words["llama"], *GSM, *options)
+    assert code == 0, errors
+    first, second = (RunFolder.open(path).config() for path in (tmp_path / "run-memory-layers", out))
+    assert (first.model.train, first.sleep.eviction, first.train.steps) == ("memory", "hard", 1)
+    assert (second.model.train, second.sleep.eviction, second.train.steps) == ("full", "sliding", 2)
+    base, warm, end = map(load_pretrained, (with_words["llama"], first_model(out), out / "model"))
+    weights = dict(warm.named_parameters())
+    assert all(torch.equal(p, weights[name]) for name, p in base.named_parameters())
+    moved = {n for n, p in end.named_parameters() if not torch.equal(p, weights[n])}
+    assert {n for n in weights if ".memory." not in n} & moved and {n for n in moved if ".memory." in n}
+
+
+def first_model(out: Path) -> Path:
+    return out.with_name(f"{out.name}-memory-layers") / "model"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--task", "mqar", "--loop", "1", "2"], "loop=(1, 2) has no block with fast weights"),
+        (["--task", "mqar", "--loop", "0", "9"], "loop=(0, 9) reaches outside the model"),
+        (["--task", "mqar", "--wake-passes", "2"], "wake_passes"),
+        (["--task", "mqar", "--keys", "900"], "tokens, the model only"),
+        ([], "--task: name what is learned"),
+        (["--task", "mqar", "--preset", "none"], "preset='none' is unknown; choose one of lora, full, two-"),
+        (["--task", "gsm-infinite", "--tokenizer", "bytes"], "tokenizer='bytes' is not that of the model in"),
+        (["--task", "mqar", "--insert", "2"], "has more than attention already"),
+        (["--task", "mqar", "--start", "x"], "start is for models trained from scratch"),
+        (
+            ["--task", "mqar", "--inner-rate", "1", "--no-checkpoint", "--loop", "None"],
+            "inner_rate trains layers",
+        ),
+    ],
+)
+def test_what_does_not_fit_leaves_no_run(argv, message, with_words, tmp_path, capsys):
+    code, _, errors = run_command(
+        capsys, "finetune", with_words["jet_nemotron"], *argv, "--out", tmp_path / "run"
+    )
+    assert code == 2 and message in errors and not (tmp_path / "run").exists()
+
+
+def test_a_folder_without_a_model_is_named(tmp_path, capsys):
+    for folder, message in ((tmp_path / "none", "there is no folder"), (tmp_path, "holds no model")):
+        code, _, errors = run_command(capsys, "finetune", folder, "--task", "mqar", "--out", tmp_path / "run")
+        assert code == 2 and message in errors and not (tmp_path / "run").exists()
