@@ -5,15 +5,18 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import close, run_command
-from hf_models import VOCAB, family
+from hf_models import HEADS, JET, SMALL, VOCAB, family
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lmsleep import SleepConfig, adapt, sleep_forward
 from lmsleep.cli.opening import SleepOptions, new_session
 from lmsleep.hf import load_pretrained
 from lmsleep.hf.finetune import FineTune, memory_layers, merged, pretrained_backbone
+from lmsleep.hf.jet_nemotron import JetNemotronConfig, JetNemotronForCausalLM
+from lmsleep.reproduce import RECIPES, recipes
+from lmsleep.reproduce.command import _chain
 from lmsleep.tasks import MQAR
 from lmsleep.tasks.gsm_infinite.language import tokenizer
 from lmsleep.tasks.tokenizers import HuggingFace
@@ -140,8 +143,8 @@ def run(folder: Path, **options) -> RunConfig:
 
 
 @pytest.mark.parametrize("options", [{"lora_dropout": 0.3}, {"train": "full"}])
-def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(options, folder, tmp_path):
-    config = run(folder("jet_nemotron"), **options)
+def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(options, with_words, tmp_path):
+    config = run(with_words["jet_nemotron"], **options)
     whole = Trainer(RunFolder.create(tmp_path / "whole", config), config)
     whole.fit()
     Trainer(RunFolder.create(tmp_path / "parts", config), config).fit(until=1)
@@ -161,10 +164,16 @@ def with_words(tmp_path_factory):
     splits = [pre_tokenizers.Whitespace(), pre_tokenizers.Digits(individual_digits=True)]
     words.pre_tokenizer = pre_tokenizers.Sequence(splits)
     saved = {}
-    for name in ("jet_nemotron", "llama"):
+    sizes = {**SMALL, **HEADS, "vocab_size": len(names), "num_hidden_layers": 2}
+    jet = {"jet": JET, "swa": {"window_size": 4}}
+    torch.manual_seed(0)
+    for name, model in (
+        ("jet_nemotron", JetNemotronForCausalLM(
+            JetNemotronConfig(**sizes, layer_types=["jet", "attn"], efficient_attention_config=jet,
+                              bos_token_id=None, eos_token_id=None))),
+        ("llama", LlamaForCausalLM(LlamaConfig(**sizes))),
+    ):  # fmt: skip
         saved[name] = tmp_path_factory.mktemp("with_words") / name
-        model = family(name)
-        model.resize_token_embeddings(len(names), mean_resizing=False)
         model.save_pretrained(saved[name])
         PreTrainedTokenizerFast(
             tokenizer_object=words, unk_token="<unknown>", eos_token="<end>"
@@ -189,7 +198,7 @@ def test_a_model_learns_to_sleep_and_comes_out_as_a_folder(with_words, tmp_path,
     config = folder.config()
     before = Trainer(RunFolder(tmp_path / "unused"), config).evaluate(4)
     after = folder.report()["eval"]
-    assert after["bits"] < before.bits() - 0.5
+    assert after["bits"] < before.bits() - 0.2
 
     made = json.loads((out / "model/config.json").read_text())
     assert (made["sleep"]["passes"], made["sleep"]["window"]) == (2, 32)
@@ -204,7 +213,7 @@ def test_a_model_learns_to_sleep_and_comes_out_as_a_folder(with_words, tmp_path,
     code, said, _ = run_command(capsys, "eval", out, "--passes", 1, 2, "--batches", 1)
     assert code == 0 and "N = 1:" in said and "N = 2:" in said
     code, said, _ = run_command(capsys, "info", out)
-    assert code == 0 and "fast_weights attention fast_weights attention" in said
+    assert code == 0 and "fast_weights attention" in said
     assert run_command(capsys, "info", out / "model")[0] == 0
     assert isinstance(new_session(out, SleepOptions()).tokenizer, HuggingFace)
     assert run_command(capsys, "plot", out, "--out", tmp_path / "curves.png")[0] == 0
@@ -218,6 +227,10 @@ def test_two_stages_train_inserted_layers_then_everything(with_words, tmp_path, 
     first, second = (RunFolder.open(path).config() for path in (tmp_path / "run-memory-layers", out))
     assert (first.model.train, first.sleep.eviction, first.train.steps) == ("memory", "hard", 1)
     assert (second.model.train, second.sleep.eviction, second.train.steps) == ("full", "sliding", 2)
+    assert RunFolder.open(out).source() is None  # it is finished
+    first_model(out).rename(tmp_path / "elsewhere")
+    assert RunFolder.open(out).source().path == first_model(out).parent
+    (tmp_path / "elsewhere").rename(first_model(out))
     base, warm, end = map(load_pretrained, (with_words["llama"], first_model(out), out / "model"))
     weights = dict(warm.named_parameters())
     assert all(torch.equal(p, weights[name]) for name, p in base.named_parameters())
@@ -239,8 +252,8 @@ def first_model(out: Path) -> Path:
         ([], "--task: name what is learned"),
         (["--task", "mqar", "--preset", "none"], "preset='none' is unknown; choose one of lora, full, two-"),
         (["--task", "gsm-infinite", "--tokenizer", "bytes"], "tokenizer='bytes' is not that of the model in"),
-        (["--task", "mqar", "--insert", "2"], "has more than attention already"),
-        (["--task", "mqar", "--start", "x"], "start is for models trained from scratch"),
+        (["--task", "mqar", "--insert", "2"], "has fast weights already"),
+        (["--task", "mqar", "--start", "x"], "--start"),
         (
             ["--task", "mqar", "--inner-rate", "1", "--no-checkpoint", "--loop", "None"],
             "inner_rate trains layers",
@@ -258,3 +271,52 @@ def test_a_folder_without_a_model_is_named(tmp_path, capsys):
     for folder, message in ((tmp_path / "none", "there is no folder"), (tmp_path, "holds no model")):
         code, _, errors = run_command(capsys, "finetune", folder, "--task", "mqar", "--out", tmp_path / "run")
         assert code == 2 and message in errors and not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_figure_is_made_from_weights(with_words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    sizes = {"ops": (1, 1), "length": (0, 200), "hard": 64, "sliding": 64}
+    train = TrainConfig(batch_size=2, eval_batches=1, threads=1)
+    monkeypatch.setitem(recipes.GSM_SIZES, "small", sizes)
+    monkeypatch.setitem(recipes.GSM_TRAIN, "small", train)
+    small = ["4a", "--scale", "small", "--steps", 1, "--seeds", 1, "--workers", 1]
+    code, said, errors = run_command(capsys, "reproduce", *small, "--weights", with_words["jet_nemotron"])
+    assert code == 0, errors
+    assert "Fine-tuned from `jet_nemotron`" in said and "trained on the spot" not in said
+    assert all(f"| N = {n} |" in said for n in (1, 2, 4, 6))
+    assert Path("results/4a-small-jet_nemotron-1-steps/figure.png").exists()
+
+
+def test_paper_settings_with_a_hybrid(with_words):
+    cells = RECIPES["4a"].fine_tuned("paper", with_words["jet_nemotron"])
+    assert [cell.config.sleep.passes for cell in cells] == [1, 2, 4, 6]
+    for config in (cell.config for cell in cells):
+        assert (config.sleep.window, config.sleep.eviction, config.sleep.loop) == (2000, "hard", "middle")
+        assert (config.model.train, config.model.insert, config.train.lr) == ("full", 0, 1e-3)
+
+
+@pytest.mark.parametrize(("figure", "eviction", "window"), [("4b", "hard", 2000), ("5", "sliding", 512)])
+def test_paper_settings_with_inserted_layers(figure, eviction, window, with_words):
+    cells = RECIPES[figure].fine_tuned("paper", with_words["llama"])
+    assert [cell.config.sleep.passes for cell in cells] == [1, 2, 4]
+    for cell in cells:
+        alone, whole = (job.config for job in _chain(cell, 1, Path("runs")))
+        assert (alone.model.train, alone.model.insert) == ("memory", 6)
+        assert (whole.model.train, whole.model.insert) == ("full", 0)
+        assert alone.sleep.eviction == ("hard" if whole.sleep.passes > 1 else eviction)
+        assert (whole.sleep.eviction, whole.sleep.window) == (eviction, window)
+        assert whole.model.folder == _chain(cell, 1, Path("runs"))[0].path.resolve() / "model"
+        assert (alone.task, alone.train.seed) == (whole.task, 1)
+        assert whole.task.length == (2000, 3300) and whole.train.batch_size == 256
+
+
+def test_weights_that_cannot_be_used_are_refused(with_words, tmp_path, capsys):
+    for argv, message in (
+        (["3", "--weights", with_words["llama"]], "only figures 4a, 4b and 5 begin with a pretrained model"),
+        (["4a", "--weights", with_words["llama"]], "scale=demo trains a model on the spot"),
+        (["4a", "--scale", "small", "--weights", tmp_path / "none"], "there is no folder"),
+        (["5", "--scale", "paper"], "download ByteDance/Ouro-1.4B"),
+    ):
+        code, _, errors = run_command(capsys, "reproduce", *argv)
+        assert code == 2 and message in errors

@@ -39,7 +39,7 @@ def test_the_cells_of_a_figure_differ_in_name_and_run(figure, scale):
     if scale == "paper" and figure.startswith("compute-matched"):
         pytest.skip("builds many large models")
     if scale != "demo" and figure in ("4a", "4b", "5"):
-        with pytest.raises(ValueError, match=rf"^figure {figure} at scale={scale} needs the weights of"):
+        with pytest.raises(ValueError, match=rf"^figure {figure} at scale={scale} needs pretrained weights"):
             RECIPES[figure].cells(scale)
         return
     cells = RECIPES[figure].cells(scale)

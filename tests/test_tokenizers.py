@@ -35,6 +35,7 @@ def test_a_folder_of_a_hugging_face_tokenizer(tmp_path):
     plain = Tokenizer(models.WordLevel({"a": 0, "b": 1, "[UNK]": 2}, unk_token="[UNK]"))
     plain.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=plain, unk_token="[UNK]").save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "unheard-of", "layer_types": ["new"]}')
     loaded = load_tokenizer(str(tmp_path))
     assert loaded.vocab_size == 3 and loaded.encode("a b a") == [0, 1, 0]
     assert loaded.decode([0, 1]) == "a b"

@@ -4,7 +4,7 @@ import itertools
 import sys
 from dataclasses import dataclass, fields, make_dataclass, replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import tyro
 
@@ -81,6 +81,15 @@ class ModelOptions(FineTune):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrainOptions(TrainConfig):
+    """Optimisation, evaluation and saving."""
+
+    start: tyro.conf.Suppress[Path | None] = None  # these are for models trained from scratch
+    inserted: tyro.conf.Suppress[tuple[int, ...]] = ()
+    only_inserted: tyro.conf.Suppress[bool] = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunOptions:
     """Where the run goes and what it starts from."""
 
@@ -123,7 +132,7 @@ def _new_run(folder: Path, argv: list[str]) -> tuple[RunFolder, Trainer]:
             task_field(name, {}),
             ("model", ModelOptions, ModelOptions(train=preset.train)),  # type: ignore[arg-type]
             ("sleep", SleepConfig, preset.sleep),
-            ("train", TrainConfig, replace(TRAIN, adam_lr=preset.adam_lr)),
+            ("train", TrainOptions, _as(TrainOptions, replace(TRAIN, adam_lr=preset.adam_lr))),
             ("run", RunOptions),
         ],
         frozen=True,
@@ -131,9 +140,9 @@ def _new_run(folder: Path, argv: list[str]) -> tuple[RunFolder, Trainer]:
     )
     options = parse(Options, argv, f"lmsleep finetune {folder}", cls.__doc__)
     _check_tokenizer(folder, options.task)
-    own = {f.name: getattr(options.model, f.name) for f in fields(FineTune)}
-    model = FineTune(**{**own, "folder": folder.resolve()})
-    config = RunConfig(task=options.task, model=model, sleep=options.sleep, train=options.train)
+    model = replace(_as(FineTune, options.model), folder=folder.resolve())
+    train = _as(TrainConfig, options.train)
+    config = RunConfig(task=options.task, model=model, sleep=options.sleep, train=train)
     kind = name.rpartition(":")[2]
     default = f"{folder.resolve().name}-{kind}-N{config.sleep.passes}-seed{config.train.seed}"
     out = options.run.out or Path("runs") / default
@@ -145,8 +154,14 @@ def _new_run(folder: Path, argv: list[str]) -> tuple[RunFolder, Trainer]:
     before = RunFolder(out.with_name(f"{out.name}-memory-layers"))
     first, second = two_stages(config, before.path)
     trainer = Trainer(before, first)
+    RunFolder(out).check_new()
     RunFolder.create(before.path, first)
     return RunFolder.create(out, second), trainer
+
+
+def _as(cls: Any, options: Any) -> Any:
+    """The same options in a class with the same fields."""
+    return cls(**{f.name: getattr(options, f.name) for f in fields(cls)})
 
 
 def _given(argv: list[str]) -> dict[str, str]:

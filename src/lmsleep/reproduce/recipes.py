@@ -154,6 +154,7 @@ def _fine_tuned(figure: str) -> Callable[[Scale, Path], list[Cell]]:
                     passes=n,
                     eviction=eviction,
                     loop="middle" if hybrid else None,
+                    normalize=not hybrid,  # as Ouro does between its steps
                     checkpoint=True,
                 ),
                 train=GSM_TRAIN[scale],

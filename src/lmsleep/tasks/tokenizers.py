@@ -1,5 +1,6 @@
 """Text to tokens and back: bytes, a closed list of words, a task's own, or a Hugging Face tokenizer."""
 
+import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -119,13 +120,15 @@ class HuggingFace:
 
     def __init__(self, folder: Path) -> None:
         try:
-            from transformers import AutoTokenizer
+            from transformers import AutoTokenizer, PreTrainedConfig
         except ImportError:
             raise ValueError(
                 f"tokenizer={str(folder)!r} needs transformers: pip install 'lmsleep[hf]'"
             ) from None
+        # A tokenizer that names its class loads without the model's config.json, whose type may be unknown.
+        config = PreTrainedConfig() if _names_its_class(folder) else None
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, config=config)
         except Exception as error:  # it raises whatever its many formats raise
             reason = str(error).partition("\n")[0]
             raise ValueError(
@@ -151,6 +154,13 @@ class HuggingFace:
     def decode(self, tokens: Sequence[int]) -> str:
         """As the tokenizer does, special tokens included."""
         return str(self.tokenizer.decode(list(tokens)))
+
+
+def _names_its_class(folder: Path) -> bool:
+    try:
+        return "tokenizer_class" in json.loads((folder / "tokenizer_config.json").read_text())
+    except (OSError, ValueError):
+        return False
 
 
 class Marks(NamedTuple):

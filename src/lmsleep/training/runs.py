@@ -44,13 +44,17 @@ class RunFolder:
             FileExistsError: if the folder exists and is not empty.
         """
         folder = cls(path)
-        if folder.path.exists() and any(folder.path.iterdir()):
-            raise FileExistsError(
-                f"{folder.path} exists and is not empty; continue it with --resume, or name another --out"
-            )
+        folder.check_new()
         folder.path.mkdir(parents=True, exist_ok=True)
         folder._write_json("config.json", {**config.to_dict(), "made_by": provenance()})
         return folder
+
+    def check_new(self) -> None:
+        """Raise FileExistsError if the folder exists and is not empty."""
+        if self.path.exists() and any(self.path.iterdir()):
+            raise FileExistsError(
+                f"{self.path} exists and is not empty; continue it with --resume, or name another --out"
+            )
 
     @classmethod
     def open(cls, path: str | Path) -> "RunFolder":
