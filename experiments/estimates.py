@@ -2,8 +2,8 @@
 
 python experiments/estimates.py [FIGURE ...]
 
-FLOPs are counted, and seconds follow from the rate of a short pass (`lmsleep reproduce FIGURE --dry-run` shows
-both run by run). Evaluation is left out.
+FLOPs are counted, and seconds follow from the rate of a short pass (`lmsleep reproduce FIGURE --dry-run`
+shows both run by run). Evaluation is left out.
 """
 
 import sys
@@ -44,10 +44,8 @@ def main() -> None:
         sys.stdout.write(f"| `{figure}` | {' | '.join(cells)} |\n")
         sys.stdout.flush()
     made = provenance()
-    sys.stdout.write(
-        f"\n{SEEDS} seeds, {default_workers()} runs at a time; `{made['command']}`, {made['hardware']}, torch "
-        f"{made['torch']}, commit {made['commit']}\n"
-    )
+    where = f"{made['hardware']}, torch {made['torch']}, commit {made['commit']}"
+    sys.stdout.write(f"\n{SEEDS} seeds, {default_workers()} at a time; `{made['command']}`, {where}\n")
 
 
 if __name__ == "__main__":

@@ -250,7 +250,7 @@ def first_model(out: Path) -> Path:
         ([], "--task: name what is learned"),
         (["--task", "mqar", "--preset", "none"], "preset='none' is unknown; choose one of lora, full, two-"),
         (["--task", "gsm-infinite", "--tokenizer", "bytes"], "tokenizer='bytes' is not that of the model in"),
-        (["--task", "mqar", "--insert", "2"], "has fast weights already"),
+        (["--task", "mqar", "--insert", "2"], "has more than attention already"),
         (["--task", "mqar", "--start", "x"], "--start"),
         (
             ["--task", "mqar", "--inner-rate", "1", "--no-checkpoint", "--loop", "None"],

@@ -107,7 +107,7 @@ def test_a_window_goes_on_after_one_token_or_many(doubled, name):
     model, x = adapt(doubled(name)), text(2, 9)
     with torch.no_grad():
         whole, ends = model.run(model.embed(x), model.initial_state(2), 0, model.num_blocks)
-        for parts in ((1, 8), (1, 2, 6), (5, 1, 3), (2, 1, 1, 5), (8, 1)):
+        for parts in ((1, 0, 8), (1, 2, 6), (5, 1, 3), (2, 1, 1, 5), (8, 1)):
             state, found = model.initial_state(2), []
             for part in x.split(parts, dim=1):
                 h, state = model.run(model.embed(part), state, 0, model.num_blocks)
@@ -210,6 +210,18 @@ def test_sessions_at_different_places_of_their_windows_are_those_alone(doubled, 
             alone.read(part[i])
         assert session.stats.sleeps == alone.stats.sleeps
         assert close(session.logits([1, 2]), alone.logits([1, 2]), 1e-9)
+
+
+@EACH
+def test_a_session_goes_on_after_a_window_of_one_token(name):
+    model, x = adapt(family(name)), text(9).tolist()
+    for first in (1, L + 1):  # the only token of a stream, or of a window after a sleep
+        session, config = Session(model, sleeping()), sleeping()
+        session.read(x[:first])
+        wanted = Session(model, config).logits(x[: first + 2]).log_softmax(-1)
+        score = sum(float(wanted[t - 1, x[t]]) for t in (first, first + 1))
+        assert abs(session.score(x[first : first + 2]) - score) < 1e-3
+        assert session.fork().generate((), 3) == Session(model, config).generate(x[:first], 3)
 
 
 def test_greedy_answers_are_those_of_generate():

@@ -37,7 +37,7 @@ def padded(x, lengths, side):
 
 @pytest.mark.parametrize(
     ("name", "eviction"),
-    [("qwen3_5", "hard"), ("kimi_linear", "sliding"), ("bamba", "hard")],
+    [("qwen3_5", "hard"), ("kimi_linear", "sliding"), ("bamba", "hard"), ("jet_nemotron", "hard")],
 )
 def test_greedy_generation_is_that_of_a_session(name, eviction):
     sleep, x = SleepConfig(window=L, passes=3, eviction=eviction), text(1, 2 * L + 3)
@@ -182,6 +182,7 @@ def test_what_would_go_wrong_is_refused():
         r"attention_mask must be \[B, T\]": {"attention_mask": torch.ones(1, 1, 8, 8)},
         "output_hidden_states: a model that sleeps": {"output_hidden_states": True},
         "past_key_values=DynamicCache cannot sleep": {"past_key_values": transformers.DynamicCache()},
+        "memory of another model": {"past_key_values": sleeping().new_cache()},
         "input_ids must hold new tokens": {"input_ids": x[:, :0]},
         "past_key_values holds 1 rows, input_ids has 2": {
             "input_ids": x.view(2, 4), "past_key_values": model(x, use_cache=True).past_key_values,

@@ -36,13 +36,18 @@ class WriteOptions:
             return 1 if isinstance(session.tokenizer, Spelled) else 64
         return self.max_new_tokens
 
+    def stops(self, session: Session) -> tuple[str | int, ...]:
+        """What ends an answer: `stop`, and the end of a text where the tokenizer has one."""
+        end = None if session.tokenizer is None else session.tokenizer.end
+        return self.stop if end is None else (*self.stop, end)
+
 
 @dataclass(frozen=True, kw_only=True)
 class AskOptions(WriteOptions, SleepOptions):
     """Ask a memory something: a fork of it reads the question and answers, one forward pass a token."""
 
     model: Positional[Path]
-    """Folder of a run or of a saved model, or a shipped one: depo-N1, depo-N4."""
+    """Folder of a run, a saved model or a Hugging Face model, or a shipped one: depo-N1, depo-N4."""
     question: Positional[str]
     """Text, or a task's own words (HOP_2 n1)."""
     memory: Path
@@ -61,7 +66,7 @@ def ask(argv: list[str]) -> None:
         temperature=options.temperature,
         top_k=options.top_k,
         top_p=options.top_p,
-        stop=options.stop,
+        stop=options.stops(session),
         seed=options.seed,
     )
     if options.json:

@@ -33,7 +33,7 @@ class ChatOptions(WriteOptions, SleepOptions):
     """Talk to a model that sleeps, line by line; /help lists the commands."""
 
     model: Positional[Path]
-    """Folder of a run or of a saved model, or a shipped one: depo-N1, depo-N4."""
+    """Folder of a run, a saved model or a Hugging Face model, or a shipped one: depo-N1, depo-N4."""
     memory: Path | None = None
     """Memory file to begin with; it is written only by /save."""
     stop: tuple[str, ...] = field(default=("\n",))
@@ -108,7 +108,7 @@ def _answer(session: Session, line: str, options: ChatOptions) -> None:
         temperature=options.temperature,
         top_k=options.top_k,
         top_p=options.top_p,
-        stop=options.stop,
+        stop=options.stops(session),
         seed=options.seed,
         stream=True,
     )

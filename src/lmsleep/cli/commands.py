@@ -5,25 +5,26 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, make_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
+import torch
 import tyro
 from tyro.conf import Positional
 
 from lmsleep import pretrained
 from lmsleep.adaptation import MOMENTS, Adaptation, Shifting, adaptation
+from lmsleep.cli.opening import is_run, open_backbone
 from lmsleep.cli.options import listed, listed_tasks, parse, task_field
 from lmsleep.cli.presets import PRESETS, preset
 from lmsleep.cost import cost
 from lmsleep.demo import command as demo_command
 from lmsleep.evaluation import Score, evaluate, wilson
-from lmsleep.hf import adapt, load_pretrained
 from lmsleep.hf.loading import is_pretrained
-from lmsleep.models import HybridConfig, HybridLM
+from lmsleep.models import HybridConfig
 from lmsleep.plots import plot_runs
 from lmsleep.reproduce import RECIPES
 from lmsleep.reproduce import command as reproduce_command
-from lmsleep.sleep import SleepConfig
+from lmsleep.sleep import Backbone, SleepConfig
 from lmsleep.tasks import Split, Task, Text, find_task, stream
 from lmsleep.training import (
     BASELINES,
@@ -132,18 +133,25 @@ def _new_run(task: str, argv: list[str]) -> tuple[RunFolder, Trainer]:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalOptions:
-    """Evaluate the newest checkpoint of a run on held-out samples, at one or several numbers of passes."""
+    """Evaluate the newest checkpoint of a run on held-out samples, at one or several numbers of passes.
+
+    A Hugging Face model is evaluated on --data.
+    """
 
     run: Positional[Path]
-    """Folder of the run, or a shipped one: depo-N1, depo-N4."""
+    """Folder of a run or of a Hugging Face model, or a shipped run: depo-N1, depo-N4."""
     passes: tuple[int, ...] = ()
     """Numbers of passes to read with; default the run's own."""
     batches: int = 32
-    """Test batches of the run's batch size."""
+    """Test batches of the run's batch size (4 for a Hugging Face model)."""
+    window: int | None = None
+    """L to read with; default the run's own."""
+    length: int | None = None
+    """Tokens in a sequence of --data; default the run's own, or four windows."""
     after: int | None = None
     """Count as "after eviction" what is predicted from this position on; default: the window."""
     data: tuple[Path, ...] = ()
-    """Other files or sets to evaluate a text run on (what is held out of them)."""
+    """Files or sets to evaluate on instead of those of a text run (what is held out of them)."""
     device: str = "auto"
     """auto (CUDA where present), cpu, cuda, ..."""
     json: bool = False
@@ -153,20 +161,14 @@ class EvalOptions:
 def evaluate_run(argv: list[str]) -> None:
     """`lmsleep eval RUN`."""
     options = parse(EvalOptions, argv, "lmsleep eval")
-    folder = RunFolder.open(pretrained.find(options.run))
-    config, device = folder.config(), choose_device(options.device)
-    task, model = config.task, folder.model(device)
-    if options.data:
-        if not isinstance(task, Text):
-            raise ValueError(f"--data is for runs on text; {options.run} was trained on {config.task_name}")
-        task = replace(task, data=options.data)
+    device = choose_device(options.device)
+    model, task, own, size, parts = _evaluated(options, device)
     result: dict[int, Score] = {}
     adapted: dict[int, Adaptation] = {}
-    batches, size = options.batches, config.train.batch_size
-    for n in options.passes or (config.sleep.passes,):
-        sleep = config.sleep.with_passes(n)
-        how: dict[str, Any] = {"batches": batches, "batch_size": size, "device": device}
-        result[n] = evaluate(model, task, sleep, after=options.after, parts=config.train.accumulate, **how)
+    for n in options.passes or (own.passes,):
+        sleep = own.with_passes(n)
+        how: dict[str, Any] = {"batches": options.batches, "batch_size": size, "device": device}
+        result[n] = evaluate(model, task, sleep, after=options.after, parts=parts, **how)
         if isinstance(task, Shifting) and sleep.window is not None and task.segment % sleep.window == 0:
             adapted[n] = adaptation(model, task, sleep, **how)
     if options.json:
@@ -175,6 +177,37 @@ def evaluate_run(argv: list[str]) -> None:
         sys.stdout.write(json.dumps(document, indent=2) + "\n")
     else:
         sys.stdout.write(_eval_text(task, result, adapted))
+
+
+class _Evaluated(NamedTuple):
+    model: Backbone
+    task: Task
+    sleep: SleepConfig
+    batch_size: int
+    parts: int
+
+
+def _evaluated(options: EvalOptions, device: torch.device) -> _Evaluated:
+    path = pretrained.find(options.run)
+    if is_pretrained(path):
+        if not options.data:
+            raise ValueError(
+                f"{options.run} was trained on no task of lmsleep: name files to read with --data"
+            )
+        model, sleep = open_backbone(path, options.device)
+        sleep = replace(sleep, window=options.window or sleep.window)
+        length = options.length or 4 * (sleep.window or 512)
+        task = Text(data=options.data, tokenizer=str(path), length=length)
+        return _Evaluated(model, task, sleep, 4, 1)
+    folder = RunFolder.open(path)
+    config = folder.config()
+    task_of_run, sleep = config.task, replace(config.sleep, window=options.window or config.sleep.window)
+    if options.data:
+        if not isinstance(task_of_run, Text):
+            raise ValueError(f"--data is for runs on text; {options.run} was trained on {config.task_name}")
+        task_of_run = replace(task_of_run, data=options.data, length=options.length or task_of_run.length)
+    size, parts = config.train.batch_size, config.train.accumulate
+    return _Evaluated(folder.model(device), task_of_run, sleep, size, parts)
 
 
 def _eval_json(task: Task, score: Score, adapted: Adaptation | None) -> dict[str, Any]:
@@ -289,23 +322,18 @@ def info(argv: list[str]) -> None:
     options = parse(InfoOptions, argv, "lmsleep info")
     folder = RunFolder(pretrained.find(options.path))
     model: Model
-    if (folder.path / "config.json").is_file() and folder.config_is_run():
+    if is_run(folder.path):
         config = folder.config()
-        model, sleep = build(config.model).to("meta"), config.sleep
-    elif is_pretrained(folder.path):
-        from lmsleep.hf.sleeping import saved_sleep  # which imports transformers
-
-        loaded = load_pretrained(folder.path)
-        model, sleep = adapt(loaded).to("meta"), saved_sleep(loaded.config, folder.path) or UNTOLD
+        model, sleep = build(config.model), config.sleep
     else:
-        model, sleep = HybridLM.from_pretrained(folder.path).to("meta"), UNTOLD
+        model, sleep = open_backbone(folder.path, "cpu")
     sleep = replace(
         sleep,
         window=sleep.window if options.window is None else options.window,
         passes=sleep.passes if options.passes is None else options.passes,
         backprop_passes=None,
     )
-    figures = cost(model, sleep)
+    figures = cost(model.to("meta"), sleep)
     if options.json:
         sys.stdout.write(json.dumps(figures, indent=2) + "\n")
         return
@@ -313,8 +341,6 @@ def info(argv: list[str]) -> None:
         INFO.format_map({**figures, "blocks": " ".join(figures["blocks"]), "break_even": _even(figures)})
     )
 
-
-UNTOLD = SleepConfig(window=64, passes=4)  # of a model that does not say how it sleeps
 
 INFO = """parameters               {parameters:,}
 blocks                   {blocks}

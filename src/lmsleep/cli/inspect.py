@@ -25,7 +25,7 @@ class InspectOptions(SleepOptions):
     """
 
     model: Positional[Path]
-    """Folder of a run or of a saved model."""
+    """Folder of a run, a saved model or a Hugging Face model, or a shipped one."""
     text: str | None = None
     """Text to read, or a task's own words (n3 n1 HOP_2)."""
     file: Path | None = None
@@ -65,8 +65,8 @@ def _look(options: InspectOptions) -> Inspection:
     if options.text is None and options.file is None:
         if options.memory is not None:
             raise ValueError("--memory needs --text or --file: what the memory is asked for")
-        if any(value is not None for value in (options.window, options.passes)):
-            raise ValueError("--window and --passes are for --text or --file; a run has its own")
+        if any(value is not None for value in (options.window, options.passes, options.loop)):
+            raise ValueError("--window, --passes and --loop are for --text or --file; a run has its own")
         return inspect(RunFolder.open(pretrained.find(options.model)), samples=options.samples, progress=True)
     if options.text is not None and options.file is not None:
         raise ValueError("--text and --file exclude each other")

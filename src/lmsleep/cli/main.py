@@ -9,6 +9,7 @@ from lmsleep.cli.ask import ask
 from lmsleep.cli.chat import chat
 from lmsleep.cli.data import data
 from lmsleep.cli.finetune import finetune
+from lmsleep.cli.harness import harness
 from lmsleep.cli.inspect import inspect_command
 from lmsleep.cli.memory import memory
 from lmsleep.cli.probe import probe
@@ -27,6 +28,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "memory": (memory, "show, compare, merge and trace back memory files"),
     "inspect": (inspect_command, "what sleep writes, what can be read of it, what depends on it"),
     "probe": (probe, "what sleep does to a model that was never trained with it"),
+    "lm-eval": (harness, "tasks of EleutherAI's evaluation harness, read with sleep"),
     "plot": (commands.plot, "draw the curves of runs"),
     "info": (commands.info, "parameters, bytes, break-even length and FLOPs of a run or model"),
     "reproduce": (commands.reproduce, "train the runs behind a figure; write its data, table and picture"),

@@ -1,17 +1,21 @@
-"""MODEL on the command line: a run (or a shipped one), or a saved model, of lmsleep or of transformers."""
+"""MODEL on the command line: a run (or a shipped one), a saved model, or a Hugging Face model."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 from lmsleep import pretrained
-from lmsleep.hf import HFBackbone, adapt
-from lmsleep.hf.loading import has_tokenizer, is_pretrained, load_pretrained
+from lmsleep.hf import adapt, load_pretrained
+from lmsleep.hf.loading import has_tokenizer, is_pretrained
 from lmsleep.models import HybridLM
 from lmsleep.session import Session
 from lmsleep.sleep import SleepConfig
-from lmsleep.tasks import Task, Text
+from lmsleep.tasks import Text
 from lmsleep.tasks.tokenizers import Bytes, HuggingFace, Spelled, Tokenizer, load_tokenizer
-from lmsleep.training import RunFolder
+from lmsleep.training import RunFolder, choose_device
+from lmsleep.training.models import Model
+
+GIVEN = ("window", "passes", "loop")  # options that a session which is taken up may not contradict
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,40 +23,88 @@ class SleepOptions:
     """Options of a new session; one that is taken up keeps its own."""
 
     window: int | None = None
-    """L of a new session; default the run's, or 64."""
+    """L of a new session; default that of the run or folder, or 64 (512 for a Hugging Face model)."""
     passes: int | None = None
-    """N of a new session; default the run's, or 4."""
-    tokenizer: str = "bytes"
-    """Of a model without its own: bytes, or the folder of a Hugging Face tokenizer."""
+    """N of a new session; default that of the run or folder, or 4."""
+    loop: tuple[int, int] | Literal["middle"] | None = None
+    """Blocks first ... last - 1 that a new session loops, or the middle half; default that of the run or
+    folder, or all (the middle half of a Hugging Face model)."""
+    tokenizer: str | None = None
+    """Of a saved model: bytes, or the folder of a Hugging Face tokenizer; default its own, or bytes."""
+    device: str = "auto"
+    """auto (CUDA where present), cpu, cuda, ..."""
+
+
+class Opened(NamedTuple):
+    """A model with how it sleeps and what it reads."""
+
+    model: Model
+    sleep: SleepConfig
+    tokenizer: Tokenizer
+
+
+def open_model(path: Path, tokenizer: str | None = None, device: str = "auto") -> Opened:
+    """The MODEL at `path` or shipped under that name, with the sleep and the words that it was made with.
+
+    Raises:
+        ValueError: for a damaged run or model, one that cannot sleep, or a tokenizer with more tokens.
+        FileNotFoundError: if there is none.
+    """
+    path = pretrained.find(path)
+    read = _tokenizer(path, tokenizer)
+    model, sleep = open_backbone(path, device)
+    size = model.config.vocab_size
+    if read.vocab_size > size:
+        raise ValueError(
+            f"tokenizer has {read.vocab_size} tokens, {path} only {size}; "
+            "pass the run that trained the model, or its tokenizer"
+        )
+    return Opened(model, sleep, read)
+
+
+def open_backbone(path: Path, device: str = "auto") -> tuple[Model, SleepConfig]:
+    """`open_model` for who needs no words."""
+    path, where = pretrained.find(path), choose_device(device)
+    if is_run(path):
+        folder = RunFolder(path)
+        return folder.model(where), folder.config().sleep
+    if is_pretrained(path):
+        model = load_pretrained(path).to(where)
+        from lmsleep.hf.sleeping import saved_sleep  # which imports transformers
+
+        told = saved_sleep(model.config, path)
+        return adapt(model), told or SleepConfig(window=512, passes=4, loop="middle")
+    return HybridLM.from_pretrained(path, where), SleepConfig(window=64, passes=4)
+
+
+def is_run(path: Path) -> bool:
+    """Whether the folder is that of a run."""
+    return (path / "config.json").is_file() and RunFolder(path).config_is_run()
+
+
+def _tokenizer(path: Path, given: str | None) -> Tokenizer:
+    if is_run(path):
+        task = RunFolder(path).config().task
+        folder = Path(getattr(task, "tokenizer", ""))
+        if folder.is_dir() and has_tokenizer(folder):
+            return HuggingFace(folder)
+        return Bytes() if isinstance(task, Text) else Spelled(task.spell, task.vocab_size)
+    if is_pretrained(path) and given is None:
+        if not has_tokenizer(path):
+            raise ValueError(f"{path} holds no tokenizer; pass --tokenizer FOLDER (or bytes)")
+        return HuggingFace(path)
+    return load_tokenizer(given or "bytes")
 
 
 def new_session(path: Path, options: SleepOptions) -> Session:
     """A session that has read nothing, for the MODEL at `path` or shipped under that name.
 
     Raises:
-        ValueError: for a damaged run or model, or a tokenizer with more tokens than the model.
-        FileNotFoundError: if there is neither.
+        ValueError: as `open_model`, or for a sleep that does not fit the model.
+        FileNotFoundError: if there is none.
     """
-    path = pretrained.find(path)
-    folder = RunFolder(path)
-    tokenizer: Tokenizer
-    model: HybridLM | HFBackbone
-    if (path / "config.json").is_file() and folder.config_is_run():
-        config = folder.config()
-        model, sleep, tokenizer = folder.model(), config.sleep, _tokenizer(config.task)
-    elif is_pretrained(path):
-        model, sleep = adapt(load_pretrained(path)), SleepConfig(window=64, passes=4)
-        own = options.tokenizer == SleepOptions.tokenizer and has_tokenizer(path)
-        tokenizer = HuggingFace(path) if own else load_tokenizer(options.tokenizer)
-    else:
-        model, sleep = HybridLM.from_pretrained(path), SleepConfig(window=64, passes=4)
-        tokenizer = load_tokenizer(options.tokenizer)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise ValueError(
-            f"tokenizer has {tokenizer.vocab_size} tokens, {path} only {model.config.vocab_size}; "
-            "pass the run that trained the model, or its tokenizer"
-        )
-    given = {name: getattr(options, name) for name in ("window", "passes")}
+    model, sleep, tokenizer = open_model(path, options.tokenizer, options.device)
+    given = {name: getattr(options, name) for name in GIVEN}
     given = {name: value for name, value in given.items() if value is not None}
     return Session(model, replace(sleep, **given, backprop_passes=None), tokenizer)
 
@@ -61,22 +113,15 @@ def take_up(path: Path, new: Session, options: SleepOptions) -> Session:
     """The session or memory in a file, on the model of `new`.
 
     Raises:
-        ValueError: as `Session.load`, or for a window or passes that contradict the file.
+        ValueError: as `Session.load`, or for options that contradict the file.
         OSError: if there is no such file.
     """
     session = Session.load(path, new.model, new.tokenizer, sleep=new.sleep_config)
-    for name in ("window", "passes"):
+    for name in GIVEN:
         wanted, has = getattr(options, name), getattr(session.sleep_config, name)
         if wanted not in (None, has):
             raise ValueError(f"{name}={wanted} contradicts {path}, which was read with {name}={has}")
     return session
-
-
-def _tokenizer(task: Task) -> Tokenizer:
-    folder = Path(getattr(task, "tokenizer", ""))
-    if folder.is_dir() and has_tokenizer(folder):
-        return HuggingFace(folder)
-    return Bytes() if isinstance(task, Text) else Spelled(task.spell, task.vocab_size)
 
 
 def status(session: Session) -> str:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from tqdm import tqdm
 from tyro.conf import Positional
 
-from lmsleep.cli.opening import SleepOptions, new_session
+from lmsleep.cli.opening import open_model
 from lmsleep.cli.options import parse
 from lmsleep.sleep import SleepConfig
 from lmsleep.tasks.tokenizers import Bytes
@@ -39,8 +39,10 @@ class ProbeOptions:
     """Blocks first ... last - 1 that are looped, or the middle half; default all."""
     eviction: Literal["hard", "sliding"] = "hard"
     """After a sleep attention keeps nothing of the window (hard) or its last L - 1 tokens (sliding)."""
-    tokenizer: str = "bytes"
-    """Of a model without its own: bytes, or the folder of a Hugging Face tokenizer."""
+    tokenizer: str | None = None
+    """Of a saved model: bytes, or the folder of a Hugging Face tokenizer; default its own, or bytes."""
+    device: str = "auto"
+    """auto (CUDA where present), cpu, cuda, ..."""
     seed: int = 0
     """Of the pieces and the facts."""
     json: bool = False
@@ -50,9 +52,7 @@ class ProbeOptions:
 def probe(argv: list[str]) -> None:
     """`lmsleep probe MODEL --text FILE`."""
     options = parse(ProbeOptions, argv, "lmsleep probe")
-    session = new_session(options.model, SleepOptions(tokenizer=options.tokenizer))
-    tokenizer = session.tokenizer
-    assert tokenizer is not None, "new_session always has one"
+    model, _, tokenizer = open_model(options.model, options.tokenizer, options.device)
     data = options.text.read_bytes()
     tokens = list(data) if isinstance(tokenizer, Bytes) else tokenizer.encode(data.decode())
     sleep = SleepConfig(window=options.window, eviction=options.eviction, loop=options.loop)
@@ -64,7 +64,7 @@ def probe(argv: list[str]) -> None:
 
         readings = list(
             zero_shot(
-                session.model,
+                model,
                 tokenizer,
                 tokens,
                 sleep,

@@ -14,7 +14,7 @@ NAME, MARK = "README.md", "<!-- written by lmsleep; remove this line to keep cha
 NON_COMMERCIAL: dict[str, Any] = {
     "license": "other",
     "license_name": "nvidia-non-commercial",
-    "license_link": "https://huggingface.co/jet-ai/Jet-Nemotron-2B/blob/main/LICENSE",
+    "license_link": "https://github.com/NVlabs/Jet-Nemotron",
 }
 LICENSES: dict[str, dict[str, Any]] = {"jet_nemotron": NON_COMMERCIAL, "ouro": {"license": "apache-2.0"}}
 
@@ -87,7 +87,7 @@ print(tokenizer.decode(model.generate(**prompt, max_new_tokens=64)[0]))
 ```
 
 or `lmsleep read FOLDER book.txt --memory book.mem` and `lmsleep ask FOLDER --memory book.mem "..."`.
-Loaded with `AutoModelForCausalLM` the same weights are a model that does not sleep.
+Other tools find a `{kind}` that does not sleep.
 
 ## Limits
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from lmsleep.hf.cache import RunCache, cache_layers, through_cache
 from lmsleep.layers import MemoryKind, MemoryLayer
 
+ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 FIELD = "memory_layers"  # of the configuration: {"kind": ..., "after": [blocks]}
 
 
@@ -55,14 +56,12 @@ def insert_memory_layers(
     """
     blocks = _blocks(model)
     config = model.config.get_text_config()
-    if getattr(config, FIELD, None) or "linear_attention" in (getattr(config, "layer_types", None) or ()):
-        raise ValueError(f"model: {config.model_type} has fast weights already; adapt it as it is")
+    if getattr(config, FIELD, None) or set(getattr(config, "layer_types", None) or ()) - ATTENTION:
+        raise ValueError(f"model: {config.model_type} has more than attention already; adapt it as it is")
     D = len(blocks)
     if where == "even" and not 1 <= n <= D:
         raise ValueError(f"n={n} must lie in 1 ... {D}, the number of blocks")
     after = [(j + 1) * D // n - 1 for j in range(n)] if where == "even" else sorted(map(int, where))
-    if not after or len(set(after)) < len(after) or not 0 <= after[0] <= after[-1] < D:
-        raise ValueError(f"where={where!r} must name different blocks of 0 ... {D - 1}")
     before = model.num_parameters()
     attach(model, {"kind": kind, "after": after})
     added = sum(p.numel() for i in after for p in blocks[i].memory.parameters())
@@ -70,11 +69,19 @@ def insert_memory_layers(
 
 
 def attach(model: Any, inserted: dict[str, Any]) -> None:
-    """Make the layers that the field `memory_layers` of a configuration describes."""
+    """Make the layers that the field `memory_layers` of a configuration describes.
+
+    Raises:
+        ValueError: for a description that does not fit the model.
+    """
     config, blocks = model.config.get_text_config(), _blocks(model)
+    kind: Any = inserted.get("kind")
+    after, D = inserted.get("after") or [], len(blocks)
+    if not after or len(set(after)) < len(after) or not set(after) <= set(range(D)):
+        raise ValueError(f"{FIELD}: after={after} must name different blocks of 0 ... {D - 1}")
     eps = getattr(config, "rms_norm_eps", 1e-6)
-    for j, i in enumerate(inserted["after"]):
-        layer = MemoryLayer(config.hidden_size, inserted["kind"], eps)
+    for j, i in enumerate(after):
+        layer = MemoryLayer(config.hidden_size, kind, eps)
         like = next(blocks[i].parameters())
         blocks[i].memory = layer.to(device=like.device, dtype=like.dtype)
         said = partial(_with_memory, config, config.num_hidden_layers + j)

@@ -2,7 +2,8 @@
 
 import json
 import logging
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -183,13 +184,17 @@ def _some(names: Iterable[str]) -> str:
 
 
 @contextmanager
-def _quiet() -> Any:
-    """No report of `transformers` on tensors: ours is an error."""
+def _quiet() -> Iterator[None]:
+    """No report of `transformers` on tensors (ours is an error), and a bar only where somebody looks."""
     from transformers.utils import logging
 
-    before = logging.get_verbosity()
+    before, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(before)
+        if bar:
+            logging.enable_progress_bar()

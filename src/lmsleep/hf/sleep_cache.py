@@ -1,6 +1,6 @@
 """The cache of `generate`: instead of keys and values that only grow, streams that sleep."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,29 +8,32 @@ from torch import Tensor
 from transformers import Cache
 
 from lmsleep.session import Session, SessionBatch
+from lmsleep.sleep import Backbone, SleepConfig
 
 
-class SleepCache(Cache):  # type: ignore[misc]
+class SleepCache(Cache):
     """What a sleeping model remembers while it generates: one `Session` a row.
 
     Each row stands at its own place of its own window, so padding before a prompt moves nothing. A full
     window is slept on as soon as its row goes on, exactly as in a session.
 
     Args:
-        begin: makes a session that has read nothing; called for each row of the first call.
+        model: what reads.
+        sleep: how it sleeps.
         sessions: what the rows have read before, if anything. They are read on: fork what should stay.
 
     Attributes:
-        sessions: the rows.
+        model: what reads.
+        sessions: the rows; none before the first call, unless they were given.
         positions: positions of text that went through this cache, padding included.
     """
 
     is_compileable = False
     is_croppable = False
 
-    def __init__(self, begin: Callable[[], Session], sessions: Sequence[Session] = ()) -> None:
+    def __init__(self, model: Backbone, sleep: SleepConfig, sessions: Sequence[Session] = ()) -> None:
         super().__init__(layers=[])
-        self.begin, self.sessions, self.positions = begin, list(sessions), 0
+        self.model, self.sleep, self.sessions, self.positions = model, sleep, list(sessions), 0
 
     def __repr__(self) -> str:
         return f"SleepCache(rows={len(self.sessions)}, positions={self.positions})"
@@ -52,7 +55,7 @@ class SleepCache(Cache):  # type: ignore[misc]
         """
         B, T = tokens.shape
         if not self.sessions:
-            self.sessions = [self.begin() for _ in range(B)]
+            self.sessions = [Session(self.model, self.sleep) for _ in range(B)]
         if len(self.sessions) != B:
             raise ValueError(f"past_key_values holds {len(self.sessions)} rows, input_ids has {B}")
         if valid is not None and bool((valid[:, :-1] & ~valid[:, 1:]).any()):

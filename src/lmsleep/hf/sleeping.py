@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from lmsleep.hf.backbone import HFBackbone, Layout, adapt
+from lmsleep.hf.backbone import HFBackbone, adapt
 from lmsleep.hf.card import write_card
 from lmsleep.hf.loading import load_pretrained
 from lmsleep.hf.sleep_cache import SleepCache
@@ -43,7 +43,7 @@ def sleepify(model: Any, sleep: SleepConfig) -> Any:
         own = type(base)
         names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
         base.__class__ = type(own.__name__, (_Sleeping, own), names)
-        base._layouts = backbone.layouts
+        base.__dict__["backbone"] = backbone  # no submodule: it holds the model itself
     return model
 
 
@@ -87,18 +87,17 @@ def saved_sleep(config: Any, path: str | Path) -> SleepConfig | None:
 
 
 class _Sleeping:
-    """What `sleepify` puts before the class of a model."""
+    """What `sleepify` puts before the class of a model.
+
+    Attributes:
+        backbone: the model as the sleep algorithm sees it, for `Session`, `sleep_forward` and all else.
+    """
 
     _is_stateful = True  # transformers refuses speculation, which would have to take back what was read
-    _layouts: tuple[Layout, ...]
-    accepts_loss_kwargs = True
+    accepts_loss_kwargs = True  # Trainer passes num_items_in_batch
+    backbone: HFBackbone
     config: Any
     training: bool
-
-    @property
-    def backbone(self) -> HFBackbone:
-        """The model as the sleep algorithm sees it, for `Session`, `sleep_forward` and all else."""
-        return HFBackbone(self, self._layouts)
 
     @property
     def sleep(self) -> SleepConfig:
@@ -119,8 +118,7 @@ class _Sleeping:
             raise ValueError(
                 "sessions were read by another model; make them with Session(model.backbone, ...)"
             )
-        backbone, sleep = self.backbone, self.sleep
-        return SleepCache(lambda: Session(backbone, sleep), sessions)
+        return SleepCache(self.backbone, self.sleep, sessions)
 
     def forward(
         self,
@@ -180,6 +178,8 @@ class _Sleeping:
                 raise ValueError(
                     f"past_key_values={type(cache).__name__} cannot sleep; use model.new_cache()"
                 )
+            if cache.model is not self.backbone:
+                raise ValueError("past_key_values is the memory of another model; use model.new_cache()")
             loss, logits = None, cache.read(input_ids, valid, logits_to_keep or input_ids.shape[1])
         out = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
         return out.to_tuple() if return_dict is False else out

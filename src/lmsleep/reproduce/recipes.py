@@ -7,7 +7,6 @@ nothing of it is tuned.
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -237,7 +236,6 @@ def _by_steps(scale: Scale) -> list[Cell]:
 
 
 def _compute_matched(make: Make) -> Callable[[Scale], list[Cell]]:
-    @cache  # counting the FLOPs of many models takes a while
     def cells(scale: Scale) -> list[Cell]:
         asleep = make(scale, 4)
         rivals = [name for name in BASELINES if name != "one-pass"]  # at equal compute: one-pass-longer
