@@ -20,7 +20,7 @@ def reproduce(*argv: str) -> None:
 @pytest.fixture(autouse=True)
 def flops_by_a_rule_of_thumb(monkeypatch):
     # The counter takes a second for each model; test_baselines.py and test_training.py show that it is right.
-    def count(model, batch, sleep):
+    def count(model, batch, sleep, forward=None):
         weights = sum(p.numel() for p in model.parameters())
         return 6 * weights * batch.num_tokens * (sleep.passes + sleep.wake_passes - 1)
 
