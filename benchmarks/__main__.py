@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import data, sessions
+from benchmarks import data, floors, recurrence, sessions, step, window
 from benchmarks.table import Table, as_text, with_tables
 from lmsleep.files import write_atomic
 from lmsleep.training.runs import provenance
@@ -19,7 +19,11 @@ ROOT = Path(__file__).parents[1]
 # By name what measures a table: every case `repeats` times (tiny: no more than shows that it runs).
 BENCHMARKS: dict[str, Callable[[int, bool], dict[str, Callable[[], Table]]]] = {
     "data": data.tables,
+    "floors": floors.tables,
+    "recurrence": recurrence.tables,
     "sessions": sessions.tables,
+    "step": step.tables,
+    "window": window.tables,
 }
 
 

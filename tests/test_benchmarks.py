@@ -1,12 +1,18 @@
 import json
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from benchmarks import __main__ as benchmarks
+from benchmarks import recurrence, step
+from benchmarks.peer import Composed
 from benchmarks.sessions import SMALL, memories, size, stream
 from benchmarks.table import as_markdown, with_tables
+from benchmarks.timing import peak_bytes, take_turns
+from conftest import close
 
 from lmsleep import SleepConfig
 from lmsleep.cost import cost
@@ -138,3 +144,70 @@ def test_every_task_is_drawn_by_the_benchmark_of_data():
     found = benchmarks.BENCHMARKS["data"](1, True)["speed"]().rows
     assert {"depo", "text", "gsm-infinite, hard, reverse"} <= {row["task"] for row in found}
     assert all(row["lowest"] > 0 for row in found)
+
+
+def test_every_speed_benchmark_measures_what_it_names():
+    for name in ("floors", "recurrence", "step", "window"):
+        for measure in benchmarks.BENCHMARKS[name](1, True).values():
+            for row in measure().rows:
+                assert all(cell > 0 for cell in row.values() if isinstance(cell, float)), row
+
+
+def test_calls_take_turns_and_the_first_round_is_not_counted():
+    calls = []
+    times = take_turns({name: lambda name=name: calls.append(name) for name in "ab"}, repeats=2)
+    assert "".join(calls) == "ababab"
+    assert [len(times[name].cpu) for name in "ab"] == [2, 2]
+
+
+def test_peak_bytes_are_those_of_what_lives_at_once():
+    def call():
+        x = torch.ones(1000)  # 4000 bytes
+        y = x + 1  # 8000
+        x.mul_(2)
+        del x
+        z = torch.cat([y, y])  # 12000
+        del y, z
+        torch.ones(10)
+
+    assert peak_bytes(call) == 12_000
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("passes", [1, 3])
+def test_the_peer_is_the_same_model(passes):
+    setting = step.TINY
+    model, batch = setting.made(), setting.drawn()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+        for block in model.blocks:
+            if hasattr(block.mixer, "b_proj"):
+                block.mixer.b_proj.bias.zero_()
+    other = Composed(model)
+    losses = step.ours(model, batch, setting.window, passes), step.peer(other, batch, setting.window, passes)
+    assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-5)
+    for loss in losses:
+        loss.backward()
+    for mine, theirs in ((model.embedding, other.embedding), (model.blocks[0].mlp, other.blocks[0].mlp)):
+        for x, y in zip(mine.parameters(), theirs.parameters(), strict=True):
+            assert close(x.grad, y.grad, 1e-3)
+
+
+def test_the_recurrences_that_are_compared_agree():
+    x = recurrence.inputs(24, 8, torch.float32)
+    for mine, theirs in zip(recurrence.ours(x), recurrence.peer(x), strict=True):
+        assert torch.allclose(mine, theirs, atol=1e-5)
+
+
+def test_recomputed_passes_hold_hardly_more_than_one_pass():
+    setting = replace(step.AUTOMATON, batch=2)
+    model, batch = setting.made(), setting.drawn()
+    peak = {}
+    for n in (1, 4):
+        for checkpoint in (False, True):
+            loss = partial(step.ours, model, batch, setting.window, n, checkpoint=checkpoint)
+            loss().backward()  # gradients are there from now on, and not counted
+            peak[n, checkpoint] = peak_bytes(lambda loss=loss: loss().backward())
+    assert peak[4, False] > 3 * peak[1, False]
+    assert peak[4, True] < 1.6 * peak[1, True] < 1.6 * peak[1, False]

@@ -1,8 +1,5 @@
 """Time awake, and the pause of a sleep, against N and L: all cases take turns, so that they share drift."""
 
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 
@@ -10,24 +7,10 @@ import numpy as np
 import torch
 
 from benchmarks.table import Cell, Table
+from benchmarks.timing import Times, ms, ratio
 from lmsleep import HybridConfig, HybridLM, Session, SleepConfig
 
 PASSES = (1, 2, 4, 8)
-
-
-@dataclass
-class Times:
-    """Repeated measurements, in seconds: on the wall, and of the CPU, which neighbours slow less."""
-
-    wall: list[float] = field(default_factory=list)
-    cpu: list[float] = field(default_factory=list)
-
-    def add(self, call: Callable[[], object], times: int = 1) -> None:
-        """Measure one call of something that does a thing `times` times."""
-        wall, cpu = time.perf_counter(), time.process_time()
-        call()
-        self.cpu.append((time.process_time() - cpu) / times)
-        self.wall.append((time.perf_counter() - wall) / times)
 
 
 def waking(config: HybridConfig, window: int, repeats: int) -> Table:
@@ -47,12 +30,12 @@ def waking(config: HybridConfig, window: int, repeats: int) -> Table:
     rows: list[dict[str, Cell]] = [
         {
             "N": n,
-            "first token, ms": _ms(first[n].wall, 50),
-            "CPU ms of it": _ms(first[n].cpu, 50),
-            "first token to N = 1": _ratio(first[n].cpu, first[1].cpu),
-            "a further token, ms": _ms(further[n].wall, 50),
-            "CPU ms of that": _ms(further[n].cpu, 50),
-            "further token to N = 1": _ratio(further[n].cpu, further[1].cpu),
+            "first token, ms": ms(first[n].wall),
+            "CPU ms of it": ms(first[n].cpu),
+            "first token to N = 1": ratio(first[n].cpu, first[1].cpu),
+            "a further token, ms": ms(further[n].wall),
+            "CPU ms of that": ms(further[n].cpu),
+            "further token to N = 1": ratio(further[n].cpu, further[1].cpu),
         }
         for n in PASSES
     ]
@@ -80,11 +63,11 @@ def pauses(config: HybridConfig, windows: tuple[int, ...], repeats: int) -> Tabl
         {
             "L": L,
             "N": n,
-            "median, ms": _ms(times.wall, 50),
-            "99th percentile, ms": _ms(times.wall, 99),
-            "median of CPU time": _ms(times.cpu, 50),
-            "99th of CPU time": _ms(times.cpu, 99),
-            "CPU time to N = 1": _ratio(times.cpu, cases[1, L].cpu),
+            "median, ms": ms(times.wall),
+            "99th percentile, ms": ms(times.wall, 99),
+            "median of CPU time": ms(times.cpu),
+            "99th of CPU time": ms(times.cpu, 99),
+            "CPU time to N = 1": ratio(times.cpu, cases[1, L].cpu),
         }
         for (n, L), times in cases.items()
     ]
@@ -107,12 +90,3 @@ def _slept(config: HybridConfig, sleep: SleepConfig) -> Session:
 
 def _model(config: HybridConfig) -> str:
     return f"{len(config.blocks)} blocks of width {config.d_model}, random weights, float32, one thread"
-
-
-def _ms(seconds: list[float], percentile: int) -> float:
-    return float(np.percentile(seconds, percentile)) * 1e3
-
-
-def _ratio(times: list[float], base: list[float]) -> str:
-    low, median, high = np.percentile(np.array(times) / np.array(base), (10, 50, 90))
-    return f"{median:.2f} [{low:.2f} ... {high:.2f}]"

@@ -6,9 +6,9 @@ ordinary wake pass, and its logits serve prediction; passes 2 ... N are the slee
 is about to be evicted.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TypedDict
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -74,8 +74,11 @@ def read_window(
             f"loop={sleep.loop} has no block with fast weights, so its passes would write nothing"
         )
     D, T, W, awake, began = model.num_blocks, tokens.shape[1], sleep.wake_passes, None, state.cache
-    rows: _RowOptions = {"valid": valid, "span": sleep.span}
-    h, state = model.run(model.embed(tokens), state, 0, first, **rows)
+    run: Callable[[Tensor, State, int, int], tuple[Tensor, State]]
+    run = partial(model.run, valid=valid, span=sleep.span)
+    if sleep.checkpoint and torch.is_grad_enabled():  # pass by pass: only h and S lie between them
+        run = partial(checkpoint, run, use_reentrant=False)
+    h, state = run(model.embed(tokens), state, 0, first)
     entered, before = h, state
     for n in range(1, W + passes):
         if n > 1 and sleep.backprop_passes == W + passes - n:
@@ -83,13 +86,13 @@ def read_window(
         if n > 1:
             h = entered if n > W and sleep.reset == "h" else _between_passes(h, entered, sleep)
         memory = before.memory if n <= W or sleep.reset == "S" else state.memory
-        h, state = model.run(h, State(memory, before.cache), first, last, **rows)
+        h, state = run(h, State(memory, before.cache), first, last)
         if n == W and logits:
-            seen, after = model.run(h, state, last, D, **rows)
+            seen, after = run(h, state, last, D)
             awake = model.head(seen)
             if passes == 1:
                 return awake, after.counted(began, T, valid)
-    _, state = model.run(h, state, last, D, **rows)
+    _, state = run(h, state, last, D)
     return awake, state.counted(began, T, valid)
 
 
@@ -166,11 +169,6 @@ def sleep_forward(
     )
 
 
-class _RowOptions(TypedDict):
-    valid: Tensor | None
-    span: int | None
-
-
 def _windows(T: int, window: int | None) -> Iterator[tuple[int, int]]:
     L = window or max(T, 1)
     return ((a, min(a + L, T)) for a in range(0, T, L))
@@ -207,12 +205,7 @@ def _read_rows(
         x, s, ok = tokens, state, valid
         if rows is not None:
             x, s, ok = x[rows], s.rows(rows), None if ok is None else ok[rows]
-        if not sleep.checkpoint or not torch.is_grad_enabled():
-            return read_window(model, x, s, sleep, passes=passes, valid=ok, logits=logits)
-        result: tuple[Tensor | None, State] = checkpoint(
-            read_window, model, x, s, sleep, passes=passes, valid=ok, logits=logits, use_reentrant=False
-        )
-        return result
+        return read_window(model, x, s, sleep, passes=passes, valid=ok, logits=logits)
 
     if bool(asleep.all()) or not asleep.any() or sleep.passes == 1:
         return read(None, sleep.passes if asleep.any() else 1)

@@ -33,7 +33,7 @@ class SleepConfig:
     sleep_on_loss: bool = True
     """Sleep on windows that carry loss too. False: Algorithm 1's rule, they get one ordinary pass."""
     checkpoint: bool = False
-    """Keep no activations of a window for the backward pass; recompute them."""
+    """Of the activations keep only h and S between passes for the backward pass; recompute the others."""
     inner_rate: float | None = None
     """Test-time training: each further pass is a step of gradient descent at this rate on the window's own
     next-token loss, and S the trained weights (model option trained_mlp). None: the blocks write S."""

@@ -1,0 +1,165 @@
+"""Whole training steps: ours against transformers' modules, passes against one pass, memory."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.peer import Composed
+from benchmarks.table import Cell, Table
+from benchmarks.timing import flops, matmul_peak, ms, peak_bytes, ratio, take_turns
+from lmsleep import HybridConfig, HybridLM, SleepConfig
+from lmsleep.evaluation import read_batch
+from lmsleep.tasks import Batch, Depo, Rule110, Task, stream
+from lmsleep.training import TrainConfig
+from lmsleep.training.optim import optimizers
+
+PASSES = (1, 2, 4)
+HYBRID = ("attention", "gated_delta_net")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A task and a model of the paper."""
+
+    task: Task
+    model: HybridConfig
+    window: int
+    batch: int
+
+    def drawn(self) -> Batch:
+        """A training batch."""
+        return self.task.batch(stream(0, "train", 0), self.batch, "train")
+
+    def made(self) -> HybridLM:
+        """The model, with random weights."""
+        torch.manual_seed(0)
+        model = HybridLM(replace(self.model, vocab_size=self.task.vocab_size))
+        for name, parameter in model.named_parameters():
+            if name.endswith("b_proj.bias"):  # transformers has none
+                nn.init.zeros_(parameter)
+        return model
+
+
+AUTOMATON = Setting(Rule110(), HybridConfig(d_model=256, num_heads=4, blocks=HYBRID * 2), 24, 512)
+# The paper's batch is 128. FLOPs go with the batch (the optimizer's do not), minutes too.
+DEPO = Setting(Depo(), HybridConfig(d_model=512, num_heads=8, blocks=HYBRID * 5), 75, 8)
+TINY = Setting(Rule110(width=4, states=2), HybridConfig(d_model=16, num_heads=2, blocks=HYBRID), 4, 4)
+
+
+def tables(repeats: int, tiny: bool) -> dict[str, Callable[[], Table]]:
+    """Steps of both models, and the memory of one."""
+    automaton, depo = (TINY, TINY) if tiny else (AUTOMATON, DEPO)
+    return {
+        "automaton": lambda: steps(automaton, repeats),
+        "depo": lambda: steps(depo, repeats),
+        "memory": lambda: memory(replace(automaton, batch=automaton.batch // 4), repeats),
+    }
+
+
+def steps(setting: Setting, repeats: int) -> Table:
+    """Forward, backward and optimizer for every N."""
+    batch, peak = setting.drawn(), matmul_peak()
+    drawing = ms(take_turns({0: setting.drawn}, 3)[0].cpu)
+    calls: dict[tuple[str, int], Callable[[], None]] = {}
+    losses: dict[tuple[str, int], Callable[[], Tensor]] = {}
+    sides: Any = (("ours", setting.made(), ours), ("peer", Composed(setting.made()), peer))
+    for name, model, loss in sides:
+        for n in PASSES:
+            losses[name, n] = partial(loss, model, batch, setting.window, n)
+            calls[name, n] = _step(model, losses[name, n])
+    counted = {n: flops(lambda n=n: losses["ours", n]().backward()) for n in PASSES}  # type: ignore[misc]
+    cpu = {case: times.cpu for case, times in take_turns(calls, repeats).items()}
+    tokens = batch.tokens.numel()
+    rows: list[dict[str, Cell]] = [
+        {
+            "N": n,
+            "CPU ms a step": ms(cpu["ours", n]),
+            "of transformers' modules": ms(cpu["peer", n]),
+            "times as fast": ratio(cpu["peer", n], cpu["ours", n]),
+            "to N = 1": ratio(cpu["ours", n], cpu["ours", 1]),
+            "tokens/s": tokens / (ms(cpu["ours", n]) / 1e3),
+            "GFLOP": counted[n] / 1e9,
+            "% of the matrix product's rate": 100 * counted[n] / peak / (ms(cpu["ours", n]) / 1e3),
+            "drawing the batch, % of a step": 100 * drawing / ms(cpu["ours", n]),
+        }
+        for n in PASSES
+    ]
+    note = (
+        f"A training step (forward, backward, Muon and AdamW) on {setting.batch} sequences of "
+        f"{batch.tokens.shape[1]} tokens of {type(setting.task).__name__}, L = {setting.window}, "
+        f"{len(setting.model.blocks)} blocks of width {setting.model.d_model}, float32, one thread: medians "
+        f"of {repeats} repeats that took turns; ratios within a repeat: median [10th ... 90th percentile]. "
+        f"GFLOP: forward and backward; the matrix product's rate: {peak / 1e9:.0f} GFLOP/s, measured here."
+    )
+    return Table(rows=rows, note=note)
+
+
+def memory(setting: Setting, repeats: int) -> Table:
+    """Bytes of activations, with and without recomputing them, and what recomputing costs."""
+    model, batch = setting.made(), setting.drawn()
+    cases = {
+        (n, kept): partial(ours, model, batch, setting.window, n, checkpoint=not kept)
+        for n in PASSES
+        for kept in (True, False)
+    }
+    calls = {case: _backward(model, loss) for case, loss in cases.items()}
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)  # not counted
+    peaks = {case: peak_bytes(call) for case, call in calls.items()}
+    cpu = {case: times.cpu for case, times in take_turns(calls, repeats).items()}
+    rows: list[dict[str, Cell]] = [
+        {
+            "N": n,
+            "activations": "kept" if kept else "recomputed (checkpoint)",
+            "peak, MB": peaks[n, kept] / 1e6,
+            "to N = 1": peaks[n, kept] / peaks[1, kept],
+            "CPU time to kept": ratio(cpu[n, kept], cpu[n, True]),
+        }
+        for n, kept in cases
+    ]
+    note = (
+        f"Most bytes of tensors alive at once in the forward and backward pass on {setting.batch} "
+        f"sequences of {batch.tokens.shape[1]} tokens, weights and their gradients left out; "
+        f"L = {setting.window}, {len(setting.model.blocks)} blocks of width {setting.model.d_model}, "
+        f"float32, one thread, {repeats} repeats."
+    )
+    return Table(rows=rows, note=note)
+
+
+def ours(model: HybridLM, batch: Batch, window: int, passes: int, *, checkpoint: bool = False) -> Tensor:
+    """Loss of a batch."""
+    loss = read_batch(model, batch, SleepConfig(window=window, passes=passes, checkpoint=checkpoint)).loss
+    assert loss is not None
+    return loss
+
+
+def peer(model: Composed, batch: Batch, window: int, passes: int) -> Tensor:
+    """The same by transformers' modules."""
+    assert batch.loss_mask is not None
+    return model.loss(batch.tokens, batch.loss_mask, window, passes)
+
+
+def _step(model: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], None]:
+    optimizer = optimizers(model, TrainConfig(lr=1e-4, adam_lr=1e-4))
+
+    def step() -> None:
+        loss().backward()
+        for each in optimizer:
+            each.step()
+            each.zero_grad()
+
+    return step
+
+
+def _backward(model: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], None]:
+    def call() -> None:
+        loss().backward()
+        for parameter in model.parameters():
+            assert parameter.grad is not None
+            parameter.grad.zero_()
+
+    return call
