@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -144,7 +144,7 @@ def peer(model: Composed, batch: Batch, window: int, passes: int) -> Tensor:
 
 
 def _step(model: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], None]:
-    optimizer = optimizers(model, TrainConfig(lr=1e-4, adam_lr=1e-4))
+    optimizer = optimizers(cast(HybridLM, model), TrainConfig(lr=1e-4, adam_lr=1e-4))
 
     def step() -> None:
         loss().backward()

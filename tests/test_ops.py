@@ -85,7 +85,9 @@ def run(rule: str, backend: str, x: Inputs, unread: str = "", autocast: bool = F
         for name, y in (("o", o), ("state", state))
         if name != unread
     )
-    score.backward()
+    # Autograd's own backward follows autocast where it is called; one that is written out must not.
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast and backend == "chunked"):
+        score.backward()
     # A sequence of no tokens has no path from its (empty) inputs.
     gradients = {
         f"d{name}": torch.zeros_like(y) if y.grad is None else y.grad for name, y in leaves._asdict().items()

@@ -63,7 +63,7 @@ Presets (--preset NAME):
 {listed({name: preset.about for name, preset in PRESETS.items()})}
 
 Memory: --accumulate K reads a batch in K parts (default: one sequence at a time), and --checkpoint (on by
-default) keeps no activations of a window. On CUDA blocks compute in bfloat16 (autocast) and what is trained
+default) keeps no activations of a pass. On CUDA blocks compute in bfloat16 (autocast) and what is trained
 is float32; --precision bfloat16 does so elsewhere. A run that was stopped goes on exactly where it was.
 
 {listed_tasks()}

@@ -233,7 +233,7 @@ class _Sleeping:
         """
         raise ValueError(
             "activation (gradient) checkpointing of transformers drops what blocks carry, so nothing would "
-            "be remembered; use SleepConfig(checkpoint=True), which recomputes whole windows"
+            "be remembered; use SleepConfig(checkpoint=True), which recomputes whole passes"
         )
 
     gradient_checkpointing_enable = activation_checkpointing_enable

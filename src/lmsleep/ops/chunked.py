@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lmsleep.ops.precision import exact
+
 
 def gated_delta_rule(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, state: Tensor
@@ -116,6 +118,11 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: Tensor | None, dS: Tensor | None) -> tuple[Tensor | None, ...]:
+        with exact(ctx.saved_tensors[0].device):  # it may be called within autocast
+            return _Chunked._gradients(ctx, do, dS)
+
+    @staticmethod
+    def _gradients(ctx: Any, do: Tensor | None, dS: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, beta, starts, S, u, decay, start, reads, writes, inverse, W = ctx.saved_tensors
         B, T, H, n, scale = ctx.sizes
         dq: Tensor | None = None

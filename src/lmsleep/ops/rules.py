@@ -6,7 +6,6 @@ elsewhere the chunk-parallel PyTorch form of a rule that has one.
 
 import importlib.util
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lmsleep.ops import chunked, fla, reference
+from lmsleep.ops.precision import exact
 
 Backend = Literal["auto", "reference", "chunked", "fla"]
 Recurrence = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float, Tensor], tuple[Tensor, Tensor]]
@@ -144,9 +144,7 @@ def update(
     form, casts = _choose(rule, backend, q)
     if casts:  # fla's kernels take low precision as it is and accumulate in float32
         q, k, v, g, beta = (x.to(dtype) for x in (q, k, v, g, beta))
-    device = q.device.type  # "meta", which counts costs, knows no autocast
-    full = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
-    with full:  # S is summed over a whole stream
+    with exact(q.device):  # S is summed over a whole stream
         o, state = form(q, k, v, g, beta, scale, state)
     return o.to(inputs[2].dtype), state
 
