@@ -132,6 +132,8 @@ def test_a_tokenizer_of_another_model_is_refused(folder):
 
 def test_commands_take_the_folder_of_a_pretrained_model(folder, capsys):
     with pytest.raises(ValueError, match=r"tokenizer has 256 tokens, .* only 64"):
+        new_session(folder, SleepOptions(tokenizer="bytes"))
+    with pytest.raises(ValueError, match="holds no tokenizer"):
         new_session(folder, SleepOptions())
     tokenizer(folder, 64)
     session = new_session(folder, SleepOptions(window=4, passes=2))

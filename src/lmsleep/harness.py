@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -67,7 +68,7 @@ class SleepLM(TemplateLM):  # type: ignore[misc]
         if given.get("device"):
             model = model.to(given["device"])
         sleep = replace(model.sleep, **{k: given[k] for k in ("window", "passes") if k in given})
-        session = Session(model.backbone, sleep, HuggingFace(given["pretrained"]))
+        session = Session(model.backbone, sleep, HuggingFace(Path(given["pretrained"])))
         return cls(session, batch_size=int(given.get("batch_size") or 1))
 
     @classmethod
