@@ -56,7 +56,7 @@ def tables(repeats: int, tiny: bool) -> dict[str, Callable[[], Table]]:
     return {
         "automaton": lambda: steps(automaton, repeats),
         "depo": lambda: steps(depo, repeats),
-        "memory": lambda: memory(replace(automaton, batch=automaton.batch // 4), repeats),
+        "memory": lambda: memory(replace(automaton, batch=max(2, automaton.batch // 32)), repeats),
     }
 
 

@@ -137,7 +137,7 @@ def test_commands_take_the_folder_of_a_pretrained_model(folder, capsys):
         new_session(folder, SleepOptions())
     tokenizer(folder, 64)
     session = new_session(folder, SleepOptions(window=4, passes=2))
-    wanted = Session(adapt(family("qwen3_5")), SleepConfig(window=4, passes=2))
+    wanted = Session(adapt(family("qwen3_5")), SleepConfig(window=4, passes=2, loop="middle"))
     assert session.generate("w1 w2 w3", 9) == " ".join(f"w{i}" for i in wanted.generate([1, 2, 3], 9))
     (folder / "model.safetensors").unlink()
     code, _, err = run_command(capsys, "probe", folder, "--text", folder / "config.json")

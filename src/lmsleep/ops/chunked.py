@@ -112,13 +112,13 @@ class _Chunked(torch.autograd.Function):
         o = (q @ starts.flatten(0, 1)).mul_(scale * start).baddbmm_(reads, u)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, v, beta, starts, S, u, decay, start, reads, writes, inverse, W)
-        ctx.sizes = B, T, H, n, scale
+        ctx.device, ctx.sizes = q.device, (B, T, H, n, scale)
         return _join(o, B, T, n), S.unflatten(0, (B, H))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: Tensor | None, dS: Tensor | None) -> tuple[Tensor | None, ...]:
-        with exact(ctx.saved_tensors[0].device):  # it may be called within autocast
+        with exact(ctx.device):  # it may be called within autocast
             return _Chunked._gradients(ctx, do, dS)
 
     @staticmethod
