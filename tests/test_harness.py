@@ -60,6 +60,8 @@ def test_lm_eval_finds_the_model_by_name(folder):  # noqa: F811
     assert made.session.sleep_config == SLEEP.with_passes(2) and made.batch_size == 4
     with pytest.raises(ValueError, match="does not know dtype"):
         get_model("lmsleep").create_from_arg_obj({"pretrained": str(folder), "dtype": "float16"})
+    with pytest.raises(ValueError, match="pretrained is missing"):
+        get_model("lmsleep").create_from_arg_string("passes=2")
     with pytest.raises(ValueError, match="no chat template"):
         made.apply_chat_template([{"role": "user", "content": "w1"}])
 

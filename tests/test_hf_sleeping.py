@@ -1,6 +1,7 @@
 import copy
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -265,6 +266,9 @@ def test_a_model_card_is_written_beside_the_model(tmp_path):
     assert all(x in found.text for x in ("windows of 5 tokens", "the middle half", "| `passes` | `3` |"))
     sleepify(model, SLEEP).save_pretrained(out)  # its own card is renewed
     assert "all blocks" in (out / "README.md").read_text()
+    assert "clears its key-value cache" in (out / "README.md").read_text()
+    sleepify(model, replace(SLEEP, eviction="sliding")).save_pretrained(out)
+    assert f"keeps keys and values of {L - 1} tokens" in (out / "README.md").read_text()
     (out / "README.md").write_text("mine")
     model.save_pretrained(out)
     assert (out / "README.md").read_text() == "mine"

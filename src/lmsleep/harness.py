@@ -52,7 +52,7 @@ class SleepLM(TemplateLM):  # type: ignore[misc]
         """From the arguments of lm-eval: `pretrained` (a local folder), and `window`, `passes` of its sleep.
 
         Raises:
-            ValueError: as `lmsleep.hf.from_pretrained`, or for another argument.
+            ValueError: as `lmsleep.hf.from_pretrained`, or for an argument that is unknown or missing.
         """
         given = {**(additional_config or {}), **arg_dict}
         if unknown := set(given) - {
@@ -64,6 +64,8 @@ class SleepLM(TemplateLM):  # type: ignore[misc]
             "device",
         }:
             raise ValueError(f"model_args: the model type lmsleep does not know {', '.join(sorted(unknown))}")
+        if "pretrained" not in given:
+            raise ValueError("model_args: pretrained is missing; it names the folder of the model")
         model = from_pretrained(given["pretrained"])
         if given.get("device"):
             model = model.to(given["device"])

@@ -57,6 +57,9 @@ def card(config: Any, sleep: SleepConfig) -> str:
     loop = "all blocks" if sleep.loop is None else "the middle half of its blocks"
     if isinstance(sleep.loop, tuple):
         loop = f"blocks {sleep.loop[0]} ... {sleep.loop[1] - 1}"
+    evicts = (
+        "clears its key-value cache" if sleep.kept == 0 else f"keeps keys and values of {sleep.kept} tokens"
+    )
     return f"""---
 {data.to_yaml()}
 ---
@@ -65,8 +68,8 @@ def card(config: Any, sleep: SleepConfig) -> str:
 # A `{kind}` that sleeps
 
 This model {window}. When a window is full and the text goes on, it makes {sleep.passes} pass(es)
-over it through {loop}, which write it into the fast weights of its recurrent blocks, and clears its
-key-value cache ({sleep.eviction} eviction): the method of
+over it through {loop}, which write it into the fast weights of its recurrent blocks, and {evicts}
+({sleep.eviction} eviction): the method of
 ["Do Language Models Need Sleep?"](https://arxiv.org/abs/2605.26099), implemented by lmsleep {__version__}.
 
 | made from | {f"[{base}](https://huggingface.co/{base})" if base else Path(source).name or "unknown"} |
