@@ -146,33 +146,6 @@ def _jamba() -> Any:
     )
 
 
-def _qwen3() -> Any:
-    sliding = {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 2, "head_dim": 16}
-    return t.Qwen3ForCausalLM(t.Qwen3Config(**SMALL, **HEADS, **FOUR, **sliding))
-
-
-def _ouro() -> Any:
-    return OuroForCausalLM(
-        OuroConfig(**SMALL, **FOUR, num_attention_heads=4, bos_token_id=None, eos_token_id=None)
-    )
-
-
-def _jamba() -> Any:
-    return t.JambaForCausalLM(
-        t.JambaConfig(
-            **SMALL,
-            **HEADS,
-            **FOUR,
-            num_experts=1,
-            num_experts_per_tok=1,
-            mamba_d_state=8,
-            attn_layer_period=2,
-            attn_layer_offset=1,
-            use_mamba_kernels=False,
-        )
-    )
-
-
 def with_memory(model: Any, n: int, kind: Any) -> Any:
     """The model with memory layers that say something."""
     for i in insert_memory_layers(model, n, kind).after:

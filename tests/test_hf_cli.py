@@ -1,5 +1,6 @@
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from conftest import run_command
@@ -8,8 +9,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from lmsleep import Session, SleepConfig, adapt
+from lmsleep.cli.opening import SleepOptions, new_session
 from lmsleep.hf import load_pretrained, sleepify
-from lmsleep.tasks.tokenizers import load_tokenizer
+from lmsleep.tasks.tokenizers import Spelled, load_tokenizer
 
 SLEEP = SleepConfig(window=6, passes=3, loop=(0, 3))
 
@@ -124,6 +126,12 @@ def test_what_is_wrong_with_a_folder_is_said_in_one_line(folder, book, tmp_path,
     assert "is damaged" in said(lambda path: (path / "config.json").write_text("{"))
     code, _, err = run_command(capsys, "read", folder, book, "--memory", tmp_path / "a.mem", "--loop", 0, 9)
     assert code == 2 and "loop=(0, 9) reaches outside the model" in err
+
+
+def test_a_run_is_read_in_its_own_tokens_wherever_one_stands(folder, monkeypatch):
+    here = new_session(Path("depo-N1"), SleepOptions()).tokenizer
+    monkeypatch.chdir(folder)  # where a tokenizer lies
+    assert type(new_session(Path("depo-N1"), SleepOptions()).tokenizer) is type(here) is Spelled
 
 
 def test_probe(folder, book, capsys):

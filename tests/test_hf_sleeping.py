@@ -184,6 +184,7 @@ def test_what_would_go_wrong_is_refused():
         "past_key_values=DynamicCache cannot sleep": {"past_key_values": transformers.DynamicCache()},
         "memory of another model": {"past_key_values": sleeping().new_cache()},
         "input_ids must hold new tokens": {"input_ids": x[:, :0]},
+        "attention_mask hides every token": {"attention_mask": torch.zeros(1, 8), "use_cache": True},
         "past_key_values holds 1 rows, input_ids has 2": {
             "input_ids": x.view(2, 4), "past_key_values": model(x, use_cache=True).past_key_values,
         },

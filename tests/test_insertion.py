@@ -149,6 +149,8 @@ def test_what_cannot_be_inserted_says_why():
     [
         ({"kind": "jet", "after": [1, 7]}, r"memory_layers: after=\[1, 7\]"),
         ({"after": [1, 3]}, "kind=None is unknown"),
+        ({"kind": "jet", "after": [[1]]}, r"memory_layers: after=\[\[1\]\]"),
+        ("six", "memory_layers='six' must be an object with kind and after"),
         ({"kind": "jet", "after": [2, 3]}, r"lack model\.layers\.2\.memory"),
         (None, r"hold model\.layers\.1\.memory"),
     ],

@@ -11,7 +11,7 @@ from lmsleep.models import HybridLM
 from lmsleep.session import Session
 from lmsleep.sleep import SleepConfig
 from lmsleep.tasks import Text
-from lmsleep.tasks.tokenizers import Bytes, HuggingFace, Spelled, Tokenizer, load_tokenizer
+from lmsleep.tasks.tokenizers import HuggingFace, Spelled, Tokenizer, load_tokenizer
 from lmsleep.training import RunFolder, choose_device
 from lmsleep.training.models import Model
 
@@ -85,10 +85,10 @@ def is_run(path: Path) -> bool:
 def _tokenizer(path: Path, given: str | None) -> Tokenizer:
     if is_run(path):
         task = RunFolder(path).config().task
-        folder = Path(getattr(task, "tokenizer", ""))
-        if folder.is_dir() and has_tokenizer(folder):
-            return HuggingFace(folder)
-        return Bytes() if isinstance(task, Text) else Spelled(task.spell, task.vocab_size)
+        name = getattr(task, "tokenizer", None)
+        if isinstance(task, Text) or name not in (None, "bytes", "words"):
+            return load_tokenizer(str(name))
+        return Spelled(task.spell, task.vocab_size)
     if is_pretrained(path) and given is None:
         if not has_tokenizer(path):
             raise ValueError(f"{path} holds no tokenizer; pass --tokenizer FOLDER (or bytes)")

@@ -75,9 +75,12 @@ def attach(model: Any, inserted: dict[str, Any]) -> None:
         ValueError: for a description that does not fit the model.
     """
     config, blocks = model.config.get_text_config(), _blocks(model)
+    if not isinstance(inserted, dict):
+        raise ValueError(f"{FIELD}={inserted!r} must be an object with kind and after")
     kind: Any = inserted.get("kind")
-    after, D = inserted.get("after") or [], len(blocks)
-    if not after or len(set(after)) < len(after) or not set(after) <= set(range(D)):
+    after, D = inserted.get("after"), len(blocks)
+    numbers = isinstance(after, list) and all(type(i) is int for i in after)
+    if not after or not numbers or len(set(after)) < len(after) or not set(after) <= set(range(D)):
         raise ValueError(f"{FIELD}: after={after} must name different blocks of 0 ... {D - 1}")
     eps = getattr(config, "rms_norm_eps", 1e-6)
     for j, i in enumerate(after):

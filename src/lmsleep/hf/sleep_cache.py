@@ -50,7 +50,7 @@ class SleepCache(Cache):
             Logits `[B, keep, V]`, zeros for padding.
 
         Raises:
-            ValueError: for another number of rows than before, or padding after or among tokens.
+            ValueError: for other rows than before, padding after or among tokens, or padding alone.
             BrokenSleep: if a sleep left NaN or infinity.
         """
         B, T = tokens.shape
@@ -63,6 +63,8 @@ class SleepCache(Cache):
                 "attention_mask pads after or among tokens; what goes on must be padded on the left "
                 "(tokenizer.padding_side = 'left')"
             )
+        if valid is not None and not bool(valid.any()):
+            raise ValueError("attention_mask hides every token, so there is nothing to go on from")
         rows = list(tokens) if valid is None else [x[ok] for x, ok in zip(tokens, valid, strict=True)]
         edges = [max(len(row) - keep, 0) for row in rows]
         batch = SessionBatch(self.sessions)
