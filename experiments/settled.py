@@ -9,12 +9,12 @@ from torch import Tensor
 
 from lmsleep.evaluation import EVAL_SEED, Score
 from lmsleep.memory import Memory
-from lmsleep.models import HybridLM
 from lmsleep.pretrained import find
 from lmsleep.sleep import SleepConfig, read_window, sleep_forward
 from lmsleep.state import State
 from lmsleep.tasks import stream
 from lmsleep.training import RunFolder
+from lmsleep.training.models import Model
 
 BATCHES, SIZE = 16, 64
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -26,7 +26,7 @@ def norm(memory: Memory) -> Tensor:
 
 
 def slept(
-    model: HybridLM, context: Tensor, sleep: SleepConfig, share: float, fewest: int
+    model: Model, context: Tensor, sleep: SleepConfig, share: float, fewest: int
 ) -> tuple[Memory, float]:
     """Memories after all windows, and mean passes a window, at least `fewest` and at most N."""
     empty, row = model.initial_state(len(context)), torch.arange(len(context))

@@ -324,6 +324,23 @@ def test_random_passes_are_drawn_anew_each_step_and_again_after_a_resume(tmp_pat
     assert resumed.flops == whole.flops
 
 
+def test_early_passes_are_those_of_the_first_half(tmp_path, monkeypatch):
+    seen, original = [], Trainer._backward
+
+    def backward(self, parts, sleep):
+        seen.append(sleep.passes)
+        return original(self, parts, sleep)
+
+    monkeypatch.setattr(Trainer, "_backward", backward)
+    sleep = SleepConfig(window=4, passes=3)
+    run = start(tmp_path / "run", replace(run_config(early_passes=2, steps=7, save_every=2), sleep=sleep))
+    run.fit(until=2)
+    Trainer.resume(RunFolder.open(tmp_path / "run")).fit(until=7)
+    assert seen == [2, 2, 2, 3, 3, 3, 3]
+    with pytest.raises(ValueError, match="early_passes and random_passes"):
+        run_config(early_passes=2, random_passes=True)
+
+
 def test_worker_processes_draw_the_same_batches(tmp_path, uninterrupted):
     config = run_config(data_workers=2)
     start(tmp_path / "run", config).fit(until=9)

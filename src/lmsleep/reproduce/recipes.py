@@ -253,6 +253,12 @@ def _random_passes(scale: Scale) -> list[Cell]:
     return [*_by_passes(depo, (1, 2, 4))(scale), Cell("N drawn from 1 ... 4", drawn)]
 
 
+def _few_passes_early(scale: Scale) -> list[Cell]:
+    one, four = _by_passes(depo, (1, 4))(scale)
+    train = replace(four.config.train, early_passes=2)
+    return [one, Cell("N = 2, then 4", replace(four.config, train=train)), four]
+
+
 def _with_other_passes(run: RunConfig) -> dict[int, RunConfig]:
     asleep = replace(run.sleep, backprop_passes=None)
     return {n: replace(run, sleep=replace(asleep, passes=n)) for n in (1, 2, 3, 4, 6, 8)}
@@ -370,6 +376,12 @@ RECIPES: dict[str, Recipe] = {
         ("axis", "difficulty"),
         axis="N when read",
         read=_with_other_passes,
+    ),
+    "schedule": Recipe(
+        "Depo: few passes in the first half of training",
+        "Not in the paper: must all of training pay for N passes?",
+        _few_passes_early,
+        ("flops", "difficulty"),
     ),
     "rule": Recipe(
         "Depo: the update rule of the fast weights",

@@ -46,6 +46,8 @@ class TrainConfig:
     """Steps over which the difficulty rises to its full range; 0: full from the start."""
     random_passes: bool = False
     """Draw the passes of each step uniformly from 1 ... N, for a model that can be read with any."""
+    early_passes: int = 0
+    """Passes of a sleep in the first half of the steps, where N is more: a cheaper run. 0: N throughout."""
     eval_every: int = 100
     """Steps between evaluations."""
     eval_batches: int = 4
@@ -78,13 +80,15 @@ class TrainConfig:
         for name in ("lr", "adam_lr", "clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("weight_decay", "warmup", "curriculum", "seed", "data_workers"):
+        for name in ("weight_decay", "warmup", "curriculum", "seed", "data_workers", "early_passes"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.inserted and self.start is None:
             raise ValueError("inserted: blocks are inserted into a model; name it with start")
         if self.only_inserted and not self.inserted:
             raise ValueError("only_inserted leaves nothing to train: name the blocks with inserted")
+        if self.early_passes and self.random_passes:
+            raise ValueError("early_passes and random_passes both choose the passes of a step: take one")
         if not 0 <= self.decay <= 1:
             raise ValueError(f"decay must lie in 0 ... 1, got {self.decay}")
 

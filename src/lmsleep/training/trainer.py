@@ -275,7 +275,8 @@ class Trainer:
         """The sleep of this step."""
         sleep, train = self.config.sleep, self.config.train
         if not train.random_passes:
-            return sleep
+            early = train.early_passes and self.step < train.steps // 2
+            return sleep.with_passes(min(train.early_passes, sleep.passes)) if early else sleep
         passes = int(np.random.default_rng((train.seed, self.step)).integers(1, sleep.passes + 1))
         return sleep.with_passes(passes)
 
