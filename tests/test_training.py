@@ -27,7 +27,10 @@ from lmsleep.training import (
     RunFolder,
     TrainConfig,
     Trainer,
+    baseline,
     choose_device,
+    equal_compute,
+    flops_per_step,
     optim,
     run_all,
     trainer,
@@ -268,6 +271,17 @@ def test_random_passes_are_drawn_anew_each_step_and_again_after_a_resume(tmp_pat
     resumed.fit(until=12)
     assert_same_weights(resumed.model, whole.model)
     assert resumed.flops == whole.flops
+
+
+def test_early_steps_make_fewer_passes(tmp_path):
+    config = run_config(passes=3, early_steps=4, early_passes=2)
+    run = start(tmp_path / "run", config)
+    spent = [run.train_step()["flops"] for _ in range(6)]
+    counted = [flops_per_step(replace(config, sleep=config.sleep.with_passes(n))) for n in (2, 3)]
+    assert spent == [counted[0] * n for n in (1, 2, 3, 4)] + [4 * counted[0] + counted[1] * n for n in (1, 2)]
+    shorter = equal_compute(baseline("one-pass", config), config)
+    steps, one = config.train.steps, flops_per_step(baseline("one-pass", config))
+    assert shorter.train.steps == (4 * counted[0] + (steps - 4) * counted[1]) // one
 
 
 def test_worker_processes_draw_the_same_batches(tmp_path, uninterrupted):

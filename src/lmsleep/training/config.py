@@ -42,6 +42,10 @@ class TrainConfig:
     """Steps over which the difficulty rises to its full range; 0: full from the start."""
     random_passes: bool = False
     """Draw the passes of each step uniformly from 1 ... N, for a model that can be read with any."""
+    early_steps: int = 0
+    """First steps, which make `early_passes` passes at most: few early and many late cost less."""
+    early_passes: int = 2
+    """N of the first `early_steps`."""
     eval_every: int = 100
     """Steps between evaluations."""
     eval_batches: int = 4
@@ -60,7 +64,7 @@ class TrainConfig:
     """Write TensorBoard events beside metrics.jsonl (needs the extra "track")."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "eval_every", "eval_batches", "save_every"):
+        for name in ("steps", "batch_size", "early_passes", "eval_every", "eval_batches", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.precision not in ("auto", "float32", "bfloat16"):
@@ -70,7 +74,7 @@ class TrainConfig:
         for name in ("lr", "adam_lr", "clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("weight_decay", "warmup", "curriculum", "seed", "data_workers"):
+        for name in ("weight_decay", "warmup", "curriculum", "early_steps", "seed", "data_workers"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.inserted and self.start is None:

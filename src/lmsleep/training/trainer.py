@@ -240,6 +240,8 @@ class Trainer:
     def _sleep(self) -> SleepConfig:
         """The sleep of this step."""
         sleep, train = self.config.sleep, self.config.train
+        if self.step < train.early_steps:
+            sleep = sleep.with_passes(min(train.early_passes, sleep.passes))
         if not train.random_passes:
             return sleep
         passes = int(np.random.default_rng((train.seed, self.step)).integers(1, sleep.passes + 1))
