@@ -28,8 +28,10 @@ from lmsleep.training import (
     RunFolder,
     TrainConfig,
     Trainer,
+    baseline,
     choose_device,
     default_workers,
+    equal_compute,
     flops_per_step,
     jobs,
     optim,
@@ -324,21 +326,15 @@ def test_random_passes_are_drawn_anew_each_step_and_again_after_a_resume(tmp_pat
     assert resumed.flops == whole.flops
 
 
-def test_early_passes_are_those_of_the_first_half(tmp_path, monkeypatch):
-    seen, original = [], Trainer._backward
-
-    def backward(self, parts, sleep):
-        seen.append(sleep.passes)
-        return original(self, parts, sleep)
-
-    monkeypatch.setattr(Trainer, "_backward", backward)
-    sleep = SleepConfig(window=4, passes=3)
-    run = start(tmp_path / "run", replace(run_config(early_passes=2, steps=7, save_every=2), sleep=sleep))
-    run.fit(until=2)
-    Trainer.resume(RunFolder.open(tmp_path / "run")).fit(until=7)
-    assert seen == [2, 2, 2, 3, 3, 3, 3]
-    with pytest.raises(ValueError, match="early_passes and random_passes"):
-        run_config(early_passes=2, random_passes=True)
+def test_early_steps_make_fewer_passes(tmp_path):
+    config = run_config(passes=3, early_steps=4, early_passes=2)
+    run = start(tmp_path / "run", config)
+    spent = [run.train_step()["flops"] for _ in range(6)]
+    counted = [flops_per_step(replace(config, sleep=config.sleep.with_passes(n))) for n in (2, 3)]
+    assert spent == [counted[0] * n for n in (1, 2, 3, 4)] + [4 * counted[0] + counted[1] * n for n in (1, 2)]
+    shorter = equal_compute(baseline("one-pass", config), config)
+    steps, one = config.train.steps, flops_per_step(baseline("one-pass", config))
+    assert shorter.train.steps == (4 * counted[0] + (steps - 4) * counted[1]) // one
 
 
 def test_worker_processes_draw_the_same_batches(tmp_path, uninterrupted):

@@ -255,7 +255,7 @@ def _random_passes(scale: Scale) -> list[Cell]:
 
 def _few_passes_early(scale: Scale) -> list[Cell]:
     one, four = _by_passes(depo, (1, 4))(scale)
-    train = replace(four.config.train, early_passes=2)
+    train = replace(four.config.train, early_steps=four.config.train.steps // 2, early_passes=2)
     return [one, Cell("N = 2, then 4", replace(four.config, train=train)), four]
 
 

@@ -15,7 +15,7 @@ from lmsleep.session import saving, stream
 from lmsleep.session.answer import Answer, Piece
 from lmsleep.session.sampling import Sampling
 from lmsleep.session.stream import Step, Stream
-from lmsleep.sleep import Backbone, SleepConfig
+from lmsleep.sleep import Backbone, SleepConfig, looped_blocks
 from lmsleep.state import Cache, Memory, State
 from lmsleep.tasks.tokenizers import Tokenizer
 
@@ -77,11 +77,11 @@ class Session:
     ) -> None:
         if sleep.wake_passes != 1:
             raise ValueError(f"wake_passes={sleep.wake_passes}: a session reads in one wake pass only")
-        sleep.loop_range(model.num_blocks)
         self.model, self.sleep_config, self.tokenizer = model, sleep, tokenizer
         self.seconds_awake = self.seconds_asleep = 0.0
         self.origin = Origin()
         state = model.initial_state(1)
+        looped_blocks(sleep, state.memory, sleep.passes)  # refuses what no sleep could do
         if memory is not None:
             if memory.batch_size not in (0, 1):
                 raise ValueError(

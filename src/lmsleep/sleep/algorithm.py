@@ -68,11 +68,7 @@ def read_window(
     """
     if sleep.inner_rate is not None and passes > 1:
         return train_on_window(model, tokens, state, sleep, passes=passes, valid=valid)
-    first, last = sleep.loop_range(model.num_blocks)
-    if passes > 1 and not _writes(state.memory, first, last) and _writes(state.memory, 0, model.num_blocks):
-        raise ValueError(
-            f"loop={sleep.loop} has no block with fast weights, so its passes would write nothing"
-        )
+    first, last = looped_blocks(sleep, state.memory, passes)
     D, T, W, awake, began = model.num_blocks, tokens.shape[1], sleep.wake_passes, None, state.cache
     run: Callable[[Tensor, State, int, int], tuple[Tensor, State]]
     run = partial(model.run, valid=valid, span=sleep.span)
@@ -94,6 +90,21 @@ def read_window(
                 return awake, after.counted(began, T, valid)
     _, state = run(h, state, last, D)
     return awake, state.counted(began, T, valid)
+
+
+def looped_blocks(sleep: SleepConfig, memory: Memory, passes: int) -> tuple[int, int]:
+    """First block of the loop and the one after its last, for a model with such a memory.
+
+    Raises:
+        ValueError: if the loop reaches outside the model or holds none of its fast weights.
+    """
+    first, last = sleep.loop_range(len(memory.layers))
+    writes = [S is not None for S in memory.layers]
+    if passes > 1 and any(writes) and not any(writes[first:last]):
+        raise ValueError(
+            f"loop={sleep.loop} has no block with fast weights, so its passes would write nothing"
+        )
+    return first, last
 
 
 def sleep_forward(
@@ -214,10 +225,6 @@ def _read_rows(
     order = torch.cat(groups).argsort()
     both = [x for x, _ in parts if x is not None]
     return torch.cat(both)[order] if both else None, State.join([s for _, s in parts], order)
-
-
-def _writes(memory: Memory, first: int, last: int) -> bool:
-    return any(S is not None for S in memory.layers[first:last])
 
 
 def _between_passes(h: Tensor, entered: Tensor, sleep: SleepConfig) -> Tensor:

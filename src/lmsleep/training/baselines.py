@@ -141,8 +141,16 @@ BASELINES: dict[str, Callable[[RunConfig], RunConfig]] = {
 
 def equal_compute(run: RunConfig, other: RunConfig) -> RunConfig:
     """`run` with as many steps as cost the training FLOPs of `other` (rounded down, at least 1)."""
-    steps = math.floor(other.train.steps * flops_per_step(other) / flops_per_step(run))
+    steps = math.floor(_flops(other) / flops_per_step(run))
     return replace(run, train=replace(run.train, steps=max(steps, 1)))
+
+
+def _flops(run: RunConfig) -> int:
+    """FLOPs of a whole training run."""
+    early = min(run.train.early_steps, run.train.steps)
+    few = min(run.train.early_passes, run.sleep.passes)
+    first = replace(run, sleep=run.sleep.with_passes(few))
+    return early * (flops_per_step(first) if early else 0) + (run.train.steps - early) * flops_per_step(run)
 
 
 def _one_pass(sleep: SleepConfig) -> SleepConfig:

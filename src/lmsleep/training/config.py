@@ -46,8 +46,10 @@ class TrainConfig:
     """Steps over which the difficulty rises to its full range; 0: full from the start."""
     random_passes: bool = False
     """Draw the passes of each step uniformly from 1 ... N, for a model that can be read with any."""
-    early_passes: int = 0
-    """Passes of a sleep in the first half of the steps, where N is more: a cheaper run. 0: N throughout."""
+    early_steps: int = 0
+    """First steps, which make `early_passes` passes at most: few early and many late cost less."""
+    early_passes: int = 2
+    """N of the first `early_steps`."""
     eval_every: int = 100
     """Steps between evaluations."""
     eval_batches: int = 4
@@ -66,7 +68,16 @@ class TrainConfig:
     """Write TensorBoard events beside metrics.jsonl (needs the extra "track")."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulate", "eval_every", "eval_batches", "save_every"):
+        names = (
+            "steps",
+            "batch_size",
+            "accumulate",
+            "early_passes",
+            "eval_every",
+            "eval_batches",
+            "save_every",
+        )
+        for name in names:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.accumulate > self.batch_size:
@@ -80,15 +91,13 @@ class TrainConfig:
         for name in ("lr", "adam_lr", "clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("weight_decay", "warmup", "curriculum", "seed", "data_workers", "early_passes"):
+        for name in ("weight_decay", "warmup", "curriculum", "early_steps", "seed", "data_workers"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.inserted and self.start is None:
             raise ValueError("inserted: blocks are inserted into a model; name it with start")
         if self.only_inserted and not self.inserted:
             raise ValueError("only_inserted leaves nothing to train: name the blocks with inserted")
-        if self.early_passes and self.random_passes:
-            raise ValueError("early_passes and random_passes both choose the passes of a step: take one")
         if not 0 <= self.decay <= 1:
             raise ValueError(f"decay must lie in 0 ... 1, got {self.decay}")
 

@@ -77,11 +77,6 @@ def _check_fit(config: RunConfig, model: HFBackbone) -> None:
             "tokenizer (--tokenizer)"
         )
     Session(model, replace(sleep, backprop_passes=None))  # refuses what could not be used afterwards
-    first, last = sleep.loop_range(model.num_blocks)
-    if sleep.passes > 1 and not any("fast_weights" in kind for kind in model.kinds[first:last]):
-        raise ValueError(
-            f"loop={sleep.loop} has no block with fast weights, so its passes would write nothing"
-        )
 
 
 def _count_flops(
@@ -274,9 +269,10 @@ class Trainer:
     def _sleep(self) -> SleepConfig:
         """The sleep of this step."""
         sleep, train = self.config.sleep, self.config.train
+        if self.step < train.early_steps:
+            sleep = sleep.with_passes(min(train.early_passes, sleep.passes))
         if not train.random_passes:
-            early = train.early_passes and self.step < train.steps // 2
-            return sleep.with_passes(min(train.early_passes, sleep.passes)) if early else sleep
+            return sleep
         passes = int(np.random.default_rng((train.seed, self.step)).integers(1, sleep.passes + 1))
         return sleep.with_passes(passes)
 
