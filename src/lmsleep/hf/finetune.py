@@ -21,7 +21,10 @@ from lmsleep.sleep import SleepConfig
 Trained = Literal["lora", "memory", "full"]
 WEIGHTS = "trained.safetensors"
 # What an exported model does not take from the folder it was made from: weights, and what describes them.
-NOT_COPIED = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.index.json", "config.json", "README.md")
+NOT_COPIED = (
+    "*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx",
+    "*.index.json", "config.json", "README.md",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
