@@ -44,8 +44,8 @@ class Setting:
         return model
 
 
-# The paper's batches are 512 and 128. Activations of the first would take 26 GB at N = 4, a step of the second
-# many minutes; FLOPs go with the batch, all but the optimizer's.
+# The paper's batches are 512 and 128. Activations of the first would take 26 GB at N = 4, a step of
+# the second many minutes; FLOPs go with the batch, all but the optimizer's.
 AUTOMATON = Setting(Rule110(), HybridConfig(d_model=256, num_heads=4, blocks=HYBRID * 2), 24, 64)
 DEPO = Setting(Depo(), HybridConfig(d_model=512, num_heads=8, blocks=HYBRID * 5), 75, 8)
 TINY = Setting(Rule110(width=4, states=2), HybridConfig(d_model=16, num_heads=2, blocks=HYBRID), 4, 4)
