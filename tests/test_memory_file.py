@@ -295,7 +295,7 @@ def test_a_sleep_with_options_of_another_type_is_refused(model, saved, change):
     tensors, header = memory_file.read(saved[0])
     other, sleep = saved[0].parent / "sleep.mem", header["sleep"]
     del header["time"]
-    memory_file.write(other, tensors, {**header, "sleep": {**sleep, "loop": [0, 1], "inner_rate": None}})
+    memory_file.write(other, tensors, {**header, "sleep": {**sleep, "loop": [1, 2], "inner_rate": None}})
     Session.load(other, model)
     memory_file.write(other, tensors, {**header, "sleep": {**sleep, **change}})
     with pytest.raises(ValueError, match="holds no session"):
