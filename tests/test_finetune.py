@@ -236,6 +236,15 @@ def test_a_model_learns_to_sleep_and_comes_out_as_a_folder(with_words, tmp_path,
     assert run_command(capsys, "plot", out, "--out", tmp_path / "curves.png")[0] == 0
 
 
+@pytest.mark.parametrize(("given", "size"), [([], 16), (["--batch_size", 3], 3), (["--batch-size=3"], 3)])
+def test_a_batch_is_read_one_sequence_at_a_time(given, size, with_words, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("lmsleep.cli.finetune.finish", lambda *run: None)
+    argv = ["finetune", with_words["jet_nemotron"], "--task", "mqar", *given, "--out", tmp_path / "run"]
+    assert run_command(capsys, *argv)[0] == 0
+    train = RunFolder.open(tmp_path / "run").config().train
+    assert train.batch_size == train.accumulate == size
+
+
 def test_two_stages_train_inserted_layers_then_everything(with_words, tmp_path, capsys):
     out = tmp_path / "run"
     options = ["--preset", "two-stage", "--insert", 2, "--steps", 2, "--out", out, "--precision", "bfloat16"]

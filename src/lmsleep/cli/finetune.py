@@ -132,7 +132,7 @@ def _new_run(folder: Path, argv: list[str]) -> tuple[RunFolder, Trainer]:
             task_field(name, {}),
             ("model", ModelOptions, ModelOptions(train=preset.train)),  # type: ignore[arg-type]
             ("sleep", SleepConfig, preset.sleep),
-            ("train", TrainOptions, _as(TrainOptions, replace(TRAIN, adam_lr=preset.adam_lr))),
+            ("train", TrainOptions, _as(TrainOptions, _train(preset, given.get("batch-size", "")))),
             ("run", RunOptions),
         ],
         frozen=True,
@@ -159,6 +159,12 @@ def _new_run(folder: Path, argv: list[str]) -> tuple[RunFolder, Trainer]:
     return RunFolder.create(out, second), trainer
 
 
+def _train(preset: Preset, batch_size: str) -> TrainConfig:
+    """The defaults of a preset, where a batch of any size is read one sequence at a time."""
+    size = int(batch_size) if batch_size.isdecimal() else TRAIN.batch_size
+    return replace(TRAIN, adam_lr=preset.adam_lr, batch_size=size, accumulate=size)
+
+
 def _as(cls: Any, options: Any) -> Any:
     """The same options in a class with the same fields."""
     return cls(**{f.name: getattr(options, f.name) for f in fields(cls)})
@@ -167,7 +173,8 @@ def _as(cls: Any, options: Any) -> Any:
 def _given(argv: list[str]) -> dict[str, str]:
     """Options with one value, as they stand on the command line: --preset NAME, --preset=NAME."""
     words = [word for argument in argv for word in argument.split("=", 1)]
-    return {a.removeprefix("--"): b for a, b in itertools.pairwise(words) if a.startswith("--")}
+    pairs = itertools.pairwise(words)
+    return {a.removeprefix("--").replace("_", "-"): b for a, b in pairs if a.startswith("--")}
 
 
 def _check_tokenizer(folder: Path, task: Task) -> None:

@@ -95,10 +95,7 @@ def _verdict(readings: list[Reading]) -> str:
     by: dict[str, Any] = {r.way: r for r in readings}
     dropped, kept = by.pop(DROPPED), by.pop(KEPT)
     best = min(by.values(), key=lambda r: r.nats)
-    said = [
-        f"Text: {best.way} predicts best of those that evict; it closes "
-        f"{_share(best, dropped, kept)} of the gap between forgetting all and keeping all."
-    ]
+    said = [f"Text: {best.way} predicts best of those that evict; {_share(best, dropped, kept)}"]
     known = [r.way for r in by.values() if r.recall[1] > 1 / CHOICES]
     said.append(
         f"Facts: {', '.join(known)} remembers more than chance."
@@ -110,4 +107,8 @@ def _verdict(readings: list[Reading]) -> str:
 
 def _share(best: Reading, dropped: Reading, kept: Reading) -> str:
     gap = dropped.nats - kept.nats
-    return f"{(dropped.nats - best.nats) / gap:.0%}" if gap > 0 else "nothing, for there is none,"
+    if gap <= 0:
+        return "keeping all is no better than forgetting all."
+    return (
+        f"it closes {(dropped.nats - best.nats) / gap:.0%} of the gap between forgetting all and keeping all."
+    )
