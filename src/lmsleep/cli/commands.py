@@ -3,9 +3,9 @@
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, make_dataclass, replace
+from dataclasses import dataclass, make_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import torch
 import tyro
@@ -13,8 +13,8 @@ from tyro.conf import Positional
 
 from lmsleep import pretrained
 from lmsleep.adaptation import MOMENTS, Adaptation, Shifting, adaptation
-from lmsleep.cli.opening import is_run, open_backbone
-from lmsleep.cli.options import listed, listed_tasks, parse, task_field
+from lmsleep.cli.opening import open_backbone
+from lmsleep.cli.options import as_type, check_samples, given_options, listed, listed_tasks, parse, task_field
 from lmsleep.cli.presets import PRESETS, preset
 from lmsleep.cost import cost
 from lmsleep.demo import command as demo_command
@@ -25,7 +25,7 @@ from lmsleep.plots import plot_runs
 from lmsleep.reproduce import RECIPES
 from lmsleep.reproduce import command as reproduce_command
 from lmsleep.sleep import Backbone, SleepConfig
-from lmsleep.tasks import Split, Task, Text, find_task, stream
+from lmsleep.tasks import Task, Text, find_task
 from lmsleep.training import (
     BASELINES,
     Interrupted,
@@ -102,10 +102,9 @@ Baselines (--baseline NAME) of a run with N passes:
 
 
 def _new_run(task: str, argv: list[str]) -> tuple[RunFolder, Trainer]:
-    words = [word for argument in argv for word in argument.split("=", 1)]  # --preset NAME, --preset=NAME
-    chosen = next((words[i + 1] for i, word in enumerate(words[:-1]) if word == "--preset"), "demo")
+    chosen = given_options(argv).get("preset", "demo")
     cls, sections = find_task(task), preset(task, chosen)
-    model = ModelOptions(**{f.name: getattr(sections["model"], f.name) for f in fields(HybridConfig)})
+    model = as_type(ModelOptions, sections["model"])
     Options = make_dataclass(
         "Options",
         [
@@ -119,14 +118,13 @@ def _new_run(task: str, argv: list[str]) -> tuple[RunFolder, Trainer]:
         kw_only=True,
     )
     options = parse(Options, argv, f"lmsleep train {task}", cls.__doc__)
-    architecture = HybridConfig(**{f.name: getattr(options.model, f.name) for f in fields(HybridConfig)})
+    architecture = as_type(HybridConfig, options.model)
     config = RunConfig(task=options.task, model=architecture, sleep=options.sleep, train=options.train)
     name = f"N{config.sleep.passes}"
     if options.run.baseline is not None:
         name, config = options.run.baseline, baseline(options.run.baseline, config)
     out = options.run.out or Path("runs") / f"{task.rpartition(':')[2]}-{name}-seed{config.train.seed}"
-    for split in get_args(Split):  # first, and the trainer too: what cannot begin leaves no folder
-        config.task.batch(stream(config.train.seed, split, 0), 1, split)
+    check_samples(config)  # first, and the trainer too: what cannot begin leaves no folder
     trainer = Trainer(RunFolder(out), config)
     return RunFolder.create(out, config), trainer
 
@@ -322,7 +320,7 @@ def info(argv: list[str]) -> None:
     options = parse(InfoOptions, argv, "lmsleep info")
     folder = RunFolder(pretrained.find(options.path))
     model: Model
-    if is_run(folder.path):
+    if folder.is_run():
         config = folder.config()
         model, sleep = build(config.model), config.sleep
     else:

@@ -1,19 +1,17 @@
 """`lmsleep finetune`: a pretrained model learns to sleep."""
 
-import itertools
 import sys
 from dataclasses import dataclass, fields, make_dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
 
 import tyro
 
 from lmsleep.cli.commands import finish
-from lmsleep.cli.options import listed, listed_tasks, parse, task_field
+from lmsleep.cli.options import as_type, check_samples, given_options, listed, listed_tasks, parse, task_field
 from lmsleep.hf.finetune import FineTune
 from lmsleep.hf.loading import has_tokenizer
 from lmsleep.sleep import SleepConfig
-from lmsleep.tasks import Split, Task, find_task, stream
+from lmsleep.tasks import Task, find_task
 from lmsleep.tasks.tokenizers import HuggingFace
 from lmsleep.training import RunConfig, RunFolder, TrainConfig, Trainer, two_stages
 
@@ -117,7 +115,7 @@ def _new_run(folder: Path, argv: list[str]) -> tuple[RunFolder, Trainer]:
     """The folder of a new run, and the trainer of its first stage."""
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder} with a model; nothing is downloaded")
-    given = _given(argv)
+    given = given_options(argv)
     if "task" not in given:
         raise ValueError("--task: name what is learned, for example gsm-infinite (lmsleep finetune --help)")
     name = given["task"]
@@ -132,7 +130,7 @@ def _new_run(folder: Path, argv: list[str]) -> tuple[RunFolder, Trainer]:
             task_field(name, {}),
             ("model", ModelOptions, ModelOptions(train=preset.train)),  # type: ignore[arg-type]
             ("sleep", SleepConfig, preset.sleep),
-            ("train", TrainOptions, _as(TrainOptions, _train(preset, given.get("batch-size", "")))),
+            ("train", TrainOptions, as_type(TrainOptions, _train(preset, given.get("batch-size", "")))),
             ("run", RunOptions),
         ],
         frozen=True,
@@ -140,14 +138,13 @@ def _new_run(folder: Path, argv: list[str]) -> tuple[RunFolder, Trainer]:
     )
     options = parse(Options, argv, f"lmsleep finetune {folder}", cls.__doc__)
     _check_tokenizer(folder, options.task)
-    model = replace(_as(FineTune, options.model), folder=folder.resolve())
-    train = _as(TrainConfig, options.train)
+    model = replace(as_type(FineTune, options.model), folder=folder.resolve())
+    train = as_type(TrainConfig, options.train)
     config = RunConfig(task=options.task, model=model, sleep=options.sleep, train=train)
     kind = name.rpartition(":")[2]
     default = f"{folder.resolve().name}-{kind}-N{config.sleep.passes}-seed{config.train.seed}"
     out = options.run.out or Path("runs") / default
-    for split in get_args(Split):  # first, and the trainer too: what cannot begin leaves no folder
-        config.task.batch(stream(config.train.seed, split, 0), 1, split)
+    check_samples(config)  # first, and the trainer too: what cannot begin leaves no folder
     if preset.stages == 1:
         trainer = Trainer(RunFolder(out), config)
         return RunFolder.create(out, config), trainer
@@ -163,18 +160,6 @@ def _train(preset: Preset, batch_size: str) -> TrainConfig:
     """The defaults of a preset, where a batch of any size is read one sequence at a time."""
     size = int(batch_size) if batch_size.isdecimal() else TRAIN.batch_size
     return replace(TRAIN, adam_lr=preset.adam_lr, batch_size=size, accumulate=size)
-
-
-def _as(cls: Any, options: Any) -> Any:
-    """The same options in a class with the same fields."""
-    return cls(**{f.name: getattr(options, f.name) for f in fields(cls)})
-
-
-def _given(argv: list[str]) -> dict[str, str]:
-    """Options with one value, as they stand on the command line: --preset NAME, --preset=NAME."""
-    words = [word for argument in argv for word in argument.split("=", 1)]
-    pairs = itertools.pairwise(words)
-    return {a.removeprefix("--").replace("_", "-"): b for a, b in pairs if a.startswith("--")}
 
 
 def _check_tokenizer(folder: Path, task: Task) -> None:

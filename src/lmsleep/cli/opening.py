@@ -65,8 +65,8 @@ def open_model(path: Path, tokenizer: str | None = None, device: str = "auto") -
 def open_backbone(path: Path, device: str = "auto") -> tuple[Model, SleepConfig]:
     """`open_model` for who needs no words."""
     path, where = pretrained.find(path), choose_device(device)
-    if is_run(path):
-        folder = RunFolder(path)
+    folder = RunFolder(path)
+    if folder.is_run():
         return folder.model(where), folder.config().sleep
     if is_pretrained(path):
         model = load_pretrained(path).to(where)
@@ -77,14 +77,9 @@ def open_backbone(path: Path, device: str = "auto") -> tuple[Model, SleepConfig]
     return HybridLM.from_pretrained(path, where), SleepConfig(window=64, passes=4)
 
 
-def is_run(path: Path) -> bool:
-    """Whether the folder is that of a run."""
-    return (path / "config.json").is_file() and RunFolder(path).config_is_run()
-
-
 def _tokenizer(path: Path, given: str | None) -> Tokenizer:
-    if is_run(path):
-        task = RunFolder(path).config().task
+    if (run := RunFolder(path)).is_run():
+        task = run.config().task
         name = getattr(task, "tokenizer", None)
         if isinstance(task, Text) or name not in (None, "bytes", "words"):
             return load_tokenizer(str(name))

@@ -1,14 +1,17 @@
 """What commands have in common: how options become flags, and tasks are listed."""
 
+import itertools
 import re
 from collections.abc import Sequence
 from contextlib import redirect_stderr
+from dataclasses import fields
 from io import StringIO
-from typing import Any
+from typing import Any, get_args
 
 import tyro
 
-from lmsleep.tasks import TASKS, find_task
+from lmsleep.tasks import TASKS, Split, find_task, stream
+from lmsleep.training import RunConfig
 
 FLAT = (tyro.conf.OmitArgPrefixes, tyro.conf.SuppressFixed)
 
@@ -54,3 +57,21 @@ def listed_tasks() -> str:
 def task_field(task: str, sections: dict[str, Any]) -> Any:
     """The field of an options class that holds the task, with the preset's as default."""
     return ("task", find_task(task), *([sections["task"]] if "task" in sections else []))
+
+
+def given_options(argv: Sequence[str]) -> dict[str, str]:
+    """Options with one value, as they stand on the command line: --preset NAME, --preset=NAME."""
+    words = [word for argument in argv for word in argument.split("=", 1)]
+    pairs = itertools.pairwise(words)
+    return {a.removeprefix("--").replace("_", "-"): b for a, b in pairs if a.startswith("--")}
+
+
+def as_type(cls: Any, options: Any) -> Any:
+    """The same options in a class with the same fields, or with some of them."""
+    return cls(**{f.name: getattr(options, f.name) for f in fields(cls)})
+
+
+def check_samples(config: RunConfig) -> None:
+    """Draw a sample of each split; raises what the task raises if it cannot."""
+    for split in get_args(Split):
+        config.task.batch(stream(config.train.seed, split, 0), 1, split)

@@ -28,6 +28,7 @@ from lmsleep.training import (
     flops_per_step,
     provenance,
     run_all,
+    training_flops,
 )
 from lmsleep.training.models import build
 
@@ -139,7 +140,7 @@ def estimate(cells: Sequence[Cell], seeds: int) -> list[dict[str, Any]]:
     rows = []
     for cell in _with_starts(cells):
         config, steps = cell.config, cell.config.train.steps
-        flops = steps * flops_per_step(config)
+        flops = training_flops(config)
         probe, tokens, seconds = _probe(config)
         rows.append({
             "cell": cell.label,

@@ -5,7 +5,14 @@ from lmsleep.training.config import RunConfig, TrainConfig
 from lmsleep.training.jobs import Job, default_workers, run_all
 from lmsleep.training.runs import RunFolder, provenance
 from lmsleep.training.stages import two_stages
-from lmsleep.training.trainer import Diverged, Interrupted, Trainer, choose_device, flops_per_step
+from lmsleep.training.trainer import (
+    Diverged,
+    Interrupted,
+    Trainer,
+    choose_device,
+    flops_per_step,
+    training_flops,
+)
 
 __all__ = [
     "BASELINES",
@@ -23,5 +30,6 @@ __all__ = [
     "flops_per_step",
     "provenance",
     "run_all",
+    "training_flops",
     "two_stages",
 ]

@@ -9,7 +9,7 @@ from typing import Any
 from lmsleep.models import BlockKind, HybridConfig
 from lmsleep.sleep import SleepConfig
 from lmsleep.training.config import RunConfig
-from lmsleep.training.trainer import flops_per_step
+from lmsleep.training.trainer import flops_per_step, training_flops
 
 
 def baseline(name: str, run: RunConfig) -> RunConfig:
@@ -141,16 +141,8 @@ BASELINES: dict[str, Callable[[RunConfig], RunConfig]] = {
 
 def equal_compute(run: RunConfig, other: RunConfig) -> RunConfig:
     """`run` with as many steps as cost the training FLOPs of `other` (rounded down, at least 1)."""
-    steps = math.floor(_flops(other) / flops_per_step(run))
+    steps = math.floor(training_flops(other) / flops_per_step(run))
     return replace(run, train=replace(run.train, steps=max(steps, 1)))
-
-
-def _flops(run: RunConfig) -> int:
-    """FLOPs of a whole training run."""
-    early = min(run.train.early_steps, run.train.steps)
-    few = min(run.train.early_passes, run.sleep.passes)
-    first = replace(run, sleep=run.sleep.with_passes(few))
-    return early * (flops_per_step(first) if early else 0) + (run.train.steps - early) * flops_per_step(run)
 
 
 def _one_pass(sleep: SleepConfig) -> SleepConfig:

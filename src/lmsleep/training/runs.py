@@ -65,22 +65,25 @@ class RunFolder:
             ValueError: if its config.json is damaged.
         """
         folder = cls(path)
-        if not (folder.path / "config.json").is_file() or not folder.config_is_run():
+        if not folder.is_run():
             raise FileNotFoundError(
                 f"{folder.path} is not a run: it has no config.json of one (see lmsleep train)"
             )
         return folder
 
-    def config_is_run(self) -> bool:
-        """Whether config.json describes a run (and not, say, a model).
+    def is_run(self) -> bool:
+        """Whether there is a config.json that describes a run (and not, say, a model).
 
         Raises:
             ValueError: if it is damaged.
         """
+        file = self.path / "config.json"
+        if not file.is_file():
+            return False
         try:
-            config = json.loads((self.path / "config.json").read_text())
+            config = json.loads(file.read_text())
         except ValueError as error:
-            raise ValueError(f"{self.path / 'config.json'} is damaged: {error}") from error
+            raise ValueError(f"{file} is damaged: {error}") from error
         return isinstance(config, dict) and "train" in config
 
     def config(self) -> RunConfig:

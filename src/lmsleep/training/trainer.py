@@ -49,6 +49,14 @@ def flops_per_step(config: RunConfig) -> int:
     return len(samples) * _count_flops(model, one, config.sleep)
 
 
+def training_flops(config: RunConfig) -> int:
+    """FLOPs of a whole training run, all its steps like the first one with so many passes."""
+    train, sleep = config.train, config.sleep
+    early = min(train.early_steps, train.steps)
+    few = replace(config, sleep=sleep.with_passes(min(train.early_passes, sleep.passes)))
+    return early * (flops_per_step(few) if early else 0) + (train.steps - early) * flops_per_step(config)
+
+
 def first_model(config: RunConfig, *, bfloat16: bool = False) -> Model:
     """What a run begins with: random weights, those of another run or model, or a pretrained model.
 
@@ -61,8 +69,7 @@ def first_model(config: RunConfig, *, bfloat16: bool = False) -> Model:
         _check_fit(config, model)
     if train.start is not None:
         folder = RunFolder(train.start)
-        is_run = (folder.path / "config.json").is_file() and folder.config_is_run()
-        source = folder.model() if is_run else HybridLM.from_pretrained(train.start)
+        source = folder.model() if folder.is_run() else HybridLM.from_pretrained(train.start)
         assert isinstance(model, HybridLM) and isinstance(source, HybridLM), "RunConfig has checked"
         model.take_weights(source, train.inserted)
     return model
