@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from benchmarks.peer import Composed
 from benchmarks.table import Cell, Table
@@ -15,6 +16,7 @@ from lmsleep import HybridConfig, HybridLM, SleepConfig
 from lmsleep.evaluation import read_batch
 from lmsleep.tasks import Batch, Depo, Rule110, Task, stream
 from lmsleep.training import TrainConfig
+from lmsleep.training.muon import Muon
 from lmsleep.training.optim import optimizers
 
 PASSES = (1, 2, 4)
@@ -67,11 +69,14 @@ def steps(setting: Setting, repeats: int) -> Table:
     drawing = ms(take_turns({0: setting.drawn}, 3)[0].cpu)
     calls: dict[tuple[str, int], Callable[[], None]] = {}
     losses: dict[tuple[str, int], Callable[[], Tensor]] = {}
-    sides: Any = (("ours", setting.made(), ours), ("peer", Composed(setting.made()), peer))
-    for name, model, loss in sides:
+    sides: Any = (
+        ("ours", setting.made(), ours, Muon),
+        ("peer", Composed(setting.made()), peer, torch.optim.Muon),
+    )
+    for name, model, loss, muon in sides:
         for n in PASSES:
             losses[name, n] = partial(loss, model, batch, setting.window, n)
-            calls[name, n] = _step(model, losses[name, n])
+            calls[name, n] = _step(model, losses[name, n], muon)
     counted = {n: flops(lambda n=n: losses["ours", n]().backward()) for n in PASSES}  # type: ignore[misc]
     cpu = {case: times.cpu for case, times in take_turns(calls, repeats).items()}
     tokens = batch.tokens.numel()
@@ -90,8 +95,9 @@ def steps(setting: Setting, repeats: int) -> Table:
         for n in PASSES
     ]
     note = (
-        f"A training step (forward, backward, Muon and AdamW) on {setting.batch} sequences of "
-        f"{batch.tokens.shape[1]} tokens of {type(setting.task).__name__}, L = {setting.window}, "
+        "A training step (forward, backward, Muon and AdamW; the peer has torch.optim.Muon) on "
+        f"{setting.batch} sequences of {batch.tokens.shape[1]} tokens of "
+        f"{type(setting.task).__name__}, L = {setting.window}, "
         f"{len(setting.model.blocks)} blocks of width {setting.model.d_model}, float32, one thread: medians "
         f"of {repeats} repeats that took turns; ratios within a repeat: median [10th ... 90th percentile]. "
         f"GFLOP: forward and backward; the matrix product's rate: {peak / 1e9:.0f} GFLOP/s, measured here."
@@ -144,12 +150,13 @@ def peer(model: Composed, batch: Batch, window: int, passes: int) -> Tensor:
     return model.loss(batch.tokens, batch.loss_mask, window, passes)
 
 
-def _step(model: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], None]:
-    optimizer = optimizers(cast(HybridLM, model), TrainConfig(lr=1e-4, adam_lr=1e-4))
+def _step(model: nn.Module, loss: Callable[[], Tensor], muon: type[Optimizer]) -> Callable[[], None]:
+    own, adam = optimizers(cast(HybridLM, model), TrainConfig(lr=1e-4, adam_lr=1e-4))
+    both = muon(own.param_groups[0]["params"], lr=1e-4, weight_decay=0.1), adam  # type: ignore[call-arg]
 
     def step() -> None:
         loss().backward()
-        for each in optimizer:
+        for each in both:
             each.step()
             each.zero_grad()
 

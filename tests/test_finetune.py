@@ -21,6 +21,7 @@ from lmsleep.tasks import MQAR
 from lmsleep.tasks.gsm_infinite.language import tokenizer
 from lmsleep.tasks.tokenizers import HuggingFace
 from lmsleep.training import RunConfig, RunFolder, TrainConfig, Trainer
+from lmsleep.training.muon import Muon
 from lmsleep.training.optim import optimizers
 
 SLEEP = SleepConfig(window=4, passes=2)
@@ -109,7 +110,7 @@ def test_muon_takes_matrices_and_leaves_gates_and_adapters_to_adamw(with_words):
     assert isinstance(adam, torch.optim.AdamW)
     full = pretrained_backbone(FineTune(folder=options.folder, train="full"))
     muon, adam = optimizers(full, TrainConfig())
-    assert isinstance(muon, torch.optim.Muon)
+    assert isinstance(muon, Muon)
     names = {id(p): n.removeprefix("model.layers.") for n, p in full.model.named_parameters()}
     matrices, rest = (
         {names[id(p)] for group in o.param_groups for p in group["params"]} for o in (muon, adam)

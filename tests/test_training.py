@@ -39,6 +39,7 @@ from lmsleep.training import (
     trainer,
 )
 from lmsleep.training.batches import Batches, draw
+from lmsleep.training.muon import Muon
 
 TASK = Rule110(width=4, states=2, t=2)
 SMALL = {
@@ -748,7 +749,7 @@ def test_muon_gets_the_matrices_of_the_blocks_and_adamw_all_else(tied):
     named = dict(model.named_parameters())
     muon, adam = optim.optimizers(model, TrainConfig())
     groups = [[p for group in o.param_groups for p in group["params"]] for o in (muon, adam)]
-    assert (type(muon), type(adam)) == (torch.optim.Muon, torch.optim.AdamW)
+    assert (type(muon), type(adam)) == (Muon, torch.optim.AdamW)
     assert {name for name, p in named.items() if any(p is q for q in groups[0])} == matrices
     assert {name for name, p in named.items() if any(p is q for q in groups[1])} == set(named) - matrices
     assert len(groups[0]) + len(groups[1]) == len(named)

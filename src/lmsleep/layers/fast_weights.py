@@ -118,8 +118,8 @@ class FastWeights(nn.Module):
         if self.conv is not None:
             qkv, tail = ops.short_conv(qkv, self.conv.to(qkv.dtype), cache[0].to(qkv.dtype), valid)
             cache = (tail,)
-        qk = self.num_heads * self.key_dim
-        q, k, v = F.silu(qkv).tensor_split((qk, 2 * qk), dim=-1)
+        qk, vs = self.num_heads * self.key_dim, self.num_heads * self.value_dim
+        q, k, v = F.silu(qkv).split((qk, qk, vs), dim=-1)
         q, k = (F.normalize(y.unflatten(-1, (-1, self.key_dim)), dim=-1, eps=1e-6) for y in (q, k))
         v = v.unflatten(-1, (-1, self.value_dim))
         dt = F.softplus(self.a_proj(x).to(self.dt_bias.dtype) + self.dt_bias)

@@ -33,7 +33,7 @@ from lmsleep.training import (
 from lmsleep.training.models import build
 
 FEW = 8  # samples in a batch of a run that only tries the mechanics
-PROBE_SECONDS = 0.2  # a step this long is timed well enough
+PROBE_SECONDS = 1.0  # so many samples that the products, not the calls, take the time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,11 +46,11 @@ class ReproduceOptions:
     figure: Positional[Literal[tuple(RECIPES)]]  # type: ignore[valid-type]
     """2a to 6: figures of the paper; the others are comparisons it left out (lmsleep reproduce --help)."""
     scale: Scale = "demo"
-    """demo: minutes on two cores; small: hours; paper: the paper's own setting, for a GPU."""
+    """demo: minutes a seed on two cores; small: hours; paper: the paper's own setting, for a GPU."""
     weights: Path | None = None
     """Figures 4a, 4b and 5 at the scales small and paper: the folder of the pretrained model."""
-    seeds: int = 3
-    """Seeds 0 ... K - 1."""
+    seeds: int | None = None
+    """Seeds 0 ... K - 1; default one for a first look at the scale demo, three otherwise."""
     out: Path | None = None
     """Folder for results; default results/FIGURE-SCALE. The runs go to runs/reproduce/FIGURE-SCALE."""
     workers: int | None = None
@@ -66,8 +66,9 @@ class ReproduceOptions:
 
 def run(options: ReproduceOptions) -> None:
     """Train (or time), collect, write, report."""
-    if options.seeds < 1:
-        raise ValueError(f"seeds must be at least 1, got {options.seeds}")
+    seeds = options.seeds if options.seeds is not None else 1 if options.scale == "demo" else 3
+    if seeds < 1:
+        raise ValueError(f"seeds must be at least 1, got {seeds}")
     recipe, name = RECIPES[options.figure], f"{options.figure}-{options.scale}"
     if options.weights is None:
         cells = recipe.cells(options.scale)
@@ -79,13 +80,13 @@ def run(options: ReproduceOptions) -> None:
         cells = [_shortened(cell, options.steps) for cell in cells]
     if options.dry_run:
         torch.set_num_threads(1)
-        _report(options, recipe, estimate(cells, options.seeds))
+        _report(options, recipe, estimate(cells, seeds))
         return
     curves: list[Row] = []
     if recipe.value == "tokens_per_second":
-        rows, made = time_steps(cells, options.seeds), [provenance()]
+        rows, made = time_steps(cells, seeds), [provenance()]
     else:
-        jobs = _train(cells, options, Path("runs/reproduce") / name)
+        jobs = _train(cells, seeds, options.workers, Path("runs/reproduce") / name)
         rows, curves = collect(recipe, jobs)
         made = [RunFolder.open(job.path).made_by() for _, job in jobs]
     difficulty = cells[0].config.task.difficulty_name
@@ -110,12 +111,12 @@ def _with_weights(recipe: Recipe, scale: Scale, weights: Path) -> tuple[Recipe, 
     return replace(recipe, caution=caution), recipe.fine_tuned(scale, weights)
 
 
-def _train(cells: Sequence[Cell], options: ReproduceOptions, folder: Path) -> list[tuple[Cell, Job]]:
+def _train(cells: Sequence[Cell], seeds: int, workers: int | None, folder: Path) -> list[tuple[Cell, Job]]:
     """The finished run of every cell and seed; those that others start from go first."""
-    chains = [(cell, _chain(cell, seed, folder)) for seed in range(options.seeds) for cell in cells]
+    chains = [(cell, _chain(cell, seed, folder)) for seed in range(seeds) for cell in cells]
     for stage in range(max(len(chain) for _, chain in chains)):
         due = {chain[stage].path: chain[stage] for _, chain in chains if stage < len(chain)}
-        run_all([*due.values()], options.workers)
+        run_all([*due.values()], workers)
     return [(cell, chain[-1]) for cell, chain in chains]
 
 

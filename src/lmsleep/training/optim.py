@@ -1,10 +1,11 @@
 """Muon for the matrices inside the blocks, AdamW for the rest (the paper's recipe), and the schedule."""
 
 from torch import nn
-from torch.optim import AdamW, Muon, Optimizer
+from torch.optim import AdamW, Optimizer
 
 from lmsleep.training.config import TrainConfig
 from lmsleep.training.models import Model
+from lmsleep.training.muon import Muon
 
 # Rows of these few-row projections are independent gates, not a map to be orthogonalised.
 GATES = ("a_proj", "b_proj", "in_proj_a", "in_proj_b", "in_proj_ba")
