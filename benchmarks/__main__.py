@@ -27,7 +27,7 @@ BENCHMARKS: dict[str, Callable[[int, bool], dict[str, Callable[[], Table]]]] = {
 }
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
     """Measure in one thread."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("name", choices=BENCHMARKS)
@@ -37,12 +37,12 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="seconds, to see that it runs")
     parser.add_argument("--publish", action="store_true",
                         help="write benchmarks/results/NAME.json and the tables in docs/")  # fmt: skip
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     tables = BENCHMARKS[options.name](max(1, options.repeats), options.tiny)
     if unknown := set(options.only or ()) - set(tables):
         parser.error(f"--only: no table {', '.join(sorted(unknown))}; there are {', '.join(tables)}")
     torch.set_num_threads(1)
-    command = ["python -m benchmarks", *(arg for arg in sys.argv[1:] if arg not in ("--publish", "--json"))]
+    command = ["python -m benchmarks", *(arg for arg in argv if arg not in ("--publish", "--json"))]
     made = provenance() | {"command": " ".join(command)}
     results: dict[str, Any] = {}
     for name in options.only or tables:
@@ -68,4 +68,4 @@ def publish(name: str, results: dict[str, Any], root: Path = ROOT) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

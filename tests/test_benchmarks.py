@@ -15,6 +15,7 @@ from benchmarks.timing import peak_bytes, take_turns
 from conftest import close
 
 from lmsleep import SleepConfig
+from lmsleep.cli import bench, main
 from lmsleep.cost import cost
 
 ROOT = Path(__file__).parents[1]
@@ -24,11 +25,10 @@ ROOT = Path(__file__).parents[1]
 def tiny():
     # The smallest run of all tables.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["python", "sessions", "--tiny", "--repeats", "1", "--publish"])
         published = {}
         patch.setattr(benchmarks, "publish", lambda name, results: published.update(results))
         patch.setattr("builtins.print", lambda *_: None)
-        benchmarks.main()
+        benchmarks.main(["sessions", "--tiny", "--repeats", "1", "--publish"])
     return published
 
 
@@ -211,3 +211,23 @@ def test_recomputed_passes_hold_hardly_more_than_one_pass():
             peak[n, checkpoint] = peak_bytes(lambda loss=loss: loss().backward())
     assert peak[4, False] > 3 * peak[1, False]
     assert peak[4, True] < 1.6 * peak[1, True] < 1.6 * peak[1, False]
+
+
+def test_the_command_line_runs_them_from_any_folder(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    main(["bench", "data", "--tiny", "--repeats", "1", "--json"])
+    assert json.loads(capsys.readouterr().out)["speed"]["rows"]
+
+
+@pytest.mark.parametrize(
+    ("missing", "said"), [("sources", "clone the repository"), ("transformers", "lmsleep[hf]")]
+)
+def test_what_the_command_needs_is_named(capsys, monkeypatch, tmp_path, missing, said):
+    if missing == "sources":
+        monkeypatch.setattr(bench, "SOURCES", tmp_path)
+    else:
+        monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(SystemExit) as stopped:
+        main(["bench", "floors"])
+    assert stopped.value.code == 2 and said in capsys.readouterr().err

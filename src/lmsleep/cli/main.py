@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from lmsleep.cli import commands
 from lmsleep.cli.ask import ask
+from lmsleep.cli.bench import bench
 from lmsleep.cli.chat import chat
 from lmsleep.cli.data import data
 from lmsleep.cli.finetune import finetune
@@ -32,6 +33,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "plot": (commands.plot, "draw the curves of runs"),
     "info": (commands.info, "parameters, bytes, break-even length and FLOPs of a run or model"),
     "reproduce": (commands.reproduce, "train the runs behind a figure; write its data, table and picture"),
+    "bench": (bench, "speed of this machine: recurrences, training steps, sessions, against other libraries"),
     "demo": (commands.demo, "what longer sleep buys, in minutes on two cores"),
 }
 
