@@ -106,6 +106,12 @@ def test_last_keeps_the_newest_positions(kept, left):
         assert torch.equal(t, all_of_it[:, 6 - left :])
 
 
+def test_nothing_of_what_is_evicted_stays_alive():
+    whole = cache(t=6).map(lambda t: t.double().requires_grad_() * 2)
+    for t in whole.last(0).layers[0]:
+        assert t.untyped_storage().nbytes() == 0 and not t.requires_grad
+
+
 def test_replace_changes_the_named_blocks_alone():
     state = State(memory(), cache())
     new = [(torch.ones(3, 1, 1, 1), (torch.ones(3, 1),)), (None, ())]

@@ -926,3 +926,51 @@ def test_one_sample_tells_the_flops_of_a_step(task):
     config = replace(config, sleep=SleepConfig(window=getattr(task, "inline_context", 64), passes=2))
     run = Trainer(RunFolder("unused"), config)
     assert flops_per_step(config) == run._flops(run.batches[0], config.sleep)
+
+
+# Compiled blocks
+
+
+def compiled_as_uncompiled(path, steps):
+    runs = [start(path / str(c), run_config(steps=steps, compile=c, eval_every=steps)) for c in (False, True)]
+    for run in runs:
+        run.fit()
+    plain, compiled = (metrics(run.folder) for run in runs)
+    assert [line["flops"] for line in plain] == [line["flops"] for line in compiled]
+    losses = [[line["loss"] for line in lines if "loss" in line] for lines in (plain, compiled)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    weights = [run.folder.model().state_dict() for run in runs]  # under the same names
+    for name, x in weights[0].items():
+        assert close(weights[1][name], x, 1e-2), name
+
+
+@pytest.mark.filterwarnings("ignore")  # of Dynamo
+def test_compiled_blocks_train_the_same_model(tmp_path, monkeypatch):
+    def traced(module, **options):  # without the C++ compiler's minutes
+        module._compiled_call_impl = torch.compile(module._call_impl, backend="eager", **options)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", traced)
+    torch._dynamo.reset()
+    compiled_as_uncompiled(tmp_path, steps=3)
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert torch._dynamo.utils.counters["frames"]["ok"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_blocks_compiled_in_earnest_train_the_same_model(tmp_path):
+    torch._dynamo.reset()
+    compiled_as_uncompiled(tmp_path, steps=3)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_block_that_cannot_be_compiled_stays_as_it_is(tmp_path, monkeypatch):
+    def broken(graph, inputs):
+        raise RuntimeError("no compiler here")
+
+    def compiled(module, **options):
+        module._compiled_call_impl = torch.compile(module._call_impl, backend=broken, **options)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compiled)
+    torch._dynamo.reset()
+    compiled_as_uncompiled(tmp_path, steps=2)

@@ -50,7 +50,9 @@ class Cache:
 
     def last(self, tokens: int) -> Self:
         """What is left after eviction down to the newest `tokens` positions (0: nothing)."""
-        filled = None if self.filled is None or tokens == 0 else self.filled.clamp(max=tokens)
+        if tokens == 0:  # of what is evicted neither memory nor graph stays alive
+            return replace(self.map(lambda t: t.new_empty(len(t), 0, *t.shape[2:])), filled=None)
+        filled = None if self.filled is None else self.filled.clamp(max=tokens)
         return replace(self.map(lambda t: t[:, max(t.shape[1] - tokens, 0) :]), filled=filled)
 
     def keep(self, counts: Tensor) -> Self:
