@@ -27,9 +27,9 @@ BENCHMARKS: dict[str, Callable[[int, bool], dict[str, Callable[[], Table]]]] = {
 }
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str], prog: str = "python -m benchmarks") -> None:
     """Measure in one thread."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__)
     parser.add_argument("name", choices=BENCHMARKS)
     parser.add_argument("--only", nargs="+", metavar="TABLE", help="measure these tables; default: all")
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of tables")

@@ -7,7 +7,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from benchmarks.peer import Composed
 from benchmarks.table import Cell, Table
@@ -16,7 +15,6 @@ from lmsleep import HybridConfig, HybridLM, SleepConfig
 from lmsleep.evaluation import read_batch
 from lmsleep.tasks import Batch, Depo, Rule110, Task, stream
 from lmsleep.training import TrainConfig
-from lmsleep.training.models import compile_blocks
 from lmsleep.training.muon import Muon
 from lmsleep.training.optim import optimizers
 
@@ -58,25 +56,22 @@ def tables(repeats: int, tiny: bool) -> dict[str, Callable[[], Table]]:
     """Steps of both models, and the memory of one."""
     automaton, depo = (TINY, TINY) if tiny else (AUTOMATON, DEPO)
     return {
-        "automaton": lambda: steps(automaton, repeats, compiling=not tiny),
-        "depo": lambda: steps(depo, repeats, compiling=not tiny),
+        "automaton": lambda: steps(automaton, repeats),
+        "depo": lambda: steps(depo, repeats),
         "memory": lambda: memory(replace(automaton, batch=max(2, automaton.batch // 4)), repeats),
     }
 
 
-def steps(setting: Setting, repeats: int, *, compiling: bool) -> Table:
-    """Forward, backward and optimizer for every N, with `compiling` (minutes) also of compiled blocks."""
+def steps(setting: Setting, repeats: int) -> Table:
+    """Forward, backward and optimizer for every N."""
     batch, peak = setting.drawn(), matmul_peak()
     drawing = ms(take_turns({0: setting.drawn}, 3)[0].cpu)
     calls: dict[tuple[str, int], Callable[[], None]] = {}
     losses: dict[tuple[str, int], Callable[[], Tensor]] = {}
-    sides: list[Any] = [
+    sides: Any = (
         ("ours", setting.made(), ours, Muon),
         ("peer", Composed(setting.made()), peer, torch.optim.Muon),
-    ]
-    if compiling:
-        sides.append(("compiled", setting.made(), ours, Muon))
-        compile_blocks(sides[-1][1])
+    )
     for name, model, loss, muon in sides:
         for n in PASSES:
             losses[name, n] = partial(loss, model, batch, setting.window, n)
@@ -90,14 +85,6 @@ def steps(setting: Setting, repeats: int, *, compiling: bool) -> Table:
             "CPU ms a step": ms(cpu["ours", n]),
             "of transformers' modules": ms(cpu["peer", n]),
             "times as fast": ratio(cpu["peer", n], cpu["ours", n]),
-            **(
-                {
-                    "CPU ms, compiled": ms(cpu["compiled", n]),
-                    "times as fast, compiled": ratio(cpu["peer", n], cpu["compiled", n]),
-                }
-                if compiling
-                else {}
-            ),
             "to N = 1": ratio(cpu["ours", n], cpu["ours", 1]),
             "tokens/s": tokens / (ms(cpu["ours", n]) / 1e3),
             "GFLOP": counted[n] / 1e9,
@@ -107,8 +94,7 @@ def steps(setting: Setting, repeats: int, *, compiling: bool) -> Table:
         for n in PASSES
     ]
     note = (
-        "A training step (forward, backward, Muon and AdamW; the peer has torch.optim.Muon and is not "
-        "compiled) on "
+        "A training step (forward, backward, Muon and AdamW; the peer has torch.optim.Muon) on "
         f"{setting.batch} sequences of {batch.tokens.shape[1]} tokens of "
         f"{type(setting.task).__name__}, L = {setting.window}, "
         f"{len(setting.model.blocks)} blocks of width {setting.model.d_model}, float32, one thread: medians "
@@ -163,9 +149,9 @@ def peer(model: Composed, batch: Batch, window: int, passes: int) -> Tensor:
     return model.loss(batch.tokens, batch.loss_mask, window, passes)
 
 
-def _step(model: nn.Module, loss: Callable[[], Tensor], muon: type[Optimizer]) -> Callable[[], None]:
+def _step(model: nn.Module, loss: Callable[[], Tensor], muon: Any) -> Callable[[], None]:
     own, adam = optimizers(cast(HybridLM, model), TrainConfig(lr=1e-4, adam_lr=1e-4))
-    both = muon(own.param_groups[0]["params"], lr=1e-4, weight_decay=0.1), adam  # type: ignore[call-arg]
+    both = muon(own.param_groups[0]["params"], lr=1e-4, weight_decay=0.0), adam
 
     def step() -> None:
         loss().backward()

@@ -285,7 +285,6 @@ def first_model(out: Path) -> Path:
             ["--task", "mqar", "--inner-rate", "1", "--no-checkpoint", "--loop", "None"],
             "inner_rate trains layers",
         ),
-        (["--task", "mqar", "--compile"], "compile is for models trained from scratch"),
     ],
 )
 def test_what_does_not_fit_leaves_no_run(argv, message, with_words, tmp_path, capsys):

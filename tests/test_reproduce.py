@@ -145,9 +145,11 @@ def test_colour_is_accuracy_above_chance():
     assert [text.get_text() for text in ax.texts] == 4 * ["0.50"]
 
 
-def test_memory_is_read_after_more_and_more_sleeps():
-    config = RECIPES["sleeps"].cells("demo")[0].config
+@pytest.mark.parametrize("scale", ["demo", "small", "paper"])
+def test_memory_is_read_after_more_and_more_sleeps(scale):
+    config = RECIPES["sleeps"].cells(scale)[0].config
     assert RECIPES["sleeps"].read is not None
+    assert config.train.curriculum == 0  # fewer pairs would share their window with filler
     readings = RECIPES["sleeps"].read(config)
     assert [*readings] == [1, 4, 10, 100, 1000] and readings[4] == config
     for sleeps, reading in readings.items():
@@ -163,6 +165,7 @@ def test_floors_are_given_for_each_difficulty_and_for_each_cell_where_they_diffe
         for key in (1, 2)
     ]
     lines = table(RECIPES["3"], rows, "k").splitlines()
+    assert "One seed, hence no interval." in lines
     assert "| chance |  |  | 0.125 | 0.125 |" in lines
     assert "| constant, one |  |  | 0.210 | 0.220 |" in lines
     assert "| constant, two |  |  | 0.310 | 0.320 |" in lines

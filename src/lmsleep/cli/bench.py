@@ -23,4 +23,4 @@ def bench(argv: list[str]) -> None:
     if importlib.util.find_spec("transformers") is None:
         raise ValueError("the benchmarks compare with transformers: pip install 'lmsleep[hf]'")
     sys.path.insert(0, str(SOURCES))
-    importlib.import_module("benchmarks.__main__").main(argv)
+    importlib.import_module("benchmarks.__main__").main(argv, "lmsleep bench")

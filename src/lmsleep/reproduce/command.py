@@ -66,7 +66,9 @@ class ReproduceOptions:
 
 def run(options: ReproduceOptions) -> None:
     """Train (or time), collect, write, report."""
-    seeds = options.seeds if options.seeds is not None else 1 if options.scale == "demo" else 3
+    seeds = options.seeds
+    if seeds is None:
+        seeds = 1 if options.scale == "demo" else 3
     if seeds < 1:
         raise ValueError(f"seeds must be at least 1, got {seeds}")
     recipe, name = RECIPES[options.figure], f"{options.figure}-{options.scale}"

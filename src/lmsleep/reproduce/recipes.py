@@ -1,8 +1,8 @@
 """The recipes: the paper's figures on tasks trained from scratch, and the comparisons it left out.
 
-`demo` is the demo's setting, tuned, minutes a figure and seed on two cores. `small` is the same with harder
-tasks and larger models, hours on two cores; nothing of it is tuned. `paper` is the paper's own setting, for
-a GPU.
+`demo` is the demo's setting, tuned, minutes a figure and seed on two cores. `small` has harder tasks, larger
+models and more steps, hours on two cores, at one learning rate for every N; nothing of it is tuned. `paper`
+is the paper's own setting, for a GPU.
 """
 
 from collections.abc import Callable, Sequence
@@ -83,7 +83,7 @@ def depo(scale: Scale, passes: int) -> RunConfig:
 
 
 def _small(run: RunConfig) -> RunConfig:
-    """A run of the demo with a model twice as wide and deep, and more steps."""
+    """A run of the demo with a model twice as wide and deep (and feed-forward layers) and more steps."""
     model = HybridConfig(d_model=128, num_heads=4, blocks=ALTERNATING, forget=settings.DEPO_MODEL.forget)
     train = replace(run.train, steps=2000, lr=0.01, adam_lr=0.01, eval_every=250)
     return replace(run, model=model, train=train)
@@ -93,10 +93,12 @@ def retention(scale: Scale, passes: int) -> RunConfig:
     """Pairs that fill one window, then four windows of filler, then the questions."""
     pairs = {"demo": 8, "small": 16, "paper": 64}[scale]
     run = depo(scale, passes)
+    train = replace(run.train, curriculum=0)  # which would put fewer pairs into a window
     if scale == "demo":  # storing is learned sooner than following
-        run = replace(run, train=replace(run.train, steps=400))
+        train = replace(train, steps=400)
     return replace(
         run,
+        train=train,
         task=MQAR(pairs=pairs, keys=2 * pairs, values=2 * pairs, queries=8, filler=4 * 2 * pairs),
         sleep=replace(run.sleep, window=2 * pairs),
     )

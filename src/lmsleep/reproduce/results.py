@@ -110,7 +110,7 @@ def table(recipe: Recipe, results: Sequence[Row], name: str) -> str:
     body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     seeds = len({row["seed"] for row in results})
     said = "\n\n".join(text for text in (recipe.expects, recipe.caution) if text)
-    mean = f"Mean over {seeds} seed{'s' * (seeds > 1)} [95 % interval]."
+    mean = f"Mean over {seeds} seeds [95 % interval]." if seeds > 1 else "One seed, hence no interval."
     return f"# {recipe.title}\n\n{said}\n\n{mean}\n\n{body}\n"
 
 

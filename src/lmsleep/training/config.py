@@ -60,8 +60,6 @@ class TrainConfig:
     """auto (CUDA where present), cpu, cuda, ..."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of the blocks; auto: bfloat16 autocast on CUDA, float32 elsewhere. S stays float32."""
-    compile: bool = False
-    """Compile the blocks (torch.compile) when the run begins, for minutes; not for pretrained models."""
     threads: int | None = None
     """CPU threads; default all, or of runs side by side an equal share."""
     data_workers: int = 0
@@ -122,8 +120,6 @@ class RunConfig:
             raise ValueError("start is for models trained from scratch; a fine-tuned one starts from folder")
         elif self.sleep.inner_rate is not None:
             raise ValueError("inner_rate trains layers of models trained from scratch (trained_mlp)")
-        elif self.train.compile:
-            raise ValueError("compile is for models trained from scratch; leave it out for a pretrained one")
 
     def _check_architecture(self, model: HybridConfig) -> None:
         if model.vocab_size != self.task.vocab_size:

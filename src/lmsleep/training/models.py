@@ -14,7 +14,7 @@ from lmsleep.models import HybridConfig, HybridLM
 Model = HybridLM | HFBackbone
 
 
-__all__ = ["Model", "build", "compile_blocks", "export", "load", "save"]
+__all__ = ["Model", "build", "export", "load", "save"]
 
 
 def build(options: HybridConfig | FineTune, *, bfloat16: bool = False) -> Model:
@@ -58,13 +58,3 @@ def load(
     if model.config != options:
         raise ValueError(f"{folder} holds a model of another configuration than its run")
     return model
-
-
-def compile_blocks(model: HybridLM) -> None:
-    """Compile every block in place, once for each shape of window; a block that cannot be stays as it is.
-
-    Evaluation and windows of more than a few lengths stay as they are too (Dynamo's limit of variants).
-    """
-    torch._dynamo.config.suppress_errors = True
-    for block in model.blocks:
-        block.compile(dynamic=False)

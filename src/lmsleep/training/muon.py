@@ -54,7 +54,7 @@ class Muon(Optimizer):
 
 
 def orthogonalised(X: Tensor) -> Tensor:
-    """Matrices `[k, m, n]` with all singular values moved near 1 (between about 0.7 and 1.2)."""
+    """Matrices `[k, m, n]` with their singular values moved near 1: all but tiny ones to 0.7 ... 1.2."""
     dtype = torch.bfloat16 if X.is_cuda else torch.promote_types(X.dtype, torch.float32)
     X, tall = X.to(dtype), X.shape[-2] > X.shape[-1]
     X = X.mT.contiguous() if tall else X

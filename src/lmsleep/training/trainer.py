@@ -25,7 +25,7 @@ from lmsleep.sleep import SleepConfig
 from lmsleep.tasks import Batch, stream
 from lmsleep.training.batches import Batches, draw
 from lmsleep.training.config import RunConfig, TrainConfig
-from lmsleep.training.models import Model, build, compile_blocks, export, load
+from lmsleep.training.models import Model, build, export, load
 from lmsleep.training.optim import learning_rate, optimizers, schedule
 from lmsleep.training.runs import RunFolder
 from lmsleep.training.tracking import Events, installed
@@ -89,7 +89,7 @@ def _check_fit(config: RunConfig, model: HFBackbone) -> None:
 def _count_flops(
     model: Model, batch: Batch, sleep: SleepConfig, forward: AbstractContextManager[object] | None = None
 ) -> int:
-    with FlopCounterMode(display=False) as counter, torch.compiler.set_stance("force_eager"):
+    with FlopCounterMode(display=False) as counter:
         with forward or nullcontext():
             loss = read_batch(model, batch, sleep).loss
         if loss is not None:
@@ -128,9 +128,6 @@ class Trainer:
         if train.only_inserted:
             for i, block in enumerate(self.model.requires_grad_(False).blocks):
                 block.requires_grad_(i in train.inserted)
-        if train.compile:
-            assert isinstance(self.model, HybridLM), "RunConfig has checked"
-            compile_blocks(self.model)
         self.optimizers = optimizers(self.model, train)
         self.step, self.tokens, self.flops, self.seconds = 0, 0, 0, 0.0
         self.batches = Batches(config)
