@@ -93,7 +93,7 @@ class _Alive(TorchDispatchMode):
         self.now -= nbytes
 
 
-def matmul_peak(dtype: torch.dtype = torch.float32, size: int = 1024, repeats: int = 7) -> float:
+def matmul_peak(dtype: torch.dtype = torch.float32, size: int = 1024, repeats: int = 50) -> float:
     """FLOP/s of CPU time of a square matrix product, the best of several: the machine's limit."""
     a, b = (torch.randn(size, size).to(dtype) for _ in "ab")
     out = torch.empty_like(a)
