@@ -1,21 +1,21 @@
 """How long each recipe takes on this machine, as the Markdown table of docs/experiments.md.
 
-python experiments/estimates.py [FIGURE ...]
+python experiments/estimates.py [FIGURE ...] [--scales demo small paper]
 
-FLOPs are counted, and seconds follow from the rate of a short pass (`lmsleep reproduce FIGURE --dry-run`
-shows both run by run). Evaluation is left out.
+With the default seeds of each scale. FLOPs are counted, and seconds follow from the rate of a short pass
+(`lmsleep reproduce FIGURE --dry-run` shows both run by run). Evaluation is left out.
 """
 
+import argparse
 import sys
 from typing import get_args
 
 import torch
 
 from lmsleep.reproduce import RECIPES, Scale
-from lmsleep.reproduce.command import estimate, side_by_side
+from lmsleep.reproduce.command import default_seeds, estimate, side_by_side
 from lmsleep.training import default_workers, provenance
 
-SEEDS = 3
 TOO_LARGE = {("6", "paper"): "1.4 billion parameters: on a GPU"}  # a single pass would take hours on a CPU
 
 
@@ -24,28 +24,33 @@ def entry(figure: str, scale: Scale) -> str:
     if (figure, scale) in TOO_LARGE and not torch.cuda.is_available():
         return TOO_LARGE[figure, scale]
     try:
-        rows = estimate(RECIPES[figure].cells(scale), SEEDS)
+        rows = estimate(RECIPES[figure].cells(scale), default_seeds(scale))
     except ValueError:  # what a scale needs is not at hand
         return "needs pretrained weights"
     flops = sum(row["runs"] * row["flops"] for row in rows)
     hours = side_by_side(rows, default_workers()) / 3600
-    return f"{flops / 1e15:,.3g} PFLOP, {hours:,.1f} h"
+    return f"{flops / 1e15:,.3g} PFLOP, " + (f"{hours:,.1f} h" if hours >= 1 else f"{60 * hours:.0f} min")
 
 
 def main() -> None:
     """Print the table, a line as soon as it is known."""
-    figures, scales = sys.argv[1:] or [*RECIPES], get_args(Scale)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("figures", nargs="*", default=[*RECIPES])
+    parser.add_argument("--scales", nargs="+", choices=get_args(Scale), default=get_args(Scale))
+    options = parser.parse_args()
     torch.set_num_threads(1)
-    lines = [["figure", *scales], ["---"] * (1 + len(scales))]
+    lines = [["figure", *options.scales], ["---"] * (1 + len(options.scales))]
     for line in lines:
         sys.stdout.write(f"| {' | '.join(line)} |\n")
-    for figure in figures:
-        cells = [entry(figure, scale) for scale in scales]
+    for figure in options.figures:
+        cells = [entry(figure, scale) for scale in options.scales]
         sys.stdout.write(f"| `{figure}` | {' | '.join(cells)} |\n")
         sys.stdout.flush()
     made = provenance()
     where = f"{made['hardware']}, torch {made['torch']}, commit {made['commit']}"
-    sys.stdout.write(f"\n{SEEDS} seeds, {default_workers()} at a time; `{made['command']}`, {where}\n")
+    sys.stdout.write(f"\n{default_workers()} runs at a time; `{made['command']}`, {where}\n")
 
 
 if __name__ == "__main__":

@@ -66,9 +66,7 @@ class ReproduceOptions:
 
 def run(options: ReproduceOptions) -> None:
     """Train (or time), collect, write, report."""
-    seeds = options.seeds
-    if seeds is None:
-        seeds = 1 if options.scale == "demo" else 3
+    seeds = default_seeds(options.scale) if options.seeds is None else options.seeds
     if seeds < 1:
         raise ValueError(f"seeds must be at least 1, got {seeds}")
     recipe, name = RECIPES[options.figure], f"{options.figure}-{options.scale}"
@@ -99,6 +97,11 @@ def run(options: ReproduceOptions) -> None:
     draw(recipe, rows, curves, difficulty).savefig(out / "figure.png", dpi=130)
     write_atomic(out / "README.md", (text + "\n![figure](figure.png)\n").encode())
     sys.stdout.write(json.dumps(rows) + "\n" if options.json else f"{text}\n{out / 'README.md'}\n")
+
+
+def default_seeds(scale: Scale) -> int:
+    """One for a first look, else three."""
+    return 1 if scale == "demo" else 3
 
 
 def _with_weights(recipe: Recipe, scale: Scale, weights: Path) -> tuple[Recipe, list[Cell]]:
