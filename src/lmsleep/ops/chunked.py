@@ -165,7 +165,7 @@ class _Chunked(torch.autograd.Function):
             dv, dbeta = beta * dr, _dot(dr, v) + dread_k
             dG += beta[..., 0] * dread_k - _dot(k, dk)
             dk.addcmul_(beta, dread)
-        dg = dG @ decay.new_ones(decay.shape[1:]).tril_()  # every g_s is part of all G_t, t >= s
+        dg = dG.flip(-1).cumsum(-1).flip(-1)
         inputs = (None if x is None else _join(x, B, T, n) for x in (dq, dk, dv, dg, dbeta))
         return *inputs, dstarts[0].unflatten(0, (B, H)), None, None
 
