@@ -37,6 +37,7 @@ from lmsleep.training import (
     optim,
     run_all,
     trainer,
+    training_flops,
 )
 from lmsleep.training.batches import Batches, draw
 from lmsleep.training.muon import Muon
@@ -926,3 +927,14 @@ def test_one_sample_tells_the_flops_of_a_step(task):
     config = replace(config, sleep=SleepConfig(window=getattr(task, "inline_context", 64), passes=2))
     run = Trainer(RunFolder("unused"), config)
     assert flops_per_step(config) == run._flops(run.batches[0], config.sleep)
+
+
+def test_the_compute_of_a_run_counts_the_passes_that_its_steps_make():
+    (one, two, three) = (flops_per_step(run_config(passes=n)) for n in (1, 2, 3))
+    assert one < two < three
+    assert training_flops(run_config(passes=3, steps=10)) == 10 * three
+    assert (
+        training_flops(run_config(passes=3, steps=10, early_steps=4, early_passes=2)) == 4 * two + 6 * three
+    )
+    drawn = run_config(passes=3, steps=10, random_passes=True)
+    assert training_flops(drawn) == 10 * ((one + two + three) // 3)

@@ -50,11 +50,20 @@ def flops_per_step(config: RunConfig) -> int:
 
 
 def training_flops(config: RunConfig) -> int:
-    """FLOPs of a whole training run, all its steps like the first one with so many passes."""
+    """FLOPs of a whole training run, all its steps like the first one with so many passes.
+
+    Where passes are drawn, each number counts equally often.
+    """
     train, sleep = config.train, config.sleep
     early = min(train.early_steps, train.steps)
-    few = replace(config, sleep=sleep.with_passes(min(train.early_passes, sleep.passes)))
-    return early * (flops_per_step(few) if early else 0) + (train.steps - early) * flops_per_step(config)
+
+    def of_a_step(most: int) -> int:
+        drawn = range(1, most + 1) if train.random_passes else (most,)
+        counted = [flops_per_step(replace(config, sleep=sleep.with_passes(n))) for n in drawn]
+        return sum(counted) // len(counted)
+
+    few = of_a_step(min(train.early_passes, sleep.passes)) if early else 0
+    return early * few + (train.steps - early) * of_a_step(sleep.passes)
 
 
 def first_model(config: RunConfig, *, bfloat16: bool = False) -> Model:
