@@ -57,11 +57,10 @@ def rule110(scale: Scale, passes: int, t: int | None = None) -> RunConfig:
             train=TrainConfig(batch_size=512, steps=97_000, **RATES),
         )
     tuned = passes if passes in settings.RULE110_TUNED else 4  # N = 3 takes the rates of N = 4
-    run = settings.rule110(tuned, 0)
-    run = replace(run, sleep=replace(run.sleep, passes=passes))
-    if scale == "small":
-        return _small(replace(run, task=replace(settings.RULE110, t=t or 8)))
-    return replace(run, task=replace(settings.RULE110, t=t or settings.RULE110.t))
+    run, small = settings.rule110(tuned, 0), scale == "small"
+    task = replace(settings.RULE110, t=t or (8 if small else settings.RULE110.t))
+    run = replace(run, task=task, sleep=replace(run.sleep, passes=passes))
+    return _small(run) if small else run
 
 
 def depo(scale: Scale, passes: int) -> RunConfig:
@@ -263,10 +262,12 @@ def _compute_matched(make: Make) -> Callable[[Scale], list[Cell]]:
     return cells
 
 
+def _drawn_passes(run: RunConfig) -> Cell:
+    return Cell("N drawn from 1 ... 4", replace(run, train=replace(run.train, random_passes=True)))
+
+
 def _random_passes(scale: Scale) -> list[Cell]:
-    run = depo(scale, 4)
-    drawn = replace(run, train=replace(run.train, random_passes=True))
-    return [*_by_passes(depo, (1, 2, 4))(scale), Cell("N drawn from 1 ... 4", drawn)]
+    return [*_by_passes(depo, (1, 2, 4))(scale), _drawn_passes(depo(scale, 4))]
 
 
 def _cheaper_passes(scale: Scale) -> list[Cell]:
@@ -274,11 +275,10 @@ def _cheaper_passes(scale: Scale) -> list[Cell]:
     one, four = _by_passes(depo, (1, 4))(scale)
     run, blocks = four.config, len(four.config.architecture.blocks)
     early = replace(run.train, early_steps=run.train.steps * 3 // 5, early_passes=2)
-    drawn = replace(run.train, random_passes=True)
     return [
         one,
         Cell("N = 2, then 4", replace(run, train=early)),
-        Cell("N drawn from 1 ... 4", replace(run, train=drawn)),
+        _drawn_passes(run),
         Cell("N = 4, gradients through 2", replace(run, sleep=replace(run.sleep, backprop_passes=2))),
         Cell("N = 4, first block once", replace(run, sleep=replace(run.sleep, loop=(1, blocks)))),
         four,

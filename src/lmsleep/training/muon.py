@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 A, B, C = 3.4445, -4.7750, 2.0315  # of the quintic a x + b x^3 + c x^5, steepest at zero
 ITERATIONS = 5
+MOMENTUM = 0.95
 TOGETHER = 2**24  # most elements of the matrices that are orthogonalised at once
 
 
@@ -21,15 +22,12 @@ class Muon(Optimizer):
     on a CPU, few of which have instructions for less, and matrices of one shape go together.
     """
 
-    def __init__(
-        self, params: Iterable[Tensor], lr: float, weight_decay: float, momentum: float = 0.95
-    ) -> None:
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+    def __init__(self, params: Iterable[Tensor], lr: float, weight_decay: float) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+    def step(self) -> None:  # type: ignore[override]
         """Move every parameter `[m, n]` that has a gradient."""
-        assert closure is None, "a step that evaluates the loss anew is not supported"
         for group in self.param_groups:
             alike: dict[Any, list[Tensor]] = defaultdict(list)
             for p in group["params"]:
@@ -45,8 +43,8 @@ class Muon(Optimizer):
         grads = torch.stack([p.grad for p in params if p.grad is not None])
         momenta = [self.state[p]["momentum_buffer"] for p in params]
         for momentum, grad in zip(momenta, grads, strict=True):
-            momentum.lerp_(grad, 1 - group["momentum"])
-        directions = orthogonalised(grads.lerp_(torch.stack(momenta), group["momentum"]))  # Nesterov
+            momentum.lerp_(grad, 1 - MOMENTUM)
+        directions = orthogonalised(grads.lerp_(torch.stack(momenta), MOMENTUM))  # Nesterov
         m, n = params[0].shape
         for p, direction in zip(params, directions.to(params[0].dtype), strict=True):
             p.mul_(1 - group["lr"] * group["weight_decay"])
