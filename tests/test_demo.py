@@ -1,4 +1,5 @@
 import json
+import re
 import runpy
 from dataclasses import replace
 from pathlib import Path
@@ -84,7 +85,9 @@ def test_page_and_table_hold_every_row(demo):
     ]
     assert len(as_text(lines).splitlines()) == len(lines) + 1
     page = (demo / "demo.html").read_text()
-    assert "data:image/png;base64," in page and "http" not in page
+    # The letters of a picture in base64 spell anything by chance, so the text is looked at without them.
+    text, pictures = re.subn(r"data:image/png;base64,[A-Za-z0-9+/=]+", "", page)
+    assert pictures > 0 and "http" not in text
     assert page.count("<tr>") >= len(lines)
 
 

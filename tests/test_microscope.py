@@ -439,9 +439,11 @@ def test_the_page_is_one_file_with_its_pictures_and_no_address_in_it(tmp_path):
     path.write_text("old")
     lmsleep.inspect(session_that_read(3), "Then it <b>forgets</b> the $words$.").html(path)
     page = path.read_text()
-    assert "http" not in page and "<script" not in page and "<b>" not in page
     pictures = PNG.findall(page)
-    assert len(pictures) == 4 and page.count("src=") == 4
+    assert len(pictures) == 4
+    # The letters of a picture in base64 spell anything by chance, so the text is looked at without them.
+    text = PNG.sub("", page)
+    assert not any(part in text for part in ("http", "<script", "<b>", "src="))
     assert all(base64.b64decode(data, validate=True).startswith(b"\x89PNG") for data in pictures)
     assert "before and after" in page and "costs most" in page
     assert [p.name for p in tmp_path.iterdir()] == ["page.html"]
