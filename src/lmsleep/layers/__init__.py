@@ -5,6 +5,5 @@ from lmsleep.layers.fast_weights import FastWeights, Writes
 from lmsleep.layers.jet import JetBlock
 from lmsleep.layers.memory_layer import MemoryKind, MemoryLayer
 from lmsleep.layers.mlp import SwiGLU
-from lmsleep.layers.norm import RMSNorm
 
-__all__ = ["Attention", "FastWeights", "JetBlock", "MemoryKind", "MemoryLayer", "RMSNorm", "SwiGLU", "Writes"]
+__all__ = ["Attention", "FastWeights", "JetBlock", "MemoryKind", "MemoryLayer", "SwiGLU", "Writes"]

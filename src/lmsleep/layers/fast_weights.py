@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmsleep import ops
-from lmsleep.layers.norm import RMSNorm
 from lmsleep.ops import Backend
 
 
@@ -70,7 +69,7 @@ class FastWeights(nn.Module):
         self.A_log = nn.Parameter(torch.empty(num_heads))
         self.dt_bias = nn.Parameter(torch.empty(num_heads))
         self.conv = nn.Parameter(torch.empty(2 * qk + vs, conv_size)) if conv_size > 0 else None
-        self.norm = RMSNorm(value_dim, norm_eps)
+        self.norm = nn.RMSNorm(value_dim, eps=norm_eps)
         self.reset_gates()
 
     @torch.no_grad()
@@ -121,7 +120,7 @@ class FastWeights(nn.Module):
             cache = (tail,)
         qk, vs = self.num_heads * self.key_dim, self.num_heads * self.value_dim
         q, k, v = F.silu(qkv).split((qk, qk, vs), dim=-1)
-        q, k = (ops.unit_norm(y.unflatten(-1, (-1, self.key_dim))) for y in (q, k))
+        q, k = (F.normalize(y.unflatten(-1, (-1, self.key_dim)), dim=-1, eps=1e-6) for y in (q, k))
         v = v.unflatten(-1, (-1, self.value_dim))
         dt = F.softplus(self.a_proj(x).to(self.dt_bias.dtype) + self.dt_bias)
         g = -self.A_log.exp() * dt

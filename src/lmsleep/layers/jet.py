@@ -94,7 +94,7 @@ class GatedRMSNorm(nn.Module):
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
         """`x` and `gate` of the same shape -> the same, in the dtype of the gate."""
-        y = ops.rms_norm(_exact(x), _exact(self.weight), self.eps)
+        y = F.rms_norm(_exact(x), x.shape[-1:], _exact(self.weight), self.eps)
         return (y * F.silu(_exact(gate))).to(gate.dtype)
 
 

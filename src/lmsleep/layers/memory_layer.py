@@ -6,7 +6,6 @@ from torch import Tensor, nn
 
 from lmsleep.layers.fast_weights import FastWeights
 from lmsleep.layers.jet import JetBlock
-from lmsleep.layers.norm import RMSNorm
 
 MemoryKind = Literal["jet", "gated_delta_net"]
 
@@ -34,7 +33,7 @@ class MemoryLayer(nn.Module):
             raise ValueError(f"kind={kind!r} is unknown; choose one of {', '.join(get_args(MemoryKind))}")
         K = min(128, d_model // 4)
         H, V = d_model // (2 * K), 2 * K
-        self.norm = RMSNorm(d_model, norm_eps)
+        self.norm = nn.RMSNorm(d_model, eps=norm_eps)
         self.mixer: JetBlock | FastWeights
         if kind == "jet":
             self.mixer = JetBlock(d_model, H, K, V, conv_size=self.conv_size, norm_eps=norm_eps)

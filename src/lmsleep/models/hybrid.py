@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from lmsleep.files import write_atomic
-from lmsleep.layers import Attention, FastWeights, RMSNorm, SwiGLU
+from lmsleep.layers import Attention, FastWeights, SwiGLU
 from lmsleep.models.config import RULE_OF, HybridConfig
 from lmsleep.state import Cache, Memory, State
 
@@ -51,10 +51,10 @@ class Block(nn.Module):
                 norm_eps=c.norm_eps,
                 backend=c.backend,
             )
-        self.norm = RMSNorm(c.d_model, c.norm_eps)
+        self.norm = nn.RMSNorm(c.d_model, eps=c.norm_eps)
         trained = c.trained_mlp and kind == "attention"
         self.mlp = SwiGLU(c.d_model, c.hidden_dim, trained=trained) if c.hidden_dim else None
-        self.mlp_norm = RMSNorm(c.d_model, c.norm_eps) if c.hidden_dim else None
+        self.mlp_norm = nn.RMSNorm(c.d_model, eps=c.norm_eps) if c.hidden_dim else None
 
     @property
     def memory_shape(self) -> tuple[int, int, int] | None:
@@ -90,7 +90,7 @@ class HybridLM(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config.for_block(i), kind) for i, kind in enumerate(config.blocks))
-        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.embedding.weight

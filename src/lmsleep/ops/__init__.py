@@ -3,7 +3,6 @@
 from lmsleep.ops.align import right_align
 from lmsleep.ops.conv import short_conv
 from lmsleep.ops.dynamic_conv import dynamic_conv
-from lmsleep.ops.norm import rms_norm, unit_norm
 from lmsleep.ops.rules import RULES, Backend, Rule, gated_delta_rule, gated_linear_rule, register_rule, update
 
 __all__ = [
@@ -15,8 +14,6 @@ __all__ = [
     "gated_linear_rule",
     "register_rule",
     "right_align",
-    "rms_norm",
     "short_conv",
-    "unit_norm",
     "update",
 ]
