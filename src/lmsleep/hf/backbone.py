@@ -136,7 +136,7 @@ class HFBackbone(nn.Module):
         """
         if valid is not None and not bool(valid.all()):
             return self._run_by_length(h, state, start, stop, valid, span)
-        if not h.shape[1]:  # kernels of transformers want a token
+        if not h.shape[1] or start == stop:  # kernels of transformers want a token
             return h, state
         blocks = self.blocks
         if any(b.training and getattr(b, "gradient_checkpointing", False) for b in blocks[start:stop]):
