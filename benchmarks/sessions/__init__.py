@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from benchmarks.sessions import memories, size, speed, stream
+from benchmarks.sessions import generate, memories, size, speed, stream
 from benchmarks.table import Table
 from lmsleep import HybridConfig
 
@@ -15,11 +15,16 @@ def tables(repeats: int, tiny: bool) -> dict[str, Callable[[], Table]]:
     model, often = (SMALL, repeats) if tiny else (MIDDLE, 20 * repeats)
     windows = (8, 16) if tiny else (32, 128, 512)
     lengths = (64, 128) if tiny else (64, 256, 1024, 4096, 16384)
+    width, before = (64, (8, 64)) if tiny else (256, (256, 2048, 16384))
     counts = (1000, 2000) if tiny else (10_000, 100_000, 1_000_000)
     batches = 1 if tiny else 16
     return {
         "waking": lambda: speed.waking(model, window=16 if tiny else 128, repeats=often),
         "pause": lambda: speed.pauses(model, windows=windows, repeats=often),
+        "decoding": lambda: generate.decoding(
+            width, windows[-1], before, tokens=8 if tiny else 32, repeats=often
+        ),
+        "prefill": lambda: generate.sleeping(width, windows, often),
         "size": lambda: size.measured(SMALL, window=64, lengths=lengths),
         "break-even": size.by_formula,
         "stream": lambda: stream.lengths(SMALL, counts=counts),

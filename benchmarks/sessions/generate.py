@@ -1,0 +1,145 @@
+"""A session beside transformers' `generate`, on one model of transformers with the same weights."""
+
+import copy
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
+
+from benchmarks.table import Cell, Table
+from benchmarks.timing import ms, ratio, take_turns
+from lmsleep import Session, SleepConfig
+from lmsleep.hf import adapt
+
+PASSES = (1, 2, 4)
+VOCAB = 512
+
+
+def decoding(width: int, window: int, lengths: tuple[int, ...], tokens: int, repeats: int) -> Table:
+    """Greedy tokens after a long text: with its last window (and S) in reach, and with all of it."""
+    model, rows = _model(width), list[dict[str, Cell]]()
+    for length in lengths:
+        text = _text(length + 1)
+        session = Session(adapt(model), SleepConfig(window=window, passes=1))
+        session.read(text[0, :-1])
+        cache = _prefill(model, text[:, :-1])
+        calls = {
+            "ours": partial(_ours, session, text, tokens),
+            "theirs": partial(_theirs, model, cache, text, tokens),
+        }
+        if length + tokens < window:  # nothing is evicted yet, so both must say the same
+            assert calls["ours"]() == calls["theirs"]()
+        cases = {**calls, "copy": partial(copy.deepcopy, cache)}
+        cpu = {case: times.cpu for case, times in take_turns(cases, repeats).items()}
+        peer = [a - b for a, b in zip(cpu["theirs"], cpu["copy"], strict=True)]
+        rows.append(
+            {
+                "tokens before": length,
+                "CPU ms a token": ms(cpu["ours"]) / tokens,
+                "of generate": ms(peer) / tokens,
+                "times as fast": ratio(peer, cpu["ours"]),
+                "kept, bytes": session.stats.working_bytes + session.stats.memory_bytes,
+                "by generate": _nbytes(cache),
+            }
+        )
+    note = (
+        f"{tokens} greedy tokens, one by one, after a text of that many tokens. {_about(model)}. Ours: a "
+        f"Session with L = {window}, which has slept on all windows but the open one; transformers: "
+        f"`generate` with the keys and values of the whole text. CPU time, medians of {repeats} repeats that "
+        "took turns; ratios within a repeat: median [10th ... 90th percentile]. Before anything is evicted "
+        "both give the same answer."
+    )
+    return Table(rows=rows, note=note)
+
+
+def _ours(session: Session, text: Tensor, tokens: int) -> list[int]:
+    answer = session.fork().generate(text[0, -1:], tokens)
+    assert isinstance(answer, list)
+    return answer
+
+
+def _theirs(model: Any, cache: Any, text: Tensor, tokens: int) -> list[int]:
+    past = copy.deepcopy(cache)  # which it would change; the time of the copy is taken off
+    mask = torch.ones_like(text)
+    out = model.generate(
+        text, attention_mask=mask, past_key_values=past, max_new_tokens=tokens, do_sample=False
+    )
+    answer: list[int] = out[0, text.shape[1] :].tolist()
+    return answer
+
+
+def sleeping(width: int, windows: tuple[int, ...], repeats: int) -> Table:
+    """The pause of a sleep against one ordinary pass of transformers over the tokens of the window."""
+    model, rows = _model(width), list[dict[str, Cell]]()
+    for L in windows:
+        text = _text(L)
+        calls: dict[int, Any] = {0: partial(_prefill, model, text)}
+        for n in PASSES:
+            session = Session(adapt(model), SleepConfig(window=L, passes=n))
+            session.read(text[0])
+            calls[n] = lambda session=session: session.fork().sleep()
+        cpu = {n: times.cpu for n, times in take_turns(calls, repeats).items()}
+        rows += [
+            {
+                "L": L,
+                "N": n,
+                "sleep, CPU ms": ms(cpu[n]),
+                "transformers' pass, CPU ms": ms(cpu[0]),
+                "passes of transformers that it takes": ratio(cpu[n], cpu[0]),
+            }
+            for n in PASSES
+        ]
+    note = (
+        f"A sleep on a full window of L tokens: all N passes and the eviction. {_about(model)}. Beside it "
+        f"the model's own forward pass over these tokens, with its cache. CPU time, medians of {repeats} repeats "
+        "that took turns; ratios within a repeat: median [10th ... 90th percentile]."
+    )
+    return Table(rows=rows, note=note)
+
+
+@torch.no_grad()
+def _prefill(model: Any, text: Tensor) -> Any:
+    return model(text, use_cache=True).past_key_values
+
+
+def _text(length: int) -> Tensor:
+    return torch.arange(length)[None] * 7 % VOCAB
+
+
+def _model(width: int) -> Any:
+    """A hybrid of transformers: gated delta net and attention in turns, random weights."""
+    torch.manual_seed(0)
+    heads = width // 64
+    config = Qwen3_5TextConfig(
+        vocab_size=VOCAB,
+        hidden_size=width,
+        intermediate_size=width * 8 // 3,
+        num_hidden_layers=4,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        head_dim=64,
+        linear_num_key_heads=heads,
+        linear_num_value_heads=heads,
+        linear_key_head_dim=64,
+        linear_value_head_dim=64,
+        layer_types=["linear_attention", "full_attention"] * 2,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return Qwen3_5ForCausalLM(config).eval()
+
+
+def _about(model: Any) -> str:
+    c = model.config
+    return (
+        f"{c.num_hidden_layers} blocks of Qwen3.5, width {c.hidden_size}, random weights, float32, one thread"
+    )
+
+
+def _nbytes(cache: Any) -> int:
+    """Bytes of all tensors of a cache of transformers."""
+    leaves = tree_leaves([vars(layer) for layer in cache.layers])
+    return sum(x.nbytes for x in leaves if isinstance(x, Tensor))
