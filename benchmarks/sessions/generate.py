@@ -94,8 +94,8 @@ def sleeping(width: int, windows: tuple[int, ...], repeats: int) -> Table:
         ]
     note = (
         f"A sleep on a full window of L tokens: all N passes and the eviction. {_about(model)}. Beside it "
-        f"the model's own forward pass over these tokens, with its cache. CPU time, medians of {repeats} repeats "
-        "that took turns; ratios within a repeat: median [10th ... 90th percentile]."
+        f"the model's own forward pass over these tokens, with its cache. CPU time, medians of {repeats} "
+        "repeats that took turns; ratios within a repeat: median [10th ... 90th percentile]."
     )
     return Table(rows=rows, note=note)
 
