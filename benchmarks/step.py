@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from benchmarks.peer import Composed
 from benchmarks.table import Cell, Table
-from benchmarks.timing import flops, matmul_peak, ms, peak_bytes, ratio, take_turns
+from benchmarks.timing import Times, flops, matmul_peak, ms, peak_bytes, ratio, take_turns
 from lmsleep import HybridConfig, HybridLM, SleepConfig
 from lmsleep.evaluation import read_batch
 from lmsleep.tasks import Batch, Depo, Rule110, Task, stream
@@ -67,6 +67,7 @@ def steps(setting: Setting, repeats: int) -> Table:
     batch, peak = setting.drawn(), matmul_peak()
     drawing = ms(take_turns({0: setting.drawn}, 3)[0].cpu)
     calls: dict[tuple[str, int], Callable[[], None]] = {}
+    gradients: dict[tuple[str, int], Times] = {}  # of each step, forward and backward alone
     losses: dict[tuple[str, int], Callable[[], Tensor]] = {}
     sides: Any = (
         ("ours", setting.made(), ours, Muon),
@@ -75,9 +76,11 @@ def steps(setting: Setting, repeats: int) -> Table:
     for name, model, loss, muon in sides:
         for n in PASSES:
             losses[name, n] = partial(loss, model, batch, setting.window, n)
-            calls[name, n] = _step(model, losses[name, n], muon)
+            gradients[name, n] = Times()
+            calls[name, n] = _step(model, losses[name, n], muon, gradients[name, n])
     counted = {n: flops(lambda n=n: losses["ours", n]().backward()) for n in PASSES}  # type: ignore[misc]
     cpu = {case: times.cpu for case, times in take_turns(calls, repeats).items()}
+    alone = {case: times.cpu[1:] for case, times in gradients.items()}  # without the round not counted
     peak = max(peak, matmul_peak())  # neighbours come and go in these minutes
     tokens = batch.tokens.numel()
     rows: list[dict[str, Cell]] = [
@@ -86,6 +89,7 @@ def steps(setting: Setting, repeats: int) -> Table:
             "CPU ms a step": ms(cpu["ours", n]),
             "of transformers' modules": ms(cpu["peer", n]),
             "times as fast": ratio(cpu["peer", n], cpu["ours", n]),
+            "without the optimizer": ratio(alone["peer", n], alone["ours", n]),
             "to N = 1": ratio(cpu["ours", n], cpu["ours", 1]),
             "tokens/s": tokens / (ms(cpu["ours", n]) / 1e3),
             "GFLOP": counted[n] / 1e9,
@@ -150,12 +154,12 @@ def peer(model: Composed, batch: Batch, window: int, passes: int) -> Tensor:
     return model.loss(batch.tokens, batch.loss_mask, window, passes)
 
 
-def _step(model: nn.Module, loss: Callable[[], Tensor], muon: Any) -> Callable[[], None]:
+def _step(model: nn.Module, loss: Callable[[], Tensor], muon: Any, gradients: Times) -> Callable[[], None]:
     own, adam = optimizers(cast(HybridLM, model), TrainConfig(lr=1e-4, adam_lr=1e-4))
     both = muon(own.param_groups[0]["params"], lr=1e-4, weight_decay=0.0), adam
 
     def step() -> None:
-        loss().backward()
+        gradients.add(lambda: loss().backward())
         for each in both:
             each.step()
             each.zero_grad()
