@@ -68,19 +68,18 @@ def steps(setting: Setting, repeats: int) -> Table:
     drawing = ms(take_turns({0: setting.drawn}, 3)[0].cpu)
     calls: dict[tuple[str, int], Callable[[], None]] = {}
     gradients: dict[tuple[str, int], Times] = {}  # of each step, forward and backward alone
-    losses: dict[tuple[str, int], Callable[[], Tensor]] = {}
     sides: Any = (
         ("ours", setting.made(), ours, Muon),
         ("peer", Composed(setting.made()), peer, torch.optim.Muon),
     )
     for name, model, loss, muon in sides:
         for n in PASSES:
-            losses[name, n] = partial(loss, model, batch, setting.window, n)
+            one = partial(loss, model, batch, setting.window, n)
             gradients[name, n] = Times()
-            calls[name, n] = _step(model, losses[name, n], muon, gradients[name, n])
-    counted = {n: flops(lambda n=n: losses["ours", n]().backward()) for n in PASSES}  # type: ignore[misc]
+            calls[name, n] = _step(model, one, muon, gradients[name, n])
+    counted = {n: flops(calls["ours", n]) for n in PASSES}
     cpu = {case: times.cpu for case, times in take_turns(calls, repeats).items()}
-    alone = {case: times.cpu[1:] for case, times in gradients.items()}  # without the round not counted
+    alone = {case: times.cpu[-repeats:] for case, times in gradients.items()}
     peak = max(peak, matmul_peak())  # neighbours come and go in these minutes
     tokens = batch.tokens.numel()
     rows: list[dict[str, Cell]] = [
@@ -104,7 +103,8 @@ def steps(setting: Setting, repeats: int) -> Table:
         f"{type(setting.task).__name__}, L = {setting.window}, "
         f"{len(setting.model.blocks)} blocks of width {setting.model.d_model}, float32, one thread: medians "
         f"of {repeats} repeats that took turns; ratios within a repeat: median [10th ... 90th percentile]. "
-        f"GFLOP: forward and backward; the matrix product's rate: {peak / 1e9:.0f} GFLOP/s, measured here."
+        "GFLOP: matrix products of the whole step; the matrix product's rate: "
+        f"{peak / 1e9:.0f} GFLOP/s, measured here."
     )
     return Table(rows=rows, note=note)
 
