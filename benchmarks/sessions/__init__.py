@@ -15,7 +15,7 @@ def tables(repeats: int, tiny: bool) -> dict[str, Callable[[], Table]]:
     model, often = (SMALL, repeats) if tiny else (MIDDLE, 20 * repeats)
     windows = (8, 16) if tiny else (32, 128, 512)
     lengths = (64, 128) if tiny else (64, 256, 1024, 4096, 16384)
-    width, before = (64, (8, 64)) if tiny else (256, (256, 2048, 16384))
+    width, before = (64, (8, 64)) if tiny else (256, (256, 2304, 16640))  # half a window is open
     counts = (1000, 2000) if tiny else (10_000, 100_000, 1_000_000)
     batches = 1 if tiny else 16
     return {
