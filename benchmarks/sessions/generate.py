@@ -48,9 +48,9 @@ def decoding(width: int, window: int, lengths: tuple[int, ...], tokens: int, rep
     note = (
         f"{tokens} greedy tokens, one by one, after a text of that many tokens. {_about(model)}. Ours: a "
         f"Session with L = {window}, which has slept on all windows but the open one, half full; "
-        f"transformers: `generate` with the keys and values of the whole text. CPU time, medians of {repeats} "
-        "repeats that took turns; ratios within a repeat: median [10th ... 90th percentile]. Before anything is evicted "
-        "both give the same answer."
+        "transformers: `generate` with the keys and values of the whole text. CPU time, medians of "
+        f"{repeats} repeats that took turns; ratios within a repeat: median [10th ... 90th percentile]. "
+        "Before anything is evicted both give the same answer."
     )
     return Table(rows=rows, note=note)
 
