@@ -62,9 +62,8 @@ def oracle(model: Model, batch: Batch, sleep: SleepConfig) -> Slept:
     """The fewest passes that answer as many of a graph's questions as any number of passes up to N does."""
     context, row = some(batch.context), some(batch.context_row)
     windows = context.split(sleep.window or 1, dim=1)
-    tried: list[tuple[Memory, Tensor, int]] = []
+    empty, tried = model.initial_state(len(context)), list[tuple[Memory, Tensor, int]]()
     for passes in product(range(1, sleep.passes + 1), repeat=len(windows)):
-        empty = model.initial_state(len(context))
         state = empty
         for window, n in zip(windows, passes, strict=True):
             _, state = read_window(model, window, state, sleep, passes=n, logits=False)

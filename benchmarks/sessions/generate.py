@@ -21,9 +21,10 @@ VOCAB = 512
 def decoding(width: int, window: int, lengths: tuple[int, ...], tokens: int, repeats: int) -> Table:
     """Greedy tokens after a long text: with its last window (and S) in reach, and with all of it."""
     model, rows = _model(width), list[dict[str, Cell]]()
+    backbone = adapt(model)
     for length in lengths:
         text = _text(length + 1)
-        session = Session(adapt(model), SleepConfig(window=window, passes=1))
+        session = Session(backbone, SleepConfig(window=window, passes=1))
         session.read(text[0, :-1])
         cache = _prefill(model, text[:, :-1])
         calls = {
@@ -74,11 +75,12 @@ def _theirs(model: Any, cache: Any, text: Tensor, tokens: int) -> list[int]:
 def sleeping(width: int, windows: tuple[int, ...], repeats: int) -> Table:
     """The pause of a sleep against one ordinary pass of transformers over the tokens of the window."""
     model, rows = _model(width), list[dict[str, Cell]]()
+    backbone = adapt(model)
     for L in windows:
         text = _text(L)
         calls: dict[int, Any] = {0: partial(_prefill, model, text)}
         for n in PASSES:
-            session = Session(adapt(model), SleepConfig(window=L, passes=n))
+            session = Session(backbone, SleepConfig(window=L, passes=n))
             session.read(text[0])
             calls[n] = lambda session=session: session.fork().sleep()
         cpu = {n: times.cpu for n, times in take_turns(calls, repeats).items()}

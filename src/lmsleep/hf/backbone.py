@@ -134,9 +134,11 @@ class HFBackbone(nn.Module):
         Raises:
             ValueError: if the model's own gradient checkpointing is on, which drops the state of every block.
         """
+        if start == stop:  # before and after a loop over all blocks: no rows to sort, no masks to make
+            return h, state
         if valid is not None and not bool(valid.all()):
             return self._run_by_length(h, state, start, stop, valid, span)
-        if not h.shape[1] or start == stop:  # kernels of transformers want a token
+        if not h.shape[1]:  # kernels of transformers want a token
             return h, state
         blocks = self.blocks
         if any(b.training and getattr(b, "gradient_checkpointing", False) for b in blocks[start:stop]):
