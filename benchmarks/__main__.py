@@ -11,34 +11,49 @@ from typing import Any
 import torch
 
 from benchmarks import data, floors, recurrence, sessions, step, window
+from benchmarks.processor import Processor
 from benchmarks.table import Table, as_text, with_tables
 from lmsleep.files import write_atomic
 from lmsleep.training.runs import provenance
+from lmsleep.training.trainer import choose_device
 
 ROOT = Path(__file__).parents[1]
 # By name what measures a table: every case `repeats` times (tiny: no more than shows that it runs).
-BENCHMARKS: dict[str, Callable[[int, bool], dict[str, Callable[[], Table]]]] = {
-    "data": data.tables,
+Measures = dict[str, Callable[[], Table]]
+ON_CPU: dict[str, Callable[[int, bool], Measures]] = {"data": data.tables, "sessions": sessions.tables}
+ON_ANY: dict[str, Callable[[int, bool, Processor], Measures]] = {
     "floors": floors.tables,
     "recurrence": recurrence.tables,
-    "sessions": sessions.tables,
     "step": step.tables,
     "window": window.tables,
 }
 
 
 def main(argv: list[str], prog: str = "python -m benchmarks") -> None:
-    """Measure in one thread."""
+    """Measure, on a CPU in one thread."""
     parser = argparse.ArgumentParser(prog=prog, description=__doc__)
-    parser.add_argument("name", choices=BENCHMARKS)
+    parser.add_argument("name", choices=sorted([*ON_CPU, *ON_ANY]))
     parser.add_argument("--only", nargs="+", metavar="TABLE", help="measure these tables; default: all")
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of tables")
     parser.add_argument("--repeats", type=int, default=5, help="measurements of each case")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu",
+                        help="cuda: on a GPU, in bfloat16; its results are called NAME-cuda")  # fmt: skip
     parser.add_argument("--tiny", action="store_true", help="seconds, to see that it runs")
     parser.add_argument("--publish", action="store_true",
                         help="write benchmarks/results/NAME.json and the tables in docs/")  # fmt: skip
     options = parser.parse_args(argv)
-    tables = BENCHMARKS[options.name](max(1, options.repeats), options.tiny)
+    repeats, result = max(1, options.repeats), options.name
+    if options.name in ON_CPU:
+        if options.device != "cpu":
+            parser.error(f"--device {options.device}: {options.name} is measured on a CPU; leave it out")
+        tables = ON_CPU[options.name](repeats, options.tiny)
+    else:
+        try:
+            processor = Processor(choose_device(options.device))
+        except ValueError as error:
+            parser.error(f"--device: {error}")
+        tables = ON_ANY[options.name](repeats, options.tiny, processor)
+        result += "-cuda" if processor.gpu else ""
     if unknown := set(options.only or ()) - set(tables):
         parser.error(f"--only: no table {', '.join(sorted(unknown))}; there are {', '.join(tables)}")
     torch.set_num_threads(1)
@@ -48,7 +63,7 @@ def main(argv: list[str], prog: str = "python -m benchmarks") -> None:
     for name in options.only or tables:
         results[name] = {"made_by": made, **asdict(tables[name]())}
         if options.publish:
-            publish(options.name, {name: results[name]})
+            publish(result, {name: results[name]})
         if not options.json:
             print(as_text(results[name]))
     if options.json:

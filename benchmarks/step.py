@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.peer import Composed
+from benchmarks.processor import Processor
 from benchmarks.table import Cell, Table
-from benchmarks.timing import Times, flops, matmul_peak, ms, peak_bytes, ratio, take_turns
+from benchmarks.timing import Times, flops, ms, peak_bytes, ratio, take_turns
 from lmsleep import HybridConfig, HybridLM, SleepConfig
 from lmsleep.evaluation import read_batch
 from lmsleep.tasks import Batch, Depo, Rule110, Task, stream
@@ -45,26 +46,32 @@ class Setting:
         return model
 
 
-# The paper's batches are 512 and 128. Activations of the first would take 26 GB at N = 4, a step of
+# The paper's batches are 512 and 128. On a CPU activations of the first would take 26 GB at N = 4, a step of
 # the second many minutes; FLOPs go with the batch, all but the optimizer's.
 AUTOMATON = Setting(Rule110(), HybridConfig(d_model=256, num_heads=4, blocks=HYBRID * 2), 24, 64)
 DEPO = Setting(Depo(), HybridConfig(d_model=512, num_heads=8, blocks=HYBRID * 5), 75, 8)
 TINY = Setting(Rule110(width=4, states=2), HybridConfig(d_model=16, num_heads=2, blocks=HYBRID), 4, 4)
 
 
-def tables(repeats: int, tiny: bool) -> dict[str, Callable[[], Table]]:
+GPU_BATCHES = 512, 32  # 128 of Depo would take 100 GB
+
+
+def tables(repeats: int, tiny: bool, processor: Processor) -> dict[str, Callable[[], Table]]:
     """Steps of both models, and the memory of one."""
     automaton, depo = (TINY, TINY) if tiny else (AUTOMATON, DEPO)
+    fewer = replace(automaton, batch=max(2, automaton.batch // 4))
+    if processor.gpu and not tiny:
+        automaton, depo = (replace(s, batch=b) for s, b in zip((AUTOMATON, DEPO), GPU_BATCHES, strict=True))
     return {
-        "automaton": lambda: steps(automaton, repeats),
-        "depo": lambda: steps(depo, repeats),
-        "memory": lambda: memory(replace(automaton, batch=max(2, automaton.batch // 4)), repeats),
+        "automaton": lambda: steps(processor, automaton, repeats),
+        "depo": lambda: steps(processor, depo, repeats),
+        "memory": lambda: memory(processor, fewer, repeats),
     }
 
 
-def steps(setting: Setting, repeats: int) -> Table:
+def steps(processor: Processor, setting: Setting, repeats: int) -> Table:
     """Forward, backward and optimizer for every N."""
-    batch, peak = setting.drawn(), matmul_peak()
+    batch, peak = setting.drawn().to(processor.device), processor.matmul_peak()
     drawing = ms(take_turns({0: setting.drawn}, 3)[0].cpu)
     calls: dict[tuple[str, int], Callable[[], None]] = {}
     gradients: dict[tuple[str, int], Times] = {}  # of each step, forward and backward alone
@@ -73,27 +80,28 @@ def steps(setting: Setting, repeats: int) -> Table:
         ("peer", Composed(setting.made()), peer, torch.optim.Muon),
     )
     for name, model, loss, muon in sides:
+        model.to(processor.device)
         for n in PASSES:
-            one = partial(loss, model, batch, setting.window, n)
+            one = processor.within(partial(loss, model, batch, setting.window, n))
             gradients[name, n] = Times()
             calls[name, n] = _step(model, one, muon, gradients[name, n])
     counted = {n: flops(calls["ours", n]) for n in PASSES}
-    cpu = {case: times.cpu for case, times in take_turns(calls, repeats).items()}
-    alone = {case: times.cpu[-repeats:] for case, times in gradients.items()}
-    peak = max(peak, matmul_peak())  # neighbours come and go in these minutes
+    spent = {case: processor.seconds(times) for case, times in take_turns(calls, repeats).items()}
+    alone = {case: processor.seconds(times)[-repeats:] for case, times in gradients.items()}
+    peak = max(peak, processor.matmul_peak())  # neighbours come and go in these minutes
     tokens = batch.tokens.numel()
     rows: list[dict[str, Cell]] = [
         {
             "N": n,
-            "CPU ms a step": ms(cpu["ours", n]),
-            "of transformers' modules": ms(cpu["peer", n]),
-            "times as fast": ratio(cpu["peer", n], cpu["ours", n]),
+            f"{processor.clock} ms a step": ms(spent["ours", n]),
+            "of transformers' modules": ms(spent["peer", n]),
+            "times as fast": ratio(spent["peer", n], spent["ours", n]),
             "without the optimizer": ratio(alone["peer", n], alone["ours", n]),
-            "to N = 1": ratio(cpu["ours", n], cpu["ours", 1]),
-            "tokens/s": tokens / (ms(cpu["ours", n]) / 1e3),
+            "to N = 1": ratio(spent["ours", n], spent["ours", 1]),
+            "tokens/s": tokens / (ms(spent["ours", n]) / 1e3),
             "GFLOP": counted[n] / 1e9,
-            "% of the matrix product's rate": 100 * counted[n] / peak / (ms(cpu["ours", n]) / 1e3),
-            "drawing the batch, % of a step": 100 * drawing / ms(cpu["ours", n]),
+            "% of the matrix product's rate": 100 * counted[n] / peak / (ms(spent["ours", n]) / 1e3),
+            "drawing the batch, % of a step": 100 * drawing / ms(spent["ours", n]),
         }
         for n in PASSES
     ]
@@ -101,7 +109,7 @@ def steps(setting: Setting, repeats: int) -> Table:
         "A training step (forward, backward, Muon and AdamW; the peer has torch.optim.Muon) on "
         f"{setting.batch} sequences of {batch.tokens.shape[1]} tokens of "
         f"{type(setting.task).__name__}, L = {setting.window}, "
-        f"{len(setting.model.blocks)} blocks of width {setting.model.d_model}, float32, one thread: medians "
+        f"{len(setting.model.blocks)} blocks of width {setting.model.d_model}, {processor.text}: medians "
         f"of {repeats} repeats that took turns; ratios within a repeat: median [10th ... 90th percentile]. "
         "GFLOP: matrix products of the whole step; the matrix product's rate: "
         f"{peak / 1e9:.0f} GFLOP/s, measured here."
@@ -109,11 +117,11 @@ def steps(setting: Setting, repeats: int) -> Table:
     return Table(rows=rows, note=note)
 
 
-def memory(setting: Setting, repeats: int) -> Table:
+def memory(processor: Processor, setting: Setting, repeats: int) -> Table:
     """Bytes of activations, with and without recomputing them, and what recomputing costs."""
-    model, batch = setting.made(), setting.drawn()
+    model, batch = setting.made().to(processor.device), setting.drawn().to(processor.device)
     cases = {
-        (n, kept): partial(ours, model, batch, setting.window, n, checkpoint=not kept)
+        (n, kept): processor.within(partial(ours, model, batch, setting.window, n, checkpoint=not kept))
         for n in PASSES
         for kept in (True, False)
     }
@@ -121,14 +129,14 @@ def memory(setting: Setting, repeats: int) -> Table:
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)  # not counted
     peaks = {case: peak_bytes(call) for case, call in calls.items()}
-    cpu = {case: times.cpu for case, times in take_turns(calls, repeats).items()}
+    spent = {case: processor.seconds(times) for case, times in take_turns(calls, repeats).items()}
     rows: list[dict[str, Cell]] = [
         {
             "N": n,
             "activations": "kept" if kept else "recomputed (checkpoint)",
             "peak, MB": peaks[n, kept] / 1e6,
             "to N = 1": peaks[n, kept] / peaks[1, kept],
-            "CPU time to kept": ratio(cpu[n, kept], cpu[n, True]),
+            f"{processor.clock} time to kept": ratio(spent[n, kept], spent[n, True]),
         }
         for n, kept in cases
     ]
@@ -136,7 +144,7 @@ def memory(setting: Setting, repeats: int) -> Table:
         f"Most bytes of tensors alive at once in the forward and backward pass on {setting.batch} "
         f"sequences of {batch.tokens.shape[1]} tokens, weights and their gradients left out; "
         f"L = {setting.window}, {len(setting.model.blocks)} blocks of width {setting.model.d_model}, "
-        f"float32, one thread, {repeats} repeats."
+        f"{processor.text}, {repeats} repeats."
     )
     return Table(rows=rows, note=note)
 

@@ -25,10 +25,18 @@ class Times:
 
     def add(self, call: Callable[[], object], times: int = 1) -> None:
         """Measure one call of something that does a thing `times` times."""
+        _finish()
         wall, cpu = time.perf_counter(), time.process_time()
         call()
+        _finish()
         self.cpu.append((time.process_time() - cpu) / times)
         self.wall.append((time.perf_counter() - wall) / times)
+
+
+def _finish() -> None:
+    """Wait until a GPU, if one is in use, has done what it was given."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def take_turns(calls: Mapping[Case, Callable[[], object]], repeats: int) -> dict[Case, Times]:
@@ -91,17 +99,3 @@ class _Alive(TorchDispatchMode):
     def _freed(self, storage: int, nbytes: int) -> None:
         self._known.discard(storage)
         self.now -= nbytes
-
-
-def matmul_peak(dtype: torch.dtype = torch.float32, size: int = 1024, repeats: int = 50) -> float:
-    """FLOP/s of CPU time of a square matrix product, the best of several: the machine's limit."""
-    a, b = (torch.randn(size, size).to(dtype) for _ in "ab")
-    out = torch.empty_like(a)
-    return 2 * size**3 / min(take_turns({0: lambda: torch.mm(a, b, out=out)}, repeats)[0].cpu)
-
-
-def copy_bandwidth(megabytes: int = 256, repeats: int = 7) -> float:
-    """Bytes/s of CPU time, read and written, of a copy far larger than the caches; the best of several."""
-    source = torch.ones(megabytes * 2**20, dtype=torch.uint8)
-    target = torch.zeros_like(source)
-    return 2 * source.nbytes / min(take_turns({0: lambda: target.copy_(source)}, repeats)[0].cpu)

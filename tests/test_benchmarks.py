@@ -8,14 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 from benchmarks import __main__ as benchmarks
-from benchmarks import recurrence, step
+from benchmarks import recurrence, step, window
 from benchmarks.peer import Composed
+from benchmarks.processor import Processor
 from benchmarks.sessions import SMALL, memories, size, stream
 from benchmarks.table import as_markdown, with_tables
-from benchmarks.timing import peak_bytes, take_turns
+from benchmarks.timing import Times, peak_bytes, take_turns
 from conftest import close
 
-from lmsleep import SleepConfig
+from lmsleep import SleepConfig, sleep_forward
 from lmsleep.cli import bench, main
 from lmsleep.cost import cost
 
@@ -142,16 +143,75 @@ def test_the_documentation_shows_the_committed_results():
 
 
 def test_every_task_is_drawn_by_the_benchmark_of_data():
-    found = benchmarks.BENCHMARKS["data"](1, True)["speed"]().rows
+    found = benchmarks.ON_CPU["data"](1, True)["speed"]().rows
     assert {"depo", "text", "gsm-infinite, hard, reverse"} <= {row["task"] for row in found}
     assert all(row["lowest"] > 0 for row in found)
 
 
-def test_every_speed_benchmark_measures_what_it_names():
-    for name in ("floors", "recurrence", "step", "window"):
-        for measure in benchmarks.BENCHMARKS[name](1, True).values():
-            for row in measure().rows:
-                assert all(cell > 0 for cell in row.values() if isinstance(cell, float)), row
+class _AsOnAGPU(Processor):
+    # The path of a GPU, bfloat16 and wall time, on a CPU.
+    gpu, square = True, 64
+
+
+@pytest.fixture(params=["cpu", "as on a GPU", pytest.param("cuda", marks=pytest.mark.gpu)])
+def processor(request, monkeypatch):
+    if request.param == "as on a GPU":
+        monkeypatch.setattr(recurrence, "kernels", recurrence.peer)
+        return _AsOnAGPU(torch.device("cpu"))
+    return Processor(torch.device(request.param))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", benchmarks.ON_ANY)
+def test_every_speed_benchmark_measures_what_it_names(name, processor):
+    for measure in benchmarks.ON_ANY[name](1, True, processor).values():
+        table = measure()
+        for row in table.rows:
+            assert all(cell > 0 for cell in row.values() if isinstance(cell, float)), row
+            assert ("CPU" in str((row, table.note))) is not processor.gpu
+
+
+def test_a_gpu_computes_in_bfloat16_and_is_timed_on_the_wall():
+    cpu, gpu = (kind(torch.device("cpu")) for kind in (Processor, _AsOnAGPU))
+    x = torch.ones(2, 2)
+    assert cpu.within(lambda: x @ x)().dtype == cpu.dtype == torch.float32
+    assert gpu.within(lambda: x @ x)().dtype == gpu.dtype == torch.bfloat16
+    times = Times(wall=[2.0], cpu=[1.0])
+    assert (cpu.seconds(times), gpu.seconds(times)) == ([1.0], [2.0])
+
+
+def test_windows_that_do_not_fit_are_left_out(monkeypatch):
+    def forward(model, tokens, mask, sleep, **options):
+        if sleep.window is None:
+            raise torch.OutOfMemoryError
+        return sleep_forward(model, tokens, mask, sleep, **options)
+
+    monkeypatch.setattr(window, "sleep_forward", forward)
+    found = window.lengths(Processor(torch.device("cpu")), SMALL, 16, (8,), (1, 2), 1)
+    assert [row["window"] for row in found.rows] == ["L = 8", "L = 8"] and "does not fit" in found.note
+    assert [row["to all in parallel"] for row in found.rows] == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["data", "--device", "cuda"], "data is measured on a CPU"),
+        (["floors", "--device", "cuda"], "PyTorch sees no CUDA device"),
+    ],
+)
+def test_a_gpu_that_cannot_be_measured_is_refused(capsys, monkeypatch, argv, said):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        benchmarks.main(argv)
+    assert said in capsys.readouterr().err
+
+
+def test_results_of_a_gpu_are_kept_apart(monkeypatch):
+    published = []
+    monkeypatch.setattr(benchmarks, "publish", lambda name, results: published.append((name, *results)))
+    monkeypatch.setattr(benchmarks, "Processor", lambda _: _AsOnAGPU(torch.device("cpu")))
+    benchmarks.main(["floors", "--tiny", "--repeats", "1", "--publish"])
+    assert published == [("floors-cuda", "limits")]
 
 
 def test_calls_take_turns_and_the_first_round_is_not_counted():
