@@ -18,8 +18,8 @@ from lmsleep.training.runs import provenance
 from lmsleep.training.trainer import choose_device
 
 ROOT = Path(__file__).parents[1]
-# By name what measures a table: every case `repeats` times (tiny: no more than shows that it runs).
 Measures = dict[str, Callable[[], Table]]
+# By name what measures a table: every case `repeats` times (tiny: no more than shows that it runs).
 ON_CPU: dict[str, Callable[[int, bool], Measures]] = {"data": data.tables, "sessions": sessions.tables}
 ON_ANY: dict[str, Callable[[int, bool, Processor], Measures]] = {
     "floors": floors.tables,

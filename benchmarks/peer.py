@@ -123,7 +123,7 @@ class Composed(nn.Module):
         memory: list[Tensor | None] = [None] * len(self.blocks)
         for i, x in enumerate(windows):
             h = self.embedding(x)
-            positions = self.rotary(h, torch.arange(x.shape[1])[None])
+            positions = self.rotary(h, torch.arange(x.shape[1], device=x.device)[None])
             for _ in range(passes if i + 1 < len(windows) else 1):
                 for j, block in enumerate(self.blocks):
                     h, memory[j] = cast(Block, block)(h, memory[j], positions)

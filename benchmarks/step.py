@@ -51,17 +51,13 @@ class Setting:
 AUTOMATON = Setting(Rule110(), HybridConfig(d_model=256, num_heads=4, blocks=HYBRID * 2), 24, 64)
 DEPO = Setting(Depo(), HybridConfig(d_model=512, num_heads=8, blocks=HYBRID * 5), 75, 8)
 TINY = Setting(Rule110(width=4, states=2), HybridConfig(d_model=16, num_heads=2, blocks=HYBRID), 4, 4)
-
-
-GPU_BATCHES = 512, 32  # 128 of Depo would take 100 GB
+ON_A_GPU = replace(AUTOMATON, batch=512), replace(DEPO, batch=32)  # 128 of Depo would take 100 GB
 
 
 def tables(repeats: int, tiny: bool, processor: Processor) -> dict[str, Callable[[], Table]]:
     """Steps of both models, and the memory of one."""
-    automaton, depo = (TINY, TINY) if tiny else (AUTOMATON, DEPO)
+    automaton, depo = (TINY, TINY) if tiny else ON_A_GPU if processor.gpu else (AUTOMATON, DEPO)
     fewer = replace(automaton, batch=max(2, automaton.batch // 4))
-    if processor.gpu and not tiny:
-        automaton, depo = (replace(s, batch=b) for s, b in zip((AUTOMATON, DEPO), GPU_BATCHES, strict=True))
     return {
         "automaton": lambda: steps(processor, automaton, repeats),
         "depo": lambda: steps(processor, depo, repeats),
