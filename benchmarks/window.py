@@ -45,8 +45,10 @@ def lengths(
 
     def step(L: int, n: int) -> None:
         sleep = SleepConfig(window=L or None, passes=n, checkpoint=True)
-        processor.within(partial(loss, sleep))().backward()
-        model.zero_grad()
+        try:
+            processor.within(partial(loss, sleep))().backward()
+        finally:
+            model.zero_grad()  # of a step that did not fit too
 
     calls = {case: call for case in cases if _fits(call := partial(step, *case))}
     peak = processor.matmul_peak()
@@ -79,5 +81,8 @@ def _fits(call: Callable[[], object]) -> bool:
     try:
         call()
     except torch.OutOfMemoryError:
-        return False
-    return True
+        pass
+    else:
+        return True
+    torch.cuda.empty_cache()
+    return False

@@ -168,7 +168,7 @@ def test_every_speed_benchmark_measures_what_it_names(name, processor):
         table = measure()
         for row in table.rows:
             assert all(cell > 0 for cell in row.values() if isinstance(cell, float)), row
-            assert ("CPU" in str((row, table.note))) is not processor.gpu
+            assert ("CPU" in str((row, table.note))) == (not processor.gpu)
 
 
 def test_a_gpu_computes_in_bfloat16_and_is_timed_on_the_wall():

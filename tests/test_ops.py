@@ -246,6 +246,17 @@ def test_one_float64_input_makes_the_state_float64(rule):
     assert (o.dtype, state.dtype) == (torch.float32, torch.float64)
 
 
+def test_kernels_get_q_k_and_v_in_one_dtype(monkeypatch):
+    def kernel(q, k, v, g, beta, scale, state):
+        assert q.dtype == k.dtype == v.dtype == torch.bfloat16
+        return v, state
+
+    monkeypatch.setattr("lmsleep.ops.rules._choose", lambda *_: (kernel, False))
+    q, k, v = (torch.randn(1, 2, 1, 4) for _ in "qkv")
+    g = beta = torch.zeros(1, 2, 1)
+    assert ops.gated_delta_rule(q, k, v.bfloat16(), g, beta)[0].dtype == torch.bfloat16  # as under autocast
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("rule", RULE_NAMES)

@@ -144,6 +144,8 @@ def update(
     form, casts = _choose(rule, backend, q)
     if casts:  # fla's kernels take low precision as it is and accumulate in float32
         q, k, v, g, beta = (x.to(dtype) for x in (q, k, v, g, beta))
+    else:  # in one dtype: CUDA's autocast norms q and k in float32
+        q, k = q.to(v.dtype), k.to(v.dtype)
     with exact(q.device):  # S is summed over a whole stream
         o, state = form(q, k, v, g, beta, scale, state)
     return o.to(inputs[2].dtype), state
