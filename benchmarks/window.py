@@ -50,7 +50,9 @@ def lengths(
         finally:
             model.zero_grad()  # of a step that did not fit too
 
-    calls = {case: call for case in cases if _fits(call := partial(step, *case))}
+    calls = {case: partial(step, *case) for case in cases}
+    if processor.gpu:
+        calls = {case: call for case, call in calls.items() if _fits(call)}
     peak = processor.matmul_peak()
     spent = {case: processor.seconds(times) for case, times in take_turns(calls, repeats).items()}
     rows: list[dict[str, Cell]] = [

@@ -187,7 +187,7 @@ def test_windows_that_do_not_fit_are_left_out(monkeypatch):
         return sleep_forward(model, tokens, mask, sleep, **options)
 
     monkeypatch.setattr(window, "sleep_forward", forward)
-    found = window.lengths(Processor(torch.device("cpu")), SMALL, 16, (8,), (1, 2), 1)
+    found = window.lengths(_AsOnAGPU(torch.device("cpu")), SMALL, 16, (8,), (1, 2), 1)
     assert [row["window"] for row in found.rows] == ["L = 8", "L = 8"] and "does not fit" in found.note
     assert [row["to all in parallel"] for row in found.rows] == [None, None]
 
