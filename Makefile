@@ -40,7 +40,7 @@ types: $(VENV)/.dev
 	$(BIN)/mypy
 
 unit: $(VENV)/.dev
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --durations=25
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix-only .

@@ -90,8 +90,7 @@ def token_by_token(model, x, config):
 
 @EACH
 @EVICTIONS
-@pytest.mark.parametrize("passes", [1, 2, 4])
-@pytest.mark.parametrize("loop", [None, "middle"])
+@pytest.mark.parametrize(("passes", "loop"), [(4, None), (2, "middle")])
 def test_windows_equal_one_token_at_a_time(doubled, name, eviction, passes, loop):
     model, config = adapt(doubled(name)), sleeping(passes=passes, eviction=eviction, loop=loop)
     x = text(2, 2 * L + 3)
