@@ -337,3 +337,12 @@ def test_nothing_heavy_is_imported_with_the_package():
     code = "import sys, lmsleep; print({'transformers', 'peft', 'triton', 'fla'} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"
     assert "triton" not in sys.modules
+
+
+def test_the_memory_of_an_adapted_model_knows_its_kinds(tmp_path):
+    model = adapt(family("qwen3_5"))
+    session = Session(model, sleeping())
+    session.read(text(1, 2 * L)[0])
+    session.save(tmp_path / "a.mem")
+    for origin in (session.memory.origin, Memory.load(tmp_path / "a.mem", model).clone().origin):
+        assert origin.rule == ("fast_weights", None, "fast_weights", None)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lmsleep import Memory, Session, SleepConfig, fingerprint, memory_file, pretrained, sleep_forward
+from lmsleep import Memory, Session, SleepConfig, State, fingerprint, memory_file, pretrained, sleep_forward
 from lmsleep.files import write_atomic
 from lmsleep.memory_file import Origin, pack, unpack
 from lmsleep.training import RunFolder
@@ -105,6 +105,53 @@ def test_an_unknown_storage_is_named(session, tmp_path):
     with pytest.raises(ValueError, match="storage must be one of"):
         session.save(tmp_path / "a.mem", storage="float8")
     assert not list(tmp_path.iterdir())
+
+
+HANDED_ON = {
+    "map": lambda m: m.map(torch.neg),
+    "clone": Memory.clone,
+    "detach": Memory.detach,
+    "to": lambda m: m.to(dtype=torch.float64),
+    "rows": lambda m: m[[0, 0]],
+    "like": lambda m: m.like(m),
+}
+
+
+@pytest.mark.parametrize("how", HANDED_ON)
+def test_who_wrote_a_memory_travels_with_it(model, session, tmp_path, how):
+    session.memory.save(tmp_path / "a.mem")
+    loaded = Memory.load(tmp_path / "a.mem", model)
+    copy = HANDED_ON[how](loaded)
+    assert copy.origin == loaded.origin
+    copy.save(tmp_path / "b.mem")  # knows its model
+    assert Memory.load(tmp_path / "b.mem").origin == loaded.origin
+    assert Session(model, session.sleep_config, memory=copy[[0]]).stats.tokens == loaded.origin.tokens > 0
+
+
+def test_what_was_read_on_is_no_copy(model, session):
+    state = State(session.memory, model.initial_state(1).cache)
+    assert state.memory.origin is not None
+    assert sleep_forward(model, random_tokens(1, 3), None, SleepConfig(), state=state).memory.origin is None
+
+
+def test_a_model_is_hashed_once(tmp_path, monkeypatch):
+    hashed, digest = [], memory_file._digest_of
+    monkeypatch.setattr(memory_file, "_digest_of", lambda *x: hashed.append(1) or digest(*x))
+    model = lively(tiny("attention", "gated_delta_net"), seed=3)
+    session = Session(model, SleepConfig(window=L, passes=2))
+    session.read(random_tokens(L + 2))
+    session.save(tmp_path / "a.mem")
+    for _ in range(3):
+        fork = Session.load(tmp_path / "a.mem", model).fork()
+        fork.generate([1], 2)
+        fork.save(tmp_path / "b.mem")
+    assert len(hashed) == 1
+    with torch.no_grad():
+        model.embedding.weight[0, 0] += 1
+    with pytest.raises(ValueError, match="another model"):
+        Memory.load(tmp_path / "a.mem", model)
+    model.float()
+    assert fingerprint(model) != fingerprint(model.double()) and len(hashed) > 2
 
 
 # What does not fit

@@ -158,7 +158,7 @@ def test_chunked_agrees_in_float64(rule, x):
 
 
 def pairwise(*options):
-    # A few rows in which every two values of different options meet: a row takes the values that meet most anew.
+    # Few rows in which every two values of different options meet: each takes most of what has not met yet.
     rows, left = (
         [],
         {
@@ -489,7 +489,7 @@ def test_what_a_rule_lacks_is_named(own_rule):
         ops.update(own_rule, *x[:5], backend="chunked")
     with pytest.raises(ValueError, match="already an update rule named 'hebbian'"):
         register_rule(own_rule, Rule(hebbian))
-    with pytest.raises(ValueError, match="'oja' is unknown"):
+    with pytest.raises(ValueError, match="unknown rule 'oja'"):
         ops.update("oja", *x[:5])
     with pytest.raises(ValueError, match="blocks: 'oja' is unknown"):
         tiny("oja")

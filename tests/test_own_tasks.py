@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import run_command
 
+from lmsleep import plugins
 from lmsleep.models import HybridConfig
 from lmsleep.sleep import SleepConfig
 from lmsleep.tasks import Depo, find_task, hide_answers, own, stream, task_name
@@ -77,15 +78,15 @@ def test_a_run_of_it_can_be_one_of_many(file, tmp_path):
 @pytest.fixture
 def entry_point(monkeypatch):
     def install(value):
-        points = EntryPoints([EntryPoint("mine", value, own.ENTRY_POINTS)])
-        monkeypatch.setattr(own, "entry_points", lambda group: points.select(group=group))
+        points = EntryPoints([EntryPoint("mine", value, own.TASK.group)])
+        monkeypatch.setattr(plugins, "entry_points", lambda group: points.select(group=group))
 
     return install
 
 
 def test_an_entry_point_is_a_task_by_its_name(entry_point, capsys):
     entry_point("lmsleep.tasks.depo:Depo")
-    assert find_task("mine") is Depo and own.own_name(Depo) == "mine"
+    assert find_task("mine") is Depo and own.TASK.name_of(Depo) == "mine"
     assert run_command(capsys, "data", "mine", "--samples", 1)[0] == 0
     entry_point("lmsleep.nowhere:Task")
     assert "entry point lmsleep.nowhere:Task of task mine fails" in run_command(capsys, "data", "mine")[2]
@@ -139,7 +140,7 @@ def test_a_class_inside_a_function_cannot_be_named():
         pass
 
     with pytest.raises(ValueError, match="must stand at the top"):
-        own.own_name(Inner)
+        own.TASK.name_of(Inner)
 
 
 def test_paths_and_tuples_come_back(tmp_path):

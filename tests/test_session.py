@@ -197,6 +197,7 @@ class Counted:
 
     def __init__(self, model):
         self.model, self.num_blocks, self.config = model, model.num_blocks, model.config
+        self.kinds = model.kinds
         self.initial_state, self.embed, self.head = model.initial_state, model.embed, model.head
         self.lengths = []
 

@@ -5,6 +5,7 @@ from lmsleep.hf import adapt
 from lmsleep.memory_file import Origin, fingerprint
 from lmsleep.microscope import Inspection, inspect
 from lmsleep.models import HybridConfig, HybridLM
+from lmsleep.opening import open_model as open
 from lmsleep.session import BrokenSleep, Session, SessionBatch
 from lmsleep.sleep import Backbone, SleepConfig, SleepOutput, read_window, sleep_forward
 from lmsleep.state import Cache, Memory, State
@@ -28,6 +29,7 @@ __all__ = [
     "adapt",
     "fingerprint",
     "inspect",
+    "open",
     "ops",
     "pretrained",
     "read_window",

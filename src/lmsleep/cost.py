@@ -12,12 +12,7 @@ from lmsleep.sleep import Backbone, SleepConfig, read_window
 
 
 class Known(Backbone, Protocol):
-    """A backbone that says what it is made of."""
-
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        """The kind of each block; those with keys and values have "attention" in it."""
-        ...
+    """A backbone that shows its weights."""
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """All weights."""

@@ -34,7 +34,8 @@ class Memory:
     Attributes:
         layers: one entry per block: a tensor `[B, H, K, V]` (heads, key size, value size), float32
             or float64, for a block with fast weights, `None` for a block without (attention).
-        origin: what the values are; None as long as nobody asked. A memory out of a session or a file has it.
+        origin: who wrote the values and from what; None as long as nobody asked. A memory out of a session or
+            a file has it, and so have its copies: `map`, `clone`, `to`, rows, `fork` and `merge` hand it on.
     """
 
     layers: tuple[Tensor | None, ...]
@@ -58,7 +59,7 @@ class Memory:
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> Self:
         """A memory with `fn` applied to the fast weights of every block."""
-        return type(self)(tuple(None if s is None else fn(s) for s in self.layers))
+        return replace(self, layers=tuple(None if s is None else fn(s) for s in self.layers))
 
     def detach(self) -> Self:
         """The same values, cut from the autograd graph."""

@@ -7,12 +7,13 @@ up to `state.Memory` and `session`.
 import hashlib
 import json
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 from uuid import uuid4
+from weakref import WeakKeyDictionary
 
 import torch
 from safetensors import SafetensorError
@@ -45,7 +46,7 @@ class Origin:
     passes: int | None = None
     """Passes N of a sleep."""
     rule: tuple[str | None, ...] = ()
-    """Update rule of each block, None for a block without; empty: unknown."""
+    """Kind of each block with fast weights (gated_delta_net, ...), None for one without; empty: unknown."""
     tags: Mapping[str, str] = field(default_factory=dict)
     """Whatever the user wants to remember."""
 
@@ -87,7 +88,9 @@ class Origin:
 def fingerprint(model: Any) -> str:
     """SHA-256 over the slow weights and the configuration of a model, as 64 hex digits.
 
-    Sleep leaves it as it is: only the fast weights change.
+    Sleep leaves it as it is: only the fast weights change. The weights of a model object are read once, and
+    again after one of them was written or replaced; a write through `.data`, which PyTorch does not count, is
+    not seen.
 
     Args:
         model: anything with a `state_dict()`; its `config`, if it has one, counts too.
@@ -97,12 +100,28 @@ def fingerprint(model: Any) -> str:
     """
     if not hasattr(model, "state_dict"):
         raise ValueError(f"{type(model).__name__} has no state_dict(), so a memory cannot be tied to it")
-    config = _settings(getattr(model, "config", None))
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=_plain).encode())
-    for name, tensor in sorted(model.state_dict().items()):
+    config = json.dumps(_settings(getattr(model, "config", None)), sort_keys=True, default=_plain)
+    weights = sorted(model.state_dict().items())
+    if any(tensor.is_inference() for _, tensor in weights):  # whose writes are not counted
+        return _digest_of(config, weights)
+    now = (config, tuple((name, t.data_ptr(), t._version, t.dtype, t.shape) for name, t in weights))
+    before, digest = _identities.get(model, (None, ""))
+    if before != now:
+        digest = _digest_of(config, weights)
+        _identities[model] = now, digest
+    return digest
+
+
+# Of each model object: its configuration with the storage and version of its weights, and its fingerprint.
+_identities: WeakKeyDictionary[Any, tuple[Any, str]] = WeakKeyDictionary()
+
+
+def _digest_of(config: str, weights: Iterable[tuple[str, Tensor]]) -> str:
+    digest = hashlib.sha256(config.encode())
+    for name, tensor in weights:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-        digest.update(raw)
+        digest.update(raw.data)
     return digest.hexdigest()
 
 

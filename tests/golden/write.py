@@ -1,6 +1,7 @@
 """What is golden, computed: `test_golden.py` compares it with what commit f7a8996 wrote into this folder.
 
-`PYTHONPATH=tests python -m golden.write` writes the folder anew. Do that only where a result is meant to change, and say why.
+`PYTHONPATH=tests python -m golden.write` writes the folder anew. Do that only where a result is
+meant to change, and say why.
 """
 
 import contextlib
@@ -68,7 +69,7 @@ def losses(trainer: Trainer, until: int) -> list[float]:
 
 
 def shipped(name: str) -> dict[str, Tensor]:
-    """Logits and fast weights of a shipped model on fixed tokens: two windows, both slept on, then questions."""
+    """Logits and fast weights of a shipped model on fixed tokens: two windows asleep, then questions."""
     run = RunFolder.open(lmsleep.pretrained.find(name))
     config, model = run.config(), run.model()
     batch = config.task.batch(stream(7, "test", 0), 4, "test")
@@ -83,7 +84,7 @@ def shipped(name: str) -> dict[str, Tensor]:
 
 def hub_outputs(folder: Path) -> dict[str, Tensor]:
     """Logits and fast weights of the Hugging Face folder, read with the sleep that it was saved with."""
-    from lmsleep.cli.opening import open_backbone
+    from lmsleep.opening import open_backbone
 
     model, sleep = open_backbone(folder, "cpu")
     tokens = torch.arange(1, 24)[None] % 60

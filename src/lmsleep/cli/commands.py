@@ -13,7 +13,6 @@ from tyro.conf import Positional
 
 from lmsleep import pretrained
 from lmsleep.adaptation import MOMENTS, Adaptation, Shifting, adaptation
-from lmsleep.cli.opening import open_backbone
 from lmsleep.cli.options import as_type, check_samples, given_options, listed, listed_tasks, parse, task_field
 from lmsleep.cli.presets import PRESETS, preset
 from lmsleep.cost import cost
@@ -21,6 +20,7 @@ from lmsleep.demo import command as demo_command
 from lmsleep.evaluation import Score, evaluate, wilson
 from lmsleep.hf.loading import is_pretrained
 from lmsleep.models import HybridConfig
+from lmsleep.opening import open_backbone
 from lmsleep.plots import plot_runs
 from lmsleep.reproduce import RECIPES
 from lmsleep.reproduce import command as reproduce_command

@@ -11,6 +11,7 @@ from tyro.conf import Positional
 from lmsleep.cli.opening import SleepOptions, new_session
 from lmsleep.cli.options import parse
 from lmsleep.files import write_atomic
+from lmsleep.session import Session
 from lmsleep.version import __version__
 
 
@@ -55,9 +56,9 @@ def harness(argv: list[str]) -> None:
     session = new_session(options.model, replace(options, passes=None))
     found: dict[str, Any] = {}
     for n in options.passes or (session.sleep_config.passes,):
-        session.sleep_config = session.sleep_config.with_passes(n)
+        sleeping = Session(session.model, session.sleep_config.with_passes(n), session.tokenizer)
         results = lm_eval.simple_evaluate(
-            model=SleepLM(session, batch_size=options.batch_size, progress=True),
+            model=SleepLM(sleeping, batch_size=options.batch_size, progress=True),
             tasks=list(options.tasks),
             task_manager=tasks,
             num_fewshot=options.num_fewshot,

@@ -1,19 +1,11 @@
-"""MODEL on the command line: a run (or a shipped one), a saved model, or a Hugging Face model."""
+"""MODEL on the command line, with options of a new session."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
-from lmsleep import pretrained
-from lmsleep.hf import adapt, load_pretrained
-from lmsleep.hf.loading import has_tokenizer, is_pretrained
-from lmsleep.models import HybridLM
+from lmsleep.opening import open_model
 from lmsleep.session import Session
-from lmsleep.sleep import SleepConfig
-from lmsleep.tasks import Text
-from lmsleep.tasks.tokenizers import HuggingFace, Spelled, Tokenizer, load_tokenizer
-from lmsleep.training import RunFolder, choose_device
-from lmsleep.training.models import Model
 
 GIVEN = ("window", "passes", "loop")  # options that a session which is taken up may not contradict
 
@@ -35,62 +27,6 @@ class SleepOptions:
     """auto (CUDA where present), cpu, cuda, ..."""
 
 
-class Opened(NamedTuple):
-    """A model with how it sleeps and what it reads."""
-
-    model: Model
-    sleep: SleepConfig
-    tokenizer: Tokenizer
-
-
-def open_model(path: Path, tokenizer: str | None = None, device: str = "auto") -> Opened:
-    """The MODEL at `path` or shipped under that name, with the sleep and the words that it was made with.
-
-    Raises:
-        ValueError: for a damaged run or model, one that cannot sleep, or a tokenizer with more tokens.
-        FileNotFoundError: if there is none.
-    """
-    path = pretrained.find(path)
-    read = _tokenizer(path, tokenizer)
-    model, sleep = open_backbone(path, device)
-    size = model.config.vocab_size
-    if read.vocab_size > size:
-        raise ValueError(
-            f"tokenizer has {read.vocab_size} tokens, {path} only {size}; "
-            "pass the run that trained the model, or its tokenizer"
-        )
-    return Opened(model, sleep, read)
-
-
-def open_backbone(path: Path, device: str = "auto") -> tuple[Model, SleepConfig]:
-    """`open_model` for who needs no words."""
-    path, where = pretrained.find(path), choose_device(device)
-    folder = RunFolder(path)
-    if folder.is_run():
-        return folder.model(where), folder.config().sleep
-    if is_pretrained(path):
-        model = load_pretrained(path).to(where)
-        from lmsleep.hf.sleeping import saved_sleep  # which imports transformers
-
-        told = saved_sleep(model.config, path)
-        return adapt(model), told or SleepConfig(window=512, passes=4, loop="middle")
-    return HybridLM.from_pretrained(path, where), SleepConfig(window=64, passes=4)
-
-
-def _tokenizer(path: Path, given: str | None) -> Tokenizer:
-    if (run := RunFolder(path)).is_run():
-        task = run.config().task
-        name = getattr(task, "tokenizer", None)
-        if isinstance(task, Text) or name not in (None, "bytes", "words"):
-            return load_tokenizer(str(name))
-        return Spelled(task.spell, task.vocab_size)
-    if is_pretrained(path) and given is None:
-        if not has_tokenizer(path):
-            raise ValueError(f"{path} holds no tokenizer; pass --tokenizer FOLDER (or bytes)")
-        return HuggingFace(path)
-    return load_tokenizer(given or "bytes")
-
-
 def new_session(path: Path, options: SleepOptions) -> Session:
     """A session that has read nothing, for the MODEL at `path` or shipped under that name.
 
@@ -101,7 +37,7 @@ def new_session(path: Path, options: SleepOptions) -> Session:
     model, sleep, tokenizer = open_model(path, options.tokenizer, options.device)
     given = {name: getattr(options, name) for name in GIVEN}
     given = {name: value for name, value in given.items() if value is not None}
-    return Session(model, replace(sleep, **given, backprop_passes=None), tokenizer)
+    return Session(model, replace(sleep, **given), tokenizer)
 
 
 def take_up(path: Path, new: Session, options: SleepOptions) -> Session:

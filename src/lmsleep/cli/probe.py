@@ -9,8 +9,8 @@ from typing import Any, Literal
 from tqdm import tqdm
 from tyro.conf import Positional
 
-from lmsleep.cli.opening import open_model
 from lmsleep.cli.options import parse
+from lmsleep.opening import open_model
 from lmsleep.sleep import SleepConfig
 from lmsleep.tasks.tokenizers import Bytes
 from lmsleep.zero_shot import CHOICES, DROPPED, KEPT, Reading, zero_shot

@@ -97,6 +97,10 @@ class _Watched:
     def num_blocks(self) -> int:
         return self.model.num_blocks
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return self.model.kinds
+
     def initial_state(self, batch_size: int) -> State:
         return self.model.initial_state(batch_size)
 

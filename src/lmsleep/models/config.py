@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Self, get_args
 
-from lmsleep.ops import RULES, Backend
+from lmsleep.ops import RULES, Backend, find_rule
+from lmsleep.plugins import absolute
 
-BlockKind = str  # "attention", a key of RULE_OF, or the name of an update rule in ops.RULES
+BlockKind = str  # "attention", a key of RULE_OF, or the name of an update rule (ops.find_rule)
 RULE_OF = {"gated_delta_net": "gated_delta_rule", "gated_linear": "gated_linear_rule"}
 
 
@@ -23,7 +24,8 @@ class HybridConfig:
     d_model: int = 256
     """Width of the residual stream."""
     blocks: tuple[BlockKind, ...] = ("attention", "gated_delta_net", "attention", "gated_delta_net")
-    """Kind of each block, first to last: attention, gated_delta_net, gated_linear or a registered rule."""
+    """Kind of each block, first to last: attention, gated_delta_net, gated_linear or a rule of your own,
+    FILE.py:NAME."""
     tie_embeddings: bool = False
     """Use the embedding as output projection too."""
     norm_eps: float = 1e-6
@@ -60,10 +62,14 @@ class HybridConfig:
     def __post_init__(self) -> None:
         if not self.blocks:
             raise ValueError("blocks must name at least one block")
-        for kind in self.blocks:
-            if kind != "attention" and RULE_OF.get(kind, kind) not in RULES:
-                kinds = ", ".join(["attention", *RULE_OF, *RULES])
-                raise ValueError(f"blocks: {kind!r} is unknown; choose from {kinds}")
+        object.__setattr__(self, "blocks", tuple(map(absolute, self.blocks)))
+        for kind in {*self.blocks} - {"attention", *RULE_OF, *RULES}:
+            try:
+                find_rule(kind)
+            except ValueError as error:
+                raise ValueError(
+                    f"blocks: {kind!r} is unknown ({error}); or attention, {', '.join(RULE_OF)}"
+                ) from error
         for name in ("vocab_size", "d_model", "num_heads", "head_dim", "value_dim", "num_kv_heads"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -3,13 +3,23 @@
 from lmsleep.ops.align import right_align
 from lmsleep.ops.conv import short_conv
 from lmsleep.ops.dynamic_conv import dynamic_conv
-from lmsleep.ops.rules import RULES, Backend, Rule, gated_delta_rule, gated_linear_rule, register_rule, update
+from lmsleep.ops.rules import (
+    RULES,
+    Backend,
+    Rule,
+    find_rule,
+    gated_delta_rule,
+    gated_linear_rule,
+    register_rule,
+    update,
+)
 
 __all__ = [
     "RULES",
     "Backend",
     "Rule",
     "dynamic_conv",
+    "find_rule",
     "gated_delta_rule",
     "gated_linear_rule",
     "register_rule",

@@ -7,6 +7,7 @@ elsewhere the chunk-parallel PyTorch form of a rule that has one.
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal, get_args
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from lmsleep.ops import chunked, fla, reference
 from lmsleep.ops.precision import exact
+from lmsleep.plugins import Plugin
 
 Backend = Literal["auto", "reference", "chunked", "fla"]
 Recurrence = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float, Tensor], tuple[Tensor, Tensor]]
@@ -42,8 +44,31 @@ RULES: dict[str, Rule] = {
 }
 
 
+RULE = Plugin("rule", "object", "lmsleep.rules", lambda x: isinstance(x, Rule))
+
+
+def find_rule(name: str) -> Rule:
+    """The update rule of that name in `RULES`, in a file (`FILE.py:NAME`) or of an entry point.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    return RULES[name] if name in RULES else _own_rule(name)
+
+
+@cache  # a layer asks for its rule in every pass
+def _own_rule(name: str) -> Rule:
+    rule = RULE.find(name, RULES)
+    if not RULE.is_one(rule):
+        raise ValueError(f"{name} is no rule: it must be a lmsleep.ops.Rule, got {type(rule).__name__}")
+    return rule
+
+
 def register_rule(name: str, rule: Rule) -> None:
-    """Make `rule` known by `name`, which `HybridConfig.blocks` then takes as the kind of a block.
+    """Make `rule` known by `name` in this process, as the kind of a block for `HybridConfig.blocks`.
+
+    Other processes (workers, `--resume`, the command line) do not know the name; all of them find a rule by
+    `FILE.py:NAME`.
 
     Raises:
         ValueError: if the name is taken.
@@ -128,9 +153,8 @@ def update(
     initial_state: Tensor | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """The update rule of that name in `RULES`. Arguments, result and errors as for `gated_delta_rule`."""
-    if rule not in RULES:
-        raise ValueError(f"rule={rule!r} is unknown; choose one of {', '.join(RULES)} or register_rule it")
+    """The update rule that `find_rule` finds. Arguments, result and errors as for `gated_delta_rule`."""
+    chosen = find_rule(rule)
     _check_shapes(q, k, v, g, beta, initial_state)
     B, _, H, K = q.shape
     inputs = (q, k, v, g, beta) if initial_state is None else (q, k, v, g, beta, initial_state)
@@ -141,7 +165,7 @@ def update(
         state = initial_state.to(dtype)
     if scale is None:
         scale = K**-0.5
-    form, casts = _choose(rule, backend, q)
+    form, casts = _choose(rule, chosen, backend, q)
     if casts:  # fla's kernels take low precision as it is and accumulate in float32
         q, k, v, g, beta = (x.to(dtype) for x in (q, k, v, g, beta))
     else:  # in one dtype: CUDA's autocast norms q and k in float32
@@ -151,11 +175,10 @@ def update(
     return o.to(inputs[2].dtype), state
 
 
-def _choose(name: str, backend: Backend, q: Tensor) -> tuple[Recurrence, bool]:
+def _choose(name: str, rule: Rule, backend: Backend, q: Tensor) -> tuple[Recurrence, bool]:
     """The form of the rule to use, and whether its inputs must be cast to the dtype of the state."""
     if backend not in get_args(Backend):
         raise ValueError(f"backend={backend!r} is unknown; choose one of {', '.join(get_args(Backend))}")
-    rule = RULES[name]
     usable = q.is_cuda and importlib.util.find_spec("fla") is not None
     if backend == "fla" and not usable:
         raise ValueError(

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Literal, Self, overload
 
@@ -87,7 +86,7 @@ class Session:
                 raise ValueError(
                     f"memory must have one row, got {memory.batch_size}; take one with memory[[0]]"
                 )
-            state = State(memory.like(state.memory), state.cache)
+            state = State(Memory(memory.like(state.memory).layers), state.cache)
             self.origin = memory.origin or self.origin
         self.stream = Stream.begin(state, tokens=self.origin.tokens, sleeps=self.origin.sleeps)
 
@@ -101,21 +100,16 @@ class Session:
     @property
     def memory(self) -> Memory:
         """Consolidated memory: the fast weights now, one row; within a window with what it wrote awake."""
-        kinds = getattr(getattr(self.model, "config", None), "blocks", ())
         layers = self.stream.state.memory.layers
         origin = replace(
             self.origin,
-            model=self._fingerprint,
+            model=fingerprint(self.model) if hasattr(self.model, "state_dict") else None,
             tokens=self.stream.tokens,
             sleeps=self.stream.sleeps,
             passes=self.sleep_config.passes,
-            rule=tuple(None if S is None else k for S, k in zip(layers, kinds, strict=False)),
+            rule=tuple(None if S is None else k for S, k in zip(layers, self.model.kinds, strict=True)),
         )
         return Memory(layers, origin)
-
-    @cached_property
-    def _fingerprint(self) -> str | None:
-        return fingerprint(self.model) if hasattr(self.model, "state_dict") else None
 
     @property
     def permanent(self) -> Mapping[str, Tensor]:

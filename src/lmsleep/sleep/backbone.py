@@ -15,6 +15,11 @@ class Backbone(Protocol):
         """Number `D` of blocks."""
         ...
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kind of each block; those with keys and values have "attention" in it."""
+        ...
+
     def initial_state(self, batch_size: int) -> State:
         """`S = 0` and an empty working memory, for `batch_size` rows."""
         ...

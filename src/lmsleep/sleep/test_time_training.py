@@ -25,7 +25,8 @@ def train_on_window(
     awake = None
     # The fused attention kernels have no second derivative.
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-        memory = state.memory if meta else state.memory.detach()
+        memory = Memory(state.memory.layers)  # without its origin: what is learned here is no copy
+        memory = memory if meta else memory.detach()
         memory = memory.map(lambda S: S if S.requires_grad else _trainable(S))
         for _ in range(1, passes):
             before = State(memory, state.cache)

@@ -158,9 +158,9 @@ class RunFolder:
             raise FileNotFoundError(f"{self.path} has no checkpoint yet: lmsleep train --resume {self.path}")
         return found[-1]
 
-    def model(self, device: torch.device | str = "cpu") -> Model:
-        """The model of the newest checkpoint."""
-        return models.load(self.config().model, self.latest(), device).eval()
+    def model(self, device: torch.device | str = "cpu", config: RunConfig | None = None) -> Model:
+        """The model of the newest checkpoint; `config`: the run's, if it has been read."""
+        return models.load((config or self.config()).model, self.latest(), device).eval()
 
     @property
     def exported(self) -> Path:

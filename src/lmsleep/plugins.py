@@ -1,0 +1,112 @@
+"""What users bring along: an object in a Python file, `FILE.py:NAME`, or the entry point of a package.
+
+Such a name can be written into a configuration, so it finds the object again in every other process: in the
+workers that draw data, after `--resume`, in `eval` and in sessions.
+"""
+
+import sys
+import traceback
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """A kind of object that users may bring along.
+
+    Attributes:
+        what: what errors call it: "task", "rule".
+        noun: what it is in its file: "class", "object".
+        group: its group of entry points.
+        is_one: whether an object of a module is one; those are listed where a name is wrong.
+    """
+
+    what: str
+    noun: str
+    group: str
+    is_one: Callable[[Any], bool]
+
+    def find(self, name: str, listed: Iterable[str] = ()) -> Any:
+        """The object called `FILE.py:NAME`, or that of the entry point `name`; errors name the `listed` too.
+
+        Raises:
+            ValueError: if there is no such file, object or entry point, or its code fails.
+        """
+        file, _, attribute = name.rpartition(":") if ".py:" in name else (name, "", "")
+        if not file.endswith(".py"):
+            return self._entry_point(name, listed)
+        module = _module(Path(file).resolve())
+        found = getattr(module, attribute, None) if attribute else None
+        if found is None:
+            there = [k for k, v in vars(module).items() if self.is_one(v) and _is_of(v, module)]
+            raise ValueError(
+                f"{file} has no {self.noun} {attribute!r}; call the {self.what} {file}:{self.noun.upper()}, "
+                f"one of: {', '.join(there) or 'none'}"
+            )
+        return found
+
+    def _entry_point(self, name: str, listed: Iterable[str]) -> Any:
+        points = entry_points(group=self.group)
+        if name not in points.names:
+            known = ", ".join([*listed, *sorted(points.names), f"FILE.py:{self.noun.upper()}"])
+            raise ValueError(f"unknown {self.what} {name!r}; choose one of {known}")
+        try:
+            return points[name].load()
+        except Exception as error:
+            raise ValueError(
+                f"the entry point {points[name].value} of {self.what} {name} fails: {error}"
+            ) from error
+
+    def name_of(self, cls: type) -> str:
+        """The name by which `find` finds a class again.
+
+        Raises:
+            ValueError: if there is none, as for a class made inside a function.
+        """
+        for point in entry_points(group=self.group):
+            if point.value.replace(" ", "") == f"{cls.__module__}:{cls.__qualname__}":
+                return point.name
+        file = getattr(sys.modules.get(cls.__module__), "__file__", None)
+        if file is None or "." in cls.__qualname__:
+            raise ValueError(
+                f"{self.what} {cls.__qualname__} must stand at the top of a Python file, to be found again"
+            )
+        return absolute(f"{file}:{cls.__name__}")
+
+
+def absolute(name: str) -> str:
+    """`FILE.py:NAME` with the whole path of the file, which holds in any folder; other names as they are."""
+    file, colon, attribute = name.rpartition(":")
+    return f"{Path(file).resolve()}:{attribute}" if colon and file.endswith(".py") else name
+
+
+def _module(path: Path) -> ModuleType:
+    """The module of a file, imported once: it may be the script that runs."""
+    for module in list(sys.modules.values()):
+        file = getattr(module, "__file__", None)
+        if file is not None and Path(file).name == path.name and Path(file).resolve() == path:
+            return module
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}")
+    spec = spec_from_file_location(str(path), path)
+    assert spec is not None and spec.loader is not None
+    module = module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look up their annotations
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[spec.name]
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+        where = f"{path}, line {lines[-1]}" if lines else path
+        raise ValueError(f"{where}: {type(error).__name__}: {error}") from error
+    return module
+
+
+def _is_of(value: Any, module: ModuleType) -> bool:
+    """Whether a module made `value`, if it is a class: those that it only imports are not its own."""
+    return not isinstance(value, type) or value.__module__ == module.__name__

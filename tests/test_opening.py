@@ -1,0 +1,43 @@
+import pytest
+from conftest import tiny
+from hf_models import family
+
+import lmsleep
+from lmsleep import HybridLM, Session
+from lmsleep.opening import open_backbone
+from lmsleep.training import RunFolder
+
+GRAPH = "n8 n4 n7 n8 n2 n5 n5 n1 n1 n6 n4 n3 n3 n2 n6 n7"
+
+
+def test_a_shipped_model_reads_sleeps_and_answers_in_three_lines():
+    session = Session(*lmsleep.open("depo-N4"))
+    session.read(GRAPH)
+    session.sleep()
+    assert session.generate("HOP_3 n1", max_new_tokens=1) == "n8"
+
+
+def test_a_run_a_saved_model_and_a_hugging_face_folder_open(tmp_path):
+    model, sleep, tokenizer = lmsleep.open(lmsleep.pretrained.find("depo-N1"))
+    assert (sleep.passes, sleep.backprop_passes, sleep.checkpoint) == (1, None, False)
+    assert not model.training and tokenizer.vocab_size == model.config.vocab_size
+    HybridLM(tiny(vocab_size=256)).save_pretrained(tmp_path / "saved")
+    family("qwen3_5").save_pretrained(tmp_path / "hub")
+    model, sleep, tokenizer = lmsleep.open(tmp_path / "saved")
+    assert (sleep.window, tokenizer.vocab_size, model.training) == (64, 256, False)
+    with pytest.raises(ValueError, match="holds no tokenizer"):
+        lmsleep.open(tmp_path / "hub")
+    model, sleep = open_backbone(tmp_path / "hub")
+    assert sleep.window == 512 and not model.training
+
+
+def test_opening_reads_the_configuration_of_a_run_once(monkeypatch):
+    read, config = [], RunFolder.config
+    monkeypatch.setattr(RunFolder, "config", lambda x: read.append(x) or config(x))
+    lmsleep.open("depo-N4")
+    assert len(read) == 1
+
+
+def test_no_model_is_named():
+    with pytest.raises(FileNotFoundError, match="depo-N1, depo-N4"):
+        lmsleep.open("nothing")
