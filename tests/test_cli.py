@@ -147,12 +147,14 @@ def test_sigterm_saves_and_resume_finishes(tmp_path):
     assert json.loads((folder / "report.json").read_text())["step"] == step + 2
 
 
-def test_the_readme_example_runs(capsys):
+def test_the_readme_examples_run(capsys):
     readme = (Path(__file__).parents[1] / "README.md").read_text()
-    example = readme.split("```python\n")[1].split("```")[0]
-    assert len([x for x in example.splitlines() if x]) <= 15
-    exec(compile(example, "README.md", "exec"), {})
-    assert "[32] 4096" in capsys.readouterr().out
+    examples = [part.split("```")[0] for part in readme.split("```python\n")[1:]]
+    assert len(examples) == 2
+    for example, said in zip(examples, ("n8\n", "[32] 4096"), strict=True):
+        assert len([x for x in example.splitlines() if x]) <= 15
+        exec(compile(example, "README.md", "exec"), {})
+        assert said in capsys.readouterr().out
 
 
 def test_readme_commands_parse(trained, capsys, monkeypatch, tmp_path):
