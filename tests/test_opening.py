@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 from conftest import tiny
 from hf_models import family
@@ -41,3 +44,20 @@ def test_opening_reads_the_configuration_of_a_run_once(monkeypatch):
 def test_no_model_is_named():
     with pytest.raises(FileNotFoundError, match="depo-N1, depo-N4"):
         lmsleep.open("nothing")
+
+
+@pytest.mark.parametrize("word", ["--version", "--help"])
+def test_words_about_the_command_need_no_torch(word):
+    code = (
+        "import sys; from lmsleep.cli import main\n"
+        f"try: main(['{word}'])\nexcept SystemExit: pass\n"
+        "assert not {'torch', 'numpy', 'tyro', 'matplotlib'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_every_public_name_is_there_and_no_other():
+    assert all(getattr(lmsleep, name) is not None for name in lmsleep.__all__)
+    assert lmsleep.inspect is lmsleep.microscope.inspect
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = lmsleep.nothing

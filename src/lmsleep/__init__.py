@@ -1,15 +1,20 @@
 """lmsleep: language models that sleep."""
 
-from lmsleep import ops, pretrained
-from lmsleep.hf import adapt
-from lmsleep.memory_file import Origin, fingerprint
-from lmsleep.microscope import Inspection, inspect
-from lmsleep.models import HybridConfig, HybridLM
-from lmsleep.opening import open_model as open
-from lmsleep.session import BrokenSleep, Session, SessionBatch
-from lmsleep.sleep import Backbone, SleepConfig, SleepOutput, read_window, sleep_forward
-from lmsleep.state import Cache, Memory, State
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from lmsleep.version import __version__
+
+if TYPE_CHECKING:
+    from lmsleep import ops, pretrained
+    from lmsleep.hf import adapt
+    from lmsleep.memory_file import Origin, fingerprint
+    from lmsleep.microscope import Inspection, inspect
+    from lmsleep.models import HybridConfig, HybridLM
+    from lmsleep.opening import open_model as open
+    from lmsleep.session import BrokenSleep, Session, SessionBatch
+    from lmsleep.sleep import Backbone, SleepConfig, SleepOutput, read_window, sleep_forward
+    from lmsleep.state import Cache, Memory, State
 
 __all__ = [
     "Backbone",
@@ -35,3 +40,31 @@ __all__ = [
     "read_window",
     "sleep_forward",
 ]
+
+# Where each name comes from. It is imported when it is asked for: torch alone takes longer than `--help` may.
+_HOMES = {
+    "adapt": "hf",
+    **dict.fromkeys(("Origin", "fingerprint"), "memory_file"),
+    **dict.fromkeys(("Inspection", "inspect"), "microscope"),
+    **dict.fromkeys(("HybridConfig", "HybridLM"), "models"),
+    **dict.fromkeys(("BrokenSleep", "Session", "SessionBatch"), "session"),
+    **dict.fromkeys(("Backbone", "SleepConfig", "SleepOutput", "read_window", "sleep_forward"), "sleep"),
+    **dict.fromkeys(("Cache", "Memory", "State"), "state"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "open":
+        return import_module("lmsleep.opening").open_model
+    if name in _HOMES:
+        return getattr(import_module(f"lmsleep.{_HOMES[name]}"), name)
+    try:
+        return import_module(f"lmsleep.{name}")
+    except ModuleNotFoundError as error:
+        if error.name != f"lmsleep.{name}":
+            raise
+        raise AttributeError(f"module 'lmsleep' has no attribute {name!r}") from None
+
+
+def __dir__() -> list[str]:
+    return [*__all__]

@@ -3,38 +3,34 @@
 import os
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
 
-from lmsleep.cli import commands
-from lmsleep.cli.ask import ask
-from lmsleep.cli.bench import bench
-from lmsleep.cli.chat import chat
-from lmsleep.cli.data import data
-from lmsleep.cli.finetune import finetune
-from lmsleep.cli.harness import harness
-from lmsleep.cli.inspect import inspect_command
-from lmsleep.cli.memory import memory
-from lmsleep.cli.probe import probe
-from lmsleep.cli.read import read
-from lmsleep.training import Diverged, Interrupted
 from lmsleep.version import __version__
 
-COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
-    "train": (commands.train, "train a model that sleeps, on a task or on your own text"),
-    "finetune": (finetune, "teach a pretrained model to sleep: LoRA, memory layers, or every weight"),
-    "data": (data, "samples of a task, to read, or as JSON lines or a datasets folder"),
-    "eval": (commands.evaluate_run, "evaluate a run at one or several numbers of passes"),
-    "read": (read, "read files into a memory, sleeping at window ends; resumable"),
-    "ask": (ask, "ask a memory something"),
-    "chat": (chat, "talk to a model that sleeps"),
-    "memory": (memory, "show, compare, merge and trace back memory files"),
-    "inspect": (inspect_command, "what sleep writes, what can be read of it, what depends on it"),
-    "probe": (probe, "what sleep does to a model that was never trained with it"),
-    "lm-eval": (harness, "tasks of EleutherAI's evaluation harness, read with sleep"),
-    "plot": (commands.plot, "draw the curves of runs"),
-    "info": (commands.info, "parameters, bytes, break-even length and FLOPs of a run or model"),
-    "reproduce": (commands.reproduce, "train the runs behind a figure; write its data, table and picture"),
-    "bench": (bench, "speed of this machine: recurrences, training steps, sessions, against other libraries"),
-    "demo": (commands.demo, "what longer sleep buys, in minutes on two cores"),
+# Where each command is, and what it is for; it is imported when it is called.
+COMMANDS: dict[str, tuple[str, str]] = {
+    "train": ("commands:train", "train a model that sleeps, on a task or on your own text"),
+    "finetune": (
+        "finetune:finetune",
+        "teach a pretrained model to sleep: LoRA, memory layers, or every weight",
+    ),
+    "data": ("data:data", "samples of a task, to read, or as JSON lines or a datasets folder"),
+    "eval": ("commands:evaluate_run", "evaluate a run at one or several numbers of passes"),
+    "read": ("read:read", "read files into a memory, sleeping at window ends; resumable"),
+    "ask": ("ask:ask", "ask a memory something"),
+    "chat": ("chat:chat", "talk to a model that sleeps"),
+    "memory": ("memory:memory", "show, compare, merge and trace back memory files"),
+    "inspect": ("inspect:inspect_command", "what sleep writes, what can be read of it, what depends on it"),
+    "probe": ("probe:probe", "what sleep does to a model that was never trained with it"),
+    "lm-eval": ("harness:harness", "tasks of EleutherAI's evaluation harness, read with sleep"),
+    "plot": ("commands:plot", "draw the curves of runs"),
+    "info": ("commands:info", "parameters, bytes, break-even length and FLOPs of a run or model"),
+    "reproduce": ("commands:reproduce", "train the runs behind a figure; write its data, table and picture"),
+    "bench": (
+        "bench:bench",
+        "speed of this machine: recurrences, training steps, sessions, against other libraries",
+    ),
+    "demo": ("commands:demo", "what longer sleep buys, in minutes on two cores"),
 }
 
 
@@ -66,8 +62,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if args[0] not in COMMANDS:
         _leave(2, f"unknown command {args[0]!r}; choose one of {', '.join(COMMANDS)}")
+    from lmsleep.training import Diverged, Interrupted
+
     try:
-        COMMANDS[args[0]][0](args[1:])
+        _command(args[0])(args[1:])
         sys.stdout.flush()
     except Interrupted as error:
         _leave(128 + error.signum, str(error))
@@ -82,6 +80,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         _leave(2, str(error))
     except RuntimeError as error:
         _leave(1, str(error))
+
+
+def _command(name: str) -> Callable[[list[str]], None]:
+    module, _, function = COMMANDS[name][0].partition(":")
+    command: Callable[[list[str]], None] = getattr(import_module(f"lmsleep.cli.{module}"), function)
+    return command
 
 
 def _leave(code: int, message: str) -> None:
