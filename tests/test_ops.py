@@ -159,17 +159,15 @@ def test_chunked_agrees_in_float64(rule, x):
 
 def pairwise(*options):
     # Few rows in which every two values of different options meet: each takes most of what has not met yet.
-    rows, left = (
-        [],
-        {
-            ((i, a), (j, b))
-            for (i, one), (j, other) in itertools.combinations(enumerate(options), 2)
-            for a, b in itertools.product(one, other)
-        },
-    )
+    rows = []
+    left = {
+        ((i, a), (j, b))
+        for (i, one), (j, other) in itertools.combinations(enumerate(options), 2)
+        for a, b in itertools.product(one, other)
+    }
     every = list(itertools.product(*options))
+    pairs = {row: set(itertools.combinations(enumerate(row), 2)) for row in every}
     while left:
-        pairs = {row: set(itertools.combinations(enumerate(row), 2)) for row in every}
         rows.append(max(every, key=lambda row: len(pairs[row] & left)))
         left -= pairs[rows[-1]]
     return rows
