@@ -16,6 +16,7 @@ from lmsleep.models.config import RULE_OF, HybridConfig
 from lmsleep.state import Cache, Memory, State
 
 WRITERS = ("o_proj", "down_proj")  # linear maps into the residual stream
+GATES = ("a_proj", "b_proj", "r_proj")  # which a rule sets
 
 
 class Block(nn.Module):
@@ -100,7 +101,7 @@ class HybridLM(nn.Module):
     def reset_parameters(self) -> None:
         """Linear weights ~ N(0, 1/fan-in); an untied embedding ~ N(0, 1), the scale blocks add at."""
         for name, module in self.named_modules():
-            if isinstance(module, nn.Linear) and not name.endswith(("a_proj", "b_proj")):
+            if isinstance(module, nn.Linear) and not name.endswith(GATES):
                 writes = name.endswith(WRITERS)
                 std = module.in_features**-0.5 * (self.config.residual_init if writes else 1.0)
                 nn.init.normal_(module.weight, std=std)
