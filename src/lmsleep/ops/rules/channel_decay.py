@@ -5,15 +5,19 @@ Token s is seen by token t with the factor `e^{g_{s+1} + ... + g_t}`, another on
 channel that forgets. Here a chunk is halved again and again: a token of a second half and one of the first
 half meet on the middle between them, to which both decay (`e^{sum to the middle}`, at most 1), and their
 product is one of matrices. Every pair meets once; log2(C) levels are all there is. Exponents are sums of what
-lies between, never differences, so nothing cancels either.
+lies between, never differences, so nothing cancels either. The gradient of a log decay needs no gradients of the
+factors: what reads at t has the factor `e^{G_t}`, what writes `e^{-G_t}`, so that of `G_t` is a product of
+each with its own gradient.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 LONGEST = 32  # tokens of a chunk; longer ones have more levels, shorter ones more states
 
@@ -34,50 +38,38 @@ def join(x: Tensor, B: int, T: int) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Decays:
-    """Decays within chunks, from the log decays `g` `[..., C, K]`, C a power of two.
+    """Decays within chunks.
 
     Attributes:
+        g: log decays `[..., C, K]`, C a power of two.
         start: `[..., C, K]`, from before the chunk to each token.
         end: from each token to the end of the chunk.
-        halves: of each level, from pairs of one token up: `(first, second)` `[..., m, h, K]`, from tokens of a
-            first half to the middle, and from there to tokens of the second half.
+        levels: `[..., log2(C), C, K]`: in stretches of 2, 4, ... C tokens, from those of the first half to the
+            middle, and from there to those of the second half. Constants: they have no gradient.
     """
 
+    g: Tensor
     start: Tensor
     end: Tensor
-    halves: list[tuple[Tensor, Tensor]]
+    levels: Tensor
 
     @classmethod
     def of(cls, g: Tensor) -> "Decays":
         """The decays of log decays."""
         C = g.shape[-2]
-        halves, h = [], 1
-        while h < C:
-            first, second = _halves(g, h)
-            halves.append((_after(first), _up_to(second)))
-            h *= 2
-        return cls(_up_to(g), _after(g), halves)
+        places = torch.arange(C, device=g.device)
+        t, r = places[:, None], places
+        half = 1 << torch.arange(C.bit_length() - 1, device=g.device)[:, None, None]
+        middle = t // (2 * half) * 2 * half + half
+        between = torch.where(t < middle, (t < r) & (r < middle), (middle <= r) & (r <= t))  # [levels, C, C]
+        to_levels = _sums(between.flatten(0, 1), g.detach()).exp().unflatten(-2, (-1, C))
+        start, end = _sums(torch.cat([r <= t, r > t]), g).exp().split(C, -2)
+        return cls(g, start, end, to_levels)
 
 
-def _up_to(g: Tensor) -> Tensor:
-    """`e^{g_1 + ... + g_t}`."""
-    return (_lower(g) @ g).exp()
-
-
-def _after(g: Tensor) -> Tensor:
-    """`e^{g_{t+1} + ... + g_C}`."""
-    return (_lower(g, -1).mT @ g).exp()
-
-
-def _lower(g: Tensor, diagonal: int = 0) -> Tensor:
-    C = g.shape[-2]
-    return g.new_ones(C, C).tril(diagonal)
-
-
-def _halves(x: Tensor, h: int) -> tuple[Tensor, Tensor]:
-    """First and second halves of all stretches of 2 h tokens: `[..., C, K]` -> twice `[..., m, h, K]`."""
-    first, second = x.unflatten(-2, (-1, 2, h)).unbind(-3)
-    return first, second
+def _sums(which: Tensor, g: Tensor) -> Tensor:
+    """For each row of `which` `[R, C]` the sum of the `g` that it marks: `[..., C, K]` -> `[..., R, K]`."""
+    return (g.mT @ which.mT.to(g.dtype)).mT  # in this order one product, not one per chunk
 
 
 def products(a: Tensor, b: Tensor, decays: Decays) -> Tensor:
@@ -85,13 +77,8 @@ def products(a: Tensor, b: Tensor, decays: Decays) -> Tensor:
 
     `a` and `b` are `[..., C, K]`, the result `[..., C, C]`.
     """
-    P = (a * b).sum(-1)[..., None, None]  # [..., m, h, h], blocks on the diagonal
-    for first, second in decays.halves:
-        h = P.shape[-1]
-        across = (_halves(a, h)[1] * second) @ (_halves(b, h)[0] * first).mT
-        upper, lower = P.unflatten(-3, (-1, 2)).unbind(-3)
-        P = torch.cat([F.pad(upper, (0, h)), torch.cat([across, lower], -1)], -2)
-    return P.squeeze(-3)
+    P: Tensor = _Products.apply(a, b, decays.g, decays.levels)  # type: ignore[no-untyped-call]
+    return P
 
 
 def sums(A: Tensor, b: Tensor, decays: Decays) -> Tensor:
@@ -99,14 +86,79 @@ def sums(A: Tensor, b: Tensor, decays: Decays) -> Tensor:
 
     `A` is `[..., C, C]`, `b` and the result `[..., C, K]`.
     """
-    y = A.diagonal(dim1=-2, dim2=-1)[..., None] * b
-    for level, (first, second) in enumerate(decays.halves):
-        h = 1 << level
-        rows = A.unflatten(-2, (-1, 2, h)).unflatten(-1, (-1, 2, h))[..., :, 1, :, :, 0, :]
-        across = rows.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)  # [..., m, h, h]
-        into = second * (across @ (_halves(b, h)[0] * first))
-        y = y + F.pad(into[..., None, :, :], (0, 0, 0, 0, 1, 0)).flatten(-4, -2)
+    y: Tensor = _Sums.apply(A, b, decays.g, decays.levels)  # type: ignore[no-untyped-call]
     return y
+
+
+class _Products(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, g: Tensor, levels: Tensor) -> Tensor:
+        ctx.save_for_backward(a, b, levels)
+        P = a.new_zeros(*a.shape[:-1], a.shape[-2])
+        P.diagonal(dim1=-2, dim2=-1).copy_((a * b).sum(-1))
+        for level, factors in enumerate(levels.unbind(-3)):
+            (b_first, _), (_, a_second) = _halves(b, level), _halves(a, level)
+            first, second = _halves(factors, level)
+            _across(P, level).copy_((a_second * second) @ (b_first * first).mT)
+        return P
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dP: Tensor) -> tuple[Tensor | None, ...]:
+        a, b, levels = ctx.saved_tensors
+        diagonal = dP.diagonal(dim1=-2, dim2=-1)[..., None]
+        da, db = diagonal * b, diagonal * a
+        for level, factors in enumerate(levels.unbind(-3)):
+            (b_first, _), (_, a_second) = _halves(b, level), _halves(a, level)
+            first, second = _halves(factors, level)
+            dX = _across(dP, level).contiguous()
+            _halves(da, level)[1].addcmul_(dX @ (b_first * first), second)
+            _halves(db, level)[0].addcmul_(dX.mT @ (a_second * second), first)
+        return da, db, _from_ends(a * da - b * db), None
+
+
+class _Sums(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, A: Tensor, b: Tensor, g: Tensor, levels: Tensor) -> Tensor:
+        y = A.diagonal(dim1=-2, dim2=-1)[..., None] * b
+        for level, factors in enumerate(levels.unbind(-3)):
+            first, second = _halves(factors, level)
+            read = _across(A, level).contiguous() @ (_halves(b, level)[0] * first)
+            _halves(y, level)[1].addcmul_(read, second)
+        ctx.save_for_backward(A, b, levels, y)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        A, b, levels, y = ctx.saved_tensors
+        dA = torch.zeros_like(A)
+        dA.diagonal(dim1=-2, dim2=-1).copy_((dy * b).sum(-1))
+        db = A.diagonal(dim1=-2, dim2=-1)[..., None] * dy
+        for level, factors in enumerate(levels.unbind(-3)):
+            first, second = _halves(factors, level)
+            dread = _halves(dy, level)[1] * second
+            _across(dA, level).copy_(dread @ (_halves(b, level)[0] * first).mT)
+            _halves(db, level)[0].addcmul_(_across(A, level).contiguous().mT @ dread, first)
+        return dA, db, _from_ends(dy * y - b * db), None
+
+
+def _halves(x: Tensor, level: int) -> tuple[Tensor, Tensor]:
+    """Views of the first and second halves of all stretches of 2^(level + 1) tokens, `[..., m, 2^level, K]` each."""
+    first, second = x.unflatten(-2, (-1, 2, 1 << level)).unbind(-3)
+    return first, second
+
+
+def _across(P: Tensor, level: int) -> Tensor:
+    """View of `P` `[..., C, C]` where rows of second halves meet columns of first ones: `[..., m, h, h]`."""
+    h = 1 << level
+    stretches = P.unflatten(-1, (-1, 2, h)).unflatten(-4, (-1, 2, h))  # [..., m, 2, h, m, 2, h]
+    return stretches[..., 1, :, :, 0, :].diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
+
+
+def _from_ends(dG: Tensor) -> Tensor:
+    """Gradient of every `g_t` from those of the `G_t`, its sums up to t."""
+    return dG.flip(-2).cumsum(-2).flip(-2)
 
 
 def states(
