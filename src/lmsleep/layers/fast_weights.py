@@ -17,9 +17,9 @@ class Writes(NamedTuple):
         q: queries `[B, T, H, K]`, of unit norm.
         k: keys `[B, T, H, K]`, of unit norm.
         v: values `[B, T, H, V]`.
-        g: log decay `[B, T, H]`: a token forgets a share `1 - exp(g)` of `S`. By rules that forget by the row of
-            `S`, `[B, T, H, rows]`.
-        beta: write strength `[B, T, H]`, or likewise by the row.
+        g: log decay `[B, T, H]`: a token forgets a share `1 - exp(g)` of `S`; `[B, T, H, rows]` by a rule
+            that forgets each row of `S` by itself.
+        beta: write strength `[B, T, H]`, or likewise one a row.
     """
 
     q: Tensor

@@ -137,8 +137,8 @@ def update(
 ) -> tuple[Tensor, Tensor]:
     """The update rule that `find_rule` finds.
 
-    Arguments, result and errors as for `gated_delta_rule`, but for the shapes of `g`, `beta` and the state and for
-    the default of `scale`, which are the rule's own (`Rule.sizes`, `Rule.scale`).
+    Arguments, result and errors as for `gated_delta_rule`, but for the shapes of `g`, `beta` and the state
+    and for the default of `scale`, which are the rule's own (`Rule.sizes`, `Rule.scale`).
     """
     chosen = find_rule(rule)
     _check_shapes(chosen, q, k, v, g, beta, initial_state)

@@ -1,13 +1,14 @@
 """Sums over earlier tokens where every channel of a head decays by itself, chunk by chunk, in plain PyTorch.
 
-Token s is seen by token t with the factor `e^{g_{s+1} + ... + g_t}`, another one for every channel, so no single
-`C x C` matrix holds the decays of a chunk of C tokens, and the textbook's `e^{G_t} e^{-G_s}` overflows for a
-channel that forgets. Here a chunk is halved again and again: a token of a second half and one of the first
-half meet on the middle between them, to which both decay (`e^{sum to the middle}`, at most 1), and their
-product is one of matrices. Every pair meets once; log2(C) levels are all there is. Exponents are sums of what
-lies between, never differences, so nothing cancels either. The gradient of a log decay needs no gradients of the
-factors: what reads at t has the factor `e^{G_t}`, what writes `e^{-G_t}`, so that of `G_t` is a product of
-each with its own gradient.
+Token s is seen by token t with the factor `e^{g_{s+1} + ... + g_t}`, another one for every channel, so no
+single `C x C` matrix holds the decays of a chunk of C tokens, and the textbook's `e^{G_t} e^{-G_s}` overflows
+for a channel that forgets. Here a chunk is halved again and again: a token of a second half and one of the
+first half meet on the middle between them, to which both decay (by a factor of at most 1), and what they give
+is a product of matrices. Every pair meets once; log2(C) levels are all there is. Exponents are sums of what
+lies between, never differences, so nothing cancels either.
+
+The gradient of a log decay needs none of the factors: what reads at t has the factor `e^{G_t}`, what writes
+`e^{-G_t}`, so that of `G_t = g_1 + ... + g_t` is the product of each with its own gradient.
 """
 
 from collections.abc import Callable
@@ -19,11 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lmsleep.ops.precision import exact
+
 LONGEST = 32  # tokens of a chunk; longer ones have more levels, shorter ones more states
 
 
 def split(x: Tensor) -> Tensor:
-    """`[B, T, H, D]` -> `[n, B H, C, D]`: n chunks of C tokens, a power of two; zeros are added at the end."""
+    """`[B, T, H, D]` -> `[n, B H, C, D]`: n chunks of C (a power of two) tokens, zeros at the end."""
     B, T, H, D = x.shape
     C = min(LONGEST, 1 << (T - 1).bit_length())
     n = -(-T // C)
@@ -44,8 +47,8 @@ class Decays:
         g: log decays `[..., C, K]`, C a power of two.
         start: `[..., C, K]`, from before the chunk to each token.
         end: from each token to the end of the chunk.
-        levels: `[..., log2(C), C, K]`: in stretches of 2, 4, ... C tokens, from those of the first half to the
-            middle, and from there to those of the second half. Constants: they have no gradient.
+        levels: `[..., log2(C), C, K]`: in stretches of 2, 4, ... C tokens, from those of the first half to
+            the middle, and from there to those of the second half. Constants: they have no gradient.
     """
 
     g: Tensor
@@ -105,6 +108,11 @@ class _Products(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dP: Tensor) -> tuple[Tensor | None, ...]:
+        with exact(dP.device):  # it may be called within autocast
+            return _Products._gradients(ctx, dP)
+
+    @staticmethod
+    def _gradients(ctx: Any, dP: Tensor) -> tuple[Tensor | None, ...]:
         a, b, levels = ctx.saved_tensors
         diagonal = dP.diagonal(dim1=-2, dim2=-1)[..., None]
         da, db = diagonal * b, diagonal * a
@@ -131,6 +139,11 @@ class _Sums(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        with exact(dy.device):
+            return _Sums._gradients(ctx, dy)
+
+    @staticmethod
+    def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         A, b, levels, y = ctx.saved_tensors
         dA = torch.zeros_like(A)
         dA.diagonal(dim1=-2, dim2=-1).copy_((dy * b).sum(-1))
@@ -144,7 +157,7 @@ class _Sums(torch.autograd.Function):
 
 
 def _halves(x: Tensor, level: int) -> tuple[Tensor, Tensor]:
-    """Views of the first and second halves of all stretches of 2^(level + 1) tokens, `[..., m, 2^level, K]` each."""
+    """Views of first and second halves of all stretches of 2^(level + 1) tokens, `[..., m, h, K]` each."""
     first, second = x.unflatten(-2, (-1, 2, 1 << level)).unbind(-3)
     return first, second
 

@@ -13,7 +13,7 @@ from lmsleep.ops.rules.rule import Rule
 def by_token(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The definition: decay, error of what is stored under the key, write, read. Any dtype, no hidden casts."""
+    """The definition: decay, error of what the key finds, write, read. Any dtype, no hidden casts."""
     S, outputs = state, []
     for t in range(q.shape[1]):
         S = g[:, t, :, None, None].exp() * S

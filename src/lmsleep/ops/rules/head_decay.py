@@ -34,7 +34,7 @@ def in_chunks(
     *,
     delta: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The gated delta rule, or without `delta` the gated linear rule; arguments and result as those of a `Rule`."""
+    """The gated delta rule, or without `delta` the gated linear rule; arguments and result as of a `Rule`."""
     if q.shape[1] == 0:
         return torch.zeros_like(v), state
     result: tuple[Tensor, Tensor] = _Chunked.apply(q, k, v, g, beta, state, scale, delta)  # type: ignore[no-untyped-call]

@@ -1,12 +1,12 @@
-"""Writes to chosen slots: a token fades and overwrites a few slots of the memory, and leaves the others.
+"""Writes to chosen slots: a token fades and overwrites some slots of the memory, and leaves the others alone.
 
-`S` is a table of M slots, each a key and a value: `S = [K | V]`, `M x (K + V)`. A token writes its key and value
-into slot m with the strength `beta[m]`, which the slot's decay makes room for, and reads by attention over slots:
+`S` is a table of M slots, each a key and a value: `S = [K | V]`, `M x (K + V)`. A token writes its key and
+value into slot m with the strength `beta[m]` where the slot has faded by `e^g[m]`, and reads by attention:
 
     S = Diag(e^g) S + beta [k, v]^T,    o = V^T softmax(scale K q)
 
-(gated slot attention, Zhang et al., arXiv 2409.07146). Raven (Afzal, Bick and others, github.com/goombalab/raven
-at afc329f) chooses with a router: `g` is zero but for the slots with the highest scores, and `beta = 1 - e^g`.
+(gated slot attention, Zhang et al., arXiv 2409.07146). Raven (Afzal, Bick and others, goombalab/raven at
+afc329f) has a router choose: `g` is zero but for the slots with the highest scores, and `beta = 1 - e^g`.
 """
 
 from typing import Any
@@ -54,7 +54,7 @@ def by_chunk(
 def by_kernel(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`by_token` by `fla.ops.gsa.chunk_gsa`, whose keys lie transposed and which takes gates in the dtype of q."""
+    """`by_token` by `fla.ops.gsa.chunk_gsa`, keys transposed and gates in the dtype of q."""
     from fla.ops.gsa import chunk_gsa
 
     keys, values = state.split((k.shape[-1], v.shape[-1]), dim=-1)
@@ -79,11 +79,11 @@ def num_slots(K: int, V: int) -> int:
 class RouterGates:
     """Those of Raven: a token spreads one decay over the half of the slots that its router scores highest.
 
-    With `f = -exp(A_log) softplus(W_a x + dt_bias)` per head, scores `sigmoid(W_r x)` and shares r of the chosen
-    slots (their scores, divided by their sum): `g = r f`, `beta = 1 - e^g`. Heads begin with an f from `forget[0]`
-    to `forget[1]` (log-spaced): as nothing is written but where something is forgotten, it must not be small.
-    Of Raven's variants this is the default one without noise on the scores in training, which would make the
-    passes of a sleep, and their recomputation, differ for no other reason.
+    With `f = -exp(A_log) softplus(W_a x + dt_bias)` per head, scores `sigmoid(W_r x)` and the shares r of the
+    chosen slots (their scores, divided by their sum): `g = r f`, `beta = 1 - e^g`. Heads begin with an f from
+    `forget[0]` to `forget[1]` (log-spaced): as nothing is written but where something is forgotten, small ones
+    write little. Of Raven's variants this is the default one but for the noise on the scores in training, by
+    which the passes of a sleep, and their recomputation, would differ for no other reason.
     """
 
     def build(self, layer: Any, d_model: int) -> None:

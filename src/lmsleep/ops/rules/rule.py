@@ -40,8 +40,8 @@ def head_sizes(K: int, V: int) -> Sizes:
 class Gates(Protocol):
     """How a layer computes g and beta from its input `x` `[B, T, d]`.
 
-    A layer has `num_heads`, `key_dim`, `value_dim`, `forget` and `beta_scale` (`layers.FastWeights`); the gates
-    add their parameters to it by names of their own, so they are saved and trained as the layer's.
+    A layer (`layers.FastWeights`) has `num_heads`, `key_dim`, `value_dim`, `forget` and `beta_scale`; the
+    gates add their parameters to it by names of their own, so they are saved and trained as the layer's.
     """
 
     def build(self, layer: Any, d_model: int) -> None:
@@ -105,17 +105,20 @@ def key_scale(K: int) -> float:
     return K**-0.5
 
 
+PER_HEAD = HeadGates()
+
+
 @dataclass(frozen=True)
 class Rule:
     """An update rule. Each form takes `(q, k, v, g, beta, scale, state)` and returns `(o, state)`.
 
-    Shapes are those of `gated_delta_rule` unless `sizes` says otherwise. `g = beta = 0` must leave the state as
-    it is: padding has both.
+    Shapes are those of `gated_delta_rule` unless `sizes` says otherwise. `g = beta = 0` must leave the state
+    as it is: padding has both.
 
     Attributes:
         reference: token by token, any dtype; the definition.
         chunked: the same, chunk-parallel, for any device.
-        fla: the same, on the Triton kernels of flash-linear-attention. They are imported when they are called:
+        fla: the same, on the Triton kernels of flash-linear-attention. It imports them when it is called:
             fla needs Triton just to be imported, and CPU users have none.
         gates: what a layer computes g and beta with.
         sizes: shapes of g, beta and the state for heads of size K and V.
@@ -125,6 +128,6 @@ class Rule:
     reference: Recurrence
     chunked: Recurrence | None = None
     fla: Recurrence | None = None
-    gates: Gates = HeadGates()
+    gates: Gates = PER_HEAD
     sizes: Callable[[int, int], Sizes] = head_sizes
     scale: Callable[[int], float] = key_scale
