@@ -1,6 +1,6 @@
 """The delta rule with a decay per channel: `S = (I - beta k k^T) Diag(e^g) S + beta k v^T`.
 
-Source: Kimi Team, "Kimi Linear", arXiv 2510.26692, eq. 1 (Kimi Delta Attention).
+Source: Kimi Team, "Kimi Linear", arXiv 2510.26692, section 3 (Kimi Delta Attention).
 """
 
 from typing import Any
