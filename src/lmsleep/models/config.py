@@ -24,8 +24,8 @@ class HybridConfig:
     d_model: int = 256
     """Width of the residual stream."""
     blocks: tuple[BlockKind, ...] = ("attention", "gated_delta_net", "attention", "gated_delta_net")
-    """Kind of each block, first to last: attention, gated_delta_net, gated_linear, kda, raven or a rule of your
-    own, FILE.py:NAME."""
+    """Kind of each block, first to last: attention, gated_delta_net, gated_linear, kda, raven or a rule of
+    your own, FILE.py:NAME."""
     tie_embeddings: bool = False
     """Use the embedding as output projection too."""
     norm_eps: float = 1e-6

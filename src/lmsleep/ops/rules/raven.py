@@ -5,11 +5,11 @@ value into slot m with the strength `beta[m]` where the slot has faded by `e^g[m
 
     S = Diag(e^g) S + beta [k, v]^T,    o = V^T softmax(scale K q)
 
-(gated slot attention, Zhang et al., arXiv 2409.07146). Raven has a router choose: `g` is zero but for the slots
-with the highest scores, and `beta = 1 - e^g`.
+(gated slot attention, Zhang et al., arXiv 2409.07146). Raven has a router choose: `g` is zero but for the
+slots with the highest scores, and `beta = 1 - e^g`.
 
-Source: Afzal, Bick et al., "Raven: High-Recall Sequence Modeling with Sparse Memory Routing", 2026; the equations
-are those of its code (goombalab/raven at afc329f).
+Source: Afzal, Bick et al., "Raven: High-Recall Sequence Modeling with Sparse Memory Routing", 2026; the
+equations are those of its code (goombalab/raven at afc329f).
 """
 
 from typing import Any
@@ -84,8 +84,8 @@ class RouterGates:
 
     With `f = -exp(A_log) softplus(W_a x + dt_bias)` per head, scores `sigmoid(W_r x)` and the shares r of the
     chosen slots (their scores, divided by their sum): `g = r f`, `beta = 1 - e^g`. Heads begin with an f
-    from `forget[0]` to `forget[1]` (log-spaced): nothing is written but where something is forgotten, so small
-    ones write little. Of Raven's variants this is the default one but for the noise on the scores in training, by
+    from `forget[0]` to `forget[1]` (log-spaced): nothing is written but where something is forgotten, so
+    small ones write little. Of Raven's variants this is the default one but for the noise on the scores in training, by
     which the passes of a sleep, and their recomputation, would differ for no other reason.
     """
 
