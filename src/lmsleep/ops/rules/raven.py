@@ -85,8 +85,8 @@ class RouterGates:
     With `f = -exp(A_log) softplus(W_a x + dt_bias)` per head, scores `sigmoid(W_r x)` and the shares r of the
     chosen slots (their scores, divided by their sum): `g = r f`, `beta = 1 - e^g`. Heads begin with an f
     from `forget[0]` to `forget[1]` (log-spaced): nothing is written but where something is forgotten, so
-    small ones write little. Of Raven's variants this is the default one but for the noise on the scores in training, by
-    which the passes of a sleep, and their recomputation, would differ for no other reason.
+    small ones write little. Of Raven's variants this is the default one but for the noise on the scores in
+    training, by which the passes of a sleep, and their recomputation, would differ for no other reason.
     """
 
     def build(self, layer: Any, d_model: int) -> None:
