@@ -147,7 +147,7 @@ def memory(processor: Processor, setting: Setting, repeats: int) -> Table:
 
 def ours(model: HybridLM, batch: Batch, window: int, passes: int, *, checkpoint: bool = False) -> Tensor:
     """Loss of a batch."""
-    loss = read_batch(model, batch, SleepConfig(window=window, passes=passes, checkpoint=checkpoint)).loss
+    loss = read_batch(model, batch, SleepConfig(window=window, passes=passes), checkpoint=checkpoint).loss
     assert loss is not None
     return loss
 

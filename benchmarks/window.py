@@ -39,12 +39,12 @@ def lengths(
     cases = [whole, *((L, n) for L in windows for n in passes)]
 
     def loss(sleep: SleepConfig) -> Tensor:
-        found = sleep_forward(model, tokens, tokens >= 0, sleep, return_logits=False).loss
+        found = sleep_forward(model, tokens, tokens >= 0, sleep, return_logits=False, checkpoint=True).loss
         assert found is not None
         return found
 
     def step(L: int, n: int) -> None:
-        sleep = SleepConfig(window=L or None, passes=n, checkpoint=True)
+        sleep = SleepConfig(window=L or None, passes=n)
         try:
             processor.within(partial(loss, sleep))().backward()
         finally:

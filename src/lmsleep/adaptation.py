@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lmsleep.evaluation import EVAL_SEED
-from lmsleep.sleep import Backbone, SleepConfig, read_window
+from lmsleep.sleep import Backbone, SleepConfig, evict, read_window
 from lmsleep.state import State
 from lmsleep.tasks import stream
 
@@ -90,7 +90,7 @@ def adaptation(
             for s, (window, probe) in enumerate(zip(windows, pieces[1:], strict=True)):
                 before, awake = state, _read(model, window, state, sleep, passes=1)
                 asleep = _read(model, window, state, sleep, passes=sleep.passes)
-                state = State(asleep.memory, asleep.cache.last(sleep.kept))
+                state = evict(sleep.eviction, asleep, L)
                 if number > 0 or segments.shape[1] == 1:
                     wanted = torch.from_numpy(task.is_predicted(probe.cpu().numpy())).to(device)
                     targets = probe.masked_fill(~wanted, -100)[:, 1:]

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,15 +25,19 @@ def read_batch(
     return_logits: bool = False,
     state: State | None = None,
     between: Callable[[Memory], Memory] | None = None,
+    backprop_passes: int | None = None,
+    checkpoint: bool = False,
 ) -> SleepOutput:
     """Read the context of a batch (if it has one), sleep on all of it, then read its rows.
 
     Rows that share a context fork the memory that was left of it. The last token of a row is predicted
     and not read: logits are `[R, T - 1, V]`. `state` is what came before, `between` what is done to the
-    memories (one row a context) before the rows are read.
+    memories (one row a context) before the rows are read; `backprop_passes` and `checkpoint` are those of
+    `sleep_forward`.
     """
+    read = partial(sleep_forward, backprop_passes=backprop_passes, checkpoint=checkpoint)
     if batch.context is not None and batch.context_row is not None:
-        after = sleep_forward(
+        after = read(
             model,
             batch.context,
             None,
@@ -44,7 +49,7 @@ def read_batch(
         )
         memory = after.memory if between is None else between(after.memory)
         state = State(memory, after.state.cache).rows(batch.context_row)
-    return sleep_forward(
+    return read(
         model,
         batch.tokens,
         batch.loss_mask,

@@ -7,7 +7,17 @@ from pathlib import Path
 import tyro
 
 from lmsleep.cli.commands import finish
-from lmsleep.cli.options import as_type, check_samples, given_options, listed, listed_tasks, parse, task_field
+from lmsleep.cli.options import (
+    as_type,
+    check_samples,
+    chosen_sleep,
+    given_options,
+    listed,
+    listed_tasks,
+    parse,
+    sleep_fields,
+    task_field,
+)
 from lmsleep.hf.finetune import FineTune
 from lmsleep.hf.loading import has_tokenizer
 from lmsleep.sleep import SleepConfig
@@ -16,8 +26,10 @@ from lmsleep.tasks.tokenizers import HuggingFace
 from lmsleep.training import RunConfig, RunFolder, TrainConfig, Trainer, two_stages
 
 # Rates: Muon's and AdamW's of the paper's fine-tuning; adapters, which AdamW trains, take a usual one.
-TRAIN = TrainConfig(batch_size=16, accumulate=16, lr=1e-3, adam_lr=5e-5, save_every=100, eval_batches=2)
-SLEEP = SleepConfig(window=2000, passes=4, loop="middle", checkpoint=True)
+TRAIN = TrainConfig(
+    batch_size=16, accumulate=16, lr=1e-3, adam_lr=5e-5, save_every=100, eval_batches=2, checkpoint=True
+)
+SLEEP = SleepConfig(window=2000, passes=4, loop="middle")
 
 
 @dataclass(frozen=True)
@@ -37,7 +49,7 @@ PRESETS = {
     "two-stage": Preset(
         "Memory layers alone, hard eviction, for half of --steps; then everything, sliding windows.",
         "full",
-        replace(SLEEP, window=512, loop=None, eviction="sliding"),
+        SleepConfig(window=512, passes=4, eviction="sliding"),
         stages=2,
     ),
 }  # fmt: skip
@@ -129,7 +141,7 @@ def _new_run(folder: Path, argv: list[str]) -> tuple[RunFolder, Trainer]:
         [
             task_field(name, {}),
             ("model", ModelOptions, ModelOptions(train=preset.train)),  # type: ignore[arg-type]
-            ("sleep", SleepConfig, preset.sleep),
+            *sleep_fields(preset.sleep, argv),
             ("train", TrainOptions, as_type(TrainOptions, _train(preset, given.get("batch-size", "")))),
             ("run", RunOptions),
         ],
@@ -140,7 +152,7 @@ def _new_run(folder: Path, argv: list[str]) -> tuple[RunFolder, Trainer]:
     _check_tokenizer(folder, options.task)
     model = replace(as_type(FineTune, options.model), folder=folder.resolve())
     train = as_type(TrainConfig, options.train)
-    config = RunConfig(task=options.task, model=model, sleep=options.sleep, train=train)
+    config = RunConfig(task=options.task, model=model, sleep=chosen_sleep(options), train=train)
     kind = name.rpartition(":")[2]
     default = f"{folder.resolve().name}-{kind}-N{config.sleep.passes}-seed{config.train.seed}"
     out = options.run.out or Path("runs") / default

@@ -70,9 +70,7 @@ def harness(argv: list[str]) -> None:
         found[str(n)] = results["results"]
     document = {
         "model": str(options.model),
-        "window": session.sleep_config.window,
-        "eviction": session.sleep_config.eviction,
-        "loop": session.sleep_config.loop,
+        "sleep": session.sleep_config.to_dict(),
         "lmsleep": __version__,
         "lm_eval": lm_eval.__version__,
         "limit": options.limit,

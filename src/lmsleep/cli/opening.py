@@ -1,6 +1,6 @@
 """MODEL on the command line, with options of a new session."""
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -48,8 +48,9 @@ def take_up(path: Path, new: Session, options: SleepOptions) -> Session:
         OSError: if there is no such file.
     """
     session = Session.load(path, new.model, new.tokenizer, sleep=new.sleep_config)
+    read_with = {"window": session.sleep_config.window, **asdict(session.sleep_config.consolidator)}
     for name in GIVEN:
-        wanted, has = getattr(options, name), getattr(session.sleep_config, name)
+        wanted, has = getattr(options, name), read_with.get(name)
         if wanted not in (None, has):
             raise ValueError(f"{name}={wanted} contradicts {path}, which was read with {name}={has}")
     return session

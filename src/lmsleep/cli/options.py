@@ -4,12 +4,13 @@ import itertools
 import re
 from collections.abc import Sequence
 from contextlib import redirect_stderr
-from dataclasses import fields
+from dataclasses import dataclass, fields, replace
 from io import StringIO
 from typing import Any, get_args
 
 import tyro
 
+from lmsleep.sleep import CONSOLIDATOR, CONSOLIDATORS, EVICTION, EVICTIONS, SleepConfig
 from lmsleep.tasks import TASKS, Split, find_task, stream
 from lmsleep.training import RunConfig
 
@@ -64,6 +65,53 @@ def given_options(argv: Sequence[str]) -> dict[str, str]:
     words = [word for argument in argv for word in argument.split("=", 1)]
     pairs = itertools.pairwise(words)
     return {a.removeprefix("--").replace("_", "-"): b for a, b in pairs if a.startswith("--")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowOptions:
+    """When the model sleeps, who writes what the window holds, and what stays in attention."""
+
+    window: int | None = None
+    """L: tokens of attention context; a sleep happens every L tokens. None: nothing is ever evicted."""
+    consolidator: str = "passes"
+    """What a sleep does with a window: passes (the paper), gradient-steps (test-time training), or
+    FILE.py:CLASS, one of your own; its options stand in a group of their own below."""
+    eviction: str = "hard"
+    """After a sleep attention keeps nothing of the window (hard), its last L - 1 tokens (sliding), or what
+    FILE.py:CLASS keeps."""
+    sleep_on_loss: bool = True
+    """Sleep on windows that carry loss too. False: Algorithm 1's rule, they get one ordinary pass."""
+
+
+def sleep_fields(default: SleepConfig, argv: Sequence[str]) -> list[Any]:
+    """Fields of an options class that hold a sleep: its windows, and the consolidator that `argv` names.
+
+    Raises:
+        ValueError: for a consolidator that is not known.
+    """
+    own = CONSOLIDATOR.name_of(type(default.consolidator), CONSOLIDATORS)
+    name = given_options(argv).get("consolidator", own)
+    by: Any = default.consolidator
+    if name != own:
+        by = replace(CONSOLIDATOR.find(name, CONSOLIDATORS)(), passes=by.passes)
+    windows = WindowOptions(
+        window=default.window,
+        consolidator=name,
+        eviction=EVICTION.name_of(type(default.eviction), EVICTIONS),
+        sleep_on_loss=default.sleep_on_loss,
+    )
+    return [("windows", WindowOptions, windows), ("by", type(by), by)]
+
+
+def chosen_sleep(options: Any) -> SleepConfig:
+    """Return the sleep in options that have the fields of `sleep_fields`."""
+    windows = options.windows
+    return SleepConfig(
+        window=windows.window,
+        consolidator=options.by,
+        eviction=windows.eviction,
+        sleep_on_loss=windows.sleep_on_loss,
+    )
 
 
 def as_type(cls: Any, options: Any) -> Any:

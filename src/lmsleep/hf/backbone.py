@@ -144,7 +144,7 @@ class HFBackbone(nn.Module):
         if any(b.training and getattr(b, "gradient_checkpointing", False) for b in blocks[start:stop]):
             raise ValueError(
                 "the model's own checkpointing of activations (gradients) drops what every block carries, "
-                "so nothing would be remembered; switch it off and use SleepConfig(checkpoint=True)"
+                "so nothing would be remembered; switch it off and use checkpoint=True of sleep_forward"
             )
         where = _Positions(self.model, h, state, self.layouts, start, stop)
         carried: dict[int, Carried] = {}

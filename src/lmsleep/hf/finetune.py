@@ -1,7 +1,7 @@
 """Fine-tuning: which weights of a pretrained model are trained, and what becomes of them."""
 
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -196,7 +196,7 @@ def export(backbone: HFBackbone, options: FineTune, sleep: SleepConfig, folder: 
     """
     from lmsleep.hf.sleeping import sleepify  # which imports transformers
 
-    model = sleepify(merged(backbone, options), replace(sleep, backprop_passes=None, checkpoint=False))
+    model = sleepify(merged(backbone, options), sleep)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)

@@ -1,7 +1,6 @@
 """`sleepify`: a model of `transformers` whose own `forward` and `generate` sleep."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,7 @@ def sleepify(model: Any, sleep: SleepConfig) -> Any:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     backbone = base.backbone if isinstance(base, _Sleeping) else adapt(base)
     Session(backbone, sleep)  # refuses what does not fit
-    base.config.sleep = asdict(sleep)
+    base.config.sleep = sleep.to_dict()
     if not isinstance(base, _Sleeping):
         own = type(base)
         names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
@@ -152,8 +151,8 @@ class _Sleeping:
             kwargs: options that are switched off.
 
         Returns:
-            `CausalLMOutputWithPast`. In training with `SleepConfig(checkpoint=True)` and labels the logits
-            are None: nothing of a window is kept.
+            `CausalLMOutputWithPast`. In training with gradient checkpointing and labels the logits are
+            None: nothing of a window is kept.
 
         Raises:
             ValueError: for inputs that cannot be read by windows; names the argument.
@@ -200,8 +199,11 @@ class _Sleeping:
             T, first = valid.shape[1], valid.int().argmax(dim=1)
             turned = (torch.arange(T, device=valid.device) + first[:, None]) % T
             tokens, wanted = tokens.gather(1, turned), None if wanted is None else wanted.gather(1, turned)
-        keep = labels is None or not (self.training and sleep.checkpoint)
-        read = sleep_forward(self.backbone, tokens, wanted, sleep, lengths=lengths, return_logits=keep)
+        checkpoint = self.training and self.is_gradient_checkpointing
+        keep = labels is None or not checkpoint
+        read = sleep_forward(
+            self.backbone, tokens, wanted, sleep, lengths=lengths, return_logits=keep, checkpoint=checkpoint
+        )
         logits = read.logits
         if logits is not None and turned is not None:
             logits = logits.gather(1, turned.argsort(1)[..., None].expand_as(logits))
@@ -225,18 +227,23 @@ class _Sleeping:
         if is_main_process:
             write_card(Path(save_directory), self.config, self.sleep)
 
-    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        """Refused.
+    is_gradient_checkpointing = False
 
-        Raises:
-            ValueError: always.
+    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """Recompute the activations of whole passes in the backward pass.
+
+        Blocks are not checkpointed one by one, as other models of `transformers` do it (whose arguments
+        have no use here): that drops what they carry, and nothing would be remembered.
         """
-        raise ValueError(
-            "activation (gradient) checkpointing of transformers drops what blocks carry, so nothing would "
-            "be remembered; use SleepConfig(checkpoint=True), which recomputes whole passes"
-        )
+        del args, kwargs
+        self.is_gradient_checkpointing = True
+
+    def activation_checkpointing_disable(self) -> None:
+        """Keep all activations for the backward pass."""
+        self.is_gradient_checkpointing = False
 
     gradient_checkpointing_enable = activation_checkpointing_enable
+    gradient_checkpointing_disable = activation_checkpointing_disable
 
 
 def _valid(mask: Tensor | None, position_ids: Tensor | None, tokens: Tensor) -> Tensor | None:

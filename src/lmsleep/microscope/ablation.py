@@ -10,7 +10,7 @@ import torch
 from lmsleep.evaluation import Score, read_batch
 from lmsleep.microscope.heads import Row
 from lmsleep.microscope.subject import Subject
-from lmsleep.sleep import SleepConfig
+from lmsleep.sleep import Hard, SleepConfig
 from lmsleep.state import Memory
 
 How = Literal["zero", "swap"]
@@ -62,9 +62,9 @@ def reliance_rows(subject: Subject) -> Iterator[Row]:
     sleep = subject.sleep
     yield {"reading": f"evicted after N = {sleep.passes} passes", **_answered(subject, None)}
     if sleep.passes > 1:
-        once = replace(sleep, passes=1)
+        once = sleep.with_passes(1)
         yield {"reading": "evicted after 1 pass, no sleep", **_answered(subject, None, once)}
-    kept = replace(sleep, window=None, eviction="hard")
+    kept = replace(sleep, window=None, eviction=Hard())
     yield {"reading": "nothing evicted", **_answered(subject, None, kept)}
     everything = all_heads(subject.state.memory)
     yield {"reading": "memory erased", **_answered(subject, partial(ablated, heads=everything, how="zero"))}

@@ -113,7 +113,7 @@ def inspect(
         "model": type(seen.model).__name__,
         "window": seen.sleep.window,
         "passes": seen.sleep.passes,
-        "eviction": seen.sleep.eviction,
+        "eviction": type(seen.sleep.eviction).__name__.lower(),
         "sequences": len(seen.windows),
         "tokens_before": seen.read,
         "tokens": seen.windows.shape[1],

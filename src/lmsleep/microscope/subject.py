@@ -53,7 +53,7 @@ def from_run(run: RunFolder, samples: int) -> Subject:
         raise ValueError(f"samples must be at least 1, got {samples}")
     config, model = run.config(), run.model()
     _device(model)
-    sleep = replace(config.sleep, backprop_passes=None)
+    sleep = config.sleep
     if sleep.window is None:
         raise ValueError(f"{run.path} was trained with window=None: it never sleeps")
     batch = cut(config.task.batch(stream(EVAL_SEED, "test", 0), samples, "test"), sleep)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lmsleep.layers import FastWeights, Writes
-from lmsleep.sleep import Backbone, SleepConfig, read_window
+from lmsleep.sleep import Backbone, Passes, SleepConfig, evict, read_window
 from lmsleep.state import Memory, State
 
 
@@ -63,15 +63,16 @@ def watch(
     Yields every window after its sleep; the last may be part-filled.
 
     Raises:
-        ValueError: for test-time training or a looped wake pass, whose passes are of another kind.
+        ValueError: for a consolidator that makes no passes, or a looped wake pass.
     """
-    if sleep.inner_rate is not None or sleep.wake_passes != 1:
+    by = sleep.consolidator
+    if not isinstance(by, Passes) or by.wake_passes != 1:
         raise ValueError(
-            "inner_rate and wake_passes cannot be watched: only a sleep in passes over a window can"
+            f"consolidator={by} cannot be watched: only a sleep in passes over a window, awake in one, can"
         )
     state = model.initial_state(len(tokens)) if state is None else state
     for window in tokens.split(sleep.window or max(tokens.shape[1], 1), dim=1):
-        watched = _Watched(model, sleep.loop_range(model.num_blocks))
+        watched = _Watched(model, by.loop_range(model.num_blocks))
         with watched.listening():
             _, after = read_window(watched, window, state, sleep, passes=sleep.passes, logits=False)
         last = watched.passes[-1]
@@ -79,7 +80,7 @@ def watch(
             *watched.passes[:-1],
             replace(last, memory=after.memory, writes={**last.writes, **watched.heard}),
         ]
-        after = State(after.memory, after.cache.last(sleep.kept))
+        after = after if sleep.window is None else evict(sleep.eviction, after, sleep.window)
         yield Window(window, state, passes, after)
         state = after
 

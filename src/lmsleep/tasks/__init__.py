@@ -11,7 +11,7 @@ from lmsleep.tasks.drift import Drift
 from lmsleep.tasks.gsm_infinite import GSMInfinite
 from lmsleep.tasks.gsm_symbolic import GSMSymbolic
 from lmsleep.tasks.mqar import MQAR
-from lmsleep.tasks.own import TASK, own_task
+from lmsleep.tasks.own import TASK, task_class
 from lmsleep.tasks.rule110 import Rule110
 from lmsleep.tasks.text import Text
 from lmsleep.tasks.variables import Variables
@@ -36,13 +36,12 @@ def find_task(name: str) -> type[Any]:
     Raises:
         ValueError: if there is none of that name.
     """
-    return TASKS[name] if name in TASKS else own_task(name, TASKS)
+    return task_class(name, TASKS)
 
 
 def task_name(task: Task) -> str:
     """The name by which `find_task` finds the class of a task."""
-    listed = (name for name, cls in TASKS.items() if type(task) is cls)
-    return next(listed, None) or TASK.name_of(type(task))
+    return TASK.name_of(type(task), TASKS)
 
 
 __all__ = [
