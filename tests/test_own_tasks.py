@@ -86,7 +86,7 @@ def entry_point(monkeypatch):
 
 def test_an_entry_point_is_a_task_by_its_name(entry_point, capsys):
     entry_point("lmsleep.tasks.depo:Depo")
-    assert find_task("mine") is Depo and own.TASK.name_of(Depo) == "mine"
+    assert find_task("mine") is Depo and own.TASK.name_of(Depo, {}) == "mine"
     assert run_command(capsys, "data", "mine", "--samples", 1)[0] == 0
     entry_point("lmsleep.nowhere:Task")
     assert "entry point lmsleep.nowhere:Task of task mine fails" in run_command(capsys, "data", "mine")[2]
@@ -140,7 +140,7 @@ def test_a_class_inside_a_function_cannot_be_named():
         pass
 
     with pytest.raises(ValueError, match="must stand at the top"):
-        own.TASK.name_of(Inner)
+        own.TASK.name_of(Inner, {})
 
 
 def test_paths_and_tuples_come_back(tmp_path):

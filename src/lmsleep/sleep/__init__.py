@@ -5,7 +5,7 @@ from lmsleep.sleep.config import SleepConfig
 from lmsleep.sleep.consolidators import CONSOLIDATOR, CONSOLIDATORS, Consolidator, GradientSteps, Passes
 from lmsleep.sleep.eviction import EVICTION, EVICTIONS, Eviction, Hard, Sliding, evict
 from lmsleep.sleep.forward import SleepOutput, read_window, sleep_forward
-from lmsleep.sleep.window import Window
+from lmsleep.sleep.window import Pass, Window, speak, wake
 
 __all__ = [
     "CONSOLIDATOR",
@@ -17,6 +17,7 @@ __all__ = [
     "Eviction",
     "GradientSteps",
     "Hard",
+    "Pass",
     "Passes",
     "SleepConfig",
     "SleepOutput",
@@ -25,4 +26,6 @@ __all__ = [
     "evict",
     "read_window",
     "sleep_forward",
+    "speak",
+    "wake",
 ]

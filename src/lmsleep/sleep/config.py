@@ -60,6 +60,11 @@ class SleepConfig:
         for name, value, kind in (("consolidator", begin, Consolidator), ("eviction", keeps, Eviction)):
             if not isinstance(value, kind):
                 raise ValueError(f"{name} must be a lmsleep.{kind.__name__} or its name, got {value!r}")
+        if moved := options.keys() & {*TRAINING}:
+            raise ValueError(
+                f"{', '.join(sorted(moved))}: an option of the training, not of a sleep; give it to "
+                "sleep_forward or TrainConfig"
+            )
         if unknown := options.keys() - {f.name for f in fields(begin)}:
             raise ValueError(
                 f"{', '.join(sorted(unknown))}: no option of a sleep with {type(begin).__name__}; it has "

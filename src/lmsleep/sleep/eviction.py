@@ -2,7 +2,8 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, is_dataclass
-from typing import Any
+from inspect import isabstract
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,9 @@ class Eviction(ABC):
     the name `FILE.py:CLASS`. L is `SleepConfig.window`.
     """
 
+    takes_padding: ClassVar[bool] = False
+    """`keep` may be given rows of different length (`Cache.filled`); else it gets such rows one by one."""
+
     @abstractmethod
     def keep(self, cache: Cache, L: int) -> Cache:
         """Return what stays of `cache`, the working memory at the end of a window of L tokens."""
@@ -33,6 +37,8 @@ class Eviction(ABC):
 class Hard(Eviction):
     """Nothing stays: only S crosses the end of a window (the paper's hard eviction)."""
 
+    takes_padding: ClassVar[bool] = True
+
     def keep(self, cache: Cache, L: int) -> Cache:
         """Return the empty working memory."""
         return cache.last(0)
@@ -41,6 +47,8 @@ class Hard(Eviction):
 @dataclass(frozen=True)
 class Sliding(Eviction):
     """The newest L - 1 tokens stay, so that every token attends to L tokens (the paper's sliding window)."""
+
+    takes_padding: ClassVar[bool] = True
 
     def keep(self, cache: Cache, L: int) -> Cache:
         """Return the newest L - 1 positions."""
@@ -55,7 +63,7 @@ EVICTIONS: dict[str, type[Eviction]] = {"hard": Hard, "sliding": Sliding}
 
 
 def _is_one(cls: Any) -> bool:
-    return isinstance(cls, type) and issubclass(cls, Eviction) and is_dataclass(cls)
+    return isinstance(cls, type) and issubclass(cls, Eviction) and is_dataclass(cls) and not isabstract(cls)
 
 
 EVICTION = Plugin(
@@ -63,7 +71,7 @@ EVICTION = Plugin(
     noun="class",
     group="lmsleep.evictions",
     is_one=_is_one,
-    must_be="a dataclass (of options) that derives from lmsleep.Eviction",
+    must_be="a dataclass (of options) with all methods of lmsleep.Eviction",
 )
 
 
@@ -76,9 +84,14 @@ def evict(eviction: Eviction, state: State, L: int, going_on: Tensor | None = No
         L: tokens of a full window.
         going_on: `[B]` bool: rows whose text has ended keep their whole working memory. None: all go on.
     """
-    kept = eviction.keep(state.cache, L)
+    cache = state.cache
+    if cache.filled is None or eviction.takes_padding:
+        kept = eviction.keep(cache, L)
+    else:
+        alone = State(Memory(()), cache).split()
+        kept = State.join([State(Memory(()), eviction.keep(row.cache, L)) for row in alone]).cache
     if going_on is None or bool(going_on.all()):
         return State(state.memory, kept)
     rows = [going_on.nonzero()[:, 0], (~going_on).nonzero()[:, 0]]
-    caches = [State(Memory(()), cache[some]) for cache, some in zip((kept, state.cache), rows, strict=True)]
+    caches = [State(Memory(()), cache[some]) for cache, some in zip((kept, cache), rows, strict=True)]
     return State(state.memory, State.join(caches, torch.cat(rows).argsort()).cache)

@@ -1,9 +1,9 @@
 """Algorithm 1: read a window, sleep on it, keep the fast weights, forget the rest.
 
 The paper ("Do Language Models Need Sleep?", arXiv 2605.26099) writes it for hard eviction and training.
-Here it is one algorithm for training, text and inference. What a sleep does with a window is up to the consolidator
-(`lmsleep.sleep.consolidators`); with the paper's, pass 1 over a window *is* the ordinary wake pass, whose
-logits serve prediction, and passes 2 ... N are run when the window is about to be evicted.
+Here it is one algorithm for training, text and inference. What a sleep does with a window is up to the
+consolidator (`lmsleep.sleep.consolidators`); with the paper's, pass 1 over a window *is* the ordinary wake
+pass, whose logits serve prediction, and passes 2 ... N are run when the window is about to be evicted.
 """
 
 from collections.abc import Iterator

@@ -139,8 +139,9 @@ class RunConfig:
             raise ValueError(f"inserted: no block {min(unknown)} among {len(model.blocks)} blocks")
         if isinstance(self.sleep.consolidator, GradientSteps) and set(model.blocks) != {"attention"}:
             raise ValueError(
-                "gradient-steps train S by gradients of gradients, which the recurrences of fast-weight blocks "
-                "do not have: use attention blocks, some with trained_mlp (see --baseline test-time-training)"
+                "gradient-steps train S by gradients of gradients, which the recurrences of fast-weight "
+                "blocks do not have: use attention blocks, some with trained_mlp (see --baseline "
+                "test-time-training)"
             )
 
     def _check_backward(self) -> None:
