@@ -7,8 +7,8 @@ import torch
 from conftest import lively, tiny
 
 from lmsleep import Cache, Memory, SleepConfig, State, sleep_forward
-from lmsleep.adaptation import Shifting, adaptation
 from lmsleep.cli import main
+from lmsleep.evaluation.around_sleep import Shifting, adaptation
 from lmsleep.tasks import Drift, Rule110, hide_answers, stream
 from lmsleep.tasks.base import HIDDEN
 

@@ -20,7 +20,7 @@ from lmsleep.reproduce.command import _chain
 from lmsleep.sleep import Hard, Sliding
 from lmsleep.tasks import MQAR
 from lmsleep.tasks.gsm_infinite.language import tokenizer
-from lmsleep.tasks.tokenizers import HuggingFace
+from lmsleep.text.tokenizers import HuggingFace
 from lmsleep.training import RunConfig, RunFolder, TrainConfig, Trainer
 from lmsleep.training.muon import Muon
 from lmsleep.training.optim import optimizers

@@ -8,7 +8,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from test_hf_cli import SLEEP, folder, session  # noqa: F401
 
-from lmsleep.harness import SleepLM
+from lmsleep.integrations.lm_eval import SleepLM
 
 CONTEXTS = [" ".join(f"w{7 + (i * k) % 50}" for i in range(20)) for k in (3, 7)]
 

@@ -8,7 +8,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lmsleep import GradientSteps, HybridLM, SleepConfig, sleep_forward
-from lmsleep.cost import cost
+from lmsleep.evaluation.cost import cost
 from lmsleep.state import State
 from lmsleep.tasks import MQAR
 from lmsleep.training import RunConfig, TrainConfig

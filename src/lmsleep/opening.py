@@ -9,7 +9,7 @@ from lmsleep.hf.loading import has_tokenizer, is_pretrained
 from lmsleep.models import HybridLM
 from lmsleep.sleep import SleepConfig
 from lmsleep.tasks import Text
-from lmsleep.tasks.tokenizers import HuggingFace, Spelled, Tokenizer, load_tokenizer
+from lmsleep.text.tokenizers import HuggingFace, Spelled, Tokenizer, load_tokenizer
 from lmsleep.training import RunConfig, RunFolder, choose_device
 from lmsleep.training.models import Model
 

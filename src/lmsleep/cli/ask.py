@@ -10,7 +10,7 @@ from tyro.conf import Positional
 from lmsleep.cli.opening import SleepOptions, new_session, take_up
 from lmsleep.cli.options import parse
 from lmsleep.session import Session
-from lmsleep.tasks.tokenizers import Spelled
+from lmsleep.text.tokenizers import Spelled
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,6 @@ import tyro
 from tyro.conf import Positional
 
 from lmsleep import pretrained
-from lmsleep.adaptation import MOMENTS, Adaptation, Shifting, adaptation
 from lmsleep.cli.options import (
     as_type,
     check_samples,
@@ -25,9 +24,10 @@ from lmsleep.cli.options import (
     task_field,
 )
 from lmsleep.cli.presets import PRESETS, preset
-from lmsleep.cost import cost
 from lmsleep.demo import command as demo_command
 from lmsleep.evaluation import Score, evaluate, wilson
+from lmsleep.evaluation.around_sleep import MOMENTS, Adaptation, Shifting, adaptation
+from lmsleep.evaluation.cost import cost
 from lmsleep.hf.loading import is_pretrained
 from lmsleep.models import HybridConfig
 from lmsleep.opening import open_backbone

@@ -50,7 +50,7 @@ def harness(argv: list[str]) -> None:
         import lm_eval
     except ImportError:
         raise ValueError("lm-eval is not installed: pip install 'lmsleep[eval,hf]'") from None
-    from lmsleep.harness import SleepLM
+    from lmsleep.integrations.lm_eval import SleepLM
 
     tasks = _tasks(options)
     session = new_session(options.model, replace(options, passes=None))

@@ -16,7 +16,7 @@ from lmsleep.session.sampling import Sampling
 from lmsleep.session.stream import Step, Stream
 from lmsleep.sleep import Backbone, SleepConfig
 from lmsleep.state import Cache, Memory, State
-from lmsleep.tasks.tokenizers import Tokenizer
+from lmsleep.text.tokenizers import Tokenizer
 
 Readable = str | Sequence[int] | Tensor
 

@@ -1,13 +1,13 @@
 """What a task is: a seeded stream of batches, a vocabulary, and the floors to beat."""
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, Protocol, get_args, get_type_hints
+from typing import Any, ClassVar, Protocol, get_args, get_type_hints
 
 import numpy as np
 import torch
 from torch import Tensor
 
-Split = Literal["train", "test"]
+from lmsleep.text import Split
 
 HIDDEN = -1  # stands for an answer where it is to be found
 

@@ -23,7 +23,7 @@ class Drift:
     A pair is the first of new values with probability 2/segment, so nothing but the pairs themselves tells
     of a shift. Keys are drawn uniformly: a value is either known from the stream or a guess, and what was
     learned before the shift is wrong after it. `segments_of` draws streams that shift every `segment`
-    tokens, with what would follow each segment, for `lmsleep.adaptation`.
+    tokens, with what would follow each segment, for `lmsleep.evaluation.around_sleep`.
     """
 
     keys: int = 8

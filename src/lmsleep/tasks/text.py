@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from lmsleep.tasks.base import Batch, Split
-from lmsleep.tasks.documents import is_set, read_set
-from lmsleep.tasks.packing import alike, is_real, pad
-from lmsleep.tasks.tokenizers import Bytes, Marks, Tokenizer, absolute, load_tokenizer, marks
+from lmsleep.text.documents import is_set, read_set
+from lmsleep.text.packing import alike, is_real, pad
+from lmsleep.text.tokenizers import Bytes, Marks, Tokenizer, absolute, load_tokenizer, marks
 
 HELD_OUT = 0.1  # the last tenth of each file is for testing; of sets, whole documents are
 

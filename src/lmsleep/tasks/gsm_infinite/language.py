@@ -10,7 +10,7 @@ from functools import cache
 from lmsleep.tasks.gsm_infinite.meaning import LARGEST, Definition
 from lmsleep.tasks.gsm_infinite.structure import Kind
 from lmsleep.tasks.gsm_infinite.templates import TEMPLATES, Template, Thing
-from lmsleep.tasks.tokenizers import Tokenizer, Words, load_tokenizer
+from lmsleep.text.tokenizers import Tokenizer, Words, load_tokenizer
 
 Tokens = list[int]
 

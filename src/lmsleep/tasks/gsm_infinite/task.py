@@ -19,7 +19,7 @@ from lmsleep.tasks.gsm_infinite.meaning import LARGEST, Core, draw_core
 from lmsleep.tasks.gsm_infinite.noise import noise
 from lmsleep.tasks.gsm_infinite.structure import Parameter
 from lmsleep.tasks.gsm_infinite.templates import TEMPLATES, Names, draw_names
-from lmsleep.tasks.tokenizers import Marks, absolute, marks
+from lmsleep.text.tokenizers import Marks, absolute, marks
 
 MARKERS = ("PAD", "ANSWER", "END")  # after the tokens of a tokenizer that has no end of a text
 OPENING = "\nAnswer:"  # before the answer, with a tokenizer that has one

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from lmsleep.hf import from_pretrained
 from lmsleep.session import Session, SessionBatch
-from lmsleep.tasks.tokenizers import HuggingFace
+from lmsleep.text.tokenizers import HuggingFace
 
 LONGEST = 256  # tokens of an answer where a task does not say
 DRAWN = ("temperature", "top_p", "top_k")

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lmsleep.evaluation import wilson
+from lmsleep.evaluation.intervals import wilson
 from lmsleep.sleep import Backbone, SleepConfig, sleep_forward
-from lmsleep.tasks.tokenizers import Tokenizer
+from lmsleep.text.tokenizers import Tokenizer
 
 KEPT, DROPPED = "nothing is evicted", "memory is dropped too"
 FACTS, CHOICES = 4, 8  # facts in a context, and numbers to choose the answer from

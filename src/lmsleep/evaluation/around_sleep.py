@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lmsleep.evaluation import EVAL_SEED
+from lmsleep.evaluation.score import EVAL_SEED
 from lmsleep.sleep import Backbone, SleepConfig, evict, read_window
 from lmsleep.state import State
 from lmsleep.tasks import stream

@@ -4,9 +4,9 @@ import json
 from collections.abc import Iterator, Mapping
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from lmsleep.tasks.base import Split
+Split = Literal["train", "test"]
 
 GUESSES = (("question", "answer"), ("prompt", "completion"), ("text",))
 HELD_OUT = 10  # one document in 10 is for testing, by its hash: more documents move none of the old
