@@ -5,7 +5,7 @@ A task is one file and one line of `TASKS`; those of users are found by `lmsleep
 
 from typing import Any
 
-from lmsleep.tasks.base import Batch, Split, Task, hide_answers, stream
+from lmsleep.tasks.base import Batch, Task, hide_answers, stream
 from lmsleep.tasks.depo import Depo
 from lmsleep.tasks.drift import Drift
 from lmsleep.tasks.gsm_infinite import GSMInfinite
@@ -16,6 +16,7 @@ from lmsleep.tasks.rule110 import Rule110
 from lmsleep.tasks.text import Text
 from lmsleep.tasks.variables import Variables
 from lmsleep.tasks.word_problem import WordProblem
+from lmsleep.text import Split
 
 TASKS: dict[str, type[Any]] = {
     "depo": Depo,

@@ -8,7 +8,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 
-from lmsleep.tasks.base import HIDDEN, Batch, Split, check_literals
+from lmsleep.tasks.base import HIDDEN, Batch, check_literals
+from lmsleep.text import Split
 
 PAD = 0
 HELD_OUT = 8  # one cycle in 8 is kept for testing

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from lmsleep.tasks.base import HIDDEN, Batch, Split
+from lmsleep.tasks.base import HIDDEN, Batch
+from lmsleep.text import Split
 
 CAP = 4  # the difficulty key counts sights of a key up to here
 

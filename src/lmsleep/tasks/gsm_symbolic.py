@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lmsleep.tasks.base import Batch, Split, single_answers
+from lmsleep.tasks.base import Batch, single_answers
+from lmsleep.text import Split
 
 EQUALS, MORE, LESS, STOP, ASK = range(5)
 STEP = np.array([0, 1, -1])  # of EQUALS, MORE, LESS

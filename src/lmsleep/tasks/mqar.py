@@ -5,7 +5,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from lmsleep.tasks.base import Batch, Split, single_answers
+from lmsleep.tasks.base import Batch, single_answers
+from lmsleep.text import Split
 
 
 @dataclass(frozen=True, kw_only=True)

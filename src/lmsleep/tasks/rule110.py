@@ -6,7 +6,8 @@ from typing import Literal
 import numpy as np
 import torch
 
-from lmsleep.tasks.base import Batch, Split, check_literals
+from lmsleep.tasks.base import Batch, check_literals
+from lmsleep.text import Split
 
 SEP = 2
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lmsleep.tasks.base import Batch, Split
+from lmsleep.tasks.base import Batch
+from lmsleep.text import Split
 from lmsleep.text.documents import is_set, read_set
 from lmsleep.text.packing import alike, is_real, pad
 from lmsleep.text.tokenizers import Bytes, Marks, Tokenizer, absolute, load_tokenizer, marks

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lmsleep.tasks.base import Batch, Split, single_answers
+from lmsleep.tasks.base import Batch, single_answers
+from lmsleep.text import Split
 
 EQUALS, STOP, ASK, DIGITS = 0, 1, 2, 10
 FIRST_NAME = 3 + DIGITS

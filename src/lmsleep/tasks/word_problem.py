@@ -7,7 +7,8 @@ from typing import Literal
 
 import numpy as np
 
-from lmsleep.tasks.base import Batch, Split, check_literals, single_answers
+from lmsleep.tasks.base import Batch, check_literals, single_answers
+from lmsleep.text import Split
 
 Group = Literal["S5", "A5", "A4xZ5", "Z60"]
 

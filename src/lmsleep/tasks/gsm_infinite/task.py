@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from lmsleep.tasks.base import HIDDEN, Batch, Split, check_literals
+from lmsleep.tasks.base import HIDDEN, Batch, check_literals
 from lmsleep.tasks.gsm_infinite import reader
 from lmsleep.tasks.gsm_infinite.graph import MOST_OPS, draw_graph
 from lmsleep.tasks.gsm_infinite.language import Language, Tokens, language, tokenizer
@@ -19,6 +19,7 @@ from lmsleep.tasks.gsm_infinite.meaning import LARGEST, Core, draw_core
 from lmsleep.tasks.gsm_infinite.noise import noise
 from lmsleep.tasks.gsm_infinite.structure import Parameter
 from lmsleep.tasks.gsm_infinite.templates import TEMPLATES, Names, draw_names
+from lmsleep.text import Split
 from lmsleep.text.tokenizers import Marks, absolute, marks
 
 MARKERS = ("PAD", "ANSWER", "END")  # after the tokens of a tokenizer that has no end of a text
