@@ -7,7 +7,7 @@ from conftest import close, random_tokens, same_memory
 from hf_models import FAMILIES, VOCAB, family
 
 from lmsleep import Cache, Memory, Session, SessionBatch, SleepConfig, State, adapt, sleep_forward
-from lmsleep.hf import backbone as adapting
+from lmsleep.hf import positions
 from lmsleep.sleep import evict
 
 EACH = pytest.mark.parametrize("name", FAMILIES)
@@ -254,11 +254,14 @@ def test_a_memory_goes_to_a_file_and_back(tmp_path):
 
 
 @EVICTIONS
-def test_positions_may_start_again_on_a_long_stream(doubled, monkeypatch, eviction):
-    model, x = adapt(doubled("qwen3_5")), text(2, 6 * L)
+@pytest.mark.parametrize("scaling", [1.0, 1.3])  # YaRN scales rotated keys and queries
+def test_positions_may_start_again_on_a_long_stream(doubled, monkeypatch, eviction, scaling):
+    rotated, x = doubled("qwen3_5"), text(2, 6 * L)
+    monkeypatch.setattr(rotated.model.rotary_emb, "attention_scaling", scaling)
+    model = adapt(rotated)
     with torch.no_grad():
         wanted = sleep_forward(model, x, None, sleeping(eviction=eviction)).logits
-        monkeypatch.setattr(adapting, "REBASE_AFTER", 2)
+        monkeypatch.setattr(positions, "REBASE_AFTER", 2)
         found = sleep_forward(model, x, None, sleeping(eviction=eviction))
     assert close(found.logits, wanted, 1e-9)
     if eviction == "sliding":

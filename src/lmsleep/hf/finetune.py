@@ -11,10 +11,11 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from lmsleep.files import write_atomic
-from lmsleep.hf.backbone import HFBackbone, adapt
+from lmsleep.hf.backbone import HFBackbone
 from lmsleep.hf.insertion import insert_memory_layers
 from lmsleep.hf.loading import load_pretrained
 from lmsleep.hf.lora import add_adapters, is_adapted, update
+from lmsleep.hf.trial import adapt
 from lmsleep.layers import MemoryKind, MemoryLayer
 from lmsleep.sleep import SleepConfig
 

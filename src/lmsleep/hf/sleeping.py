@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from lmsleep.hf.backbone import HFBackbone, adapt
+from lmsleep.hf.backbone import HFBackbone
 from lmsleep.hf.card import write_card
 from lmsleep.hf.loading import load_pretrained
 from lmsleep.hf.sleep_cache import SleepCache
+from lmsleep.hf.trial import adapt
 from lmsleep.session import Session
 from lmsleep.sleep import SleepConfig, SleepOutput, sleep_forward
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 
 from lmsleep.evaluation import Score, read_batch
-from lmsleep.microscope.heads import Row
+from lmsleep.microscope.seen import Row
 from lmsleep.microscope.subject import Subject
 from lmsleep.sleep import Hard, SleepConfig
 from lmsleep.state import Memory

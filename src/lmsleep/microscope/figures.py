@@ -1,16 +1,13 @@
 """The microscope's figures, from the tables of an inspection."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lmsleep.microscope.heads import Row
-
-if TYPE_CHECKING:
-    from lmsleep.microscope.inspection import Inspection
+from lmsleep.microscope.seen import Row, Seen
 
 AWAKE, ASLEEP = "#1b7837", "#762a83"
 SHOWN = 6  # last windows in the figure of heads
@@ -30,7 +27,7 @@ READ = {
 }
 
 
-def figures(seen: "Inspection") -> dict[str, Figure]:
+def figures(seen: Seen) -> dict[str, Figure]:
     """Those that there is something to draw for, by name."""
     drawn = {"hypnogram": hypnogram(seen.hypnogram), "heads": heads(seen.heads)}
     if seen.readback:

@@ -2,17 +2,16 @@
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lmsleep import ops
 from lmsleep.layers import FastWeights
+from lmsleep.microscope.seen import Row
 from lmsleep.microscope.trace import Pass, Window
 from lmsleep.state import Memory, State
 
-Row = dict[str, Any]
 POINTS = 16  # of the hypnogram, in a window that is read awake
 
 

@@ -2,7 +2,6 @@
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,9 +12,10 @@ from tqdm import tqdm
 from lmsleep.files import write_atomic
 from lmsleep.memory_file import fingerprint
 from lmsleep.microscope.ablation import ablation_rows, reliance_rows
-from lmsleep.microscope.heads import Row, head_rows, hypnogram_rows, moment, norm
+from lmsleep.microscope.heads import head_rows, hypnogram_rows, moment, norm
 from lmsleep.microscope.probe import probe_rows, probed
 from lmsleep.microscope.readback import readback_rows
+from lmsleep.microscope.seen import Row, Seen
 from lmsleep.microscope.subject import Subject, from_run, from_session
 from lmsleep.microscope.trace import Window, fast_weight_layers, watch
 from lmsleep.session import Session
@@ -29,32 +29,8 @@ FIT = 8  # times as many contexts to fit a probe as to test it
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Inspection:
-    """What the microscope saw. Every table is a list of flat rows, ready for a data frame."""
-
-    about: dict[str, Any]
-    """What was looked at: model, window, passes, tokens, hash of the slow weights before and after."""
-    change: list[Row]
-    """What each sleep did to all fast weights together: see `change_row`."""
-    heads: list[Row]
-    """Figures per window, pass, block and head: see `heads.head_rows`."""
-    hypnogram: list[Row]
-    """Window fill, pass and norm along the stream: see `heads.hypnogram_rows`."""
-    readback: list[Row]
-    """What each token of the last windows can still be retrieved by: see `readback.readback_rows`."""
-    probe: list[Row]
-    """Accuracy of linear probes per window, pass and steps: see `probe.probe_rows`."""
-    reliance: list[Row]
-    """Answers from the memory, and from other ways to keep the text: see `ablation.reliance_rows`."""
-    ablation: list[Row]
-    """Answers without a head, or with another sequence's: see `ablation.ablation_rows`."""
-    notes: list[str] = field(default_factory=list)
-    """What could not be looked at, and why."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready form."""
-        return asdict(self)
+class Inspection(Seen):
+    """What the microscope saw, with a page of it."""
 
     def html(self, path: str | Path) -> None:
         """Write one self-contained HTML page, atomically.

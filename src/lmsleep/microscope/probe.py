@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor
 
-from lmsleep.microscope.heads import Row
+from lmsleep.microscope.seen import Row
 from lmsleep.microscope.trace import watch
 from lmsleep.sleep import Backbone, SleepConfig
 from lmsleep.tasks import TASKS, Task

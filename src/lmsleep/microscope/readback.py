@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from lmsleep.microscope.heads import Row, mean
+from lmsleep.microscope.heads import mean
+from lmsleep.microscope.seen import Row
 from lmsleep.microscope.trace import Window
 from lmsleep.state import Memory
 

@@ -1,17 +1,13 @@
 """What the microscope saw, in sentences: what does sleep change, and can one rely on it?"""
 
 from statistics import fmean
-from typing import TYPE_CHECKING
 
-from lmsleep.microscope.heads import Row
-
-if TYPE_CHECKING:
-    from lmsleep.microscope.inspection import Inspection
+from lmsleep.microscope.seen import Row, Seen
 
 READABLE = 0.9  # accuracy from which on a probe is said to read a quantity
 
 
-def changes(seen: "Inspection") -> list[str]:
+def changes(seen: Seen) -> list[str]:
     """What sleep changes."""
     before, after = seen.about["slow_weights_before"], seen.about["slow_weights_after"]
     if before is None:
@@ -41,7 +37,7 @@ def changes(seen: "Inspection") -> list[str]:
     ]
 
 
-def reliability(seen: "Inspection") -> list[str]:
+def reliability(seen: Seen) -> list[str]:
     """Whether one can rely on it."""
     said = []
     if seen.reliance:
