@@ -124,7 +124,7 @@ def finetune(argv: list[str]) -> None:
 
 
 def _new_run(folder: Path, argv: list[str]) -> tuple[RunFolder, Trainer]:
-    """The folder of a new run, and the trainer of its first stage."""
+    """Return the folder of a new run, and the trainer of its first stage."""
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder} with a model; nothing is downloaded")
     given = given_options(argv)
@@ -169,7 +169,7 @@ def _new_run(folder: Path, argv: list[str]) -> tuple[RunFolder, Trainer]:
 
 
 def _train(preset: Preset, batch_size: str) -> TrainConfig:
-    """The defaults of a preset, where a batch of any size is read one sequence at a time."""
+    """Return the defaults of a preset, where a batch of any size is read one sequence at a time."""
     size = int(batch_size) if batch_size.isdecimal() else TRAIN.batch_size
     return replace(TRAIN, adam_lr=preset.adam_lr, batch_size=size, accumulate=size)
 

@@ -83,7 +83,7 @@ def harness(argv: list[str]) -> None:
 
 
 def _tasks(options: HarnessOptions) -> Any:
-    """The manager of tasks: those of --include-path alone if they are enough, for there are thousands."""
+    """Return a manager of tasks, of those in --include-path alone if they are enough: there are thousands."""
     from lm_eval.tasks import TaskManager
 
     if options.include_path is not None:

@@ -28,7 +28,7 @@ class SleepOptions:
 
 
 def new_session(path: Path, options: SleepOptions) -> Session:
-    """A session that has read nothing, for the MODEL at `path` or shipped under that name.
+    """Make a session that has read nothing, for the MODEL at `path` or shipped under that name.
 
     Raises:
         ValueError: as `open_model`, or for a sleep that does not fit the model.
@@ -41,7 +41,7 @@ def new_session(path: Path, options: SleepOptions) -> Session:
 
 
 def take_up(path: Path, new: Session, options: SleepOptions) -> Session:
-    """The session or memory in a file, on the model of `new`.
+    """Take up the session or memory in a file, on the model of `new`.
 
     Raises:
         ValueError: as `Session.load`, or for options that contradict the file.
@@ -57,7 +57,7 @@ def take_up(path: Path, new: Session, options: SleepOptions) -> Session:
 
 
 def status(session: Session) -> str:
-    """One line: window fill, tokens, sleeps, bytes."""
+    """Return one line: window fill, tokens, sleeps, bytes."""
     s, window = session.stats, session.sleep_config.window
     return (
         f"window {s.window_tokens}/{window or '-'} · {s.tokens:,} tokens · {s.sleeps:,} sleeps · "

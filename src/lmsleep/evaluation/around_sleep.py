@@ -23,15 +23,15 @@ class Shifting(Protocol):
 
     @property
     def segment(self) -> int:
-        """Tokens between two shifts."""
+        """The number of tokens between two shifts."""
         ...
 
     def segments_of(self, rng: np.random.Generator, size: int, more: int = 0) -> np.ndarray:
-        """`[size, segments, segment + more]` tokens: each segment, and `more` of what would follow it."""
+        """Draw tokens `[size, segments, segment + more]`: segments, each with `more` that would follow it."""
         ...
 
     def is_predicted(self, tokens: np.ndarray) -> np.ndarray:
-        """Which of `tokens` count in the loss."""
+        """Mark the `tokens` that count in the loss."""
         ...
 
 
@@ -50,7 +50,7 @@ class Adaptation:
     tokens: np.ndarray
 
     def to_list(self) -> list[dict[str, Any]]:
-        """JSON-ready rows."""
+        """Return JSON-ready rows."""
         rows = zip(self.bits.tolist(), self.tokens.tolist(), strict=True)
         return [
             {"sleeps": s, **dict(zip(MOMENTS, bits, strict=True)), "tokens": tokens}

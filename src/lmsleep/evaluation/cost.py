@@ -15,12 +15,12 @@ class Known(Backbone, Protocol):
     """A backbone that shows its weights."""
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """All weights."""
+        """Iterate over all weights."""
         ...
 
 
 def cost(model: HybridConfig | Known, sleep: SleepConfig, *, dtype_bytes: int = 4) -> dict[str, Any]:
-    """Figures of one sequence (batch of 1).
+    """Count parameters, bytes of memory and FLOPs for one sequence (batch of 1).
 
     FLOPs are those of matrix products (multiply and add count as two), counted by PyTorch's own
     counter on the real forward pass: one more token at the end of a full window, and the passes

@@ -21,7 +21,7 @@ PLACES = (
 
 @dataclass(frozen=True)
 class Reading:
-    """How a model does when it reads in one way.
+    """The figures of one way of reading.
 
     Attributes:
         way: "N = 4", or one of the references `KEPT` (the whole text stays in attention) and `DROPPED` (the
@@ -40,16 +40,16 @@ class Reading:
 
     @property
     def perplexity(self) -> float:
-        """Of a token of the text."""
+        """The perplexity of a token of the text."""
         return math.exp(self.nats)
 
     @property
     def recall(self) -> tuple[float, float, float]:
-        """Share of right answers with its 95 % interval (Wilson)."""
+        """The share of right answers with its 95 % interval (Wilson): (share, low, high)."""
         return self.right / self.questions, *wilson(self.right, self.questions)
 
     def to_dict(self) -> dict[str, str | float | list[float]]:
-        """JSON-ready figures."""
+        """Return JSON-ready figures, with bits in place of nats."""
         share, low, high = self.recall
         return {
             "reading": self.way,
@@ -132,7 +132,7 @@ def _pieces(tokens: Tensor, length: int, samples: int, generator: torch.Generato
 
 
 def _nats(model: Backbone, piece: Tensor, L: int, sleep: SleepConfig | None) -> float:
-    """Nats a token of the piece; `sleep=None`: every window alone."""
+    """Return the mean nats per counted token of the piece; with `sleep=None` every window is read alone."""
     counted = torch.ones_like(piece, dtype=torch.bool)
     counted[:L] = counted[::L] = False
     rows, mask = (piece[None], counted[None]) if sleep else (piece.view(-1, L)[1:], counted.view(-1, L)[1:])
@@ -153,7 +153,7 @@ def _device(model: Backbone) -> torch.device:
 
 @dataclass(frozen=True)
 class _Quiz:
-    """A piece with planted facts, and what is asked about each.
+    """A piece of the text with planted facts, and a question about each.
 
     Attributes:
         context: `[T]`, the piece with the facts in its first window, as long as it was.
@@ -186,7 +186,7 @@ class _Quiz:
         return cls(context, questions, choices)
 
     def answered(self, model: Backbone, sleep: SleepConfig | None) -> Tensor:
-        """`[FACTS, CHOICES]`: log-likelihood of each choice, the right one first; None: nothing was read."""
+        """Return log-likelihoods `[FACTS, CHOICES]` in nats, the right first; None: no context is read."""
         device = _device(model)
         state = model.initial_state(1)
         if sleep is not None:

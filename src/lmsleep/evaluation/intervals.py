@@ -7,7 +7,7 @@ import torch
 
 
 def wilson(correct: int, total: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % confidence interval of a proportion (Wilson's score interval)."""
+    """Return the 95 % confidence interval (low, high) of a proportion: Wilson's score interval."""
     if total == 0:
         return 0.0, 1.0
     p, zz = correct / total, z * z / total
@@ -25,7 +25,7 @@ T_975 = (
 
 
 def mean_interval(values: Iterable[float]) -> tuple[float, float, float]:
-    """Mean over seeds with its 95 % confidence interval (Student's t; (mean, low, high))."""
+    """Return the mean over seeds with its 95 % confidence interval by Student's t: (mean, low, high)."""
     x = torch.tensor(list(values), dtype=torch.float64)
     mean = float(x.mean())
     if len(x) < 2:

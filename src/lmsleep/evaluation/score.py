@@ -102,20 +102,20 @@ class Score:
 
     @property
     def accuracy(self) -> float:
-        """Share of right answers, all difficulties."""
+        """The share of right answers over all difficulties."""
         return sum(self.correct.values()) / max(sum(self.total.values()), 1)
 
     @property
     def per_difficulty(self) -> dict[int, float]:
-        """Share of right answers per difficulty key."""
+        """The share of right answers per difficulty key."""
         return {key: self.correct[key] / self.total[key] for key in sorted(self.total)}
 
     def bits(self, which: str = "all") -> float:
-        """Bits per predicted token (per byte, for text); nan where there was none."""
+        """Return the bits per predicted token (per byte, for text in bytes); nan where there was none."""
         return self.nll[which] / self.tokens[which] / math.log(2) if self.tokens[which] else math.nan
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready figures."""
+        """Return JSON-ready figures."""
         return {
             "accuracy": self.accuracy,
             "per_difficulty": {str(k): v for k, v in self.per_difficulty.items()},
@@ -138,7 +138,7 @@ def evaluate(
     device: torch.device | str = "cpu",
     after: int | None = None,
 ) -> Score:
-    """Score `model` on `batches * batch_size` held-out samples, the same for every call with a seed.
+    """Score `model` on `batches * batch_size` held-out samples, the same for every call with one seed.
 
     A batch is read in `parts` parts, in the memory of one. What counts as "after eviction" are tokens from
     position `after` on, by default the window: give it to score the same tokens with a model that evicts

@@ -16,7 +16,7 @@ NORMS = ("norm", "final_layernorm", "norm_f")  # what families call the norm bef
 
 @dataclass(frozen=True)
 class Layout:
-    """What one block carries, a row: sizes and dtypes.
+    """The sizes and dtypes of what one block carries for one row.
 
     Attributes:
         memory: `S`, of the layer with number `writer`; None for a block without fast weights.
@@ -55,7 +55,7 @@ class HFBackbone(nn.Module):
 
     @property
     def config(self) -> Any:
-        """That of the text model."""
+        """The configuration of the text model."""
         return self.model.config.get_text_config()
 
     @property
@@ -66,12 +66,12 @@ class HFBackbone(nn.Module):
 
     @property
     def num_blocks(self) -> int:
-        """Decoder blocks."""
+        """The number of decoder blocks."""
         return len(self.blocks)
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """What each block is made of: "attention", "fast_weights", both joined by "+", or "mlp"."""
+        """The parts of each block: "attention", "fast_weights", both joined by "+", or "mlp"."""
         parts = (
             "+".join(name for name, has in (("attention", x.kv), ("fast_weights", x.memory)) if has)
             for x in self.layouts
@@ -79,7 +79,7 @@ class HFBackbone(nn.Module):
         return tuple(part or "mlp" for part in parts)
 
     def initial_state(self, batch_size: int) -> State:
-        """`S = 0` and nothing in the working memory."""
+        """Return `S = 0` and nothing in the working memory, for `batch_size` rows."""
         device = self.model.get_input_embeddings().weight.device
 
         def empty(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -98,13 +98,13 @@ class HFBackbone(nn.Module):
         return State(Memory(tuple(memory)), Cache(tuple(cache)))
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Tokens `[B, T]` (int64) -> hidden states `h` `[B, T, d]`, scaled as the model scales them."""
+        """Embed tokens `[B, T]` (int64) as hidden states `h` `[B, T, d]`, scaled as the model scales them."""
         h: Tensor = self.model.get_input_embeddings()(tokens)
         scale = getattr(self.model.get_decoder(), "embedding_multiplier", None)
         return h if scale is None else h * scale
 
     def head(self, h: Tensor) -> Tensor:
-        """Hidden states `[B, T, d]` -> logits `[B, T, V]`, scaled as the model scales them."""
+        """Map hidden states `[B, T, d]` to logits `[B, T, V]`, scaled as the model scales them."""
         decoder = self.model.get_decoder()
         norm = next(getattr(decoder, name) for name in NORMS if hasattr(decoder, name))
         logits: Tensor = self.model.get_output_embeddings()(norm(h))
@@ -124,7 +124,7 @@ class HFBackbone(nn.Module):
         valid: Tensor | None = None,
         span: int | None = None,
     ) -> tuple[Tensor, State]:
-        """Blocks `start ... stop - 1`; arguments and result as for `HybridLM.run`.
+        """Run blocks `start ... stop - 1`; arguments and result are those of `HybridLM.run`.
 
         Padding is never shown to a block, for recurrences of `transformers` would forget on it: rows of
         different length run one length after the other.
@@ -196,7 +196,7 @@ class HFBackbone(nn.Module):
 
 
 def _sliding(block: Any, span: int | None) -> int | None:
-    """How far the block's tokens look back: `span`, or its own window if that is shorter."""
+    """Return how far the block's tokens look back: `span`, or its own window if that is shorter."""
     attention = getattr(block, "self_attn", None)
     own = getattr(attention, "sliding_window", None)
     named = ((block, "block_type"), (block, "attention_type"), (attention, "layer_type"))

@@ -36,7 +36,7 @@ def write_card(folder: Path, config: Any, sleep: SleepConfig) -> None:
 
 
 def card(config: Any, sleep: SleepConfig) -> str:
-    """The text of the card."""
+    """Return the text of the card."""
     from huggingface_hub import ModelCardData
 
     source, kind = str(getattr(config, "_name_or_path", "") or ""), config.model_type
@@ -131,7 +131,7 @@ def _licence(kind: str, terms: Mapping[str, Any]) -> str:
 
 
 def _metadata(folder: Path) -> dict[str, Any]:
-    """What the card of the model that this one was made from says."""
+    """Read what the card of the model that this one was made from says."""
     from huggingface_hub import ModelCard
 
     try:
@@ -142,6 +142,6 @@ def _metadata(folder: Path) -> dict[str, Any]:
 
 
 def _hub_name(source: str) -> str | None:
-    """`owner/name` of a folder in the cache of the Hub."""
+    """Return the `owner/name` of a folder in the cache of the Hub."""
     found = re.search(r"models--([\w.-]+?)--([\w.-]+)", source)
     return f"{found[1]}/{found[2]}" if found else None

@@ -68,7 +68,7 @@ class FineTune:
 
 
 def pretrained_backbone(options: FineTune, *, bfloat16: bool = False) -> HFBackbone:
-    """The model of the folder in float32, ready to be trained; adapters are new and change nothing yet.
+    """Load the model of the folder in float32, ready to be trained; new adapters change nothing yet.
 
     Args:
         options: the folder and what is trained.
@@ -95,7 +95,7 @@ def pretrained_backbone(options: FineTune, *, bfloat16: bool = False) -> HFBackb
 
 
 def _start(options: FineTune) -> Any:
-    """The model that is trained, as it is in the folder but for memory layers that are inserted."""
+    """Load the model that is trained, with the memory layers that are inserted."""
     model = load_pretrained(options.folder)
     if getattr(model.config, "total_ut_steps", 1) > 1:
         model.config.total_ut_steps = 1  # Ouro: the loop moves from waking to sleep
@@ -129,7 +129,7 @@ def _choose(backbone: HFBackbone, options: FineTune) -> None:
 
 
 def memory_layers(backbone: HFBackbone) -> list[nn.Module]:
-    """The layers with fast weights, one of each block that has any: those with a decay, `A_log`."""
+    """Find the layers with fast weights, one a block that has any: those with a decay, `A_log`."""
     return [
         layer
         for block in backbone.blocks
@@ -151,7 +151,7 @@ def save_trained(backbone: HFBackbone, folder: Path) -> None:
 
 @torch.no_grad()
 def load_trained(backbone: HFBackbone, folder: Path) -> None:
-    """Take what `save_trained` wrote.
+    """Load the weights that `save_trained` wrote.
 
     Raises:
         FileNotFoundError: if there is nothing.
@@ -173,7 +173,7 @@ def load_trained(backbone: HFBackbone, folder: Path) -> None:
 
 @torch.no_grad()
 def merged(backbone: HFBackbone, options: FineTune) -> Any:
-    """The model of the folder, in its dtypes, with what was trained put in and adapters added to their maps.
+    """Merge what was trained, and adapters, into the model of the folder, in its dtypes.
 
     The backbone is left as it is.
     """

@@ -17,7 +17,7 @@ FIELD = "memory_layers"  # of the configuration: {"kind": ..., "after": [blocks]
 
 @dataclass(frozen=True)
 class Insertion:
-    """What `insert_memory_layers` added.
+    """A record of what `insert_memory_layers` added.
 
     Attributes:
         kind: of the layers.
@@ -93,7 +93,7 @@ def attach(model: Any, inserted: dict[str, Any]) -> None:
 
 
 def with_memory(model_class: Any) -> Any:
-    """The class, whose instances are made with the layers that their configuration asks for."""
+    """Make a subclass whose instances have the memory layers that their configuration asks for."""
 
     class WithMemory(model_class):
         def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
@@ -124,7 +124,7 @@ def _with_memory(
 
 
 def _valid(mask: Tensor | None, T: int) -> Tensor | None:
-    """`[B, T]` bool, False for padding: a token that does not see itself; None if there is none."""
+    """Return a mask `[B, T]`, bool, False for padding: tokens that do not see themselves; None if none is."""
     if mask is None:
         return None
     if mask.ndim == 2:  # as flash kernels take it

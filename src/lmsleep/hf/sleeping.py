@@ -72,7 +72,7 @@ def from_pretrained(path: str | Path, sleep: SleepConfig | None = None, **option
 
 
 def saved_sleep(config: Any, path: str | Path) -> SleepConfig | None:
-    """The sleep in a configuration of `transformers`; None if it has none.
+    """Read the sleep in a configuration of `transformers`; None if it has none.
 
     Raises:
         ValueError: if it is damaged; names `path`.
@@ -87,7 +87,7 @@ def saved_sleep(config: Any, path: str | Path) -> SleepConfig | None:
 
 
 class _Sleeping:
-    """What `sleepify` puts before the class of a model.
+    """The class that `sleepify` puts before the class of a model.
 
     Attributes:
         backbone: the model as the sleep algorithm sees it, for `Session`, `sleep_forward` and all else.
@@ -101,11 +101,11 @@ class _Sleeping:
 
     @property
     def sleep(self) -> SleepConfig:
-        """How it sleeps."""
+        """The way that the model sleeps."""
         return SleepConfig.from_dict(self.config.sleep)
 
     def new_cache(self, sessions: Sequence[Session] = ()) -> SleepCache:
-        """A cache for `generate`.
+        """Make a cache for `generate`.
 
         Args:
             sessions: rows that have read something, on `backbone`; prompts are read after it. They are read
@@ -187,7 +187,7 @@ class _Sleeping:
     def _whole(
         self, tokens: Tensor, valid: Tensor | None, labels: Tensor | None, items: Tensor | int | None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Loss and logits of whole texts."""
+        """Return loss (nats a token) and logits of whole texts."""
         sleep, wanted, lengths, turned = self.sleep, None, None, None
         if labels is not None:
             wanted = labels != -100
@@ -211,7 +211,7 @@ class _Sleeping:
         return None if wanted is None else _loss(read, wanted, lengths, items), logits
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As `transformers` does it, with a cache that sleeps unless one is given or `use_cache=False`."""
+        """Generate as `transformers` does, in a cache that sleeps unless given one or `use_cache=False`."""
         if kwargs.get("past_key_values") is None and kwargs.get("use_cache") is not False:
             kwargs |= {"past_key_values": self.new_cache(), "use_cache": True}
         return super().generate(*args, **kwargs)  # type: ignore[misc]
@@ -219,7 +219,7 @@ class _Sleeping:
     def save_pretrained(
         self, save_directory: str | Path, is_main_process: bool = True, **kwargs: Any
     ) -> None:
-        """As `transformers` does it; the sleep is in config.json, and README.md is a model card.
+        """Save as `transformers` does, with the sleep in config.json and a model card as README.md.
 
         A card that somebody else wrote stays.
         """
@@ -248,7 +248,7 @@ class _Sleeping:
 
 
 def _valid(mask: Tensor | None, position_ids: Tensor | None, tokens: Tensor) -> Tensor | None:
-    """`[B, T]` bool, False for padding; None: there is none."""
+    """Return a mask `[B, T]`, bool, False for padding; None if there is none."""
     B, T = tokens.shape
     if mask is not None:
         if mask.ndim != 2 or len(mask) != B or mask.shape[1] < T:
@@ -268,7 +268,7 @@ def _valid(mask: Tensor | None, position_ids: Tensor | None, tokens: Tensor) -> 
 
 
 def _loss(read: SleepOutput, wanted: Tensor, lengths: Tensor | None, items: Tensor | int | None) -> Tensor:
-    """The mean over predicted tokens, or their sum over `items`; zero where nothing is predicted."""
+    """Return the mean over predicted tokens, or their sum over `items`; zero where nothing is predicted."""
     if read.loss is None:
         written = [S.sum() for S in read.memory.layers if S is not None]
         return torch.stack(written).sum() * 0.0

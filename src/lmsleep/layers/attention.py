@@ -42,7 +42,7 @@ class Attention(nn.Module):
         return None
 
     def empty_cache(self, batch_size: int) -> tuple[Tensor, ...]:
-        """No keys, no values: two tensors `[B, 0, kv heads, head_dim]`."""
+        """Return a cache of no keys and no values: two tensors `[B, 0, kv heads, head_dim]`."""
         weight = self.k_proj.weight
         return tuple(weight.new_empty(batch_size, 0, self.num_kv_heads, self.head_dim) for _ in "kv")
 
@@ -55,7 +55,7 @@ class Attention(nn.Module):
         span: int | None,
         filled: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
-        """`x` `[B, T, d]` -> the same; each token sees at most `span` positions, itself included.
+        """Map `x` `[B, T, d]` to the same shape; each token sees at most `span` positions, itself included.
 
         Of the cache it sees the newest `filled` `[B]` positions of its row. Padding in `x` follows the
         tokens of its row, so causality hides it; in the cache that is returned it precedes them.
@@ -82,7 +82,7 @@ class Attention(nn.Module):
 
 
 def visible(T: int, past: int, span: int | None, filled: Tensor | None, device: torch.device) -> Tensor:
-    """`[T, past + T]` or `[B, 1, T, past + T]`: query i sees key j if `i - span < j <= i` and j is filled."""
+    """Return a mask, bool: query i sees key j if `i - span < j <= i` and j is filled."""
     query = torch.arange(past, past + T, device=device)[:, None]
     key = torch.arange(past + T, device=device)
     seen = key <= query

@@ -22,11 +22,11 @@ class SwiGLU(nn.Module):
 
     @property
     def memory_shape(self) -> tuple[int, int, int]:
-        """Shape of `S` for one sequence: gate, up and (transposed) down."""
+        """The shape of `S` for one sequence: gate, up and (transposed) down."""
         return 3, *self.gate_proj.weight.shape
 
     def forward(self, x: Tensor, S: Tensor | None = None) -> Tensor:
-        """`x` `[B, T, d]`, `S` `[B, 3, hidden, d]` -> `[B, T, d]`."""
+        """Map `x` `[B, T, d]` to the same shape, with `S` `[B, 3, hidden, d]` added to the weights."""
         gate, up = self.gate_proj(x), self.up_proj(x)
         if S is None or self.scale is None:
             return self.down_proj(F.silu(gate) * up)

@@ -20,7 +20,7 @@ def rotate(x: Tensor, first: int, theta: float) -> Tensor:
 def _table(
     first: int, T: int, D: int, theta: float, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines `[T, 1, D / 2]`."""
+    """Return cosines and sines `[T, 1, D / 2]`."""
     exact = torch.promote_types(dtype, torch.float32)
     with torch.inference_mode(False):
         frequency = theta ** (-torch.arange(0, D, 2, device=device, dtype=exact) / D)

@@ -18,7 +18,7 @@ Head = tuple[int, int]
 
 
 def ablated(memory: Memory, heads: Collection[Head], how: How) -> Memory:
-    """The memory with `S` of some (block, head) set to zero, or to that of the next row of the batch."""
+    """Copy the memory with `S` of some (block, head) set to zero, or to that of the batch's next row."""
     layers = list(memory.layers)
     for block, head in heads:
         S = layers[block]
@@ -30,12 +30,12 @@ def ablated(memory: Memory, heads: Collection[Head], how: How) -> Memory:
 
 
 def all_heads(memory: Memory) -> list[Head]:
-    """Every (block, head) with fast weights."""
+    """List every (block, head) with fast weights."""
     return [(i, head) for i, S in enumerate(memory.layers) if S is not None for head in range(S.shape[1])]
 
 
 def ablation_rows(subject: Subject) -> Iterator[Row]:
-    """What is answered with fast weights intact (`how` None), and with one head's ablated, or with all.
+    """Answer with the fast weights intact (`how` None), with one head's ablated, and with all ablated.
 
     The fast weights are changed where the rows are asked: after the last sleep before them. `block` and
     `head` are None for all heads. `accuracy` is the share of right answers (of tokens, where every token
@@ -55,7 +55,7 @@ def ablation_rows(subject: Subject) -> Iterator[Row]:
 
 
 def reliance_rows(subject: Subject) -> Iterator[Row]:
-    """What is answered from the memory, and what if it had been made or kept in another way.
+    """Answer from the memory, and as if it had been made or kept in another way.
 
     `nothing evicted` leaves all tokens in attention and never sleeps, which the model was not trained for.
     """

@@ -105,7 +105,7 @@ def inspect(
 
 
 def _not_asked(seen: Subject) -> str | None:
-    """Why nothing can be asked of the memory; None if something can."""
+    """Return why nothing can be asked of the memory; None if something can."""
     assert seen.batch.context is not None
     if not seen.batch.loss_mask[:, 1:].any():
         return "nothing is asked of the memory: no token predicts the only one of the text"
@@ -118,7 +118,7 @@ Bar = Callable[[Iterator[Window], str, int], Iterator[Window]]
 
 
 def _watched(seen: Subject, bar: Bar) -> dict[str, list[Row]]:
-    """The tables that come of watching the stream, window by window."""
+    """Watch the stream window by window, and return the tables that come of it."""
     layers, read = fast_weight_layers(seen.model), seen.read
     change, heads, hypnogram = list[Row](), list[Row](), list[Row]()
     recent: deque[tuple[int, Window]] = deque(maxlen=READ_BACK)
@@ -138,7 +138,7 @@ def _watched(seen: Subject, bar: Bar) -> dict[str, list[Row]]:
 
 
 def change_row(number: int, window: Window) -> Row:
-    """All fast weights as one vector, mean over the rows of the batch.
+    """Return norms of all fast weights as one vector, means over the rows of the batch.
 
     `before`: its norm before the window; `awake`: after one pass; `asleep`: after the last. `moved_awake`
     and `moved_asleep`: norm of what the first pass and what all further passes changed; `cosine`: between

@@ -42,7 +42,7 @@ SECTIONS = {
 
 
 def page(seen: Seen) -> str:
-    """The whole page."""
+    """Return the whole page as HTML."""
     parts = [
         _words("What does sleep change?", words.changes(seen)),
         _words("Can one rely on it?", words.reliability(seen) or ["Nothing was asked of the memory."]),

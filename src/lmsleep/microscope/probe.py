@@ -36,7 +36,7 @@ def ridge(x: Tensor, targets: Tensor, classes: int) -> Callable[[Tensor], Tensor
 
 
 def probed(task: Task) -> Callable[[Tensor], Tensor]:
-    """The `intermediate` of a task: see `Depo.intermediate`.
+    """Return the `intermediate` of a task: see `Depo.intermediate`.
 
     Raises:
         ValueError: for a task that has none.
@@ -85,7 +85,7 @@ def probe_rows(
 def _seen(
     model: Backbone, intermediate: Callable[[Tensor], Tensor], sleep: SleepConfig, tokens: Tensor
 ) -> list[tuple[list[Tensor], Tensor]]:
-    """Per window: features `[n, d]` after passes 0, 1, ..., and what they should tell, `[n, J]`."""
+    """Return per window the features `[n, d]` after passes 0, 1, ..., and what they should tell, `[n, J]`."""
     targets, seen = intermediate(tokens.cpu()).to(tokens.device), []
     for window in watch(model, tokens, sleep):
         y, targets = targets.tensor_split([window.tokens.shape[1]], dim=1)

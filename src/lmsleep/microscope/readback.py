@@ -34,7 +34,7 @@ def readback(S: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 def readback_rows(
     windows: Sequence[tuple[int, Window]], end: Memory, spell: Callable[[list[int]], str]
 ) -> Iterator[Row]:
-    """Every token of `windows` (with their numbers), block and head; means over the rows of the batch.
+    """Yield a row for every token of `windows` (with their numbers), block and head, means over the batch.
 
     Keys and values are those of the window's last pass. `cosine`, `rank` and `retrieved` (the share of rank
     1) query `S` after that pass; `cosine_end` and `retrieved_end` query `end`, what later windows left.

@@ -47,7 +47,7 @@ class Window:
 
 
 def fast_weight_layers(model: Backbone) -> dict[int, FastWeights]:
-    """The `FastWeights` layers of a model by block; none unless every block with fast weights has one."""
+    """Find the `FastWeights` layers by block; none unless every block with fast weights has one."""
     modules: Iterable[Any] = getattr(model, "modules", tuple)()
     layers = [module for module in modules if isinstance(module, FastWeights)]
     blocks = [i for i, S in enumerate(model.initial_state(1).memory.layers) if S is not None]

@@ -8,7 +8,7 @@ READABLE = 0.9  # accuracy from which on a probe is said to read a quantity
 
 
 def changes(seen: Seen) -> list[str]:
-    """What sleep changes."""
+    """Say what sleep changes, in sentences."""
     before, after = seen.about["slow_weights_before"], seen.about["slow_weights_after"]
     if before is None:
         said = "The slow weights of this backbone cannot be hashed: it has no state_dict()."
@@ -38,7 +38,7 @@ def changes(seen: Seen) -> list[str]:
 
 
 def reliability(seen: Seen) -> list[str]:
-    """Whether one can rely on it."""
+    """Say how far one can rely on it, in sentences."""
     said = []
     if seen.reliance:
         figures = [f"{r['reading']}: {r['accuracy']:.3f} ({r['nats']:.2f} nats)" for r in seen.reliance]
@@ -85,7 +85,7 @@ def _retrieved(rows: list[Row]) -> str:
 
 
 def _frontier(rows: list[Row]) -> str:
-    """Up to how many steps a probe reads, pass by pass, in the last window."""
+    """Say up to how many steps a probe reads, pass by pass, in the last window."""
     last = max(r["window"] for r in rows)
     reached = []
     for n in sorted({r["pass"] for r in rows} - {0}):

@@ -117,26 +117,26 @@ class HybridConfig:
                 raise ValueError(f"overrides of block {i}: {error}") from error
 
     def for_block(self, i: int) -> "HybridConfig":
-        """The options in force in block `i`."""
+        """Return the options in force in block `i`."""
         return replace(self, overrides={}, **self.overrides.get(i, {}))
 
     @property
     def key_dim(self) -> int:
-        """Size of a query or key head."""
+        """The size of a query or key head."""
         return self.head_dim or self.d_model // self.num_heads
 
     @property
     def hidden_dim(self) -> int:
-        """Hidden size of the SwiGLU, 0 for none."""
+        """The hidden size of the SwiGLU, 0 for none."""
         return -(-self.d_model * 8 // 3 // 8) * 8 if self.mlp_dim is None else self.mlp_dim
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready form, read back by `from_dict`."""
+        """Return a JSON-ready form, which `from_dict` reads back."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Inverse of `to_dict`, also after a trip through JSON.
+        """Rebuild a configuration from what `to_dict` returned, also after a trip through JSON.
 
         Raises:
             ValueError: for an unknown or invalid field.

@@ -58,7 +58,7 @@ class Block(nn.Module):
 
     @property
     def memory_shape(self) -> tuple[int, int, int] | None:
-        """`(H, K, V)` of the block's fast weights for one sequence, None if it has none."""
+        """The shape `(H, K, V)` of the block's fast weights for one sequence, None if it has none."""
         trained = self.mlp is not None and self.mlp.scale is not None
         return self.mlp.memory_shape if self.mlp is not None and trained else self.mixer.memory_shape
 
@@ -71,7 +71,7 @@ class Block(nn.Module):
         span: int | None,
         filled: Tensor | None,
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
-        """`h` `[B, T, d]` with the block's own fast weights and cache -> the next ones."""
+        """Map `h` `[B, T, d]` and the block's own fast weights and cache to the next ones."""
         mixed, memory, cache = self.mixer(self.norm(h), memory, cache, valid, span, filled)
         h = h + mixed
         if self.mlp is not None and self.mlp_norm is not None:
@@ -98,7 +98,7 @@ class HybridLM(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Linear weights ~ N(0, 1/fan-in); an untied embedding ~ N(0, 1), the scale blocks add at."""
+        """Draw linear weights from N(0, 1/fan-in), an untied embedding from N(0, 1)."""
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear) and not name.endswith(("a_proj", "b_proj")):
                 writes = name.endswith(WRITERS)
@@ -140,7 +140,7 @@ class HybridLM(nn.Module):
 
     @property
     def num_blocks(self) -> int:
-        """Blocks a sleep may loop over."""
+        """The number of blocks, which a sleep may loop over."""
         return len(self.blocks)
 
     @property
@@ -149,7 +149,7 @@ class HybridLM(nn.Module):
         return self.config.blocks
 
     def initial_state(self, batch_size: int) -> State:
-        """`S = 0` and nothing in the working memory."""
+        """Return `S = 0` and nothing in the working memory, for `batch_size` rows."""
         weight = self.embedding.weight
         blocks = [cast(Block, block) for block in self.blocks]
         dtype = torch.promote_types(weight.dtype, torch.float32)
@@ -157,7 +157,7 @@ class HybridLM(nn.Module):
         return State(memory, Cache(tuple(b.mixer.empty_cache(batch_size) for b in blocks)))
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Tokens `[B, T]` (int64) -> hidden states `h` `[B, T, d]`."""
+        """Embed tokens `[B, T]` (int64) as hidden states `h` `[B, T, d]`."""
         h: Tensor = self.embedding(tokens)
         return h
 
@@ -171,7 +171,7 @@ class HybridLM(nn.Module):
         valid: Tensor | None = None,
         span: int | None = None,
     ) -> tuple[Tensor, State]:
-        """Blocks `start ... stop - 1` over `h` `[B, T, d]`, continuing from `state`.
+        """Run blocks `start ... stop - 1` over `h` `[B, T, d]`, continuing from `state`.
 
         Args:
             h: hidden states.
@@ -192,12 +192,12 @@ class HybridLM(nn.Module):
         return h, state.replace(start, new)
 
     def head(self, h: Tensor) -> Tensor:
-        """Hidden states `[B, T, d]` -> logits `[B, T, V]`."""
+        """Map hidden states `[B, T, d]` to logits `[B, T, V]`."""
         logits: Tensor = self.lm_head(self.norm(h))
         return logits
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits `[B, T, V]` of the plain model: one window, no sleep."""
+        """Return logits `[B, T, V]` of the plain model: one window, no sleep."""
         h, _ = self.run(self.embed(tokens), self.initial_state(len(tokens)), 0, self.num_blocks)
         return self.head(h)
 
@@ -213,7 +213,7 @@ class HybridLM(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: torch.device | str = "cpu") -> Self:
-        """Load what `save_pretrained` wrote.
+        """Load a model that `save_pretrained` wrote.
 
         Raises:
             FileNotFoundError: if the folder holds no model.

@@ -32,7 +32,7 @@ TASKS: dict[str, type[Any]] = {
 
 
 def find_task(name: str) -> type[Any]:
-    """The class of a task: listed in `TASKS`, `FILE.py:CLASS`, or an entry point.
+    """Find the class of a task: listed in `TASKS`, `FILE.py:CLASS`, or an entry point.
 
     Raises:
         ValueError: if there is none of that name.
@@ -41,7 +41,7 @@ def find_task(name: str) -> type[Any]:
 
 
 def task_name(task: Task) -> str:
-    """The name by which `find_task` finds the class of a task."""
+    """Return the name by which `find_task` finds the class of a task."""
     return TASK.name_of(type(task), TASKS)
 
 

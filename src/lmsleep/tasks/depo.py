@@ -16,7 +16,7 @@ HELD_OUT = 8  # one cycle in 8 is kept for testing
 
 
 class Role(IntEnum):
-    """What a token of a question is there for."""
+    """The part that a token plays in a question."""
 
     GIVEN = 0
     """It is read and not predicted: the question itself, and padding."""
@@ -88,36 +88,36 @@ class Depo:
 
     @property
     def ans(self) -> int:
-        """The token that asks for the answer."""
+        """The number of the token ANS, which asks for the answer."""
         return 2 * self.names + 1
 
     @property
     def vocab_size(self) -> int:
-        """PAD, letters, last letters, ANS, HOP_1 ... HOP_K."""
+        """The vocabulary is PAD, letters, last letters, ANS, HOP_1 ... HOP_K, in this order."""
         return self.ans + 1 + self.hops
 
     @property
     def difficulty_name(self) -> str:
-        """Hops."""
+        """The difficulty key counts hops."""
         return "k"
 
     @property
     def graph_length(self) -> int:
-        """Most tokens of a graph."""
+        """The most tokens that a graph can have."""
         return 2 * self.nodes * self.name_lengths[1]
 
     @property
     def context_length(self) -> int:
-        """Tokens of the padded context."""
+        """The number of tokens of the padded context."""
         return self.pad_to or self.graph_length
 
     @property
     def inline_context(self) -> int | None:
-        """Tokens before the answers in their own sequence; None where answers are read apart (fork)."""
+        """The number of tokens before the questions; None where these are read apart (fork)."""
         return None if self.ask == "fork" else self.context_length
 
     def floors(self) -> dict[str, float]:
-        """A guess among the nodes that are not the start; no constant answer does better than 1/n."""
+        """Guess among the nodes that are not the start; no constant answer does better than 1/n."""
         return {"chance": 1 / (self.nodes - 1), "constant": 1 / self.nodes}
 
     def batch(self, rng: np.random.Generator, size: int, split: Split, level: float = 1.0) -> Batch:
@@ -209,7 +209,7 @@ class Depo:
         return answers
 
     def intermediate(self, tokens: torch.Tensor) -> torch.Tensor:
-        """What hopping passes through: at the last token of every edge, the nodes that lie ahead.
+        """Return what hopping passes through: at the last token of every edge, the nodes that lie ahead.
 
         Args:
             tokens: contexts `[B, T]` int64, as far as they were read.
@@ -240,7 +240,7 @@ class Depo:
         return ahead
 
     def spell(self, tokens: list[int]) -> str:
-        """Letters as l, last letters of names as n, HOP and ANS; padding as dots."""
+        """Spell letters as l, last letters of names as n, HOP and ANS by name, and padding as dots."""
         return " ".join(map(self._token, tokens))
 
     def _token(self, token: int) -> str:
@@ -262,7 +262,7 @@ class Depo:
         return rng.integers(1, max(1, int(np.ceil(level * K))) + 1, shape)
 
     def _graphs(self, rng: np.random.Generator, size: int, split: Split) -> tuple[np.ndarray, np.ndarray]:
-        """Words `[B, n, w]` (0-padded) of the nodes in cycle order, and the node counts `[B]`."""
+        """Draw words `[B, n, w]` (0-padded) of the nodes in cycle order, and the node counts `[B]`."""
         if not self.held_out_cycles:
             return self._draw(rng, size, split)
         words, counts, have, draws = [], [], 0, 0
@@ -300,7 +300,7 @@ class Depo:
         return words, counts
 
     def _universe(self) -> tuple[np.ndarray, np.ndarray]:
-        """All names, 0-padded `[U, w]`, and the probability of drawing each."""
+        """Return all names, 0-padded `[U, w]`, and the probability of drawing each, `[U]`."""
         low, high = self.name_lengths
         letters = range(1, self.names + 1)
         rows, weight = [], []
@@ -320,7 +320,7 @@ class _Questions(NamedTuple):
 
 
 def _present(counts: np.ndarray, n: int) -> np.ndarray:
-    """`[B, n]` bool: row i has the first `counts[i]` of n things."""
+    """Return a mask `[B, n]`, bool: row i has the first `counts[i]` of n things."""
     present: np.ndarray = np.arange(n) < counts[:, None]
     return present
 
@@ -338,7 +338,7 @@ def _to_left(wanted: np.ndarray) -> np.ndarray:
 
 
 def _hop(words: np.ndarray, counts: np.ndarray, node: np.ndarray) -> np.ndarray:
-    """Words `[B, m, w]` of nodes `[B, m]`, modulo the length of the cycle."""
+    """Return the words `[B, m, w]` of nodes `[B, m]`, counted modulo the length of the cycle."""
     index = np.broadcast_to(node, (len(words), node.shape[1])) % counts[:, None]
     return np.take_along_axis(words, index[:, :, None], axis=1)
 

@@ -46,16 +46,16 @@ class Drift:
 
     @property
     def vocab_size(self) -> int:
-        """Keys, then values."""
+        """The vocabulary is the keys, then the values."""
         return self.keys + self.values
 
     @property
     def difficulty_name(self) -> str:
-        """Pairs of this key since the shift (4: or more)."""
+        """The difficulty key counts the pairs of this key since the shift (4: or more)."""
         return "seen"
 
     def floors(self) -> dict[str, float]:
-        """Values are uniform."""
+        """Values are uniform, so a guess and any constant are right equally often."""
         return {"chance": 1 / self.values, "constant": 1 / self.values}
 
     def batch(self, rng: np.random.Generator, size: int, split: Split, level: float = 1.0) -> Batch:
@@ -77,24 +77,24 @@ class Drift:
         )
 
     def segments_of(self, rng: np.random.Generator, size: int, more: int = 0) -> np.ndarray:
-        """`[size, segments, segment + more]` tokens: each segment, and `more` of what would follow it."""
+        """Draw tokens `[size, segments, segment + more]`: segments, each with `more` that would follow it."""
         pairs = -(-(self.segment + more) // 2)
         dictionary = np.tile(np.arange(self.segments).repeat(pairs), (size, 1))
         tokens = np.stack(self._pairs(rng, dictionary), axis=2).reshape(size, self.segments, -1)
         return tokens[:, :, : self.segment + more]
 
     def _pairs(self, rng: np.random.Generator, dictionary: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Keys, and their values in the dictionaries of these numbers `[size, pairs]`."""
+        """Draw keys, and look up their values in the dictionaries of these numbers `[size, pairs]`."""
         values = rng.integers(0, self.values, (len(dictionary), int(dictionary.max()) + 1, self.keys))
         key = rng.integers(0, self.keys, dictionary.shape)
         return key, values[np.arange(len(key))[:, None], dictionary, key] + self.keys
 
     def is_predicted(self, tokens: np.ndarray) -> np.ndarray:
-        """Which of `tokens` count in the loss: values."""
+        """Mark the `tokens` that count in the loss: values."""
         return tokens >= self.keys
 
     def solve(self, tokens: list[int]) -> list[list[int]]:
-        """See `Task.solve`: the value that the key had last. It holds for a key seen since the shift."""
+        """See `Task.solve`: the value that the key had last, right for a key seen since the shift."""
         last: dict[int, int] = {}
         answers = []
         for key, value in zip(tokens[::2], tokens[1::2], strict=True):
@@ -105,5 +105,5 @@ class Drift:
         return answers
 
     def spell(self, tokens: list[int]) -> str:
-        """Keys as k0 ..., values by number."""
+        """Spell keys as k0 ..., values by number."""
         return " ".join(f"k{t}" if t < self.keys else str(t - self.keys) for t in tokens)

@@ -49,26 +49,26 @@ class GSMSymbolic:
 
     @property
     def zero(self) -> int:
-        """The token of the value 0; values reach from 1 - ops to 10 + ops - 1."""
+        """The number of the token of the value 0; values reach from 1 - ops to 10 + ops - 1."""
         return ASK + self.ops
 
     @property
     def first_name(self) -> int:
-        """The token of the first name."""
+        """The number of the token of the first name."""
         return self.zero + LARGEST + self.ops
 
     @property
     def vocab_size(self) -> int:
-        """=, = 1 +, = -1 +, ;, ?, values, names."""
+        """The vocabulary is =, = 1 +, = -1 +, ;, ?, values, names, in this order."""
         return self.first_name + self.names
 
     @property
     def difficulty_name(self) -> str:
-        """Equations between the variable and the one that has a value."""
+        """The difficulty key counts the equations between the variable and the one that has a value."""
         return "h"
 
     def floors(self) -> dict[str, float]:
-        """Repeating the only number of the context ("chance", also by h), and the best constant."""
+        """Repeat the only number of the context ("chance", also by h), or say the best constant."""
         shares = self._depths()
         walk, value, same = np.ones(1), np.zeros(LARGEST + 2 * self.ops - 1), []
         for h, share in enumerate(shares):  # walk: of the difference to the root after h steps
@@ -112,7 +112,7 @@ class GSMSymbolic:
         return [[node + offset]]
 
     def spell(self, tokens: list[int]) -> str:
-        """As it would be written."""
+        """Spell the equations as they would be written."""
         return " ".join(map(self._token, tokens))
 
     def _token(self, token: int) -> str:
@@ -121,7 +121,7 @@ class GSMSymbolic:
         return str(token - self.zero) if token < self.first_name else f"x{token - self.first_name}"
 
     def _depths(self) -> np.ndarray:
-        """`[ops]`: the share of the variables that have h = 0, 1, ... equations above them."""
+        """Return the shares `[ops]` of the variables that have h = 0, 1, ... equations above them."""
         depth = np.zeros((self.ops, self.ops))
         depth[0, 0] = 1
         for node in range(1, self.ops):
@@ -132,7 +132,7 @@ class GSMSymbolic:
     def _trees(
         self, rng: np.random.Generator, size: int, nodes: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Value, depth, parent and relation to it, each `[size, nodes]`; node 0 is the root."""
+        """Draw value, depth, parent and relation to it, each `[size, nodes]`; node 0 is the root."""
         parent = rng.integers(0, np.maximum(np.arange(nodes), 1), (size, nodes))
         relation = rng.integers(0, len(STEP), (size, nodes))
         relation[:, 0] = EQUALS

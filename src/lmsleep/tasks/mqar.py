@@ -48,16 +48,16 @@ class MQAR:
 
     @property
     def vocab_size(self) -> int:
-        """Keys, then values."""
+        """The vocabulary is the keys, then the values."""
         return self.keys + self.values
 
     @property
     def difficulty_name(self) -> str:
-        """Pairs in the context."""
+        """The difficulty key counts the pairs in the context."""
         return "pairs"
 
     def floors(self) -> dict[str, float]:
-        """A guess among all values, and any constant; naming a value of the context gets about 1 / pairs."""
+        """Guess among all values, or say any constant; naming a value of the context gets about 1 / pairs."""
         return {"chance": 1 / self.values, "constant": 1 / self.values}
 
     def batch(self, rng: np.random.Generator, size: int, split: Split, level: float = 1.0) -> Batch:
@@ -81,5 +81,5 @@ class MQAR:
         return [[{key: value for key, value in pairwise(context) if key < self.keys}[asked]]]
 
     def spell(self, tokens: list[int]) -> str:
-        """Keys as k, values as v."""
+        """Spell keys as k0 ..., values as v0 ...."""
         return " ".join(f"k{t}" if t < self.keys else f"v{t - self.keys}" for t in tokens)

@@ -86,22 +86,22 @@ class Text:
 
     @property
     def asks(self) -> bool:
-        """Whether the documents are prompts with answers."""
+        """True if the documents are prompts with answers."""
         return len(self._parts["train"][0]) == 2
 
     @property
     def unit(self) -> str:
-        """What a token is: byte or token."""
+        """The word for a token: "byte" or "token"."""
         return "byte" if self.tokenizer == "bytes" else "token"
 
     @property
     def marks(self) -> Marks:
-        """<answer> and <end>."""
+        """The tokens of <answer> and <end>."""
         return marks(self._tokenizer, "\n", self._tokenizer.vocab_size)
 
     @property
     def vocab_size(self) -> int:
-        """The tokenizer's (bytes: 256); with answers and no end of a text, <answer> and <end> on top."""
+        """The tokenizer's size (bytes: 256); with answers and no end of a text, plus <answer> and <end>."""
         own = self.asks and self._tokenizer.end is None
         return self._tokenizer.vocab_size + (2 if own else 0)
 
@@ -112,14 +112,14 @@ class Text:
 
     @cached_property
     def bytes_per_token(self) -> float:
-        """Mean length of the held-out tokens (those of texts or answers) in UTF-8."""
+        """The mean length in bytes (UTF-8) of the held-out tokens of texts or answers."""
         if self.unit == "byte":
             return 1.0
         tokens = [part[-1].tolist() for part in self._parts["test"]]
         return sum(len(self._tokenizer.decode(t).encode()) for t in tokens) / sum(map(len, tokens))
 
     def floors(self) -> dict[str, float]:
-        """A guess, and always the most frequent: token of the training part, or answer of the training set.
+        """Guess, or always say the most frequent: token of the training part, or answer of the training set.
 
         Guesses at an answer are among those of the training set.
         """
@@ -173,12 +173,12 @@ class Text:
         )
 
     def solve(self, tokens: list[int]) -> list[list[int]]:
-        """Nothing: the next token does not follow from those before it."""
+        """Return nothing: the next token does not follow from those before it."""
         del tokens
         return []
 
     def spell(self, tokens: list[int]) -> str:
-        """As the tokenizer decodes it; bytes that are no UTF-8 as escapes."""
+        """Decode with the tokenizer; bytes that are no UTF-8 appear as escapes."""
         first = self._tokenizer.vocab_size
         runs = groupby(tokens, key={first: "<answer>", first + 1: "<end>"}.get)
         return "".join(mark or self._tokenizer.decode(list(run)) for mark, run in runs)

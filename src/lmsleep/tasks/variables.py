@@ -48,21 +48,21 @@ class Variables:
 
     @property
     def variables(self) -> int:
-        """Variables in a sample."""
+        """The number of variables in a sample."""
         return self.chains * (self.hops + 1)
 
     @property
     def vocab_size(self) -> int:
-        """=, ;, ?, ten digits, names."""
+        """The vocabulary is =, ;, ?, ten digits, names, in this order."""
         return FIRST_NAME + self.names
 
     @property
     def difficulty_name(self) -> str:
-        """Assignments between the variable and its value."""
+        """The difficulty key counts the assignments between the variable and its value."""
         return "hops"
 
     def floors(self) -> dict[str, float]:
-        """A guess among the values of the context; a constant digit is among them or not."""
+        """Guess among the values of the context; a constant digit is among them or not."""
         return {"chance": 1 / self.chains, "constant": 1 / DIGITS}
 
     def batch(self, rng: np.random.Generator, size: int, split: Split, level: float = 1.0) -> Batch:
@@ -94,7 +94,7 @@ class Variables:
         return [[node]]
 
     def spell(self, tokens: list[int]) -> str:
-        """As it would be written."""
+        """Spell the assignments as they would be written."""
         return " ".join(map(self._token, tokens))
 
     def _token(self, token: int) -> str:

@@ -26,12 +26,12 @@ class _Row(NamedTuple):
 
 
 def is_set(path: Path) -> bool:
-    """Whether `path` holds a set of documents, and is not one itself."""
+    """Return True if `path` holds a set of documents, and is not a document itself."""
     return path.is_dir() or path.suffix == ".jsonl"
 
 
 def read_set(path: Path, names: tuple[str, ...] = ()) -> Iterator[Document]:
-    """The documents of a .jsonl file or a folder that `datasets` saved.
+    """Yield the documents of a .jsonl file or of a folder that `datasets` saved.
 
     A folder with splits "train" and "test" (or "validation") keeps these two; elsewhere a document is held
     out by the hash of its first field, so that a prompt is never in both.

@@ -12,7 +12,7 @@ POOL = 8  # batches' worth of documents among which similar ones are found
 def alike(
     rng: np.random.Generator, lengths: np.ndarray, size: int, weights: np.ndarray | None = None
 ) -> np.ndarray:
-    """Numbers `[size]` of documents that are about equally long.
+    """Draw the numbers `[size]` of documents that are about equally long.
 
     A pool is drawn by `weights`, sorted by length and cut into groups; one of the groups is taken. So each
     document is as likely as its weight says, but long ones come together.
@@ -24,7 +24,7 @@ def alike(
 
 
 def pad(rows: Sequence[np.ndarray]) -> tuple[Tensor, Tensor | None]:
-    """Rows side by side, `[R, T]` int64, padded on the right with 0, and their lengths `[R]`.
+    """Stack rows into `[R, T]` int64, padded on the right with 0, and return their lengths `[R]` too.
 
     Rows of one length need no padding (None). Otherwise T is rounded up by at most an eighth: few shapes
     occur, and each costs a pass that counts its FLOPs.
@@ -41,7 +41,7 @@ def pad(rows: Sequence[np.ndarray]) -> tuple[Tensor, Tensor | None]:
 
 
 def is_real(tokens: Tensor, lengths: Tensor | None) -> Tensor:
-    """`[R, T]` bool: which of `tokens` are no padding."""
+    """Return a mask `[R, T]`, bool: True where `tokens` are no padding."""
     if lengths is None:
         return torch.ones_like(tokens, dtype=torch.bool)
     return torch.arange(tokens.shape[1]) < lengths[:, None]
