@@ -68,7 +68,7 @@ class Processor:
         return 2 * size**3 / min(self.seconds(times))
 
     def copy_bandwidth(self, megabytes: int, repeats: int = 7) -> float:
-        """Measure the bytes/s of a copy (read and written) far larger than the caches; the best of several."""
+        """Measure the bytes/s of a copy (read and written) far larger than the caches; best of several."""
         source = torch.ones(megabytes * 2**20, dtype=torch.uint8, device=self.device)
         target = torch.zeros_like(source)
         times = take_turns({0: lambda: target.copy_(source)}, repeats)[0]

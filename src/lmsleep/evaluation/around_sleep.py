@@ -93,6 +93,7 @@ def adaptation(
                 state = evict(sleep.eviction, asleep, L)
                 if number > 0 or segments.shape[1] == 1:
                     wanted = torch.from_numpy(task.is_predicted(probe.cpu().numpy())).to(device)
+                    # -100 is what cross_entropy leaves out.
                     targets = probe.masked_fill(~wanted, -100)[:, 1:]
                     tokens[s] += int((targets >= 0).sum())
                     nats[s] += [_nats(model, probe, targets, x, sleep) for x in (before, awake, state)]

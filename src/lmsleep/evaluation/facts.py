@@ -127,6 +127,7 @@ def _pieces(tokens: Tensor, length: int, samples: int, generator: torch.Generato
         raise ValueError(
             f"text has {len(tokens)} tokens, a piece needs {length}; take a longer text or fewer windows"
         )
+    # Drawn before the facts, so that the pieces do not depend on how many facts there are.
     starts = torch.randint(len(tokens) - length + 1, (samples,), generator=generator)
     return [tokens[a : a + length] for a in starts.tolist()]
 
@@ -134,6 +135,8 @@ def _pieces(tokens: Tensor, length: int, samples: int, generator: torch.Generato
 def _nats(model: Backbone, piece: Tensor, L: int, sleep: SleepConfig | None) -> float:
     """Return the mean nats per counted token of the piece; with `sleep=None` every window is read alone."""
     counted = torch.ones_like(piece, dtype=torch.bool)
+    # The first window has nothing before it; the first token of each has nothing to be predicted from in
+    # DROPPED, so no way of reading may count it.
     counted[:L] = counted[::L] = False
     rows, mask = (piece[None], counted[None]) if sleep else (piece.view(-1, L)[1:], counted.view(-1, L)[1:])
     device = _device(model)
@@ -167,6 +170,7 @@ class _Quiz:
 
     @classmethod
     def draw(cls, tokenizer: Tokenizer, piece: Tensor, L: int, generator: torch.Generator) -> "_Quiz":
+        # The order of draws (places, numbers, position) is fixed: seeds of published tables give these facts.
         places = [PLACES[i] for i in torch.randperm(len(PLACES), generator=generator)[:FACTS].tolist()]
         numbers = [str(n) for n in (1000 + torch.randperm(9000, generator=generator)[:CHOICES]).tolist()]
         planted = tokenizer.encode(
@@ -180,13 +184,16 @@ class _Quiz:
                 f"window={L} is too short: the planted facts have {len(planted)} tokens, "
                 f"a question with its answer {longest}"
             )
+        # Planted anywhere in the first window, whole; what the piece gains in front it loses at its end.
         at = int(torch.randint(L - len(planted) + 1, (), generator=generator))
         context = torch.cat([piece[:at], torch.tensor(planted), piece[at:]])[: len(piece)]
+        # The numbers of the other facts are among the choices: knowing that some number was read does not
+        # help.
         choices = [[answers[i], *answers[:i], *answers[i + 1 :]] for i in range(FACTS)]
         return cls(context, questions, choices)
 
     def answered(self, model: Backbone, sleep: SleepConfig | None) -> Tensor:
-        """Return log-likelihoods `[FACTS, CHOICES]` in nats, the right first; None: no context is read."""
+        """Return log-likelihoods `[FACTS, CHOICES]` in nats, the right first; None: without a context."""
         device = _device(model)
         state = model.initial_state(1)
         if sleep is not None:
@@ -206,10 +213,12 @@ class _Quiz:
             padded.to(device),
             None,
             SleepConfig() if sleep is None else sleep.with_passes(1),
+            # Every pair of a question and a choice forks the one memory.
             state=state.rows([0] * len(rows)),
             lengths=lengths.to(device),
         ).logits
         assert logits is not None
+        # Logits at place t predict token t + 1; padding behind a row is cut off by `asked`.
         log_p = logits[:, :-1].float().log_softmax(-1).gather(2, padded[:, 1:, None].to(device))[..., 0].cpu()
         place = torch.arange(1, padded.shape[1])
         first = torch.tensor([len(q) for q, _ in rows])[:, None]

@@ -30,6 +30,7 @@ def mean_interval(values: Iterable[float]) -> tuple[float, float, float]:
     mean = float(x.mean())
     if len(x) < 2:
         return mean, math.nan, math.nan
+    # n values have n - 1 degrees of freedom; beyond 30 the normal quantile is near enough.
     t = T_975[len(x) - 2] if len(x) - 2 < len(T_975) else 1.96
     half = t * float(x.std()) / math.sqrt(len(x))
     return mean, mean - half, mean + half

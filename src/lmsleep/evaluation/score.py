@@ -90,13 +90,17 @@ class Score:
             self.correct[key] = self.correct.get(key, 0) + int(right[mine].sum())
             self.total[key] = self.total.get(key, 0) + int(mine.sum())
 
+        # Half-precision logits would round bits in their third digit.
         nll = F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten(), reduction="none")
         wanted = batch.loss_mask[:, 1:].flatten()
+        # Position i reads token i and predicts token i + 1.
         position = torch.arange(tokens.shape[1], device=tokens.device).repeat(len(tokens))
         evicted = position >= (after or tokens.shape[1])
+        # A context is evicted before the first token of its rows.
         if after is not None and batch.context is not None:
             evicted = torch.ones_like(evicted)
         for which, mask in (("all", wanted), ("after_eviction", wanted & evicted)):
+            # float32 would lose single tokens in a sum over millions.
             self.nll[which] += float(nll[mask].double().sum())
             self.tokens[which] += int(mask.sum())
 

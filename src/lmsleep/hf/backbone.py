@@ -90,6 +90,7 @@ class HFBackbone(nn.Module):
             memory.append(None if x.memory is None else empty(*x.memory, dtype=x.memory_dtype))
             tensors = []
             if x.kv is not None:
+                # Time is dimension 1 in every tensor of the working memory, so that eviction is one slice.
                 tensors += [empty(0, *size, dtype=x.dtype) for size in x.kv]
                 tensors.append(empty(0, dtype=torch.int64))
             if x.channels is not None:
@@ -100,6 +101,7 @@ class HFBackbone(nn.Module):
     def embed(self, tokens: Tensor) -> Tensor:
         """Embed tokens `[B, T]` (int64) as hidden states `h` `[B, T, d]`, scaled as the model scales them."""
         h: Tensor = self.model.get_input_embeddings()(tokens)
+        # Granite and Falcon-H1 scale embeddings in the decoder's forward, which is not called here.
         scale = getattr(self.model.get_decoder(), "embedding_multiplier", None)
         return h if scale is None else h * scale
 
@@ -108,6 +110,8 @@ class HFBackbone(nn.Module):
         decoder = self.model.get_decoder()
         norm = next(getattr(decoder, name) for name in NORMS if hasattr(decoder, name))
         logits: Tensor = self.model.get_output_embeddings()(norm(h))
+        # As for embeddings: the scale of logits (Granite divides, Falcon-H1 multiplies) is in code not called
+        # here.
         if (divisor := getattr(self.config, "logits_scaling", None)) is not None:
             logits = logits / divisor
         if (factor := getattr(decoder, "lm_head_multiplier", None)) is not None:
@@ -160,6 +164,8 @@ class HFBackbone(nn.Module):
         if x.kv is not None:
             lent[i].keys, lent[i].values = cache[:2]
         if x.memory is not None:
+            # The layer that writes may have a number of its own: memory layers stand behind all blocks in a
+            # cache.
             lent.setdefault(x.writer, Carried()).S = memory
         if x.channels is not None:
             lent.setdefault(x.writer, Carried()).tail = cache[-1]
@@ -181,14 +187,17 @@ class HFBackbone(nn.Module):
     ) -> tuple[Tensor, State]:
         counts, T = valid.sum(dim=1), h.shape[1]
         hs, states, groups = [], [], []
+        # Rows of one length run together, so no block sees padding.
         for count in counts.unique().tolist():
             rows = (counts == count).nonzero()[:, 0]
             x, s = h[rows, :count], state.rows(rows)
             if count:
                 x, s = self.run(x, s, start, stop, span=span)
+            # Back to T positions; what stands at padding is read by nobody.
             hs.append(nn.functional.pad(x, (0, 0, 0, T - count)))
             states.append(State(s.memory, replace(s.cache, filled=None)))
             groups.append(rows)
+        # `groups` lists rows by length; argsort is the inverse of that permutation.
         order = torch.cat(groups).argsort()
         joined = State.join(states, order)
         cache = replace(joined.cache, filled=state.cache.filled)
@@ -217,6 +226,5 @@ def call_block(block: Any, h: Tensor, cache: RunCache, where: Positions, mask: T
         use_cache=True,
         **options,
     )
-    return (
-        out[0] if isinstance(out, tuple) else out
-    )  # some families return attention weights or a router beside h
+    # Some families return attention weights or the choices of a router beside h.
+    return out[0] if isinstance(out, tuple) else out

@@ -60,6 +60,7 @@ class RunCache:
         """Add keys and values `[B, H, T, D]` of new tokens; return those of all visible tokens."""
         layer = self[layer_idx]
         if layer.keys is not None and layer.values is not None and layer.keys.shape[1]:
+            # `transformers` has heads before time, a State has time first (dimension 1).
             key_states = torch.cat([layer.keys.transpose(1, 2).to(key_states.dtype), key_states], dim=2)
             value_states = torch.cat(
                 [layer.values.transpose(1, 2).to(value_states.dtype), value_states], dim=2
@@ -90,6 +91,7 @@ class RunCache:
         if layer.tail is not None and layer.tail.shape[1]:
             conv_states = torch.cat([layer.tail.mT.to(conv_states.dtype), conv_states], dim=2)
         seen = conv_states.mT
+        # A convolution of W taps sees the W - 1 inputs before a token.
         layer.tail = seen[:, max(seen.shape[1] - (conv_kernel_size - 1), 0) :]
         return conv_states
 
@@ -98,6 +100,8 @@ class RunCache:
         S = self[layer_idx].S
         if S is None:
             return None
+        # A copy, since other passes and forks hold the same tensor; a subclass, since some kernels overwrite
+        # it.
         lent = self._lent[layer_idx] = S.clone().as_subclass(_Lent)
         return lent
 

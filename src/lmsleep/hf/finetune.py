@@ -80,6 +80,7 @@ def pretrained_backbone(options: FineTune, *, bfloat16: bool = False) -> HFBackb
         ValueError: if it cannot be loaded, cannot sleep, or has no map of the name of a target.
     """
     model = _start(options)
+    # Remembered before the cast to float32: what was bfloat16 in the folder goes back without loss.
     halved = {id(p) for p in model.parameters() if p.dtype is torch.bfloat16}
     backbone = adapt(model.float())
     _choose(backbone, options)
@@ -181,6 +182,7 @@ def merged(backbone: HFBackbone, options: FineTune) -> Any:
     for name, module in backbone.model.named_modules():
         if is_adapted(module):
             weight = model.get_parameter(f"{name}.weight")
+            # Added in float32 and rounded once, to the dtype of the folder.
             weight.copy_(weight.float() + update(module).to(weight.device))
     own = dict(model.named_parameters())
     for name, p in backbone.model.named_parameters():
@@ -198,6 +200,7 @@ def export(backbone: HFBackbone, options: FineTune, sleep: SleepConfig, folder: 
     from lmsleep.hf.sleeping import sleepify  # which imports transformers
 
     model = sleepify(merged(backbone, options), sleep)
+    # Written aside and renamed, so that a kill leaves no half of a model under the name.
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)

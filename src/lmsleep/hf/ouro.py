@@ -137,6 +137,7 @@ class OuroModel(LlamaModel):
         size = len(cache_layers(self.config))
         for step in range(len(cache.layers) // size, steps):
             cache.layers[step * size :] = cache_layers(self.config)
+        # Shallow copies share the layers' tensors, so what a step writes is in the one cache.
         views = [copy.copy(cache) for _ in range(steps)]
         for step, view in enumerate(views):
             view.layers = cache.layers[step * size : (step + 1) * size]
@@ -148,7 +149,10 @@ class OuroModel(LlamaModel):
         if threshold >= 1 or len(states) == 1:
             return states[-1]
         h = torch.stack(states)  # [steps, B, T, d]
+        # sigmoid(-x) = 1 - sigmoid(x): the probability to stay at each step; their product, to be still
+        # there.
         stays = (-self.early_exit_gate(h[:-1]).float()).sigmoid().cumprod(dim=0)
+        # Steps at which too few have left, counted: the number of the step that a token leaves at.
         step = (1 - stays < threshold).sum(dim=0)[None].expand(1, *h.shape[1:])
         return h.gather(0, step)[0]
 

@@ -71,6 +71,7 @@ class SleepCache(Cache):
         batch.read([row[:edge] for row, edge in zip(rows, edges, strict=True)])
         logits = batch.read_with_logits([row[edge:] for row, edge in zip(rows, edges, strict=True)])
         self.positions += T
+        # Rows of different fill stand with their newest token at the right, as generate expects.
         out = next(x for x in logits if len(x)).new_zeros(B, keep, logits[0].shape[-1])
         for row, x in zip(out, logits, strict=True):
             row[keep - len(x) :] = x

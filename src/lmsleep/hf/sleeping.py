@@ -197,6 +197,7 @@ class _Sleeping:
                 )
         if valid is not None:  # rows begin with their first token, so that padding moves no window
             lengths = valid.sum(dim=1)
+            # Each row is turned round until its first token stands first; logits are turned back below.
             T, first = valid.shape[1], valid.int().argmax(dim=1)
             turned = (torch.arange(T, device=valid.device) + first[:, None]) % T
             tokens, wanted = tokens.gather(1, turned), None if wanted is None else wanted.gather(1, turned)
@@ -270,6 +271,7 @@ def _valid(mask: Tensor | None, position_ids: Tensor | None, tokens: Tensor) -> 
 def _loss(read: SleepOutput, wanted: Tensor, lengths: Tensor | None, items: Tensor | int | None) -> Tensor:
     """Return the mean over predicted tokens, or their sum over `items`; zero where nothing is predicted."""
     if read.loss is None:
+        # A zero that depends on the weights: backward() works on a batch without targets.
         written = [S.sum() for S in read.memory.layers if S is not None]
         return torch.stack(written).sum() * 0.0
     if items is None:

@@ -77,6 +77,7 @@ class JetBlock(nn.Module):
         q, k = (_unit(F.silu(y).unflatten(-1, (-1, self.key_dim))) for y in (self.q_proj(x), self.k_proj(x)))
         v, tail = self.dynamic_conv1d(self.v_proj(x), x, cache[0].to(x.dtype))
         v = F.silu(v).unflatten(-1, (-1, self.value_dim))
+        # Log decays add up over a whole stream, so they are made in float32; half precision would drift.
         g = -_exact(self.A_log).exp() * F.softplus(_exact(self.a_proj(x)) + _exact(self.dt_bias))
         beta = _exact(self.b_proj(x)).sigmoid()
         o, memory = ops.gated_delta_rule(q, k, v, g, beta, initial_state=memory)
@@ -122,10 +123,12 @@ class _Generator(nn.Module):
 
 
 def _exact(x: Tensor) -> Tensor:
+    # float64 stays float64: tests compare gradients with finite differences there.
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _unit(x: Tensor) -> Tensor:
     """Scale to unit L2 norm over the last dimension."""
+    # 1e-6 under the root is what fla's kernels add; it also keeps a zero key zero instead of NaN.
     y = _exact(x)
     return (y * (y.square().sum(dim=-1, keepdim=True) + 1e-6).rsqrt()).to(x.dtype)

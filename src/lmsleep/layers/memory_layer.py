@@ -50,6 +50,7 @@ class MemoryLayer(nn.Module):
                 norm_eps=norm_eps,
                 backend="auto",
             )
+        # The last map alone is zero: it has a gradient from the first step on, and with it all before it.
         nn.init.zeros_(self.mixer.o_proj.weight)
 
     def empty_cache(self, batch_size: int) -> tuple[Tensor, ...]:

@@ -30,6 +30,7 @@ class SwiGLU(nn.Module):
         gate, up = self.gate_proj(x), self.up_proj(x)
         if S is None or self.scale is None:
             return self.down_proj(F.silu(gate) * up)
+        # The three are kept in one tensor, so `down` lies transposed, as `[hidden, d]`.
         own_gate, own_up, own_down = (S.to(x.dtype) * self.scale[:, None, None].to(x.dtype)).unbind(1)
         h = F.silu(gate + x @ own_gate.mT) * (up + x @ own_up.mT)
         return self.down_proj(h) + h @ own_down

@@ -24,6 +24,7 @@ def ablated(memory: Memory, heads: Collection[Head], how: How) -> Memory:
         S = layers[block]
         assert S is not None
         S = S.clone()
+        # Of a copy: the memory that was handed in stays intact.
         S[:, head] = 0 if how == "zero" else S[:, head].roll(1, 0)
         layers[block] = S
     return Memory(tuple(layers))

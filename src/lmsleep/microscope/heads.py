@@ -51,6 +51,7 @@ def _gates(each: Pass, block: int) -> dict[str, Tensor]:
     if block not in each.writes:
         return {}
     writes = each.writes[block]
+    # 1 - exp(g) without losing the digits of a small g.
     return {"forgotten": -torch.expm1(writes.g).mean(dim=1), "written": writes.beta.mean(dim=1)}
 
 

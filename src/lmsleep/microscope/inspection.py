@@ -126,6 +126,7 @@ def _watched(seen: Subject, bar: Bar) -> dict[str, list[Row]]:
     total = -(-seen.windows.shape[1] // seen.sleep.window)
     windows = watch(seen.model, seen.windows, seen.sleep, seen.state)
     for number, window in enumerate(bar(windows, "windows", total)):
+        # Windows are dropped as they come, but for the last READ_BACK: a long stream must fit into memory.
         change.append(change_row(number, window))
         heads += head_rows(number, window)
         hypnogram += hypnogram_rows(read, window, layers)

@@ -24,9 +24,11 @@ def ridge(x: Tensor, targets: Tensor, classes: int) -> Callable[[Tensor], Tensor
     Returns:
         A function from features `[m, d]` to the likeliest classes `[m, J]`.
     """
+    # A feature that never changes would be divided by zero; 1e-12 makes it zero.
     centre, spread = x.mean(0), x.std(0).clamp(min=1e-12)
 
     def features(x: Tensor) -> Tensor:
+        # The column of ones is the intercept.
         return torch.nn.functional.pad((x - centre) / spread, (0, 1), value=1.0)
 
     A, Y = features(x), torch.nn.functional.one_hot(targets, classes).to(x.dtype)

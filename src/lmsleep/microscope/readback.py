@@ -21,8 +21,10 @@ def readback(S: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         number of values whose cosine with `r_t` is larger. Rank 1 is a retrieval; a token that wrote what
         another one wrote shares its rank. Where nothing is read (`r_t = 0`) the cosine is 0, the rank L.
     """
+    # Ranks compare cosines that may differ in their last digits.
     S, k, v = (x.to(torch.float64) for x in (S, k, v))
     read = torch.einsum("bhkv,blhk->blhv", S, k)
+    # 1e-300 turns 0 / 0 into 0 and changes no other float64.
     unit = [x / x.norm(dim=-1, keepdim=True).clamp(min=1e-300) for x in (read, v)]
     cosines = torch.einsum("bihv,bjhv->bhij", *unit)
     own = cosines.diagonal(dim1=-2, dim2=-1)

@@ -76,6 +76,7 @@ def watch(
         with watched.listening():
             _, after = read_window(watched, window, state, sleep, passes=sleep.passes, logits=False)
         last = watched.passes[-1]
+        # Blocks after the loop write in the last pass only, and after `run` has recorded it.
         passes = [
             *watched.passes[:-1],
             replace(last, memory=after.memory, writes={**last.writes, **watched.heard}),

@@ -100,10 +100,13 @@ class HybridLM(nn.Module):
     def reset_parameters(self) -> None:
         """Draw linear weights from N(0, 1/fan-in), an untied embedding from N(0, 1)."""
         for name, module in self.named_modules():
+            # The gates of fast weights (a_proj, b_proj) keep what their layer gave them: the wanted
+            # forgetting.
             if isinstance(module, nn.Linear) and not name.endswith(("a_proj", "b_proj")):
                 writes = name.endswith(WRITERS)
                 std = module.in_features**-0.5 * (self.config.residual_init if writes else 1.0)
                 nn.init.normal_(module.weight, std=std)
+        # A tied embedding is the output projection too, which is to give logits of unit scale.
         std = self.config.d_model**-0.5 if self.config.tie_embeddings else 1.0
         nn.init.normal_(self.embedding.weight, std=std)
 
@@ -152,6 +155,7 @@ class HybridLM(nn.Module):
         """Return `S = 0` and nothing in the working memory, for `batch_size` rows."""
         weight = self.embedding.weight
         blocks = [cast(Block, block) for block in self.blocks]
+        # S sums up the writes of a whole stream; in half precision the small ones would round to nothing.
         dtype = torch.promote_types(weight.dtype, torch.float32)
         memory = Memory.zeros([b.memory_shape for b in blocks], batch_size, dtype=dtype, device=weight.device)
         return State(memory, Cache(tuple(b.mixer.empty_cache(batch_size) for b in blocks)))
@@ -207,6 +211,7 @@ class HybridLM(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
         if self.config.tie_embeddings:
+            # It is the embedding under another name, and safetensors refuses memory that is shared.
             del tensors["lm_head.weight"]
         write_atomic(folder / "model.safetensors", save(tensors, {"format": "pt"}))
         write_atomic(folder / "config.json", json.dumps(self.config.to_dict(), indent=2).encode())

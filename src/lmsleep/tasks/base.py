@@ -144,6 +144,8 @@ def stream(seed: int, split: Split, index: int) -> np.random.Generator:
     """
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed must lie in 0 ... 2^63 - 1, got {seed}")
+    # Philox is counter-based: every key has a stream of its own at no cost, however far apart the indices
+    # are. Training takes the even keys and tests the odd ones, so none is used twice.
     return np.random.Generator(np.random.Philox(key=[seed, 2 * index + (split == "test")]))
 
 

@@ -62,7 +62,9 @@ class Drift:
         """Draw `size` streams; there is no curriculum, whatever `level`."""
         del split, level  # values^keys dictionaries, in any order: train and test do not meet
         pairs = self.segments * self.segment // 2
+        # A segment has segment / 2 pairs, so this makes one shift a segment on average.
         shifts = rng.random((size, pairs)) < 2 / self.segment
+        # Dictionary number 0 holds until the first shift, number 1 from it on, and so forth.
         dictionary = np.cumsum(shifts, axis=1)
         key, value = self._pairs(rng, dictionary)
         same = (key[:, :, None] == key[:, None, :]) & (dictionary[:, :, None] == dictionary[:, None, :])
@@ -78,6 +80,7 @@ class Drift:
 
     def segments_of(self, rng: np.random.Generator, size: int, more: int = 0) -> np.ndarray:
         """Draw tokens `[size, segments, segment + more]`: segments, each with `more` that would follow it."""
+        # Rounded up: `more` may end within a pair.
         pairs = -(-(self.segment + more) // 2)
         dictionary = np.tile(np.arange(self.segments).repeat(pairs), (size, 1))
         tokens = np.stack(self._pairs(rng, dictionary), axis=2).reshape(size, self.segments, -1)

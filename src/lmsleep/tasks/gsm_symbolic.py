@@ -82,12 +82,14 @@ class GSMSymbolic:
     def batch(self, rng: np.random.Generator, size: int, split: Split, level: float = 1.0) -> Batch:
         """Draw `size` contexts with their questions; `level` caps the variables at `ceil(level ops)`."""
         del split  # names!/(names - ops - noise)! contexts: train and test never meet by chance
+        # Every question asks for another variable, so there are as many variables as questions at least.
         ops = max(self.queries, int(np.ceil(level * self.ops)))
         value, depth, parent, relation = self._trees(rng, size, ops)
         _, _, noise_parent, noise_relation = self._trees(rng, size, max(self.noise, 1))
         name = rng.permuted(np.tile(np.arange(self.names), (size, 1)), axis=1)[:, : ops + self.noise]
         name, other = np.split(name + self.first_name, [ops], axis=1)
         source = np.take_along_axis(name, parent, axis=1)
+        # The root is set to a number, which stands where the others have the name of their parent.
         source[:, 0] = self.zero + value[:, 0]
         other_source = np.take_along_axis(other, noise_parent[:, : self.noise], axis=1)
         left = np.concatenate([name, other[:, 1:]], axis=1)
@@ -125,6 +127,7 @@ class GSMSymbolic:
         depth = np.zeros((self.ops, self.ops))
         depth[0, 0] = 1
         for node in range(1, self.ops):
+            # A node's parent is any earlier one with equal chance, and it lies one deeper.
             depth[node, 1:] = depth[:node, :-1].mean(axis=0)
         shares: np.ndarray = depth.mean(axis=0)
         return shares
@@ -133,6 +136,7 @@ class GSMSymbolic:
         self, rng: np.random.Generator, size: int, nodes: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Draw value, depth, parent and relation to it, each `[size, nodes]`; node 0 is the root."""
+        # Node i hangs from any node before it, so each row is a random recursive tree.
         parent = rng.integers(0, np.maximum(np.arange(nodes), 1), (size, nodes))
         relation = rng.integers(0, len(STEP), (size, nodes))
         relation[:, 0] = EQUALS

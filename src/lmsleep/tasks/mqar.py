@@ -63,6 +63,7 @@ class MQAR:
     def batch(self, rng: np.random.Generator, size: int, split: Split, level: float = 1.0) -> Batch:
         """Draw `size` contexts with their questions; `level` caps the pairs at `ceil(level D)`."""
         del split  # keys^pairs contexts: train and test never meet by chance
+        # As many pairs as questions at least, for every question asks for another key.
         D = max(self.queries, int(np.ceil(level * self.pairs)))
         key = rng.permuted(np.tile(np.arange(self.keys), (size, 1)), axis=1)[:, :D]
         value = self.keys + rng.integers(0, self.values, (size, D))

@@ -17,10 +17,12 @@ def automaton(cells: np.ndarray, steps: int, rule: int = 110, boundary: str = "r
 
     `boundary="ring"` joins the ends; `"zero"` holds the cells outside at 0.
     """
+    # Bit i of Wolfram's number is what becomes of a cell whose neighbourhood reads i in binary.
     table = np.array([rule >> i & 1 for i in range(8)], dtype=cells.dtype)
     for _ in range(steps):
         left, right = np.roll(cells, 1, axis=-1), np.roll(cells, -1, axis=-1)
         if boundary == "zero":
+            # np.roll made copies, so writing into them leaves the cells alone.
             left[..., 0] = right[..., -1] = 0
         cells = table[4 * left + 2 * cells + right]
     return cells
@@ -77,6 +79,7 @@ class Rule110:
     def floors(self) -> dict[str, float]:
         """Return how often a coin is right, and the better constant bit (estimated on 4096 samples)."""
         bits = self.states * self.asked
+        # A fixed seed: a floor is a constant of the task.
         rng = np.random.default_rng(0)
         cells = rng.integers(0, 2, (4096 * self.states, self.width), dtype=np.int64)
         after = self._after(cells, self.t).reshape(4096, bits)
@@ -102,6 +105,7 @@ class Rule110:
     def solve(self, tokens: list[int]) -> list[list[int]]:
         """See `Task.solve`."""
         answer = []
+        # Written without `automaton`, so that an error there shows.
         for state in range(self.states):
             cells = tokens[state * self.width : (state + 1) * self.width]
             for _ in range(self.t):

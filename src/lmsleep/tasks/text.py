@@ -137,6 +137,7 @@ class Text:
         parts, lengths = self._parts[split], self._lengths[split]
         if self.asks:
             return self._questions([parts[i] for i in alike(rng, lengths, size)])
+        # Every excerpt of a file is as likely as any other, so a file counts by its number of excerpts.
         starts = np.maximum(lengths - self.length, 0) + 1
         if is_set(self.data[0]):
             weights = np.maximum(lengths / self.length, 1)
@@ -160,6 +161,7 @@ class Text:
         begin, end = self.marks
         tokens, lengths = pad([np.concatenate([begin, answer, [end]]) for _, answer in pairs])
         mask = is_real(tokens, lengths)
+        # <answer> is given, the answer and its end are to be predicted.
         mask[:, : len(begin)] = False
         return Batch(
             tokens=tokens,

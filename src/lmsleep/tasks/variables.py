@@ -70,14 +70,18 @@ class Variables:
         del split  # names!/(names - variables)! contexts: train and test never meet by chance
         links = int(np.ceil(level * self.hops)) + 1
         total = self.chains * links
+        # Draws: names, values, order of statements, questions. Another order would change every sample of a
+        # seed.
         name = rng.permuted(np.tile(np.arange(self.names), (size, 1)), axis=1)[:, :total] + FIRST_NAME
         name = name.reshape(size, self.chains, links)  # from the value down
         value = rng.permuted(np.tile(np.arange(DIGITS), (size, 1)), axis=1)[:, : self.chains, None] + 3
+        # The first variable of a chain is set to the value, each further one to the variable before it.
         source = np.concatenate([value, name[:, :, :-1]], axis=2)
         mark = [np.full(name.shape, token) for token in (EQUALS, STOP)]
         statement = np.stack([name, mark[0], source, mark[1]], axis=3).reshape(size, total, 4)
         order = rng.permuted(np.tile(np.arange(total), (size, 1)), axis=1)
         context = np.take_along_axis(statement, order[:, :, None], axis=1).reshape(size, -1)
+        # While a curriculum keeps chains short there may be fewer variables than questions.
         M = min(self.queries, total)
         asked = rng.permuted(np.tile(np.arange(total), (size, 1)), axis=1)[:, :M]
         answer = np.take_along_axis(np.broadcast_to(value, name.shape).reshape(size, total), asked, axis=1)

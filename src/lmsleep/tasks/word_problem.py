@@ -90,6 +90,7 @@ class WordProblem:
         product = word.copy()
         for j in range(1, self.length):
             product[:, j] = table[product[:, j - 1], word[:, j]]
+        # Every question asks for another prefix, so there are as many prefixes as questions at least.
         longest = max(self.queries, int(np.ceil(level * self.length)))
         asked = rng.permuted(np.tile(np.arange(longest), (size, 1)), axis=1)[:, : self.queries]
         answer = np.take_along_axis(product, asked, axis=1)

@@ -53,6 +53,7 @@ def read_set(path: Path, names: tuple[str, ...] = ()) -> Iterator[Document]:
 
 
 def _split(text: str) -> Split:
+    # JSON may hold half of a surrogate pair, which plain UTF-8 refuses.
     digest = blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return "train" if int.from_bytes(digest, "big") % HELD_OUT else "test"
 
@@ -71,6 +72,7 @@ def _text(row: _Row, name: str) -> str:
     if name not in row.values:
         raise ValueError(f"{row.where}: no field {name!r}; there are {', '.join(row.values)}")
     value = row.values[name]
+    # bool is an int in Python.
     if isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, str):

@@ -18,6 +18,7 @@ def alike(
     document is as likely as its weight says, but long ones come together.
     """
     pool = rng.choice(len(lengths), POOL * size, p=None if weights is None else weights / weights.sum())
+    # Stable: documents of one length stay in the order of the draw, on every platform.
     pool = pool[np.argsort(lengths[pool], kind="stable")]
     group = int(rng.integers(POOL))
     return pool[group * size : (group + 1) * size]
@@ -33,6 +34,7 @@ def pad(rows: Sequence[np.ndarray]) -> tuple[Tensor, Tensor | None]:
     T = int(lengths.max())
     if (lengths == T).all():
         return torch.from_numpy(np.stack(rows).astype(np.int64)), None
+    # A sixteenth to an eighth of T, as T lies between two powers of two.
     step = 1 << max(T.bit_length() - 4, 0)
     tokens = np.zeros((len(rows), -(-T // step) * step), dtype=np.int64)
     for row, source in zip(tokens, rows, strict=True):

@@ -95,7 +95,9 @@ class Spelled:
     def __init__(self, spell: Callable[[list[int]], str], vocab_size: int) -> None:
         self.spell, self.vocab_size = spell, vocab_size
         self.numbers = {spell([token]): token for token in range(vocab_size)}
+        # A regular expression takes the first alternative that fits: HOP_1 must not win over HOP_16.
         longest_first = sorted(self.numbers, key=len, reverse=True)
+        # The last alternative catches what is no word, so that the error can name it.
         self.pieces = re.compile("|".join([*map(re.escape, longest_first), r"\S+"]))
 
     def encode(self, text: str) -> list[int]:

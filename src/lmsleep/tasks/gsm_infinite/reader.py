@@ -62,6 +62,7 @@ def answer(text: str) -> int:
     left, right = _equation(problem, known)
     slope, value = left[0] - right[0], right[1] - left[1]
     if problem.modulus:
+        # The inverse of the slope in the arithmetic of the modulus.
         return value * pow(slope, -1, problem.modulus) % problem.modulus
     if not slope or value % slope:
         raise UnsolvableError(f"{problem.asked!r} is not determined")
@@ -178,6 +179,7 @@ def _resolve(problem: Problem, name: str, known: dict[str, Linear | None]) -> Li
         if value is None:
             raise UnsolvableError(f"{name!r} depends on itself")
         return value
+    # A name that is met again before it has a value depends on itself.
     known[name] = None
     kind, _, place = _parse(problem.template, name)
     if kind in ("total", "attributes"):

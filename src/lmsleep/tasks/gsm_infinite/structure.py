@@ -66,6 +66,7 @@ def draw_structure(random: Random, size: int, *, hard: bool, reverse: bool) -> S
 
 @cache
 def _width_weights(size: int) -> list[float]:
+    # Sizes 1 ... 20 on a line from 0 to 1; the larger a problem, the wider its layers tend to be.
     place = (size - 1) / 19
     return [math.exp(-((place - centre) ** 2)) for centre in (0.1, 0.3, 0.5, 0.7, 0.9)]
 
