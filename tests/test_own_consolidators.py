@@ -1,5 +1,8 @@
 import json
+import re
 import sys
+import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -172,3 +175,13 @@ def test_a_sleep_says_which_options_it_has():
         sleep_forward(
             lively(tiny("gated_delta_net")), random_tokens(1, 3), None, SleepConfig(), backprop_passes=0
         )
+
+
+def test_the_example_of_the_docs_strengthens_what_a_window_wrote(tmp_path):
+    page = (Path(__file__).parents[1] / "docs" / "architecture.md").read_text()
+    (example,) = (text for text in re.findall(r"```python\n(.*?)```", page, re.S) if "class Nap" in text)
+    (tmp_path / "nap.py").write_text(textwrap.dedent(example))
+    model, tokens = lively(tiny("attention", "gated_delta_net")), random_tokens(2, 4)
+    nap = SleepConfig(window=4, consolidator=f"{tmp_path / 'nap.py'}:Nap", passes=3, share=0.5)
+    once = sleep_forward(model, tokens, None, SleepConfig(window=4)).memory.layers[1]
+    assert close(sleep_forward(model, tokens, None, nap, evict_last=True).memory.layers[1], 2 * once)

@@ -340,7 +340,9 @@ def info(argv: list[str]) -> None:
     sleep = replace(
         sleep,
         window=sleep.window if options.window is None else options.window,
-        consolidator=sleep.with_passes(options.passes or sleep.passes).consolidator,
+        consolidator=sleep.with_passes(
+            sleep.passes if options.passes is None else options.passes
+        ).consolidator,
     )
     figures = cost(model.to("meta"), sleep)
     if options.json:
