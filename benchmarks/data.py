@@ -15,12 +15,12 @@ SIZE = 64  # samples in a batch
 
 
 def tables(repeats: int, tiny: bool) -> dict[str, Callable[[], Table]]:
-    """One table."""
+    """Return one table."""
     return {"speed": lambda: speed(repeats, 0.01 if tiny else 1.0)}
 
 
 def speed(repeats: int, at_least: float) -> Table:
-    """Every task with its defaults; GSM-Infinite, of 2,000 to 3,300 tokens, in its four kinds."""
+    """Time every task with its defaults, and GSM-Infinite, of 2,000 to 3,300 tokens, in its four kinds."""
     with tempfile.TemporaryDirectory() as folder:
         rows: Any = [
             {"task": name, **_speeds(task, repeats, at_least)} for name, task in _tasks(Path(folder)).items()
@@ -46,7 +46,7 @@ def _tasks(folder: Path) -> dict[str, Any]:
 
 
 def _speeds(task: Any, repeats: int, at_least: float) -> dict[str, float]:
-    """Samples a second, over batches that take at least so many seconds; the first of each is not counted."""
+    """Count samples a second over at least so many seconds; the first batch of each is left out."""
     index, speeds = count(), []
     for _ in range(repeats):
         task.batch(stream(0, "train", next(index)), SIZE, "train")

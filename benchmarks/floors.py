@@ -9,13 +9,13 @@ from benchmarks.table import Cell, Table
 
 
 def tables(repeats: int, tiny: bool, processor: Processor) -> dict[str, Callable[[], Table]]:
-    """One table."""
+    """Return one table."""
     sizes = (64, 128) if tiny else (2048, 4096, 8192) if processor.gpu else (512, 1024, 2048)
     return {"limits": lambda: limits(processor, sizes, 8 if tiny else 256, repeats)}
 
 
 def limits(processor: Processor, sizes: tuple[int, ...], megabytes: int, repeats: int) -> Table:
-    """Matrix products of several sizes and dtypes, and a copy."""
+    """Time matrix products of several sizes and dtypes, and a copy."""
     rows: list[dict[str, Cell]] = [
         {
             "limit": f"matrix product, {size} x {size}, {str(dtype)[6:]}",

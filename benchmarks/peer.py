@@ -20,7 +20,7 @@ from lmsleep.layers import Attention, FastWeights
 
 
 class _Memory:
-    """What `Qwen3_5GatedDeltaNet` asks of a cache: S in, S out, and a convolution that starts afresh."""
+    """The cache that `Qwen3_5GatedDeltaNet` asks for: S in, S out, and a convolution that starts afresh."""
 
     def __init__(self, S: Tensor | None) -> None:
         self.S = S
@@ -61,7 +61,7 @@ class Block(nn.Module):
     def forward(
         self, h: Tensor, S: Tensor | None, positions: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor | None]:
-        """`h` `[B, T, d]` and the block's own S -> the next ones."""
+        """Map `h` `[B, T, d]` and the block's own S to the next ones."""
         x, memory = self.input_layernorm(h), _Memory(S)
         if isinstance(self.mixer, LlamaAttention):
             h = h + self.mixer(x, positions)[0]
@@ -71,7 +71,7 @@ class Block(nn.Module):
 
 
 def _delta_net(mixer: FastWeights) -> dict[str, Tensor]:
-    """Our fast-weight layer by transformers' names (which have no bias on beta: leave it zero)."""
+    """Copy our fast-weight layer to transformers' names (which have no bias on beta: leave it zero)."""
     own = mixer.state_dict()
     same = {name: own[name] for name in ("A_log", "dt_bias", "norm.weight")}
     return same | {
@@ -118,7 +118,7 @@ class Composed(nn.Module):
         self.lm_head.load_state_dict(model.lm_head.state_dict())
 
     def loss(self, tokens: Tensor, loss_mask: Tensor, window: int, passes: int) -> Tensor:
-        """Algorithm 1: mean cross entropy of the marked tokens of the last window."""
+        """Run Algorithm 1; return the mean cross entropy (nats) of the marked tokens of the last window."""
         windows = tokens[:, :-1].split(window, dim=1)
         memory: list[Tensor | None] = [None] * len(self.blocks)
         for i, x in enumerate(windows):

@@ -21,26 +21,26 @@ class Processor:
 
     @property
     def gpu(self) -> bool:
-        """Whether it is one."""
+        """True if the device is a GPU."""
         return self.device.type == "cuda"
 
     @property
     def clock(self) -> str:
-        """Name of the clock, for columns."""
+        """The name of the clock, for columns."""
         return "GPU" if self.gpu else "CPU"
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of matrix products in training."""
+        """The dtype of matrix products in training."""
         return torch.bfloat16 if self.gpu else torch.float32
 
     @property
     def text(self) -> str:
-        """The arithmetic, for notes."""
+        """The arithmetic in words, for notes."""
         return "bfloat16 (autocast) on one GPU" if self.gpu else "float32, one thread"
 
     def within(self, call: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """The call in that arithmetic."""
+        """Wrap a call so that it runs in that arithmetic."""
 
         def inside() -> Tensor:
             with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.gpu):
@@ -49,18 +49,18 @@ class Processor:
         return inside
 
     def seconds(self, times: Times) -> list[float]:
-        """What was measured, by the clock."""
+        """Return what was measured, by the clock, in seconds."""
         return times.wall if self.gpu else times.cpu
 
     @property
     def square(self) -> int:
-        """Size of a matrix that keeps all of it busy."""
+        """The size of a square matrix that keeps all of the device busy."""
         return 8192 if self.gpu else 1024
 
     def matmul_peak(
         self, dtype: torch.dtype | None = None, size: int | None = None, repeats: int = 50
     ) -> float:
-        """FLOP/s of a square matrix product, the best of several: the limit."""
+        """Measure the FLOP/s of a square matrix product, the best of several: the limit."""
         size = size or self.square
         a, b = (torch.randn(size, size, device=self.device).to(dtype or self.dtype) for _ in "ab")
         out = torch.empty_like(a)
@@ -68,7 +68,7 @@ class Processor:
         return 2 * size**3 / min(self.seconds(times))
 
     def copy_bandwidth(self, megabytes: int, repeats: int = 7) -> float:
-        """Bytes/s, read and written, of a copy far larger than the caches; the best of several."""
+        """Measure the bytes/s of a copy (read and written) far larger than the caches; best of several."""
         source = torch.ones(megabytes * 2**20, dtype=torch.uint8, device=self.device)
         target = torch.zeros_like(source)
         times = take_turns({0: lambda: target.copy_(source)}, repeats)[0]

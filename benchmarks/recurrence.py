@@ -20,13 +20,13 @@ theirs = getattr(torch_chunk_gated_delta_rule, "__wrapped__", torch_chunk_gated_
 
 
 def tables(repeats: int, tiny: bool, processor: Processor) -> dict[str, Callable[[], Table]]:
-    """One table."""
+    """Return one table."""
     lengths, sizes = ((24,), (16,)) if tiny else (tuple(BATCH), (32, 64, 128))
     return {"delta": lambda: delta(processor, lengths, sizes, repeats)}
 
 
 def delta(processor: Processor, lengths: tuple[int, ...], sizes: tuple[int, ...], repeats: int) -> Table:
-    """Forward, and forward with backward, for K = V in `sizes`."""
+    """Time forward, and forward with backward, for K = V in `sizes`."""
     peak, rows = processor.matmul_peak(torch.float32), []
     for dtype in (torch.float32, torch.bfloat16):
         for T in lengths:
@@ -43,23 +43,23 @@ def delta(processor: Processor, lengths: tuple[int, ...], sizes: tuple[int, ...]
 
 
 def ours(x: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Outputs for `x = [q, k, v, g, beta, S]`, and the state after its tokens."""
+    """Return outputs for `x = [q, k, v, g, beta, S]`, and the state after its tokens."""
     return ops.gated_delta_rule(*x[:5], initial_state=x[5], backend="chunked")
 
 
 def peer(x: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """The same by transformers."""
+    """Compute the same by transformers."""
     result: tuple[Tensor, Tensor] = theirs(*x[:5], initial_state=x[5], output_final_state=True)
     return result
 
 
 def kernels(x: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """The same by flash-linear-attention."""
+    """Compute the same by flash-linear-attention."""
     return ops.gated_delta_rule(*x[:5], initial_state=x[5], backend="fla")
 
 
 def inputs(T: int, K: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> list[Tensor]:
-    """Random q, k, v, g, beta and S."""
+    """Draw random q, k, v, g, beta and S."""
     rng = torch.Generator().manual_seed(0)
     B = BATCH[T]
 

@@ -33,11 +33,11 @@ class Setting:
     batch: int
 
     def drawn(self) -> Batch:
-        """A training batch."""
+        """Draw a training batch."""
         return self.task.batch(stream(0, "train", 0), self.batch, "train")
 
     def made(self) -> HybridLM:
-        """The model, with random weights."""
+        """Make the model, with random weights."""
         torch.manual_seed(0)
         model = HybridLM(replace(self.model, vocab_size=self.task.vocab_size))
         for name, parameter in model.named_parameters():
@@ -55,7 +55,7 @@ ON_A_GPU = replace(AUTOMATON, batch=512), replace(DEPO, batch=32)  # 128 of Depo
 
 
 def tables(repeats: int, tiny: bool, processor: Processor) -> dict[str, Callable[[], Table]]:
-    """Steps of both models, and the memory of one."""
+    """Return two tables: steps of both models, and the memory of one."""
     automaton, depo = (TINY, TINY) if tiny else ON_A_GPU if processor.gpu else (AUTOMATON, DEPO)
     fewer = replace(automaton, batch=max(2, automaton.batch // 4))
     return {
@@ -66,7 +66,7 @@ def tables(repeats: int, tiny: bool, processor: Processor) -> dict[str, Callable
 
 
 def steps(processor: Processor, setting: Setting, repeats: int) -> Table:
-    """Forward, backward and optimizer for every N."""
+    """Time forward, backward and optimizer for every N."""
     batch, peak = setting.drawn().to(processor.device), processor.matmul_peak()
     drawing = ms(take_turns({0: setting.drawn}, 3)[0].cpu)
     calls: dict[tuple[str, int], Callable[[], None]] = {}
@@ -114,7 +114,7 @@ def steps(processor: Processor, setting: Setting, repeats: int) -> Table:
 
 
 def memory(processor: Processor, setting: Setting, repeats: int) -> Table:
-    """Bytes of activations, with and without recomputing them, and what recomputing costs."""
+    """Measure bytes of activations, with and without recomputing them, and what recomputing costs."""
     model, batch = setting.made().to(processor.device), setting.drawn().to(processor.device)
     cases = {
         (n, kept): processor.within(partial(ours, model, batch, setting.window, n, checkpoint=not kept))
@@ -146,14 +146,14 @@ def memory(processor: Processor, setting: Setting, repeats: int) -> Table:
 
 
 def ours(model: HybridLM, batch: Batch, window: int, passes: int, *, checkpoint: bool = False) -> Tensor:
-    """Loss of a batch."""
-    loss = read_batch(model, batch, SleepConfig(window=window, passes=passes, checkpoint=checkpoint)).loss
+    """Return the loss of a batch in nats."""
+    loss = read_batch(model, batch, SleepConfig(window=window, passes=passes), checkpoint=checkpoint).loss
     assert loss is not None
     return loss
 
 
 def peer(model: Composed, batch: Batch, window: int, passes: int) -> Tensor:
-    """The same by transformers' modules."""
+    """Return the same by transformers' modules."""
     assert batch.loss_mask is not None
     return model.loss(batch.tokens, batch.loss_mask, window, passes)
 

@@ -19,7 +19,7 @@ class Table:
 
 
 def as_markdown(rows: list[dict[str, Cell]]) -> str:
-    """Header and rows."""
+    """Return header and rows in Markdown."""
     lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(map(_text, row.values())) for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -31,7 +31,7 @@ def _text(cell: Cell) -> str:
 
 
 def as_text(result: Mapping[str, Any]) -> str:
-    """Note, table and what made it."""
+    """Return note, table and what made it as plain text."""
     made = result["made_by"]
     source = f"`{made['command']}`, {made['hardware']}, torch {made['torch']}, commit {made['commit']}"
     return f"{result['note']}\n\n{as_markdown(result['rows'])}\n\n{source}\n"

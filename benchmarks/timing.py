@@ -51,32 +51,32 @@ def take_turns(calls: Mapping[Case, Callable[[], object]], repeats: int) -> dict
 
 
 def ms(seconds: list[float], percentile: int = 50) -> float:
-    """A percentile, in milliseconds."""
+    """Return a percentile in milliseconds."""
     return float(np.percentile(seconds, percentile)) * 1e3
 
 
 def ratio(times: list[float], base: list[float]) -> str:
-    """Of times that took turns: median [10th ... 90th percentile]."""
+    """Compare times that took turns: median [10th ... 90th percentile] of the ratio."""
     low, median, high = np.percentile(np.array(times) / np.array(base), (10, 50, 90))
     return f"{median:.2f} [{low:.2f} ... {high:.2f}]"
 
 
 def flops(call: Callable[[], object]) -> int:
-    """FLOPs of the matrix products of a call."""
+    """Count the FLOPs of the matrix products of a call."""
     with FlopCounterMode(display=False) as counter:
         call()
     return counter.get_total_flops()
 
 
 def peak_bytes(call: Callable[[], object]) -> int:
-    """Most bytes of tensors that were alive at once among those that the call makes."""
+    """Measure the most bytes of tensors that were alive at once among those that the call makes."""
     with _Alive() as alive:
         call()
     return alive.most
 
 
 class _Alive(TorchDispatchMode):
-    """Counts the bytes of every storage from the operation that makes it until it is freed."""
+    """A mode that counts the bytes of every storage from the operation that makes it until it is freed."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -17,7 +17,7 @@ LARGE = HybridConfig(d_model=2048, num_heads=16, blocks=("attention", "gated_del
 
 
 def tables(repeats: int, tiny: bool, processor: Processor) -> dict[str, Callable[[], Table]]:
-    """One table."""
+    """Return one table."""
     T, windows = (32, (8, 16)) if tiny else (12_000, (1000, 2000, 4000))
     model = LARGE if processor.gpu and not tiny else SMALL
     return {"length": lambda: lengths(processor, model, T, windows, (1, 2, 4), repeats)}
@@ -31,7 +31,7 @@ def lengths(
     passes: tuple[int, ...],
     repeats: int,
 ) -> Table:
-    """Forward and backward over one sequence, whole or window by window, every token predicted."""
+    """Time forward and backward over one sequence, whole or by windows, every token predicted."""
     torch.manual_seed(0)
     model = HybridLM(config).to(processor.device)
     tokens = torch.randint(256, (1, T), generator=torch.Generator().manual_seed(0)).to(processor.device)
@@ -39,12 +39,12 @@ def lengths(
     cases = [whole, *((L, n) for L in windows for n in passes)]
 
     def loss(sleep: SleepConfig) -> Tensor:
-        found = sleep_forward(model, tokens, tokens >= 0, sleep, return_logits=False).loss
+        found = sleep_forward(model, tokens, tokens >= 0, sleep, return_logits=False, checkpoint=True).loss
         assert found is not None
         return found
 
     def step(L: int, n: int) -> None:
-        sleep = SleepConfig(window=L or None, passes=n, checkpoint=True)
+        sleep = SleepConfig(window=L or None, passes=n)
         try:
             processor.within(partial(loss, sleep))().backward()
         finally:

@@ -86,7 +86,7 @@ def variants(task: str, make: Callable[..., RunConfig], steps: int, level: int) 
         "as chosen": {},
         "normalize h between passes": {"sleep": {"normalize": True}},
         "reinject the embedding": {"sleep": {"reinject": True}},
-        "backprop through 2 passes": {"sleep": {"backprop_passes": 2}},
+        "backprop through 2 passes": {"train": {"backprop_passes": 2}},
         "residual_init 0.3": {"model": {"residual_init": 0.3}},
         "forget 0.05": {"model": {"forget": (0.05, 0.05)}},
         "negative eigenvalues": {"model": {"negative_eigenvalues": True}},

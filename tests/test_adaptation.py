@@ -7,8 +7,8 @@ import torch
 from conftest import lively, tiny
 
 from lmsleep import Cache, Memory, SleepConfig, State, sleep_forward
-from lmsleep.adaptation import Shifting, adaptation
 from lmsleep.cli import main
+from lmsleep.evaluation.around_sleep import Shifting, adaptation
 from lmsleep.tasks import Drift, Rule110, hide_answers, stream
 from lmsleep.tasks.base import HIDDEN
 
@@ -162,7 +162,7 @@ def test_probes_are_read_from_the_state_of_the_stream(eviction):
             sleep_forward(model, read[:, : 12 + 4 * s], None, sleep, evict_last=True).state,
         ]
         for column, state in enumerate(states):
-            h, _ = model.run(model.embed(probe), state, 0, 2, span=sleep.span)
+            h, _ = model.run(model.embed(probe), state, 0, 2, span=sleep.eviction.span(4))
             logs = model.head(h).log_softmax(-1)
             picked = logs[:, [0, 2]].gather(-1, probe[:, [1, 3], None])
             assert made.bits[s, column] == pytest.approx(-picked.mean().item() / math.log(2), rel=1e-5)

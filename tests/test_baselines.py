@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lmsleep import HybridConfig, HybridLM, SleepConfig
+from lmsleep import GradientSteps, HybridConfig, HybridLM, SleepConfig, Sliding
 from lmsleep.evaluation import read_batch
 from lmsleep.tasks import Depo, stream
 from lmsleep.training import BASELINES, RunConfig, TrainConfig, baseline, flops_per_step
@@ -11,8 +11,8 @@ from lmsleep.training import BASELINES, RunConfig, TrainConfig, baseline, flops_
 RUN = RunConfig(
     task=Depo(nodes=6, hops=2, queries=4, names=6, name_lengths=(1, 1), ask="fork"),
     model=HybridConfig(d_model=32, num_heads=4, blocks=("attention", "gated_delta_net"), mlp_dim=48),
-    sleep=SleepConfig(window=6, passes=6, backprop_passes=2),
-    train=TrainConfig(steps=100, batch_size=4),
+    sleep=SleepConfig(window=6, passes=6),
+    train=TrainConfig(steps=100, batch_size=4, backprop_passes=2),
 )
 
 
@@ -41,19 +41,19 @@ def test_names_are_spelt_like_options():
 @pytest.mark.parametrize(
     ("name", "changed", "sleep"),
     [
-        ("transformer-cached", {"model", "sleep"}, {"window": None, "passes": 1, "backprop_passes": None}),
-        ("transformer-evicted", {"model", "sleep"}, {"passes": 1, "backprop_passes": None}),
+        ("transformer-cached", {"model", "sleep", "train"}, {"window": None, "passes": 1}),
+        ("transformer-evicted", {"model", "sleep", "train"}, {"passes": 1}),
         (
             "transformer-sliding",
-            {"model", "sleep"},
-            {"passes": 1, "backprop_passes": None, "eviction": "sliding"},
+            {"model", "sleep", "train"},
+            {"passes": 1, "eviction": Sliding()},
         ),
-        ("test-time-training", {"model", "sleep"}, {"passes": 2, "backprop_passes": None, "inner_rate": 1.0}),
-        ("one-pass", {"sleep"}, {"passes": 1, "backprop_passes": None}),
-        ("one-pass-longer", {"sleep", "train"}, {"passes": 1, "backprop_passes": None}),
-        ("one-pass-deeper", {"sleep", "train", "model"}, {"passes": 1, "backprop_passes": None}),
-        ("one-pass-wider", {"sleep", "train", "model"}, {"passes": 1, "backprop_passes": None}),
-        ("looped-awake", {"sleep"}, {"passes": 1, "backprop_passes": None, "wake_passes": 6}),
+        ("test-time-training", {"model", "sleep", "train"}, {"consolidator": GradientSteps(2)}),
+        ("one-pass", {"sleep", "train"}, {"passes": 1}),
+        ("one-pass-longer", {"sleep", "train"}, {"passes": 1}),
+        ("one-pass-deeper", {"sleep", "train", "model"}, {"passes": 1}),
+        ("one-pass-wider", {"sleep", "train", "model"}, {"passes": 1}),
+        ("looped-awake", {"sleep", "train"}, {"passes": 1, "wake_passes": 6}),
         ("reset-S", {"sleep"}, {"reset": "S"}),
         ("reset-h", {"sleep"}, {"reset": "h"}),
     ],
@@ -62,8 +62,9 @@ def test_a_baseline_changes_what_it_names_and_nothing_else(name, changed, sleep)
     made = baseline(name, RUN)
     before, after = parts(RUN), parts(made)
     assert {part for part in before if before[part] != after[part]} == changed
+    cut = None if "train" in changed else 2  # of a single pass, or of gradient steps, nothing is cut
     assert made.sleep == replace(RUN.sleep, **sleep)
-    assert made.train == replace(RUN.train, steps=made.train.steps)
+    assert made.train == replace(RUN.train, steps=made.train.steps, backprop_passes=cut)
     if name.startswith("transformer"):
         assert made.model == replace(RUN.model, blocks=("attention", "attention"))
     if name == "test-time-training":

@@ -18,7 +18,7 @@ from conftest import close
 
 from lmsleep import SleepConfig, sleep_forward
 from lmsleep.cli import bench, main
-from lmsleep.cost import cost
+from lmsleep.evaluation.cost import cost
 
 ROOT = Path(__file__).parents[1]
 

@@ -12,9 +12,9 @@ from transformers import PreTrainedTokenizerFast
 from lmsleep import SleepConfig, sleep_forward
 from lmsleep.evaluation import evaluate, read_batch
 from lmsleep.tasks import Text, stream
-from lmsleep.tasks.documents import read_set
-from lmsleep.tasks.packing import POOL, alike, pad
 from lmsleep.tasks.samples import EVICTED, records, show
+from lmsleep.text.documents import read_set
+from lmsleep.text.packing import POOL, alike, pad
 
 datasets.disable_progress_bars()
 WORDS = ["the", "pond", "has", "frogs", "many", "few", "[UNK]"]

@@ -17,9 +17,10 @@ from lmsleep.hf.finetune import FineTune, memory_layers, merged, pretrained_back
 from lmsleep.hf.jet_nemotron import JetNemotronConfig, JetNemotronForCausalLM
 from lmsleep.reproduce import RECIPES, recipes
 from lmsleep.reproduce.command import _chain
+from lmsleep.sleep import Hard, Sliding
 from lmsleep.tasks import MQAR
 from lmsleep.tasks.gsm_infinite.language import tokenizer
-from lmsleep.tasks.tokenizers import HuggingFace
+from lmsleep.text.tokenizers import HuggingFace
 from lmsleep.training import RunConfig, RunFolder, TrainConfig, Trainer
 from lmsleep.training.muon import Muon
 from lmsleep.training.optim import optimizers
@@ -157,8 +158,8 @@ def run(folder: Path, **options) -> RunConfig:
     return RunConfig(
         task=task,
         model=FineTune(folder=folder, lora=2, **options),
-        sleep=SleepConfig(window=8, passes=2, checkpoint=True),
-        train=TrainConfig(**train, warmup=0, save_every=1),
+        sleep=SleepConfig(window=8, passes=2),
+        train=TrainConfig(**train, warmup=0, save_every=1, checkpoint=True),
     )
 
 
@@ -220,7 +221,7 @@ def test_a_model_learns_to_sleep_and_comes_out_as_a_folder(with_words, tmp_path,
     assert after["bits"] < before.bits() - 0.2
 
     made = json.loads((out / "model/config.json").read_text())
-    assert (made["sleep"]["passes"], made["sleep"]["window"]) == (2, 32)
+    assert (made["sleep"]["consolidator"]["passes"], made["sleep"]["window"]) == (2, 32)
     assert "that sleeps" in (out / "model/README.md").read_text()
     assert not any("lora" in name for name, _ in load_pretrained(out / "model").named_parameters())
     exported = replace(config, model=FineTune(folder=out / "model"))
@@ -252,8 +253,8 @@ def test_two_stages_train_inserted_layers_then_everything(with_words, tmp_path, 
     code, _, errors = run_command(capsys, "finetune", with_words["llama"], *GSM, *options)
     assert code == 0, errors
     first, second = (RunFolder.open(path).config() for path in (tmp_path / "run-memory-layers", out))
-    assert (first.model.train, first.sleep.eviction, first.train.steps) == ("memory", "hard", 1)
-    assert (second.model.train, second.sleep.eviction, second.train.steps) == ("full", "sliding", 2)
+    assert (first.model.train, first.sleep.eviction, first.train.steps) == ("memory", Hard(), 1)
+    assert (second.model.train, second.sleep.eviction, second.train.steps) == ("full", Sliding(), 2)
     assert RunFolder.open(out).source() is None  # it is finished
     first_model(out).rename(tmp_path / "elsewhere")
     assert RunFolder.open(out).source().path == first_model(out).parent
@@ -282,8 +283,8 @@ def first_model(out: Path) -> Path:
         (["--task", "mqar", "--insert", "2"], "has more than attention already"),
         (["--task", "mqar", "--start", "x"], "--start"),
         (
-            ["--task", "mqar", "--inner-rate", "1", "--no-checkpoint", "--loop", "None"],
-            "inner_rate trains layers",
+            ["--task", "mqar", "--consolidator", "gradient-steps", "--no-checkpoint"],
+            "gradient-steps train layers",
         ),
     ],
 )
@@ -319,11 +320,12 @@ def test_paper_settings_with_a_hybrid(with_words):
     cells = RECIPES["4a"].fine_tuned("paper", with_words["jet_nemotron"])
     assert [cell.config.sleep.passes for cell in cells] == [1, 2, 4, 6]
     for config in (cell.config for cell in cells):
-        assert (config.sleep.window, config.sleep.eviction, config.sleep.loop) == (2000, "hard", "middle")
+        assert (config.sleep.window, config.sleep.eviction) == (2000, Hard())
+        assert config.sleep.consolidator.loop == "middle" and config.train.checkpoint
         assert (config.model.train, config.model.insert, config.train.lr) == ("full", 0, 1e-3)
 
 
-@pytest.mark.parametrize(("figure", "eviction", "window"), [("4b", "hard", 2000), ("5", "sliding", 512)])
+@pytest.mark.parametrize(("figure", "eviction", "window"), [("4b", Hard(), 2000), ("5", Sliding(), 512)])
 def test_paper_settings_with_inserted_layers(figure, eviction, window, with_words):
     cells = RECIPES[figure].fine_tuned("paper", with_words["llama"])
     assert [cell.config.sleep.passes for cell in cells] == [1, 2, 4]
@@ -331,7 +333,7 @@ def test_paper_settings_with_inserted_layers(figure, eviction, window, with_word
         alone, whole = (job.config for job in _chain(cell, 1, Path("runs")))
         assert (alone.model.train, alone.model.insert) == ("memory", 6)
         assert (whole.model.train, whole.model.insert) == ("full", 0)
-        assert alone.sleep.eviction == ("hard" if whole.sleep.passes > 1 else eviction)
+        assert alone.sleep.eviction == (Hard() if whole.sleep.passes > 1 else eviction)
         assert (whole.sleep.eviction, whole.sleep.window) == (eviction, window)
         assert whole.model.folder == _chain(cell, 1, Path("runs"))[0].path.resolve() / "model"
         assert (alone.task, alone.train.seed) == (whole.task, 1)

@@ -8,7 +8,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from test_hf_cli import SLEEP, folder, session  # noqa: F401
 
-from lmsleep.harness import SleepLM
+from lmsleep.integrations.lm_eval import SleepLM
 
 CONTEXTS = [" ".join(f"w{7 + (i * k) % 50}" for i in range(20)) for k in (3, 7)]
 
@@ -97,7 +97,7 @@ def test_the_command_runs_tasks_of_ones_own_without_a_network(folder, tasks, cap
     assert code == 0, err
     assert "choose" in out and "exact_match" in out
     found = json.loads((tasks / "r.json").read_text())
-    assert set(found["passes"]) == {"1", "3"} and found["window"] == 6
+    assert set(found["passes"]) == {"1", "3"} and found["sleep"]["window"] == 6
     own, right = session(folder), []
     for i, text in enumerate(CONTEXTS):
         reader = own.fork()

@@ -7,7 +7,8 @@ from conftest import close, random_tokens, same_memory
 from hf_models import FAMILIES, VOCAB, family
 
 from lmsleep import Cache, Memory, Session, SessionBatch, SleepConfig, State, adapt, sleep_forward
-from lmsleep.hf import backbone as adapting
+from lmsleep.hf import positions
+from lmsleep.sleep import evict
 
 EACH = pytest.mark.parametrize("name", FAMILIES)
 EVICTIONS = pytest.mark.parametrize("eviction", ["hard", "sliding"])
@@ -61,13 +62,15 @@ def test_one_pass_over_a_window_that_holds_all_is_bit_equal_to_the_model(name, a
 
 def token_by_token(model, x, config):
     # Every pass reads its window one token at a time, from the working memory that the window began with.
-    first, last = config.loop_range(model.num_blocks)
+    first, last = config.consolidator.loop_range(model.num_blocks)
     D, state, logits = model.num_blocks, model.initial_state(len(x)), []
 
     def steps(h, state, start, stop):
         out = []
         for t in range(h.shape[1]):
-            y, state = model.run(h[:, t : t + 1], state, start, stop, span=config.span)
+            y, state = model.run(
+                h[:, t : t + 1], state, start, stop, span=config.eviction.span(config.window)
+            )
             out.append(y)
         return torch.cat(out, dim=1), state
 
@@ -84,7 +87,7 @@ def token_by_token(model, x, config):
                 logits.append(model.head(seen))
         state = steps(h, state, last, D)[1] if n > 1 else awake
         if i < len(windows) - 1:
-            state = State(state.memory, state.cache.last(config.kept))
+            state = evict(config.eviction, state, config.window)
     return torch.cat(logits, dim=1), state
 
 
@@ -132,10 +135,10 @@ def test_gradients_match_finite_differences(doubled, name):
     model, x, step = adapt(doubled(name)), text(2, 2 * L + 1), 1e-6
     mask = torch.zeros_like(x, dtype=torch.bool)
     mask[:, -2:] = True
-    config = sleeping(checkpoint=True)
+    config = sleeping()
 
     def loss():
-        return sleep_forward(model, x, mask, config, read_last=False).loss
+        return sleep_forward(model, x, mask, config, read_last=False, checkpoint=True).loss
 
     named = [(n, p) for n, p in model.named_parameters() if p.dtype == torch.float64]
     gradients = torch.autograd.grad(loss(), [p for _, p in named], allow_unused=True)
@@ -251,11 +254,14 @@ def test_a_memory_goes_to_a_file_and_back(tmp_path):
 
 
 @EVICTIONS
-def test_positions_may_start_again_on_a_long_stream(doubled, monkeypatch, eviction):
-    model, x = adapt(doubled("qwen3_5")), text(2, 6 * L)
+@pytest.mark.parametrize("scaling", [1.0, 1.3])  # YaRN scales rotated keys and queries
+def test_positions_may_start_again_on_a_long_stream(doubled, monkeypatch, eviction, scaling):
+    rotated, x = doubled("qwen3_5"), text(2, 6 * L)
+    monkeypatch.setattr(rotated.model.rotary_emb, "attention_scaling", scaling)
+    model = adapt(rotated)
     with torch.no_grad():
         wanted = sleep_forward(model, x, None, sleeping(eviction=eviction)).logits
-        monkeypatch.setattr(adapting, "REBASE_AFTER", 2)
+        monkeypatch.setattr(positions, "REBASE_AFTER", 2)
         found = sleep_forward(model, x, None, sleeping(eviction=eviction))
     assert close(found.logits, wanted, 1e-9)
     if eviction == "sliding":
@@ -322,7 +328,7 @@ def test_gradient_checkpointing_that_drops_the_state_is_refused():
     model = family("qwen3_5").train()
     backbone = adapt(model)
     model.activation_checkpointing_enable()
-    with pytest.raises(ValueError, match=r"drops.*SleepConfig\(checkpoint=True\)"):
+    with pytest.raises(ValueError, match=r"drops.*checkpoint=True of sleep_forward"):
         sleep_forward(backbone, text(1, 9), None, sleeping())
 
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from lmsleep import Session, SleepConfig, adapt
 from lmsleep.cli.opening import SleepOptions, new_session
 from lmsleep.hf import load_pretrained, sleepify
-from lmsleep.tasks.tokenizers import Spelled, load_tokenizer
+from lmsleep.text.tokenizers import Spelled, load_tokenizer
 
 SLEEP = SleepConfig(window=6, passes=3, loop=(0, 3))
 

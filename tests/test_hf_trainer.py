@@ -11,7 +11,7 @@ from hf_models import VOCAB, family
 from lmsleep import SleepConfig
 from lmsleep.hf import from_pretrained, sleepify
 
-SLEEP = SleepConfig(window=4, passes=2, checkpoint=True)
+SLEEP = SleepConfig(window=4, passes=2)
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 6}
 
 
@@ -71,10 +71,16 @@ def test_batches_in_parts_have_the_gradient_of_the_whole(data, tmp_path):
     assert (found[0] - found[1]).norm() < 1e-3 * (found[0] - start).norm()
 
 
-def test_activation_checkpointing_of_trainer_is_refused(data, tmp_path):
-    model = sleepify(family("qwen3_5"), SLEEP)
-    with pytest.raises(ValueError, match=r"SleepConfig\(checkpoint=True\)"):
-        trainer(model, data, tmp_path, activation_checkpointing=True).train()
+def test_activation_checkpointing_of_trainer_recomputes_passes(data, tmp_path):
+    found = []
+    for frugal in (False, True):
+        model = sleepify(family("qwen3_5"), SLEEP)
+        run = trainer(model, data, tmp_path, activation_checkpointing=frugal, optim="sgd", max_steps=1)
+        run.train()
+        assert model.is_gradient_checkpointing == frugal
+        found.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    start = torch.cat([p.detach().flatten() for p in family("qwen3_5").parameters()])
+    assert torch.equal(*found) and not torch.equal(found[0], start)
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft asks for it

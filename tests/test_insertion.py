@@ -60,8 +60,8 @@ def test_a_fresh_insertion_sleeps_and_learns(kind):
     for block in (1, 3):
         model.model.layers[block].memory.requires_grad_(True)
     mask = torch.ones_like(TOKENS, dtype=torch.bool)
-    config = SleepConfig(window=4, passes=2, checkpoint=True)
-    sleep_forward(backbone.train(), TOKENS, mask, config).loss.backward()
+    config = SleepConfig(window=4, passes=2)
+    sleep_forward(backbone.train(), TOKENS, mask, config, checkpoint=True).loss.backward()
     touched = [n for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0]
     assert touched == [f"model.layers.{i}.memory.mixer.o_proj.weight" for i in (1, 3)]
 

@@ -334,15 +334,18 @@ def test_headers_that_no_session_has_are_refused(model, saved, load, key, value,
 
 @pytest.mark.parametrize(
     "change",
-    [{"passes": 2.5}, {"window": True}, {"window": float("inf")}, {"loop": [0.0, 1.0]}, {"loop": [1]},
-     {"eviction": ["hard"]}, {"normalize": "no"}, {"nosuch": 1}],
+    [{"window": True}, {"window": float("inf")}, {"eviction": ["hard"]}, {"nosuch": 1}, {"consolidator": {}},
+     {"eviction": {"name": "hard", "more": 1}}, {"consolidator": {"name": "nosuch"}},
+     {"consolidator": {"name": 3}},
+     *({"consolidator": {"name": "passes", **options}}
+       for options in ({"passes": 2.5}, {"loop": [0.0, 1.0]}, {"loop": [1]}, {"normalize": "no"}))],
     ids=str,
 )  # fmt: skip
 def test_a_sleep_with_options_of_another_type_is_refused(model, saved, change):
     tensors, header = memory_file.read(saved[0])
     other, sleep = saved[0].parent / "sleep.mem", header["sleep"]
     del header["time"]
-    memory_file.write(other, tensors, {**header, "sleep": {**sleep, "loop": [1, 2], "inner_rate": None}})
+    memory_file.write(other, tensors, {**header, "sleep": {"window": 4, "loop": [1, 2], "inner_rate": None}})
     Session.load(other, model)
     memory_file.write(other, tensors, {**header, "sleep": {**sleep, **change}})
     with pytest.raises(ValueError, match="holds no session"):

@@ -25,7 +25,7 @@ from lmsleep.microscope.subject import Subject, cut, from_session
 from lmsleep.ops import RULES
 from lmsleep.tasks import MQAR, TASKS, Depo, GSMInfinite, Rule110, Text, stream
 from lmsleep.tasks.base import Batch
-from lmsleep.tasks.tokenizers import Bytes
+from lmsleep.text.tokenizers import Bytes
 from lmsleep.training import RunConfig, RunFolder, TrainConfig
 
 SLEEP = SleepConfig(window=6, passes=3)

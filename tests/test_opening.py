@@ -22,7 +22,7 @@ def test_a_shipped_model_reads_sleeps_and_answers_in_three_lines():
 
 def test_a_run_a_saved_model_and_a_hugging_face_folder_open(tmp_path):
     model, sleep, tokenizer = lmsleep.open(lmsleep.pretrained.find("depo-N1"))
-    assert (sleep.passes, sleep.backprop_passes, sleep.checkpoint) == (1, None, False)
+    assert sleep.passes == 1
     assert not model.training and tokenizer.vocab_size == model.config.vocab_size
     HybridLM(tiny(vocab_size=256)).save_pretrained(tmp_path / "saved")
     family("qwen3_5").save_pretrained(tmp_path / "hub")

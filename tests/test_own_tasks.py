@@ -17,7 +17,8 @@ from lmsleep.tasks import Depo, find_task, hide_answers, own, stream, task_name
 from lmsleep.training import Job, RunConfig, RunFolder, TrainConfig, run_all
 
 ARCHITECTURE = Path(__file__).parents[1] / "docs" / "architecture.md"
-EXAMPLE = textwrap.dedent(re.search(r"```python\n(.*?)```", ARCHITECTURE.read_text(), re.S)[1])
+EXAMPLES = re.findall(r"```python\n(.*?)```", ARCHITECTURE.read_text(), re.S)
+EXAMPLE = next(textwrap.dedent(text) for text in EXAMPLES if "class Recall" in text)
 TINY = "--steps 3 --eval-every 3 --eval-batches 1 --save-every 2 --batch-size 4 --d-model 16 --num-heads 2"
 OPTIONS = [*TINY.split(), "--window", "4", "--passes", "2", "--threads", "1"]
 
@@ -86,7 +87,7 @@ def entry_point(monkeypatch):
 
 def test_an_entry_point_is_a_task_by_its_name(entry_point, capsys):
     entry_point("lmsleep.tasks.depo:Depo")
-    assert find_task("mine") is Depo and own.TASK.name_of(Depo) == "mine"
+    assert find_task("mine") is Depo and own.TASK.name_of(Depo, {}) == "mine"
     assert run_command(capsys, "data", "mine", "--samples", 1)[0] == 0
     entry_point("lmsleep.nowhere:Task")
     assert "entry point lmsleep.nowhere:Task of task mine fails" in run_command(capsys, "data", "mine")[2]
@@ -140,7 +141,7 @@ def test_a_class_inside_a_function_cannot_be_named():
         pass
 
     with pytest.raises(ValueError, match="must stand at the top"):
-        own.TASK.name_of(Inner)
+        own.TASK.name_of(Inner, {})
 
 
 def test_paths_and_tuples_come_back(tmp_path):

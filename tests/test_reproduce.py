@@ -10,6 +10,7 @@ from lmsleep.reproduce import RECIPES, command, recipes, results
 from lmsleep.reproduce.command import _chain, estimate, side_by_side
 from lmsleep.reproduce.figure import draw
 from lmsleep.reproduce.results import table
+from lmsleep.sleep import Hard, Sliding
 from lmsleep.training import RunFolder, Trainer, trainer
 
 
@@ -20,7 +21,7 @@ def reproduce(*argv: str) -> None:
 @pytest.fixture(autouse=True)
 def flops_by_a_rule_of_thumb(monkeypatch):
     # The counter takes a second for each model; test_baselines.py and test_training.py show that it is right.
-    def count(model, batch, sleep, forward=None):
+    def count(model, batch, sleep, train, forward=None):
         weights = sum(p.numel() for p in model.parameters())
         return 6 * weights * batch.num_tokens * (sleep.passes + sleep.wake_passes - 1)
 
@@ -102,7 +103,7 @@ def test_every_recipe_runs_to_its_end(here, figure, monkeypatch, capsys):
 
 
 def test_memory_blocks_are_first_trained_alone_and_every_stage_starts_from_the_one_before():
-    for figure, eviction in (("4b", "hard"), ("5", "sliding")):
+    for figure, eviction in (("4b", Hard()), ("5", Sliding())):
         cells = {cell.config.sleep.passes: cell for cell in RECIPES[figure].cells("demo")}
         for passes, cell in cells.items():
             first, alone, whole = (job.config for job in _chain(cell, 2, Path("runs")))
@@ -111,7 +112,7 @@ def test_memory_blocks_are_first_trained_alone_and_every_stage_starts_from_the_o
             assert (alone.train.only_inserted, whole.train.only_inserted) == (True, False)
             inserted = {i for i, kind in enumerate(alone.model.blocks) if kind != "attention"}
             assert set(alone.train.inserted) == inserted and not whole.train.inserted
-            assert alone.sleep.eviction == ("hard" if passes > 1 else eviction)
+            assert alone.sleep.eviction == (Hard() if passes > 1 else eviction)
             assert whole.sleep.eviction == eviction and whole.train.steps == 2 * alone.train.steps
             paths = [job.path for job in _chain(cell, 2, Path("runs"))]
             assert [alone.train.start, whole.train.start] == paths[:2]

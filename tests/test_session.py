@@ -10,7 +10,7 @@ from test_sleep import Outer
 from lmsleep import BrokenSleep, Memory, Session, SessionBatch, SleepConfig, fingerprint, sleep_forward
 from lmsleep.session import Answer, Sampling
 from lmsleep.tasks import Depo, Rule110, Variables
-from lmsleep.tasks.tokenizers import Bytes, Spelled, Words
+from lmsleep.text.tokenizers import Bytes, Spelled, Words
 
 BLOCKS = ("attention", "gated_delta_net", "gated_linear", "attention")
 L = 5

@@ -7,14 +7,14 @@ from conftest import VOCAB, close, lively, random_tokens, same_memory, tiny
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lmsleep import HybridLM, SleepConfig, sleep_forward
-from lmsleep.cost import cost
+from lmsleep import GradientSteps, HybridLM, SleepConfig, sleep_forward
+from lmsleep.evaluation.cost import cost
 from lmsleep.state import State
 from lmsleep.tasks import MQAR
 from lmsleep.training import RunConfig, TrainConfig
 
 CONFIG = tiny("attention", "attention", overrides={1: {"trained_mlp": True}})
-SLEEP = SleepConfig(window=4, passes=2, inner_rate=0.3)
+SLEEP = SleepConfig(window=4, consolidator=GradientSteps(2, rate=0.3))
 TOKENS = random_tokens(3, 14)
 MASK = torch.arange(14).expand(3, 14) >= 12
 PARTS = ("gate_proj", "up_proj", "down_proj")
@@ -91,7 +91,7 @@ def test_small_steps_lower_the_loss_of_the_window_and_more_of_them_lower_it_furt
     model = lively(CONFIG)
     losses = [window_loss(model, model.initial_state(3))]
     for passes in (2, 3, 4):
-        sleep = replace(SLEEP, passes=passes, inner_rate=0.05)
+        sleep = replace(SLEEP, passes=passes, rate=0.05)
         learned = sleep_forward(model, TOKENS[:, :4], None, sleep, evict_last=True)
         losses.append(window_loss(model, learned.state))
     assert losses == sorted(losses, reverse=True) and losses[0] - losses[1] > 0.01
@@ -103,7 +103,7 @@ def test_at_rate_zero_it_is_the_evicted_transformer():
     trained.load_state_dict(plain.state_dict(), strict=False)
     with sdpa_kernel(SDPBackend.MATH):  # the kernel that has second derivatives rounds differently
         expected = sleep_forward(plain, TOKENS, None, SleepConfig(window=4)).logits
-        actual = sleep_forward(trained, TOKENS, None, replace(SLEEP, inner_rate=0.0)).logits
+        actual = sleep_forward(trained, TOKENS, None, replace(SLEEP, rate=0.0)).logits
         moved = sleep_forward(trained, TOKENS, None, SLEEP).logits
     assert expected is not None and actual is not None and moved is not None
     assert torch.equal(actual, expected) and not torch.equal(moved, expected)
@@ -150,13 +150,21 @@ def test_the_cost_of_a_step_is_counted():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: replace(SLEEP, inner_rate=-1.0), r"^inner_rate must not be negative, got -1"),
-        (lambda: replace(SLEEP, inner_rate=float("nan")), r"^inner_rate must not be negative, got nan"),
-        (lambda: replace(SLEEP, normalize=True, reset="S"), r"^inner_rate trains S .* reset, normalize$"),
+        (lambda: replace(SLEEP, rate=-1.0), r"^rate must not be negative, got -1"),
+        (lambda: replace(SLEEP, rate=float("nan")), r"^rate must not be negative, got nan"),
+        (lambda: replace(SLEEP, normalize=True), r"^normalize: no option of a sleep with GradientSteps"),
         (lambda: replace(CONFIG, trained_mlp=True, mlp_dim=0), r"^trained_mlp needs a feed-forward layer"),
         (
             lambda: sleep_forward(HybridLM(tiny("attention")), TOKENS, None, SLEEP),
-            r"^inner_rate needs a model with something to train",
+            r"^gradient steps need a model with something to train",
+        ),
+        (
+            lambda: sleep_forward(HybridLM(CONFIG), TOKENS, None, SLEEP, checkpoint=True),
+            r"^checkpoint and backprop_passes are for sleeps in passes",
+        ),
+        (
+            lambda: RunConfig(task=MQAR(), model=CONFIG, sleep=SLEEP, train=TrainConfig(checkpoint=True)),
+            r"^gradient-steps are no passes: leave out backprop_passes and checkpoint",
         ),
     ],
 )
@@ -166,5 +174,5 @@ def test_bad_options_are_named(make, message):
 
 
 def test_recurrences_have_no_second_derivative():
-    with pytest.raises(ValueError, match=r"^inner_rate trains S by gradients of gradients"):
+    with pytest.raises(ValueError, match=r"^gradient-steps train S by gradients of gradients"):
         RunConfig(task=MQAR(), model=tiny(vocab_size=VOCAB), sleep=SLEEP, train=TrainConfig())

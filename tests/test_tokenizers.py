@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lmsleep.tasks.tokenizers import Bytes, Words, load_tokenizer
+from lmsleep.text.tokenizers import Bytes, Words, load_tokenizer
 
 
 @given(st.text())

@@ -6,8 +6,8 @@ import torch
 from conftest import close, lively, random_tokens, run_command, tiny
 
 from lmsleep import Session, SleepConfig
-from lmsleep.tasks.tokenizers import Bytes
-from lmsleep.zero_shot import CHOICES, DROPPED, FACTS, KEPT, _Quiz, zero_shot
+from lmsleep.evaluation.facts import CHOICES, DROPPED, FACTS, KEPT, _Quiz, zero_shot
+from lmsleep.text.tokenizers import Bytes
 
 L = 150
 SLEEP = SleepConfig(window=L, passes=3)

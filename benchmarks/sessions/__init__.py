@@ -11,7 +11,7 @@ MIDDLE = HybridConfig()  # four blocks of width 256: 3 million parameters
 
 
 def tables(repeats: int, tiny: bool) -> dict[str, Callable[[], Table]]:
-    """All of them; times come from models with random weights, accuracies from the shipped ones."""
+    """Return all tables; times come from models with random weights, accuracies from the shipped ones."""
     model, often = (SMALL, repeats) if tiny else (MIDDLE, 20 * repeats)
     windows = (8, 16) if tiny else (32, 128, 512)
     lengths = (64, 128) if tiny else (64, 256, 1024, 4096, 16384)

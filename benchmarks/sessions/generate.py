@@ -19,7 +19,7 @@ VOCAB = 512
 
 
 def decoding(width: int, window: int, lengths: tuple[int, ...], tokens: int, repeats: int) -> Table:
-    """Greedy tokens after a long text: with its last window (and S) in reach, and with all of it."""
+    """Time greedy tokens after a long text: with its last window (and S) in reach, and with all of it."""
     model, rows = _model(width), list[dict[str, Cell]]()
     backbone = adapt(model)
     for length in lengths:
@@ -73,7 +73,7 @@ def _theirs(model: Any, cache: Any, text: Tensor, tokens: int) -> list[int]:
 
 
 def sleeping(width: int, windows: tuple[int, ...], repeats: int) -> Table:
-    """The pause of a sleep against one ordinary pass of transformers over the tokens of the window."""
+    """Time the pause of a sleep against one ordinary pass of transformers over the window's tokens."""
     model, rows = _model(width), list[dict[str, Cell]]()
     backbone = adapt(model)
     for L in windows:
@@ -112,7 +112,7 @@ def _text(length: int) -> Tensor:
 
 
 def _model(width: int) -> Any:
-    """A hybrid of transformers: gated delta net and attention in turns, random weights."""
+    """Make a hybrid of transformers: gated delta net and attention in turns, random weights."""
     torch.manual_seed(0)
     heads = width // 64
     config = Qwen3_5TextConfig(
@@ -142,6 +142,6 @@ def _about(model: Any) -> str:
 
 
 def _nbytes(cache: Any) -> int:
-    """Bytes of all tensors of a cache of transformers."""
+    """Count the bytes of all tensors of a cache of transformers."""
     leaves = tree_leaves([vars(layer) for layer in cache.layers])
     return sum(x.nbytes for x in leaves if isinstance(x, Tensor))

@@ -31,25 +31,25 @@ class Reader:
 
     @classmethod
     def shipped(cls, name: str) -> "Reader":
-        """By name."""
+        """Open a shipped model by name."""
         run = RunFolder.open(pretrained.find(name))
         return cls(run.model(), run.config().sleep, run.config().task)
 
     def batches(self, count: int) -> Iterator[Batch]:
-        """Graphs that training never drew."""
+        """Draw graphs that training never drew."""
         for index in range(count):
             yield self.task.batch(stream(EVAL_SEED, "test", index), GRAPHS, "test")
 
     @torch.no_grad()
     def read(self, context: Tensor) -> Memory:
-        """The memories of graphs `[B, T]`, each slept on to its end."""
+        """Return the memories of graphs `[B, T]`, each slept on to its end."""
         return sleep_forward(
             self.model, context, None, self.sleep, evict_last=True, return_logits=False
         ).memory
 
     @torch.no_grad()
     def answers(self, batch: Batch, memory: Memory) -> Tensor:
-        """The answer to every question `[R]`, from the memory of its graph."""
+        """Return the answer to every question `[R]`, from the memory of its graph."""
         assert batch.context_row is not None
         state = State(memory, self.model.initial_state(memory.batch_size).cache).rows(batch.context_row)
         out = sleep_forward(self.model, batch.tokens[:, :-1], None, self.sleep, state=state)
@@ -58,7 +58,7 @@ class Reader:
 
 
 def stored(batches: int) -> Table:
-    """The same memories through files of three kinds."""
+    """Score the same memories through files of three kinds."""
     rows: list[dict[str, Cell]] = []
     for name in pretrained.names():
         reader = Reader.shipped(name)
@@ -85,7 +85,7 @@ def stored(batches: int) -> Table:
 
 
 def _through_file(memory: Memory, model: Backbone, storage: Storage) -> tuple[Memory, int]:
-    """The memory out of a file, and the bytes there of one row."""
+    """Return the memory out of a file, and the bytes there of one row."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "memories"
         memory.save(path, model, storage=storage)
@@ -94,7 +94,7 @@ def _through_file(memory: Memory, model: Backbone, storage: Storage) -> tuple[Me
 
 
 def merged(batches: int) -> Table:
-    """Two graphs read apart and added up; and the two halves of one graph."""
+    """Score two graphs read apart and added up, and the two halves of one graph."""
     cases: dict[str, Callable[[Reader, Tensor], Memory]] = {
         "one graph, read whole": Reader.read,
         "two graphs, mean of their memories": lambda r, c: r.read(c).merge([_others(r, c)]),
@@ -124,7 +124,7 @@ def merged(batches: int) -> Table:
 
 
 def _others(reader: Reader, context: Tensor) -> Memory:
-    """The memories of other graphs: for each row the one before it."""
+    """Return the memories of other graphs: for each row the one before it."""
     return reader.read(context.roll(1, dims=0))
 
 
@@ -133,7 +133,7 @@ def _half(reader: Reader, context: Tensor, which: int) -> Memory:
 
 
 def _accuracy(right: Tensor, hops: Tensor) -> dict[str, Cell]:
-    """Share of right answers per hop, with its interval."""
+    """Return the share of right answers per hop, with its interval."""
     cells: dict[str, Cell] = {}
     for k in hops.unique().tolist():
         correct, total = int(right[hops == k].sum()), int((hops == k).sum())

@@ -12,7 +12,7 @@ PIECE = 512  # tokens read at a time, which bounds the scores of attention
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """What the bytes of a model depend on."""
+    """The sizes that the bytes of a model depend on."""
 
     layers: int
     """With fast weights."""
@@ -31,7 +31,7 @@ class Shape:
 
     @classmethod
     def of(cls, config: HybridConfig) -> "Shape":
-        """Of a model of this library without overrides."""
+        """Take the shape of a model of this library without overrides."""
         attention = config.blocks.count("attention")
         return cls(
             layers=len(config.blocks) - attention,
@@ -45,16 +45,16 @@ class Shape:
 
     @property
     def memory_bytes(self) -> int:
-        """Fast weights of one sequence, in float32."""
+        """Return the bytes of the fast weights of one sequence, in float32."""
         return 4 * self.layers * self.heads * self.key * self.value
 
     def kv_bytes(self, number: int = 2) -> int:
-        """Keys and values of one token, of `number` bytes each: 2 in bfloat16."""
+        """Return the bytes of keys and values of one token, at `number` bytes a number: 2 in bfloat16."""
         return 2 * self.attention * self.kv_heads * self.head_dim * number
 
     @property
     def break_even(self) -> int:
-        """From so many tokens on the keys and values take more than the fast weights."""
+        """Return the number of tokens from which on keys and values take more than the fast weights."""
         return self.memory_bytes // self.kv_bytes() + 1
 
 
@@ -70,7 +70,7 @@ PUBLISHED = {
 
 
 def by_formula() -> Table:
-    """Models that were not run here: arithmetic on their published configurations."""
+    """Compute bytes of models that were not run here, from their published configurations."""
     rows: list[dict[str, Cell]] = [
         {
             "model": name,
@@ -95,7 +95,7 @@ def by_formula() -> Table:
 
 
 def measured(config: HybridConfig, window: int, lengths: tuple[int, ...]) -> Table:
-    """A hybrid that sleeps beside a transformer that keeps its cache, both reading the same."""
+    """Measure a hybrid that sleeps beside a transformer that keeps its cache, both reading the same."""
     transformer = replace(config, blocks=("attention",) * len(config.blocks))
     asleep = Session(HybridLM(config), SleepConfig(window=window, passes=2))
     awake = Session(HybridLM(transformer), SleepConfig(window=None))

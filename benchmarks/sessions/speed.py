@@ -14,7 +14,7 @@ PASSES = (1, 2, 4, 8)
 
 
 def waking(config: HybridConfig, window: int, repeats: int) -> Table:
-    """First token of an answer and each further one, for models that differ in N alone."""
+    """Time the first token of an answer and each further one, for models that differ in N alone."""
     prompt = torch.arange(window // 4) % config.vocab_size
     tokens = window // 4
     sessions = {n: _slept(config, SleepConfig(window=window, passes=n)) for n in PASSES}
@@ -49,7 +49,7 @@ def waking(config: HybridConfig, window: int, repeats: int) -> Table:
 
 
 def pauses(config: HybridConfig, windows: tuple[int, ...], repeats: int) -> Table:
-    """How long a sleep on a full window keeps a stream waiting."""
+    """Time how long a sleep on a full window keeps a stream waiting."""
     cases = {(n, L): Times() for L in windows for n in PASSES}
     full = {}
     for n, L in cases:
@@ -80,7 +80,7 @@ def pauses(config: HybridConfig, windows: tuple[int, ...], repeats: int) -> Tabl
 
 
 def _slept(config: HybridConfig, sleep: SleepConfig) -> Session:
-    """A session on random weights that has read a window and slept on it."""
+    """Make a session on random weights that has read a window and slept on it."""
     torch.manual_seed(0)
     session = Session(HybridLM(config), sleep)
     session.read(torch.arange(sleep.window or 1) % config.vocab_size)

@@ -16,7 +16,7 @@ PIECE = 16  # windows read at a time, as by `lmsleep read`
 
 
 def lengths(config: HybridConfig, counts: tuple[int, ...]) -> Table:
-    """The same stream, cut at several lengths."""
+    """Measure the same stream, cut at several lengths."""
     context = multiprocessing.get_context("spawn")
     rows = []
     for count in counts:
@@ -32,7 +32,7 @@ def lengths(config: HybridConfig, counts: tuple[int, ...]) -> Table:
 
 
 def read(config: HybridConfig, count: int) -> dict[str, Cell]:
-    """Read `count` tokens after a warm-up; one row."""
+    """Read `count` tokens after a warm-up; return one row."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = HybridLM(config)
@@ -62,6 +62,6 @@ def _read(session: Session, count: int) -> None:
 
 
 def peak_resident() -> int:
-    """Most bytes that this program had in memory; unlike ru_maxrss without what its parent had."""
+    """Return the most bytes that this program had in memory; unlike ru_maxrss without its parent's."""
     status = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line.split()[1] for line in status if line.startswith("VmHWM")))

@@ -13,22 +13,40 @@ if TYPE_CHECKING:
     from lmsleep.models import HybridConfig, HybridLM
     from lmsleep.opening import open_model as open
     from lmsleep.session import BrokenSleep, Session, SessionBatch
-    from lmsleep.sleep import Backbone, SleepConfig, SleepOutput, read_window, sleep_forward
+    from lmsleep.sleep import (
+        Backbone,
+        Consolidator,
+        Eviction,
+        GradientSteps,
+        Hard,
+        Passes,
+        SleepConfig,
+        SleepOutput,
+        Sliding,
+        read_window,
+        sleep_forward,
+    )
     from lmsleep.state import Cache, Memory, State
 
 __all__ = [
     "Backbone",
     "BrokenSleep",
     "Cache",
+    "Consolidator",
+    "Eviction",
+    "GradientSteps",
+    "Hard",
     "HybridConfig",
     "HybridLM",
     "Inspection",
     "Memory",
     "Origin",
+    "Passes",
     "Session",
     "SessionBatch",
     "SleepConfig",
     "SleepOutput",
+    "Sliding",
     "State",
     "__version__",
     "adapt",
@@ -48,7 +66,8 @@ _HOMES = {
     **dict.fromkeys(("Inspection", "inspect"), "microscope"),
     **dict.fromkeys(("HybridConfig", "HybridLM"), "models"),
     **dict.fromkeys(("BrokenSleep", "Session", "SessionBatch"), "session"),
-    **dict.fromkeys(("Backbone", "SleepConfig", "SleepOutput", "read_window", "sleep_forward"), "sleep"),
+    **dict.fromkeys(("Backbone", "Consolidator", "Eviction", "GradientSteps", "Hard", "Passes"), "sleep"),
+    **dict.fromkeys(("SleepConfig", "SleepOutput", "Sliding", "read_window", "sleep_forward"), "sleep"),
     **dict.fromkeys(("Cache", "Memory", "State"), "state"),
 }
 

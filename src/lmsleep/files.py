@@ -13,13 +13,17 @@ def write_atomic(path: Path, data: bytes) -> None:
     Raises:
         OSError: if the folder cannot be written or the disk is full; the old file is untouched.
     """
+    # A sibling lies on the same file system, so that renaming is atomic; process and random number keep two
+    # writers apart, and the dot keeps it out of globs.
     name = path.parent / f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}"
     try:
         with name.open("wb") as file:
             file.write(data)
             file.flush()
+            # Without it a crash of the machine may leave the new name with no data behind it.
             os.fsync(file.fileno())
         name.replace(path)
+    # Ctrl-C too must leave no litter.
     except BaseException:
         name.unlink(missing_ok=True)
         raise

@@ -16,5 +16,5 @@ td, th {{ padding: .25em .8em; text-align: left; border-bottom: 1px solid #ddd; 
 
 
 def framed(title: str, body: str) -> str:
-    """A page. `title` and `body` are HTML already: texts in them are escaped by the caller."""
+    """Make a page of `title` and `body`, which are HTML already: the caller escapes the texts in them."""
     return FRAME.format(title=title, body=body)

@@ -1,6 +1,5 @@
 """A model by one name: a run (or a shipped one), a saved model, or a Hugging Face model."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,7 +9,7 @@ from lmsleep.hf.loading import has_tokenizer, is_pretrained
 from lmsleep.models import HybridLM
 from lmsleep.sleep import SleepConfig
 from lmsleep.tasks import Text
-from lmsleep.tasks.tokenizers import HuggingFace, Spelled, Tokenizer, load_tokenizer
+from lmsleep.text.tokenizers import HuggingFace, Spelled, Tokenizer, load_tokenizer
 from lmsleep.training import RunConfig, RunFolder, choose_device
 from lmsleep.training.models import Model
 
@@ -71,7 +70,7 @@ def _backbone(path: Path, run: RunConfig | None, device: str) -> tuple[Model, Sl
     where = choose_device(device)
     if run is not None:
         model = RunFolder(path).model(where, run)
-        return model, replace(run.sleep, backprop_passes=None, checkpoint=False)
+        return model, run.sleep
     if is_pretrained(path):
         loaded = load_pretrained(path).to(where)
         from lmsleep.hf.sleeping import saved_sleep  # which imports transformers

@@ -6,7 +6,7 @@ workers that draw data, after `--resume`, in `eval` and in sessions.
 
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from importlib.util import module_from_spec, spec_from_file_location
@@ -24,19 +24,29 @@ class Plugin:
         noun: what it is in its file: "class", "object".
         group: its group of entry points.
         is_one: whether an object of a module is one; those are listed where a name is wrong.
+        must_be: how errors describe one.
     """
 
     what: str
     noun: str
     group: str
     is_one: Callable[[Any], bool]
+    must_be: str
 
-    def find(self, name: str, listed: Iterable[str] = ()) -> Any:
-        """The object called `FILE.py:NAME`, or that of the entry point `name`; errors name the `listed` too.
+    def find(self, name: str, listed: Mapping[str, Any]) -> Any:
+        """Find the object that is `listed`, called `FILE.py:NAME`, or that of the entry point `name`.
 
         Raises:
-            ValueError: if there is no such file, object or entry point, or its code fails.
+            ValueError: if there is no such object, its code fails, or it is not of this kind.
         """
+        if name in listed:
+            return listed[name]
+        found = self._brought_along(name, listed)
+        if not self.is_one(found):
+            raise ValueError(f"{name} is no {self.what}: it must be {self.must_be}")
+        return found
+
+    def _brought_along(self, name: str, listed: Iterable[str]) -> Any:
         file, _, attribute = name.rpartition(":") if ".py:" in name else (name, "", "")
         if not file.endswith(".py"):
             return self._entry_point(name, listed)
@@ -62,12 +72,15 @@ class Plugin:
                 f"the entry point {points[name].value} of {self.what} {name} fails: {error}"
             ) from error
 
-    def name_of(self, cls: type) -> str:
-        """The name by which `find` finds a class again.
+    def name_of(self, cls: type, listed: Mapping[str, Any]) -> str:
+        """Return the name by which `find` finds a class again.
 
         Raises:
             ValueError: if there is none, as for a class made inside a function.
         """
+        for name, one in listed.items():
+            if one is cls:
+                return name
         for point in entry_points(group=self.group):
             if point.value.replace(" ", "") == f"{cls.__module__}:{cls.__qualname__}":
                 return point.name

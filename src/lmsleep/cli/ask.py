@@ -10,7 +10,7 @@ from tyro.conf import Positional
 from lmsleep.cli.opening import SleepOptions, new_session, take_up
 from lmsleep.cli.options import parse
 from lmsleep.session import Session
-from lmsleep.tasks.tokenizers import Spelled
+from lmsleep.text.tokenizers import Spelled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,13 +31,13 @@ class WriteOptions:
     """Of the draws."""
 
     def longest(self, session: Session) -> int:
-        """Tokens of the longest answer."""
+        """Return the number of tokens of the longest answer."""
         if self.max_new_tokens is None:
             return 1 if isinstance(session.tokenizer, Spelled) else 64
         return self.max_new_tokens
 
     def stops(self, session: Session) -> tuple[str | int, ...]:
-        """What ends an answer: `stop`, and the end of a text where the tokenizer has one."""
+        """Return what ends an answer: `stop`, and the end of a text where the tokenizer has one."""
         end = None if session.tokenizer is None else session.tokenizer.end
         return self.stop if end is None else (*self.stop, end)
 

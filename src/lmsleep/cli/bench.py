@@ -9,7 +9,7 @@ SOURCES = Path(__file__).parents[3]
 
 
 def bench(argv: list[str]) -> None:
-    """`lmsleep bench NAME [OPTIONS]`: what `python -m benchmarks` does there, from anywhere.
+    """Run `lmsleep bench NAME [OPTIONS]`: what `python -m benchmarks` does there, from anywhere.
 
     Raises:
         FileNotFoundError: for an installed wheel, which has no benchmarks.

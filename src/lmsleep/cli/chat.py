@@ -14,7 +14,7 @@ from lmsleep.cli.opening import SleepOptions, new_session, status, take_up
 from lmsleep.cli.options import parse
 from lmsleep.files import locked
 from lmsleep.session import BrokenSleep, Session
-from lmsleep.tasks.tokenizers import Spelled
+from lmsleep.text.tokenizers import Spelled
 
 HELP = """A line is read and answered. Lines that begin with a slash are commands:
   /read TEXT   read without answering

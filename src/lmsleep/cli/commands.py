@@ -12,12 +12,22 @@ import tyro
 from tyro.conf import Positional
 
 from lmsleep import pretrained
-from lmsleep.adaptation import MOMENTS, Adaptation, Shifting, adaptation
-from lmsleep.cli.options import as_type, check_samples, given_options, listed, listed_tasks, parse, task_field
+from lmsleep.cli.options import (
+    as_type,
+    check_samples,
+    chosen_sleep,
+    given_options,
+    listed,
+    listed_tasks,
+    parse,
+    sleep_fields,
+    task_field,
+)
 from lmsleep.cli.presets import PRESETS, preset
-from lmsleep.cost import cost
 from lmsleep.demo import command as demo_command
 from lmsleep.evaluation import Score, evaluate, wilson
+from lmsleep.evaluation.around_sleep import MOMENTS, Adaptation, Shifting, adaptation
+from lmsleep.evaluation.cost import cost
 from lmsleep.hf.loading import is_pretrained
 from lmsleep.models import HybridConfig
 from lmsleep.opening import open_backbone
@@ -110,7 +120,7 @@ def _new_run(task: str, argv: list[str]) -> tuple[RunFolder, Trainer]:
         [
             task_field(task, sections),
             ("model", ModelOptions, model),
-            ("sleep", SleepConfig, sections["sleep"]),
+            *sleep_fields(sections["sleep"], argv),
             ("train", TrainConfig, sections["train"]),
             ("run", RunOptions, RunOptions(preset=chosen)),
         ],
@@ -119,7 +129,9 @@ def _new_run(task: str, argv: list[str]) -> tuple[RunFolder, Trainer]:
     )
     options = parse(Options, argv, f"lmsleep train {task}", cls.__doc__)
     architecture = as_type(HybridConfig, options.model)
-    config = RunConfig(task=options.task, model=architecture, sleep=options.sleep, train=options.train)
+    config = RunConfig(
+        task=options.task, model=architecture, sleep=chosen_sleep(options), train=options.train
+    )
     name = f"N{config.sleep.passes}"
     if options.run.baseline is not None:
         name, config = options.run.baseline, baseline(options.run.baseline, config)
@@ -328,8 +340,9 @@ def info(argv: list[str]) -> None:
     sleep = replace(
         sleep,
         window=sleep.window if options.window is None else options.window,
-        passes=sleep.passes if options.passes is None else options.passes,
-        backprop_passes=None,
+        consolidator=sleep.with_passes(
+            sleep.passes if options.passes is None else options.passes
+        ).consolidator,
     )
     figures = cost(model.to("meta"), sleep)
     if options.json:

@@ -7,17 +7,29 @@ from pathlib import Path
 import tyro
 
 from lmsleep.cli.commands import finish
-from lmsleep.cli.options import as_type, check_samples, given_options, listed, listed_tasks, parse, task_field
+from lmsleep.cli.options import (
+    as_type,
+    check_samples,
+    chosen_sleep,
+    given_options,
+    listed,
+    listed_tasks,
+    parse,
+    sleep_fields,
+    task_field,
+)
 from lmsleep.hf.finetune import FineTune
 from lmsleep.hf.loading import has_tokenizer
 from lmsleep.sleep import SleepConfig
 from lmsleep.tasks import Task, find_task
-from lmsleep.tasks.tokenizers import HuggingFace
+from lmsleep.text.tokenizers import HuggingFace
 from lmsleep.training import RunConfig, RunFolder, TrainConfig, Trainer, two_stages
 
 # Rates: Muon's and AdamW's of the paper's fine-tuning; adapters, which AdamW trains, take a usual one.
-TRAIN = TrainConfig(batch_size=16, accumulate=16, lr=1e-3, adam_lr=5e-5, save_every=100, eval_batches=2)
-SLEEP = SleepConfig(window=2000, passes=4, loop="middle", checkpoint=True)
+TRAIN = TrainConfig(
+    batch_size=16, accumulate=16, lr=1e-3, adam_lr=5e-5, save_every=100, eval_batches=2, checkpoint=True
+)
+SLEEP = SleepConfig(window=2000, passes=4, loop="middle")
 
 
 @dataclass(frozen=True)
@@ -37,7 +49,7 @@ PRESETS = {
     "two-stage": Preset(
         "Memory layers alone, hard eviction, for half of --steps; then everything, sliding windows.",
         "full",
-        replace(SLEEP, window=512, loop=None, eviction="sliding"),
+        SleepConfig(window=512, passes=4, eviction="sliding"),
         stages=2,
     ),
 }  # fmt: skip
@@ -112,7 +124,7 @@ def finetune(argv: list[str]) -> None:
 
 
 def _new_run(folder: Path, argv: list[str]) -> tuple[RunFolder, Trainer]:
-    """The folder of a new run, and the trainer of its first stage."""
+    """Return the folder of a new run, and the trainer of its first stage."""
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder} with a model; nothing is downloaded")
     given = given_options(argv)
@@ -129,7 +141,7 @@ def _new_run(folder: Path, argv: list[str]) -> tuple[RunFolder, Trainer]:
         [
             task_field(name, {}),
             ("model", ModelOptions, ModelOptions(train=preset.train)),  # type: ignore[arg-type]
-            ("sleep", SleepConfig, preset.sleep),
+            *sleep_fields(preset.sleep, argv),
             ("train", TrainOptions, as_type(TrainOptions, _train(preset, given.get("batch-size", "")))),
             ("run", RunOptions),
         ],
@@ -140,7 +152,7 @@ def _new_run(folder: Path, argv: list[str]) -> tuple[RunFolder, Trainer]:
     _check_tokenizer(folder, options.task)
     model = replace(as_type(FineTune, options.model), folder=folder.resolve())
     train = as_type(TrainConfig, options.train)
-    config = RunConfig(task=options.task, model=model, sleep=options.sleep, train=train)
+    config = RunConfig(task=options.task, model=model, sleep=chosen_sleep(options), train=train)
     kind = name.rpartition(":")[2]
     default = f"{folder.resolve().name}-{kind}-N{config.sleep.passes}-seed{config.train.seed}"
     out = options.run.out or Path("runs") / default
@@ -157,7 +169,7 @@ def _new_run(folder: Path, argv: list[str]) -> tuple[RunFolder, Trainer]:
 
 
 def _train(preset: Preset, batch_size: str) -> TrainConfig:
-    """The defaults of a preset, where a batch of any size is read one sequence at a time."""
+    """Return the defaults of a preset, where a batch of any size is read one sequence at a time."""
     size = int(batch_size) if batch_size.isdecimal() else TRAIN.batch_size
     return replace(TRAIN, adam_lr=preset.adam_lr, batch_size=size, accumulate=size)
 

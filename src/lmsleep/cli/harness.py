@@ -50,7 +50,7 @@ def harness(argv: list[str]) -> None:
         import lm_eval
     except ImportError:
         raise ValueError("lm-eval is not installed: pip install 'lmsleep[eval,hf]'") from None
-    from lmsleep.harness import SleepLM
+    from lmsleep.integrations.lm_eval import SleepLM
 
     tasks = _tasks(options)
     session = new_session(options.model, replace(options, passes=None))
@@ -70,9 +70,7 @@ def harness(argv: list[str]) -> None:
         found[str(n)] = results["results"]
     document = {
         "model": str(options.model),
-        "window": session.sleep_config.window,
-        "eviction": session.sleep_config.eviction,
-        "loop": session.sleep_config.loop,
+        "sleep": session.sleep_config.to_dict(),
         "lmsleep": __version__,
         "lm_eval": lm_eval.__version__,
         "limit": options.limit,
@@ -85,7 +83,7 @@ def harness(argv: list[str]) -> None:
 
 
 def _tasks(options: HarnessOptions) -> Any:
-    """The manager of tasks: those of --include-path alone if they are enough, for there are thousands."""
+    """Return a manager of tasks, of those in --include-path alone if they are enough: there are thousands."""
     from lm_eval.tasks import TaskManager
 
     if options.include_path is not None:

@@ -12,7 +12,7 @@ from lmsleep.cli.opening import SleepOptions, new_session, take_up
 from lmsleep.cli.options import parse
 from lmsleep.microscope import Inspection, inspect, words
 from lmsleep.session import Session
-from lmsleep.tasks.tokenizers import Bytes
+from lmsleep.text.tokenizers import Bytes
 from lmsleep.training import RunFolder
 
 

@@ -35,7 +35,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
 
 
 def usage() -> str:
-    """The help of the bare command."""
+    """Return the help of the bare command."""
     lines = [f"  {name:<9} {text}" for name, (_, text) in COMMANDS.items()]
     return "\n".join(
         [

@@ -1,6 +1,6 @@
 """MODEL on the command line, with options of a new session."""
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -28,7 +28,7 @@ class SleepOptions:
 
 
 def new_session(path: Path, options: SleepOptions) -> Session:
-    """A session that has read nothing, for the MODEL at `path` or shipped under that name.
+    """Make a session that has read nothing, for the MODEL at `path` or shipped under that name.
 
     Raises:
         ValueError: as `open_model`, or for a sleep that does not fit the model.
@@ -41,22 +41,23 @@ def new_session(path: Path, options: SleepOptions) -> Session:
 
 
 def take_up(path: Path, new: Session, options: SleepOptions) -> Session:
-    """The session or memory in a file, on the model of `new`.
+    """Take up the session or memory in a file, on the model of `new`.
 
     Raises:
         ValueError: as `Session.load`, or for options that contradict the file.
         OSError: if there is no such file.
     """
     session = Session.load(path, new.model, new.tokenizer, sleep=new.sleep_config)
+    read_with = {"window": session.sleep_config.window, **asdict(session.sleep_config.consolidator)}
     for name in GIVEN:
-        wanted, has = getattr(options, name), getattr(session.sleep_config, name)
+        wanted, has = getattr(options, name), read_with.get(name)
         if wanted not in (None, has):
             raise ValueError(f"{name}={wanted} contradicts {path}, which was read with {name}={has}")
     return session
 
 
 def status(session: Session) -> str:
-    """One line: window fill, tokens, sleeps, bytes."""
+    """Return one line: window fill, tokens, sleeps, bytes."""
     s, window = session.stats, session.sleep_config.window
     return (
         f"window {s.window_tokens}/{window or '-'} · {s.tokens:,} tokens · {s.sleeps:,} sleeps · "

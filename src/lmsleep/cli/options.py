@@ -4,12 +4,13 @@ import itertools
 import re
 from collections.abc import Sequence
 from contextlib import redirect_stderr
-from dataclasses import fields
+from dataclasses import dataclass, fields, replace
 from io import StringIO
 from typing import Any, get_args
 
 import tyro
 
+from lmsleep.sleep import CONSOLIDATOR, CONSOLIDATORS, EVICTION, EVICTIONS, SleepConfig
 from lmsleep.tasks import TASKS, Split, find_task, stream
 from lmsleep.training import RunConfig
 
@@ -17,7 +18,7 @@ FLAT = (tyro.conf.OmitArgPrefixes, tyro.conf.SuppressFixed)
 
 
 def parse(options: Any, argv: Sequence[str], prog: str, description: str | None = None) -> Any:
-    """An instance of the dataclass `options`, its fields read from flags; leaves with 0 after --help.
+    """Read the fields of the dataclass `options` from flags; leave with 0 after --help.
 
     Raises:
         ValueError: for flags that do not fit, in one line.
@@ -33,7 +34,7 @@ def parse(options: Any, argv: Sequence[str], prog: str, description: str | None 
 
 
 def _one_line(box: str) -> str:
-    """What tyro says in a box of several paragraphs: the first one, and which flag may have been meant."""
+    """Shorten tyro's box of paragraphs to the first one, and to which flag may have been meant."""
     lines = [line.strip("│╰╯ ") for line in box.splitlines()]
     if lines[0].startswith("╭"):
         lines[0] = "─────"  # the title, which stands in the frame
@@ -44,34 +45,81 @@ def _one_line(box: str) -> str:
 
 
 def listed(docstrings: dict[str, str | None]) -> str:
-    """Names with the first line of what is said about them."""
+    """List names with the first line of what is said about them."""
     return "\n".join(f"  {name:<20} {(text or '').splitlines()[0]}" for name, text in docstrings.items())
 
 
 def listed_tasks() -> str:
-    """The tasks with the first lines of their docstrings, and how to name one's own."""
+    """List the tasks with the first lines of their docstrings, and say how to name one's own."""
     tasks = {name: task.__doc__ for name, task in TASKS.items()}
     return listed({**tasks, "FILE.py:CLASS": "A task of your own (docs/architecture.md), or an entry point."})
 
 
 def task_field(task: str, sections: dict[str, Any]) -> Any:
-    """The field of an options class that holds the task, with the preset's as default."""
+    """Return the field of an options class that holds the task, with the preset's as default."""
     return ("task", find_task(task), *([sections["task"]] if "task" in sections else []))
 
 
 def given_options(argv: Sequence[str]) -> dict[str, str]:
-    """Options with one value, as they stand on the command line: --preset NAME, --preset=NAME."""
+    """Return options with one value as they stand on the command line: --preset NAME, --preset=NAME."""
     words = [word for argument in argv for word in argument.split("=", 1)]
     pairs = itertools.pairwise(words)
     return {a.removeprefix("--").replace("_", "-"): b for a, b in pairs if a.startswith("--")}
 
 
+@dataclass(frozen=True, kw_only=True)
+class WindowOptions:
+    """When the model sleeps, who writes what the window holds, and what stays in attention."""
+
+    window: int | None = None
+    """L: tokens of attention context; a sleep happens every L tokens. None: nothing is ever evicted."""
+    consolidator: str = "passes"
+    """What a sleep does with a window: passes (the paper), gradient-steps (test-time training), or
+    FILE.py:CLASS, one of your own; its options stand in a group of their own below."""
+    eviction: str = "hard"
+    """After a sleep attention keeps nothing of the window (hard), its last L - 1 tokens (sliding), or what
+    FILE.py:CLASS keeps."""
+    sleep_on_loss: bool = True
+    """Sleep on windows that carry loss too. False: Algorithm 1's rule, they get one ordinary pass."""
+
+
+def sleep_fields(default: SleepConfig, argv: Sequence[str]) -> list[Any]:
+    """Fields of an options class that hold a sleep: its windows, and the consolidator that `argv` names.
+
+    Raises:
+        ValueError: for a consolidator that is not known.
+    """
+    own = CONSOLIDATOR.name_of(type(default.consolidator), CONSOLIDATORS)
+    name = given_options(argv).get("consolidator", own)
+    by: Any = default.consolidator
+    if name != own:
+        by = replace(CONSOLIDATOR.find(name, CONSOLIDATORS)(), passes=by.passes)
+    windows = WindowOptions(
+        window=default.window,
+        consolidator=name,
+        eviction=EVICTION.name_of(type(default.eviction), EVICTIONS),
+        sleep_on_loss=default.sleep_on_loss,
+    )
+    return [("windows", WindowOptions, windows), ("by", type(by), by)]
+
+
+def chosen_sleep(options: Any) -> SleepConfig:
+    """Return the sleep in options that have the fields of `sleep_fields`."""
+    windows = options.windows
+    return SleepConfig(
+        window=windows.window,
+        consolidator=options.by,
+        eviction=windows.eviction,
+        sleep_on_loss=windows.sleep_on_loss,
+    )
+
+
 def as_type(cls: Any, options: Any) -> Any:
-    """The same options in a class with the same fields, or with some of them."""
+    """Convert options to a class with the same fields, or with some of them."""
     return cls(**{f.name: getattr(options, f.name) for f in fields(cls)})
 
 
 def check_samples(config: RunConfig) -> None:
-    """Draw a sample of each split; raises what the task raises if it cannot."""
+    """Draw a sample of each split; raise what the task raises if it cannot."""
     for split in get_args(Split):
         config.task.batch(stream(config.train.seed, split, 0), 1, split)

@@ -10,10 +10,10 @@ from tqdm import tqdm
 from tyro.conf import Positional
 
 from lmsleep.cli.options import parse
+from lmsleep.evaluation.facts import CHOICES, DROPPED, KEPT, Reading, zero_shot
 from lmsleep.opening import open_model
 from lmsleep.sleep import SleepConfig
-from lmsleep.tasks.tokenizers import Bytes
-from lmsleep.zero_shot import CHOICES, DROPPED, KEPT, Reading, zero_shot
+from lmsleep.text.tokenizers import Bytes
 
 
 @dataclass(frozen=True, kw_only=True)

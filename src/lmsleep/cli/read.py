@@ -18,7 +18,7 @@ from lmsleep.cli.opening import SleepOptions, new_session, status, take_up
 from lmsleep.cli.options import parse
 from lmsleep.files import locked
 from lmsleep.session import BrokenSleep, Session
-from lmsleep.tasks.tokenizers import Bytes, Tokenizer
+from lmsleep.text.tokenizers import Bytes, Tokenizer
 
 WINDOWS = 16  # read at a time, between looks at the clock
 WITHOUT_WINDOW = 1024  # tokens, where nothing is ever evicted

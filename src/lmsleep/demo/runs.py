@@ -1,7 +1,6 @@
 """The demo's runs: which there are, how long each is, and what is read off them."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -101,7 +100,7 @@ def _passes_read(path: Path) -> dict[str, dict[str, float]]:
     config, model = run.config(), run.model()
     scores = {}
     for passes in (1, 2, 3, 4, 6):
-        score = evaluate(model, config.task, replace(config.sleep, passes=passes), batches=4)
+        score = evaluate(model, config.task, config.sleep.with_passes(passes), batches=4)
         scores[str(passes)] = {str(k): v for k, v in score.per_difficulty.items()}
     return scores
 

@@ -3,9 +3,10 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from lmsleep.hf.backbone import HFBackbone, adapt
+from lmsleep.hf.backbone import HFBackbone
 from lmsleep.hf.insertion import Insertion, insert_memory_layers
 from lmsleep.hf.loading import load_pretrained
+from lmsleep.hf.trial import adapt
 
 if TYPE_CHECKING:
     from lmsleep.hf.sleep_cache import SleepCache

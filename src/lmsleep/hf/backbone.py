@@ -1,4 +1,4 @@
-"""`adapt`: a pretrained hybrid of `transformers` as a backbone of the sleep algorithm, its code untouched."""
+"""`HFBackbone`: a causal language model of `transformers` as the sleep algorithm sees it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -8,17 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from lmsleep.hf.cache import Carried, RunCache
-from lmsleep.layers.attention import visible
+from lmsleep.hf.positions import Positions
 from lmsleep.state import Cache, Memory, State
 
 NORMS = ("norm", "final_layernorm", "norm_f")  # what families call the norm before the head
-REBASE_AFTER = 1 << 15  # positions count from the oldest visible key again when they have grown so large
-PROBE = 8  # tokens of the probe
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What one block carries, a row: sizes and dtypes.
+    """The sizes and dtypes of what one block carries for one row.
 
     Attributes:
         memory: `S`, of the layer with number `writer`; None for a block without fast weights.
@@ -57,7 +55,7 @@ class HFBackbone(nn.Module):
 
     @property
     def config(self) -> Any:
-        """That of the text model."""
+        """The configuration of the text model."""
         return self.model.config.get_text_config()
 
     @property
@@ -68,12 +66,12 @@ class HFBackbone(nn.Module):
 
     @property
     def num_blocks(self) -> int:
-        """Decoder blocks."""
+        """The number of decoder blocks."""
         return len(self.blocks)
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """What each block is made of: "attention", "fast_weights", both joined by "+", or "mlp"."""
+        """The parts of each block: "attention", "fast_weights", both joined by "+", or "mlp"."""
         parts = (
             "+".join(name for name, has in (("attention", x.kv), ("fast_weights", x.memory)) if has)
             for x in self.layouts
@@ -81,7 +79,7 @@ class HFBackbone(nn.Module):
         return tuple(part or "mlp" for part in parts)
 
     def initial_state(self, batch_size: int) -> State:
-        """`S = 0` and nothing in the working memory."""
+        """Return `S = 0` and nothing in the working memory, for `batch_size` rows."""
         device = self.model.get_input_embeddings().weight.device
 
         def empty(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -92,6 +90,7 @@ class HFBackbone(nn.Module):
             memory.append(None if x.memory is None else empty(*x.memory, dtype=x.memory_dtype))
             tensors = []
             if x.kv is not None:
+                # Time is dimension 1 in every tensor of the working memory, so that eviction is one slice.
                 tensors += [empty(0, *size, dtype=x.dtype) for size in x.kv]
                 tensors.append(empty(0, dtype=torch.int64))
             if x.channels is not None:
@@ -100,16 +99,19 @@ class HFBackbone(nn.Module):
         return State(Memory(tuple(memory)), Cache(tuple(cache)))
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Tokens `[B, T]` (int64) -> hidden states `h` `[B, T, d]`, scaled as the model scales them."""
+        """Embed tokens `[B, T]` (int64) as hidden states `h` `[B, T, d]`, scaled as the model scales them."""
         h: Tensor = self.model.get_input_embeddings()(tokens)
+        # Granite and Falcon-H1 scale embeddings in the decoder's forward, which is not called here.
         scale = getattr(self.model.get_decoder(), "embedding_multiplier", None)
         return h if scale is None else h * scale
 
     def head(self, h: Tensor) -> Tensor:
-        """Hidden states `[B, T, d]` -> logits `[B, T, V]`, scaled as the model scales them."""
+        """Map hidden states `[B, T, d]` to logits `[B, T, V]`, scaled as the model scales them."""
         decoder = self.model.get_decoder()
         norm = next(getattr(decoder, name) for name in NORMS if hasattr(decoder, name))
         logits: Tensor = self.model.get_output_embeddings()(norm(h))
+        # As for embeddings: the scale of logits (Granite divides, Falcon-H1 multiplies) is in code not called
+        # here.
         if (divisor := getattr(self.config, "logits_scaling", None)) is not None:
             logits = logits / divisor
         if (factor := getattr(decoder, "lm_head_multiplier", None)) is not None:
@@ -126,7 +128,7 @@ class HFBackbone(nn.Module):
         valid: Tensor | None = None,
         span: int | None = None,
     ) -> tuple[Tensor, State]:
-        """Blocks `start ... stop - 1`; arguments and result as for `HybridLM.run`.
+        """Run blocks `start ... stop - 1`; arguments and result are those of `HybridLM.run`.
 
         Padding is never shown to a block, for recurrences of `transformers` would forget on it: rows of
         different length run one length after the other.
@@ -144,16 +146,16 @@ class HFBackbone(nn.Module):
         if any(b.training and getattr(b, "gradient_checkpointing", False) for b in blocks[start:stop]):
             raise ValueError(
                 "the model's own checkpointing of activations (gradients) drops what every block carries, "
-                "so nothing would be remembered; switch it off and use SleepConfig(checkpoint=True)"
+                "so nothing would be remembered; switch it off and use checkpoint=True of sleep_forward"
             )
-        where = _Positions(self.model, h, state, self.layouts, start, stop)
+        where = Positions(self.model, h, state, [x.kv is not None for x in self.layouts], start, stop)
         carried: dict[int, Carried] = {}
         for i in range(start, stop):
             carried |= self._lend(i, state.memory.layers[i], where.rebased(i))
         cache = RunCache(carried)
         for i in range(start, stop):
             limit = _sliding(blocks[i], span)
-            h = _call(blocks[i], h, cache, where, where.mask(limit) if self.layouts[i].kv else None)
+            h = call_block(blocks[i], h, cache, where, where.mask(limit) if self.layouts[i].kv else None)
         done = cache.finished()
         return h, state.replace(start, [self._returned(i, done, where.ordinals) for i in range(start, stop)])
 
@@ -162,6 +164,8 @@ class HFBackbone(nn.Module):
         if x.kv is not None:
             lent[i].keys, lent[i].values = cache[:2]
         if x.memory is not None:
+            # The layer that writes may have a number of its own: memory layers stand behind all blocks in a
+            # cache.
             lent.setdefault(x.writer, Carried()).S = memory
         if x.channels is not None:
             lent.setdefault(x.writer, Carried()).tail = cache[-1]
@@ -183,212 +187,25 @@ class HFBackbone(nn.Module):
     ) -> tuple[Tensor, State]:
         counts, T = valid.sum(dim=1), h.shape[1]
         hs, states, groups = [], [], []
+        # Rows of one length run together, so no block sees padding.
         for count in counts.unique().tolist():
             rows = (counts == count).nonzero()[:, 0]
             x, s = h[rows, :count], state.rows(rows)
             if count:
                 x, s = self.run(x, s, start, stop, span=span)
+            # Back to T positions; what stands at padding is read by nobody.
             hs.append(nn.functional.pad(x, (0, 0, 0, T - count)))
             states.append(State(s.memory, replace(s.cache, filled=None)))
             groups.append(rows)
+        # `groups` lists rows by length; argsort is the inverse of that permutation.
         order = torch.cat(groups).argsort()
         joined = State.join(states, order)
         cache = replace(joined.cache, filled=state.cache.filled)
         return torch.cat(hs)[order], State(joined.memory, cache)
 
 
-class _Positions:
-    """Positions and masks of one run."""
-
-    def __init__(
-        self, model: Any, h: Tensor, state: State, layouts: Sequence[Layout], start: int, stop: int
-    ) -> None:
-        B, T = h.shape[:2]
-        self.state, self.layouts, self.h = state, layouts, h
-        self.rotary = getattr(model.get_decoder(), "rotary_emb", None)
-        self.eager = model.config._attn_implementation == "eager"
-        first = next((i for i in range(start, stop) if layouts[i].kv), None)
-        old = h.new_zeros(B, 0, dtype=torch.int64) if first is None else state.cache.layers[first][2]
-        self.past = old.shape[1]
-        far = self.past > 0 and self.rotary is not None and not old.is_meta  # where nothing has a value
-        far = far and bool((old[:, 0] > REBASE_AFTER).any())
-        self.shift = (old[:, :1] - 1).clamp(min=0) if far else None
-        if self.shift is not None:
-            old = (old - self.shift).clamp(min=0)
-        last = old[:, -1:] if self.past else old.new_zeros(B, 1)
-        new = last + torch.arange(1, T + 1, device=h.device)
-        self.ordinals, self.position_ids = torch.cat([old, new], dim=1), new - 1
-        self.embeddings = None if self.rotary is None else self.rotary(h, self.position_ids)
-        self._masks: dict[int | None, Tensor | None] = {}
-
-    def rebased(self, i: int) -> tuple[Tensor, ...]:
-        """The working memory of block i, its keys turned back by `shift` positions."""
-        cache = self.state.cache.layers[i]
-        if self.shift is None or self.rotary is None or self.layouts[i].kv is None:
-            return cache
-        cos, sin = (t.unsqueeze(2) for t in self.rotary(self.h, self.shift))  # [B, 1, 1, rotary size]
-        size, scale = cos.shape[-1], getattr(self.rotary, "attention_scaling", 1.0)
-        turned, plain = cache[0].split([size, cache[0].shape[-1] - size], dim=-1)
-        a, b = turned.chunk(2, dim=-1)
-        turned = (turned * cos - torch.cat([-b, a], dim=-1) * sin) / scale**2
-        return torch.cat([turned, plain], dim=-1), *cache[1:]
-
-    def mask(self, span: int | None) -> Tensor | None:
-        """What each token sees; None where that is all before it, as `transformers` says it."""
-        if span not in self._masks:
-            self._masks[span] = self._mask(span)
-        return self._masks[span]
-
-    def _mask(self, span: int | None) -> Tensor | None:
-        T, past, filled = self.h.shape[1], self.past, self.state.cache.filled
-        all_before = past == 0 or (T == 1 and filled is None)
-        if all_before and (span is None or past + T <= span) and (not self.eager or T == 1):
-            return None
-        seen = visible(T, past, span, filled if past else None, self.h.device)
-        seen = seen.expand(len(self.h), 1, T, past + T)
-        if not self.eager:
-            return seen
-        return torch.zeros_like(seen, dtype=self.h.dtype).masked_fill(~seen, torch.finfo(self.h.dtype).min)
-
-
-def adapt(model: Any) -> HFBackbone:
-    """Make a causal language model of `transformers` a backbone of the sleep algorithm.
-
-    The model is not changed, and its weights are shared. A few tokens are run to see what each block carries,
-    that the blocks called one by one compute what the model computes, and that a second call goes on from
-    the fast weights that the first left.
-
-    Args:
-        model: a hybrid (attention and fast weights) such as qwen3_5, qwen3_next, olmo_hybrid, kimi_linear,
-            nemotron_h, bamba, granitemoehybrid, falcon_h1, Jet-Nemotron, or an attention-only model with
-            inserted memory layers; `peft` models too.
-
-    Raises:
-        ValueError: for a model that cannot sleep, with the reason.
-    """
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model
-    name = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-    if not hasattr(model, "get_decoder") or not hasattr(model.get_decoder(), "layers"):
-        raise ValueError(f"model: {name} is no decoder with a list of blocks, so it cannot be adapted")
-    attention = model.config._attn_implementation
-    if attention not in ("sdpa", "eager"):
-        raise ValueError(
-            f"model: attn_implementation={attention!r} cannot be told what an evicted window hides; load the "
-            "model with attn_implementation='sdpa' (whole windows run on flash kernels there too)"
-        )
-    if (steps := getattr(model.config, "total_ut_steps", 1)) > 1:
-        raise ValueError(
-            f"model: {name} makes total_ut_steps={steps} passes over every token while awake; set "
-            "model.config.total_ut_steps = 1 and make passes by SleepConfig (passes, wake_passes)"
-        )
-    rotary = getattr(model.get_decoder(), "rotary_emb", None)
-    if (kind := getattr(rotary, "rope_type", "default")) in ("dynamic", "longrope"):
-        raise ValueError(
-            f"model: rope_type={kind!r} rotates by the length of the text; sleep needs one without"
-        )
-    training = model.training
-    try:
-        with torch.no_grad():
-            backbone = _probed(model.eval(), name)
-    finally:
-        model.train(training)
-    return backbone.train(training)
-
-
-def _probed(model: Any, name: str) -> HFBackbone:
-    tokens = torch.arange(PROBE, device=model.get_input_embeddings().weight.device)[None] % _vocab(model)
-    try:
-        backbone = HFBackbone(model, _layouts(model, tokens))
-        reason = _reason_against(backbone, tokens)
-    except ValueError as error:
-        raise ValueError(f"model: {name} cannot sleep: {error}") from error
-    except (TypeError, AttributeError, LookupError, RuntimeError) as error:
-        raise ValueError(
-            f"model: {name} cannot sleep: its blocks do not run one by one ({type(error).__name__}: {error})"
-        ) from error
-    if reason is not None:
-        raise ValueError(f"model: {name} cannot sleep: {reason}")
-    return backbone
-
-
-def _layouts(model: Any, tokens: Tensor) -> list[Layout]:
-    """What blocks carry, as seen when they run for the first time."""
-    scout = HFBackbone(model, ())
-    h, found = scout.embed(tokens), []
-    where = _Positions(model, h, State(Memory(()), Cache(())), (), 0, 0)
-    for i, block in enumerate(scout.blocks):
-        cache = RunCache({})
-        h = _call(block, h, cache, where, None)
-        found.append(_layout(i, cache.finished(), model.dtype))
-    return found
-
-
-def _layout(i: int, done: dict[int, Carried], dtype: torch.dtype) -> Layout:
-    own = done.get(i, Carried())
-    writers = [j for j, c in done.items() if c.S is not None]
-    if len(writers) > 1:
-        raise ValueError(f"block {i} has {len(writers)} layers with fast weights")
-    writer = done[writers[0]] if writers else Carried()
-    S, tail, kv = writer.S, writer.tail, None
-    if S is not None and S.ndim != 4:
-        raise ValueError(f"block {i} has fast weights of shape {tuple(S.shape)}, not a matrix per head")
-    if own.keys is not None and own.values is not None:
-        kv = (own.keys.shape[2], own.keys.shape[3]), (own.values.shape[2], own.values.shape[3])
-    return Layout(
-        memory=None if S is None else (S.shape[1], S.shape[2], S.shape[3]),
-        writer=writers[0] if writers else -1,
-        kv=kv,
-        channels=None if tail is None else tail.shape[2],
-        dtype=dtype,
-        memory_dtype=torch.float32 if S is None else S.dtype,
-    )
-
-
-def _reason_against(backbone: HFBackbone, tokens: Tensor) -> str | None:
-    """Why the model cannot sleep, None if it can."""
-    D = backbone.num_blocks
-    if all(x.memory is None for x in backbone.layouts):
-        return "no block has fast weights to write to; add some with lmsleep.hf.insert_memory_layers"
-    plain = backbone.model(tokens, use_cache=False).logits
-    empty = backbone.initial_state(1)
-    whole, after = backbone.run(backbone.embed(tokens), empty, 0, D)
-    if not _close(backbone.head(whole), plain):
-        return "its blocks called one by one do not compute what the model computes"
-    h, cut = backbone.run(backbone.embed(tokens[:, : PROBE // 2]), empty, 0, D)
-    parts = [h]
-    for a, b in ((PROBE // 2, PROBE - 1), (PROBE - 1, PROBE)):
-        h, cut = backbone.run(backbone.embed(tokens[:, a:b]), cut, 0, D)
-        parts.append(h)
-    if not _close(backbone.head(torch.cat(parts, dim=1)), plain):
-        return "tokens in several calls give another result than in one: it loses its state between calls"
-    for i, x in enumerate(backbone.layouts):
-        if x.memory is None:
-            continue
-        full = Memory(tuple(None if s is None else torch.ones_like(s) for s in empty.memory.layers))
-        filled, of_full = backbone.run(whole, State(full, empty.cache), i, i + 1)
-        unfilled, of_empty = backbone.run(whole, empty, i, i + 1)
-        if not torch.equal(filled, unfilled):
-            continue
-        # What it says does not tell: it was just inserted and says nothing yet. What it writes does.
-        S = [s.memory.layers[i] for s in (of_full, of_empty, after, cut)]
-        from_full, from_empty, once, in_parts = (t.to(x.dtype) for t in S if t is not None)
-        if torch.equal(from_full, from_empty) or not _close(in_parts, once):
-            return f"block {i} ignores the fast weights that it is given with several tokens at once"
-    return None
-
-
-def _close(a: Tensor, b: Tensor) -> bool:
-    tolerance = 1e-3 if a.dtype in (torch.float32, torch.float64) else 5e-2
-    return bool((a - b).abs().max() <= tolerance * b.abs().max())
-
-
-def _vocab(model: Any) -> int:
-    size: int = model.config.get_text_config().vocab_size
-    return size
-
-
 def _sliding(block: Any, span: int | None) -> int | None:
-    """How far the block's tokens look back: `span`, or its own window if that is shorter."""
+    """Return how far the block's tokens look back: `span`, or its own window if that is shorter."""
     attention = getattr(block, "self_attn", None)
     own = getattr(attention, "sliding_window", None)
     named = ((block, "block_type"), (block, "attention_type"), (attention, "layer_type"))
@@ -398,7 +215,8 @@ def _sliding(block: Any, span: int | None) -> int | None:
     return own if span is None else min(own, span)
 
 
-def _call(block: Any, h: Tensor, cache: RunCache, where: _Positions, mask: Tensor | None) -> Tensor:
+def call_block(block: Any, h: Tensor, cache: RunCache, where: Positions, mask: Tensor | None) -> Tensor:
+    """Call one decoder block on `h` `[B, T, d]` as the model itself would; return the next `h`."""
     options = {} if where.embeddings is None else {"position_embeddings": where.embeddings}
     out = block(
         h,
@@ -408,4 +226,5 @@ def _call(block: Any, h: Tensor, cache: RunCache, where: _Positions, mask: Tenso
         use_cache=True,
         **options,
     )
+    # Some families return attention weights or the choices of a router beside h.
     return out[0] if isinstance(out, tuple) else out

@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass(eq=False)
 class Carried:
-    """What one layer of `transformers` carries over a call.
+    """The state that one layer of `transformers` carries over a call.
 
     Attributes:
         keys: `[B, t, H, K]` as the layer caches them (rotated, or latent), None if it has none.
@@ -41,7 +41,7 @@ class _Lent(Tensor):
 
 
 class RunCache:
-    """Stands in for `transformers.Cache` during one run of blocks.
+    """The cache that stands in for `transformers.Cache` during one call of blocks.
 
     Args:
         carried: what each layer carries, by its `layer_idx`; replaced as the layers run.
@@ -57,9 +57,10 @@ class RunCache:
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Keys and values `[B, H, T, D]` of new tokens -> those of all visible tokens."""
+        """Add keys and values `[B, H, T, D]` of new tokens; return those of all visible tokens."""
         layer = self[layer_idx]
         if layer.keys is not None and layer.values is not None and layer.keys.shape[1]:
+            # `transformers` has heads before time, a State has time first (dimension 1).
             key_states = torch.cat([layer.keys.transpose(1, 2).to(key_states.dtype), key_states], dim=2)
             value_states = torch.cat(
                 [layer.values.transpose(1, 2).to(value_states.dtype), value_states], dim=2
@@ -68,7 +69,7 @@ class RunCache:
         return key_states, value_states
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> None:
-        """Nothing: then even one token takes the path through `update_conv_state`, which writes no tensor."""
+        """Return nothing: then even one token goes through `update_conv_state`, which writes no tensor."""
         return
 
     def update_conv_state(
@@ -79,7 +80,7 @@ class RunCache:
         conv_kernel_size: int | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Inputs `[B, C, T]` of new tokens -> the same after those that the convolution still sees.
+        """Put inputs `[B, C, T]` of new tokens behind those that the convolution still sees.
 
         Raises:
             ValueError: for a layer that does not say how wide its convolution is.
@@ -90,14 +91,17 @@ class RunCache:
         if layer.tail is not None and layer.tail.shape[1]:
             conv_states = torch.cat([layer.tail.mT.to(conv_states.dtype), conv_states], dim=2)
         seen = conv_states.mT
+        # A convolution of W taps sees the W - 1 inputs before a token.
         layer.tail = seen[:, max(seen.shape[1] - (conv_kernel_size - 1), 0) :]
         return conv_states
 
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
-        """`S` of the layer, a copy that it may overwrite; None before its shape is known."""
+        """Lend the layer its `S`, a copy that it may overwrite; None before its shape is known."""
         S = self[layer_idx].S
         if S is None:
             return None
+        # A copy, since other passes and forks hold the same tensor; a subclass, since some kernels overwrite
+        # it.
         lent = self._lent[layer_idx] = S.clone().as_subclass(_Lent)
         return lent
 
@@ -110,11 +114,11 @@ class RunCache:
         return recurrent_states
 
     def is_recording_past(self, layer_idx: int) -> bool:
-        """Never: nothing here is rolled back."""
+        """Return False: nothing here is rolled back."""
         return False
 
     def finished(self) -> dict[int, Carried]:
-        """What each layer carries after the run."""
+        """Return what each layer carries after the call."""
         for layer_idx, lent in self._lent.items():
             self[layer_idx].S = lent.as_subclass(Tensor) if lent.written is None else lent.written
         return self.carried
@@ -153,7 +157,7 @@ def through_cache(mixer: Any, x: Tensor, cache: Any, layer_idx: int, valid: Tens
 
 
 def _carried(cache: Any, layer_idx: int) -> tuple[Tensor | None, Tensor | None]:
-    """`S` and tail of a layer, None before its first token."""
+    """Return `S` and tail of a layer, None before its first token."""
     if cache is None:
         return None, None
     if isinstance(cache, RunCache):
@@ -163,7 +167,7 @@ def _carried(cache: Any, layer_idx: int) -> tuple[Tensor | None, Tensor | None]:
 
 
 def cache_layers(config: Any) -> list[Any]:
-    """New layers for a cache of `transformers`: those of the blocks, then those of inserted memory layers."""
+    """Make the layers of a new cache of `transformers`: those of the blocks, then those of memory layers."""
     from transformers import DynamicCache
     from transformers.cache_utils import LinearAttentionLayer
 

@@ -2,12 +2,12 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from lmsleep.files import write_atomic
-from lmsleep.sleep import SleepConfig
+from lmsleep.sleep import Consolidator, Hard, Passes, SleepConfig, Sliding
 from lmsleep.version import __version__
 
 NAME, MARK = "README.md", "<!-- written by lmsleep; remove this line to keep changes -->"
@@ -36,7 +36,7 @@ def write_card(folder: Path, config: Any, sleep: SleepConfig) -> None:
 
 
 def card(config: Any, sleep: SleepConfig) -> str:
-    """The text of the card."""
+    """Return the text of the card."""
     from huggingface_hub import ModelCardData
 
     source, kind = str(getattr(config, "_name_or_path", "") or ""), config.model_type
@@ -50,16 +50,14 @@ def card(config: Any, sleep: SleepConfig) -> str:
         tags=["lmsleep", "sleep", "fast-weights", kind],
         **terms,
     )
-    default = SleepConfig()
-    changed = [f.name for f in fields(sleep) if getattr(sleep, f.name) != getattr(default, f.name)]
-    settings = "\n".join(f"| `{name}` | `{asdict(sleep)[name]!r}` |" for name in changed)
-    window = "evicts nothing" if sleep.window is None else f"reads windows of {sleep.window} tokens"
-    loop = "all blocks" if sleep.loop is None else "the middle half of its blocks"
-    if isinstance(sleep.loop, tuple):
-        loop = f"blocks {sleep.loop[0]} ... {sleep.loop[1] - 1}"
-    evicts = (
-        "clears its key-value cache" if sleep.kept == 0 else f"keeps keys and values of {sleep.kept} tokens"
-    )
+    by, L = sleep.consolidator, sleep.window
+    settings = "\n".join(f"| `{name}` | `{value!r}` |" for name, value in _changed(sleep).items())
+    window = "evicts nothing" if L is None else f"reads windows of {L} tokens"
+    evicts = f"lets {type(sleep.eviction).__name__} choose what stays in its key-value cache"
+    if isinstance(sleep.eviction, Hard) or L is None:
+        evicts = "clears its key-value cache (hard eviction)"
+    elif isinstance(sleep.eviction, Sliding):
+        evicts = f"keeps keys and values of {L - 1} tokens (sliding eviction)"
     return f"""---
 {data.to_yaml()}
 ---
@@ -67,9 +65,8 @@ def card(config: Any, sleep: SleepConfig) -> str:
 
 # A `{kind}` that sleeps
 
-This model {window}. When a window is full and the text goes on, it makes {sleep.passes} pass(es)
-over it through {loop}, which write it into the fast weights of its recurrent blocks, and {evicts}
-({sleep.eviction} eviction): the method of
+This model {window}. When a window is full and the text goes on, {_consolidates(by)}
+into the fast weights of its recurrent blocks, and {evicts}: the method of
 ["Do Language Models Need Sleep?"](https://arxiv.org/abs/2605.26099), implemented by lmsleep {__version__}.
 
 | made from | {f"[{base}](https://huggingface.co/{base})" if base else Path(source).name or "unknown"} |
@@ -101,6 +98,30 @@ Other tools find a `{kind}` that does not sleep.
 """
 
 
+def _changed(sleep: SleepConfig) -> dict[str, Any]:
+    """Return the options of a sleep that differ from the defaults."""
+    said: dict[str, Any] = {"window": sleep.window}
+    for name, choice, default in (
+        ("consolidator", sleep.consolidator, Passes()),
+        ("eviction", sleep.eviction, Hard()),
+    ):
+        if type(choice) is not type(default):
+            said[name] = type(choice).__name__
+        values = {f.name: (getattr(choice, f.name), f.default) for f in fields(choice)}
+        said |= {name: value for name, (value, usual) in values.items() if value != usual}
+    return said if sleep.sleep_on_loss else {**said, "sleep_on_loss": False}
+
+
+def _consolidates(by: Consolidator) -> str:
+    """Say what happens to a window, up to "into the fast weights"."""
+    if not isinstance(by, Passes):
+        return f"it lets {type(by).__name__} (N = {by.passes}) write it"
+    loop = "all blocks" if by.loop is None else "the middle half of its blocks"
+    if isinstance(by.loop, tuple):
+        loop = f"blocks {by.loop[0]} ... {by.loop[1] - 1}"
+    return f"it makes {by.passes} pass(es) over it through {loop}, which write it"
+
+
 def _licence(kind: str, terms: Mapping[str, Any]) -> str:
     name = terms.get("license_name") or terms.get("license") or "not stated by what it was made from"
     limit = (
@@ -110,7 +131,7 @@ def _licence(kind: str, terms: Mapping[str, Any]) -> str:
 
 
 def _metadata(folder: Path) -> dict[str, Any]:
-    """What the card of the model that this one was made from says."""
+    """Read what the card of the model that this one was made from says."""
     from huggingface_hub import ModelCard
 
     try:
@@ -121,6 +142,6 @@ def _metadata(folder: Path) -> dict[str, Any]:
 
 
 def _hub_name(source: str) -> str | None:
-    """`owner/name` of a folder in the cache of the Hub."""
+    """Return the `owner/name` of a folder in the cache of the Hub."""
     found = re.search(r"models--([\w.-]+?)--([\w.-]+)", source)
     return f"{found[1]}/{found[2]}" if found else None

@@ -1,7 +1,7 @@
 """Fine-tuning: which weights of a pretrained model are trained, and what becomes of them."""
 
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -11,10 +11,11 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from lmsleep.files import write_atomic
-from lmsleep.hf.backbone import HFBackbone, adapt
+from lmsleep.hf.backbone import HFBackbone
 from lmsleep.hf.insertion import insert_memory_layers
 from lmsleep.hf.loading import load_pretrained
 from lmsleep.hf.lora import add_adapters, is_adapted, update
+from lmsleep.hf.trial import adapt
 from lmsleep.layers import MemoryKind, MemoryLayer
 from lmsleep.sleep import SleepConfig
 
@@ -67,7 +68,7 @@ class FineTune:
 
 
 def pretrained_backbone(options: FineTune, *, bfloat16: bool = False) -> HFBackbone:
-    """The model of the folder in float32, ready to be trained; adapters are new and change nothing yet.
+    """Load the model of the folder in float32, ready to be trained; new adapters change nothing yet.
 
     Args:
         options: the folder and what is trained.
@@ -79,6 +80,7 @@ def pretrained_backbone(options: FineTune, *, bfloat16: bool = False) -> HFBackb
         ValueError: if it cannot be loaded, cannot sleep, or has no map of the name of a target.
     """
     model = _start(options)
+    # Remembered before the cast to float32: what was bfloat16 in the folder goes back without loss.
     halved = {id(p) for p in model.parameters() if p.dtype is torch.bfloat16}
     backbone = adapt(model.float())
     _choose(backbone, options)
@@ -94,7 +96,7 @@ def pretrained_backbone(options: FineTune, *, bfloat16: bool = False) -> HFBackb
 
 
 def _start(options: FineTune) -> Any:
-    """The model that is trained, as it is in the folder but for memory layers that are inserted."""
+    """Load the model that is trained, with the memory layers that are inserted."""
     model = load_pretrained(options.folder)
     if getattr(model.config, "total_ut_steps", 1) > 1:
         model.config.total_ut_steps = 1  # Ouro: the loop moves from waking to sleep
@@ -128,7 +130,7 @@ def _choose(backbone: HFBackbone, options: FineTune) -> None:
 
 
 def memory_layers(backbone: HFBackbone) -> list[nn.Module]:
-    """The layers with fast weights, one of each block that has any: those with a decay, `A_log`."""
+    """Find the layers with fast weights, one a block that has any: those with a decay, `A_log`."""
     return [
         layer
         for block in backbone.blocks
@@ -150,7 +152,7 @@ def save_trained(backbone: HFBackbone, folder: Path) -> None:
 
 @torch.no_grad()
 def load_trained(backbone: HFBackbone, folder: Path) -> None:
-    """Take what `save_trained` wrote.
+    """Load the weights that `save_trained` wrote.
 
     Raises:
         FileNotFoundError: if there is nothing.
@@ -172,7 +174,7 @@ def load_trained(backbone: HFBackbone, folder: Path) -> None:
 
 @torch.no_grad()
 def merged(backbone: HFBackbone, options: FineTune) -> Any:
-    """The model of the folder, in its dtypes, with what was trained put in and adapters added to their maps.
+    """Merge what was trained, and adapters, into the model of the folder, in its dtypes.
 
     The backbone is left as it is.
     """
@@ -180,6 +182,7 @@ def merged(backbone: HFBackbone, options: FineTune) -> Any:
     for name, module in backbone.model.named_modules():
         if is_adapted(module):
             weight = model.get_parameter(f"{name}.weight")
+            # Added in float32 and rounded once, to the dtype of the folder.
             weight.copy_(weight.float() + update(module).to(weight.device))
     own = dict(model.named_parameters())
     for name, p in backbone.model.named_parameters():
@@ -196,7 +199,8 @@ def export(backbone: HFBackbone, options: FineTune, sleep: SleepConfig, folder: 
     """
     from lmsleep.hf.sleeping import sleepify  # which imports transformers
 
-    model = sleepify(merged(backbone, options), replace(sleep, backprop_passes=None, checkpoint=False))
+    model = sleepify(merged(backbone, options), sleep)
+    # Written aside and renamed, so that a kill leaves no half of a model under the name.
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)

@@ -17,7 +17,7 @@ FIELD = "memory_layers"  # of the configuration: {"kind": ..., "after": [blocks]
 
 @dataclass(frozen=True)
 class Insertion:
-    """What `insert_memory_layers` added.
+    """A record of what `insert_memory_layers` added.
 
     Attributes:
         kind: of the layers.
@@ -84,6 +84,7 @@ def attach(model: Any, inserted: dict[str, Any]) -> None:
         raise ValueError(f"{FIELD}: after={after} must name different blocks of 0 ... {D - 1}")
     eps = getattr(config, "rms_norm_eps", 1e-6)
     for j, i in enumerate(after):
+        # In the place and precision of the block that it follows.
         layer = MemoryLayer(config.hidden_size, kind, eps)
         like = next(blocks[i].parameters())
         blocks[i].memory = layer.to(device=like.device, dtype=like.dtype)
@@ -93,7 +94,7 @@ def attach(model: Any, inserted: dict[str, Any]) -> None:
 
 
 def with_memory(model_class: Any) -> Any:
-    """The class, whose instances are made with the layers that their configuration asks for."""
+    """Make a subclass whose instances have the memory layers that their configuration asks for."""
 
     class WithMemory(model_class):
         def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
@@ -117,6 +118,7 @@ def _with_memory(
     h, *rest = output if isinstance(output, tuple) else (output,)
     cache = options.get("past_key_values")
     if cache is not None and not isinstance(cache, RunCache):
+        # A cache of `transformers` has a layer a block; memory layers come behind them, when first needed.
         cache.layers.extend(cache_layers(config)[len(cache.layers) :])
     valid = _valid(options.get("attention_mask"), h.shape[1])
     h = h + through_cache(block.memory, h, cache, layer_idx, valid)
@@ -124,12 +126,13 @@ def _with_memory(
 
 
 def _valid(mask: Tensor | None, T: int) -> Tensor | None:
-    """`[B, T]` bool, False for padding: a token that does not see itself; None if there is none."""
+    """Return a mask `[B, T]`, bool, False for padding: tokens that do not see themselves; None if none is."""
     if mask is None:
         return None
     if mask.ndim == 2:  # as flash kernels take it
         valid = mask[:, -T:].bool()
     else:
+        # Booleans for sdpa; numbers to be added for eager attention, where 0 means visible.
         seen = mask[:, 0].diagonal(offset=mask.shape[-1] - T, dim1=-2, dim2=-1)
         valid = seen if seen.dtype == torch.bool else seen == 0
     return None if bool(valid.all()) else valid

@@ -53,7 +53,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @strict
 class JetNemotronConfig(Qwen2Config):
-    """Configuration of Jet-Nemotron; reads and writes the fields of the published config.json.
+    """The configuration of Jet-Nemotron, which reads and writes the fields of the published config.json.
 
     In memory, layers have the names of `transformers` (`LAYER_TYPES`); files have "jet", "attn" and "swa".
 
@@ -74,7 +74,7 @@ class JetNemotronConfig(Qwen2Config):
 
     @classmethod
     def preset(cls, size: str, **changes: Any) -> Self:
-        """The published configuration of that size, "2B" or "4B", with changes.
+        """Return the published configuration of that size, "2B" or "4B", with changes.
 
         Raises:
             ValueError: for another size.
@@ -92,7 +92,7 @@ class JetNemotronConfig(Qwen2Config):
         super().__post_init__(**kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        """With the published names of layers."""
+        """Return the configuration with the published names of layers."""
         fields: dict[str, Any] = super().to_dict()
         fields["layer_types"] = [PUBLISHED.get(kind, kind) for kind in fields["layer_types"]]
         fields["rope_theta"] = self.rope_parameters["rope_theta"]
@@ -108,7 +108,7 @@ class JetNemotronRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, h: Tensor) -> Tensor:
-        """`h` `[..., d]` -> the same."""
+        """Normalise `h` `[..., d]`."""
         exact = torch.promote_types(h.dtype, torch.float32)
         x = h.to(exact)
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
@@ -133,7 +133,7 @@ class JetNemotronDecoderLayer(Qwen2DecoderLayer):
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> Tensor:
-        """`h` `[B, T, d]` -> the same."""
+        """Map `h` `[B, T, d]` to the same shape."""
         if self.attention_type != "linear_attention":
             h: Tensor = super().forward(
                 hidden_states, attention_mask=attention_mask, past_key_values=past_key_values, **kwargs
@@ -145,7 +145,7 @@ class JetNemotronDecoderLayer(Qwen2DecoderLayer):
 
 
 def jet_block(d_model: int, sizes: dict[str, Any]) -> JetBlock:
-    """The JetBlock of a published configuration (`efficient_attention_config["jet"]`)."""
+    """Make the JetBlock of a published configuration (`efficient_attention_config["jet"]`)."""
     return JetBlock(
         d_model,
         sizes["num_heads"],
@@ -185,7 +185,7 @@ class JetNemotronModel(Qwen2Model):
         inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As `Qwen2Model.forward`, with a mask for each kind of layer."""
+        """Run as `Qwen2Model.forward` does, with a mask for each kind of layer."""
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if not isinstance(attention_mask, dict):

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from lmsleep.hf import insertion
-from lmsleep.tasks.tokenizers import HuggingFace
+from lmsleep.text.tokenizers import HuggingFace
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
@@ -67,18 +67,18 @@ def load_pretrained(path: str | Path, *, dtype: torch.dtype | None = None, **opt
 
 
 def is_pretrained(folder: Path) -> bool:
-    """Whether the folder's config.json is that of a model of `transformers`."""
+    """Return True if the folder's config.json is that of a model of `transformers`."""
     file = folder / "config.json"
     return file.is_file() and "model_type" in _json(file)
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether there is a tokenizer of `transformers` in the folder."""
+    """Return True if there is a tokenizer of `transformers` in the folder."""
     return any((folder / name).is_file() for name in TOKENIZER_FILES)
 
 
 def _config(folder: Path) -> Any:
-    """The configuration of a supported model."""
+    """Read the configuration of a supported model."""
     try:
         from huggingface_hub.errors import StrictDataclassError
         from transformers import AutoConfig
@@ -108,7 +108,7 @@ def _config(folder: Path) -> Any:
 
 
 def _check_weights(folder: Path) -> None:
-    """All files of the checkpoint are there, whole, and hold what the index says."""
+    """Check that all files of the checkpoint are there, whole, and hold what the index says."""
     if (folder / INDEX).is_file():
         where = _json(folder / INDEX).get("weight_map")
         if not isinstance(where, dict) or not where:
@@ -140,7 +140,7 @@ def _names(file: Path) -> set[str]:
 
 
 def _check_tokenizer(folder: Path, config: Any) -> None:
-    """A tokenizer beside the model knows no token that the model does not."""
+    """Check that a tokenizer beside the model knows no token that the model does not."""
     if not has_tokenizer(folder):
         return
     numbers = HuggingFace(folder).tokenizer.get_vocab().values()
@@ -155,7 +155,7 @@ def _check_tokenizer(folder: Path, config: Any) -> None:
 
 
 def _check_tensors(folder: Path, found: dict[str, Any]) -> None:
-    """The checkpoint holds the tensors of the model, all of them and no others."""
+    """Check that the checkpoint holds the tensors of the model, all of them and no others."""
     if missing := found["missing_keys"]:
         raise ValueError(f"{folder}: the weights lack {_some(missing)}, which config.json asks for")
     if extra := found["unexpected_keys"]:
@@ -185,7 +185,7 @@ def _some(names: Iterable[str]) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No report of `transformers` on tensors (ours is an error), and a bar only where somebody looks."""
+    """Silence the report of `transformers` on tensors (ours is an error); show a bar only on a terminal."""
     from transformers.utils import logging
 
     before, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()

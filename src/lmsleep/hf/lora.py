@@ -56,12 +56,12 @@ def add_adapters(
 
 
 def is_adapted(module: nn.Module) -> bool:
-    """Whether a module is a linear map with an adapter beside it."""
+    """Return True if a module is a linear map with an adapter beside it."""
     return hasattr(module, "lora_A")
 
 
 def update(module: Any) -> Tensor:
-    """What the adapter of a linear map adds to its weight."""
+    """Return what the adapter of a linear map adds to its weight."""
     delta: Tensor = module.get_delta_weight(ADAPTER)
     return delta
 

@@ -27,7 +27,7 @@ LAYERS = {"1.4B": 24, "2.6B": 48}
 
 @strict
 class OuroConfig(LlamaConfig):
-    """Configuration of Ouro; reads the published config.json.
+    """The configuration of Ouro, which reads the published config.json.
 
     Attributes:
         total_ut_steps: how often the blocks are run. `lmsleep.adapt` wants 1: one pass while awake.
@@ -50,7 +50,7 @@ class OuroConfig(LlamaConfig):
 
     @classmethod
     def preset(cls, size: str, **changes: Any) -> Self:
-        """The published configuration of that size, "1.4B" or "2.6B", with changes.
+        """Return the published configuration of that size, "1.4B" or "2.6B", with changes.
 
         Raises:
             ValueError: for another size.
@@ -75,7 +75,7 @@ class OuroDecoderLayer(LlamaDecoderLayer):
         self.post_attention_layernorm_2 = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        """`h` `[B, T, d]` -> the same; options as `LlamaDecoderLayer.forward`."""
+        """Map `h` `[B, T, d]` to the same shape; options are those of `LlamaDecoderLayer.forward`."""
         h, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
         h = hidden_states + self.input_layernorm_2(h)
         out: Tensor = h + self.post_attention_layernorm_2(self.mlp(self.post_attention_layernorm(h)))
@@ -109,7 +109,7 @@ class OuroModel(LlamaModel):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As `LlamaModel.forward`; step t has places `t D ... (t + 1) D - 1` of the cache, for D layers."""
+        """Run as `LlamaModel.forward`; step t of D layers has places `t D ... (t + 1) D - 1` of the cache."""
         h = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if use_cache and past_key_values is None:
@@ -130,25 +130,29 @@ class OuroModel(LlamaModel):
         return out
 
     def _steps(self, cache: Any) -> list[Any]:
-        """What each step sees of the cache: layers of its own."""
+        """Yield what each step sees of the cache: layers of its own."""
         steps = self.config.total_ut_steps
         if cache is None:
             return [None] * steps
         size = len(cache_layers(self.config))
         for step in range(len(cache.layers) // size, steps):
             cache.layers[step * size :] = cache_layers(self.config)
+        # Shallow copies share the layers' tensors, so what a step writes is in the one cache.
         views = [copy.copy(cache) for _ in range(steps)]
         for step, view in enumerate(views):
             view.layers = cache.layers[step * size : (step + 1) * size]
         return views
 
     def _left(self, states: list[Tensor]) -> Tensor:
-        """Of every token the state of the step at which it leaves the loop."""
+        """Choose for every token the state of the step at which it leaves the loop."""
         threshold = self.config.early_exit_threshold
         if threshold >= 1 or len(states) == 1:
             return states[-1]
         h = torch.stack(states)  # [steps, B, T, d]
+        # sigmoid(-x) = 1 - sigmoid(x): the probability to stay at each step; their product, to be still
+        # there.
         stays = (-self.early_exit_gate(h[:-1]).float()).sigmoid().cumprod(dim=0)
+        # Steps at which too few have left, counted: the number of the step that a token leaves at.
         step = (1 - stays < threshold).sum(dim=0)[None].expand(1, *h.shape[1:])
         return h.gather(0, step)[0]
 

@@ -12,7 +12,7 @@ from lmsleep.sleep import Backbone, SleepConfig
 
 
 class SleepCache(Cache):
-    """What a sleeping model remembers while it generates: one `Session` a row.
+    """The cache of a sleeping model while it generates: one `Session` a row.
 
     Each row stands at its own place of its own window, so padding before a prompt moves nothing. A full
     window is slept on as soon as its row goes on, exactly as in a session.
@@ -39,7 +39,7 @@ class SleepCache(Cache):
         return f"SleepCache(rows={len(self.sessions)}, positions={self.positions})"
 
     def read(self, tokens: Tensor, valid: Tensor | None, keep: int) -> Tensor:
-        """Read on, without gradients.
+        """Read on from what the rows have read, without gradients.
 
         Args:
             tokens: `[B, T]` int64.
@@ -71,27 +71,28 @@ class SleepCache(Cache):
         batch.read([row[:edge] for row, edge in zip(rows, edges, strict=True)])
         logits = batch.read_with_logits([row[edge:] for row, edge in zip(rows, edges, strict=True)])
         self.positions += T
+        # Rows of different fill stand with their newest token at the right, as generate expects.
         out = next(x for x in logits if len(x)).new_zeros(B, keep, logits[0].shape[-1])
         for row, x in zip(out, logits, strict=True):
             row[keep - len(x) :] = x
         return out
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Positions so far, also those that were slept on and evicted."""
+        """Return the number of positions so far, also of those that were slept on and evicted."""
         return self.positions
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
-        """-1: there is none."""
+        """Return -1: there is no limit."""
         return -1
 
     @property
     def batch_size(self) -> int:
-        """Rows; -1 before the first call."""
+        """The number of rows; -1 before the first call."""
         return len(self.sessions) or -1
 
     @property
     def is_initialized(self) -> bool:
-        """Whether there are rows."""
+        """True if there are rows."""
         return bool(self.sessions)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -104,7 +105,7 @@ class SleepCache(Cache):
         self.sessions = [s if s not in kept[:i] else s.fork() for i, s in enumerate(kept)]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row `repeats` times, side by side."""
+        """Repeat each row `repeats` times, side by side."""
         rows = torch.arange(len(self.sessions)).repeat_interleave(repeats)
         self.batch_select_indices(rows)
 
@@ -113,7 +114,7 @@ class SleepCache(Cache):
         self.sessions, self.positions = [], 0
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Refused.
+        """Refuse.
 
         Raises:
             ValueError: unless nothing is to be taken back.
@@ -122,7 +123,7 @@ class SleepCache(Cache):
             raise ValueError("what fast weights have read cannot be taken back; generate without speculation")
 
     def activate_past_recording(self) -> None:
-        """Refused.
+        """Refuse.
 
         Raises:
             ValueError: always.
@@ -130,7 +131,7 @@ class SleepCache(Cache):
         raise ValueError("what fast weights have read cannot be taken back; generate without speculation")
 
     def update(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused.
+        """Refuse.
 
         Raises:
             ValueError: always; the cache belongs to a model that `sleepify` made.

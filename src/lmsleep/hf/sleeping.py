@@ -1,7 +1,6 @@
 """`sleepify`: a model of `transformers` whose own `forward` and `generate` sleep."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +8,11 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from lmsleep.hf.backbone import HFBackbone, adapt
+from lmsleep.hf.backbone import HFBackbone
 from lmsleep.hf.card import write_card
 from lmsleep.hf.loading import load_pretrained
 from lmsleep.hf.sleep_cache import SleepCache
+from lmsleep.hf.trial import adapt
 from lmsleep.session import Session
 from lmsleep.sleep import SleepConfig, SleepOutput, sleep_forward
 
@@ -38,7 +38,7 @@ def sleepify(model: Any, sleep: SleepConfig) -> Any:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     backbone = base.backbone if isinstance(base, _Sleeping) else adapt(base)
     Session(backbone, sleep)  # refuses what does not fit
-    base.config.sleep = asdict(sleep)
+    base.config.sleep = sleep.to_dict()
     if not isinstance(base, _Sleeping):
         own = type(base)
         names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
@@ -72,7 +72,7 @@ def from_pretrained(path: str | Path, sleep: SleepConfig | None = None, **option
 
 
 def saved_sleep(config: Any, path: str | Path) -> SleepConfig | None:
-    """The sleep in a configuration of `transformers`; None if it has none.
+    """Read the sleep in a configuration of `transformers`; None if it has none.
 
     Raises:
         ValueError: if it is damaged; names `path`.
@@ -87,7 +87,7 @@ def saved_sleep(config: Any, path: str | Path) -> SleepConfig | None:
 
 
 class _Sleeping:
-    """What `sleepify` puts before the class of a model.
+    """The class that `sleepify` puts before the class of a model.
 
     Attributes:
         backbone: the model as the sleep algorithm sees it, for `Session`, `sleep_forward` and all else.
@@ -101,11 +101,11 @@ class _Sleeping:
 
     @property
     def sleep(self) -> SleepConfig:
-        """How it sleeps."""
+        """The way that the model sleeps."""
         return SleepConfig.from_dict(self.config.sleep)
 
     def new_cache(self, sessions: Sequence[Session] = ()) -> SleepCache:
-        """A cache for `generate`.
+        """Make a cache for `generate`.
 
         Args:
             sessions: rows that have read something, on `backbone`; prompts are read after it. They are read
@@ -152,8 +152,8 @@ class _Sleeping:
             kwargs: options that are switched off.
 
         Returns:
-            `CausalLMOutputWithPast`. In training with `SleepConfig(checkpoint=True)` and labels the logits
-            are None: nothing of a window is kept.
+            `CausalLMOutputWithPast`. In training with gradient checkpointing and labels the logits are
+            None: nothing of a window is kept.
 
         Raises:
             ValueError: for inputs that cannot be read by windows; names the argument.
@@ -187,7 +187,7 @@ class _Sleeping:
     def _whole(
         self, tokens: Tensor, valid: Tensor | None, labels: Tensor | None, items: Tensor | int | None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Loss and logits of whole texts."""
+        """Return loss (nats a token) and logits of whole texts."""
         sleep, wanted, lengths, turned = self.sleep, None, None, None
         if labels is not None:
             wanted = labels != -100
@@ -197,18 +197,22 @@ class _Sleeping:
                 )
         if valid is not None:  # rows begin with their first token, so that padding moves no window
             lengths = valid.sum(dim=1)
+            # Each row is turned round until its first token stands first; logits are turned back below.
             T, first = valid.shape[1], valid.int().argmax(dim=1)
             turned = (torch.arange(T, device=valid.device) + first[:, None]) % T
             tokens, wanted = tokens.gather(1, turned), None if wanted is None else wanted.gather(1, turned)
-        keep = labels is None or not (self.training and sleep.checkpoint)
-        read = sleep_forward(self.backbone, tokens, wanted, sleep, lengths=lengths, return_logits=keep)
+        checkpoint = self.training and self.is_gradient_checkpointing
+        keep = labels is None or not checkpoint
+        read = sleep_forward(
+            self.backbone, tokens, wanted, sleep, lengths=lengths, return_logits=keep, checkpoint=checkpoint
+        )
         logits = read.logits
         if logits is not None and turned is not None:
             logits = logits.gather(1, turned.argsort(1)[..., None].expand_as(logits))
         return None if wanted is None else _loss(read, wanted, lengths, items), logits
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As `transformers` does it, with a cache that sleeps unless one is given or `use_cache=False`."""
+        """Generate as `transformers` does, in a cache that sleeps unless given one or `use_cache=False`."""
         if kwargs.get("past_key_values") is None and kwargs.get("use_cache") is not False:
             kwargs |= {"past_key_values": self.new_cache(), "use_cache": True}
         return super().generate(*args, **kwargs)  # type: ignore[misc]
@@ -216,7 +220,7 @@ class _Sleeping:
     def save_pretrained(
         self, save_directory: str | Path, is_main_process: bool = True, **kwargs: Any
     ) -> None:
-        """As `transformers` does it; the sleep is in config.json, and README.md is a model card.
+        """Save as `transformers` does, with the sleep in config.json and a model card as README.md.
 
         A card that somebody else wrote stays.
         """
@@ -225,22 +229,27 @@ class _Sleeping:
         if is_main_process:
             write_card(Path(save_directory), self.config, self.sleep)
 
-    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        """Refused.
+    is_gradient_checkpointing = False
 
-        Raises:
-            ValueError: always.
+    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """Recompute the activations of whole passes in the backward pass.
+
+        Blocks are not checkpointed one by one, as other models of `transformers` do it (whose arguments
+        have no use here): that drops what they carry, and nothing would be remembered.
         """
-        raise ValueError(
-            "activation (gradient) checkpointing of transformers drops what blocks carry, so nothing would "
-            "be remembered; use SleepConfig(checkpoint=True), which recomputes whole passes"
-        )
+        del args, kwargs
+        self.is_gradient_checkpointing = True
+
+    def activation_checkpointing_disable(self) -> None:
+        """Keep all activations for the backward pass."""
+        self.is_gradient_checkpointing = False
 
     gradient_checkpointing_enable = activation_checkpointing_enable
+    gradient_checkpointing_disable = activation_checkpointing_disable
 
 
 def _valid(mask: Tensor | None, position_ids: Tensor | None, tokens: Tensor) -> Tensor | None:
-    """`[B, T]` bool, False for padding; None: there is none."""
+    """Return a mask `[B, T]`, bool, False for padding; None if there is none."""
     B, T = tokens.shape
     if mask is not None:
         if mask.ndim != 2 or len(mask) != B or mask.shape[1] < T:
@@ -260,8 +269,9 @@ def _valid(mask: Tensor | None, position_ids: Tensor | None, tokens: Tensor) -> 
 
 
 def _loss(read: SleepOutput, wanted: Tensor, lengths: Tensor | None, items: Tensor | int | None) -> Tensor:
-    """The mean over predicted tokens, or their sum over `items`; zero where nothing is predicted."""
+    """Return the mean over predicted tokens, or their sum over `items`; zero where nothing is predicted."""
     if read.loss is None:
+        # A zero that depends on the weights: backward() works on a batch without targets.
         written = [S.sum() for S in read.memory.layers if S is not None]
         return torch.stack(written).sum() * 0.0
     if items is None:

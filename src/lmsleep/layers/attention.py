@@ -42,8 +42,9 @@ class Attention(nn.Module):
         return None
 
     def empty_cache(self, batch_size: int) -> tuple[Tensor, ...]:
-        """No keys, no values: two tensors `[B, 0, kv heads, head_dim]`."""
+        """Return a cache of no keys and no values: two tensors `[B, 0, kv heads, head_dim]`."""
         weight = self.k_proj.weight
+        # No element, so nothing is left uninitialised.
         return tuple(weight.new_empty(batch_size, 0, self.num_kv_heads, self.head_dim) for _ in "kv")
 
     def forward(
@@ -55,7 +56,7 @@ class Attention(nn.Module):
         span: int | None,
         filled: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
-        """`x` `[B, T, d]` -> the same; each token sees at most `span` positions, itself included.
+        """Map `x` `[B, T, d]` to the same shape; each token sees at most `span` positions, itself included.
 
         Of the cache it sees the newest `filled` `[B]` positions of its row. Padding in `x` follows the
         tokens of its row, so causality hides it; in the cache that is returned it precedes them.
@@ -64,11 +65,15 @@ class Attention(nn.Module):
             proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = self.q_norm(q), self.k_norm(k)
+        # Under autocast k and v are halves while an empty cache has the dtype of the weights; hence the
+        # casts.
         past = cache[0].shape[1]
         k, v = torch.cat([cache[0].to(k.dtype), k], dim=1), torch.cat([cache[1].to(v.dtype), v], dim=1)
         cache = (k, v) if valid is None else (right_align(k, valid), right_align(v, valid))
+        # Keys are rotated after they were cached, all of them anew: key 0 is the oldest that is visible.
         if self.rope_theta is not None:
             q, k = rotate(q, past, self.rope_theta), rotate(k, 0, self.rope_theta)
+        # With nothing before the window a causal flag says it all, and fused kernels need no mask in memory.
         T, whole = q.shape[1], past == 0 and (span is None or q.shape[1] <= span)
         o = F.scaled_dot_product_attention(
             q.transpose(1, 2),
@@ -82,10 +87,12 @@ class Attention(nn.Module):
 
 
 def visible(T: int, past: int, span: int | None, filled: Tensor | None, device: torch.device) -> Tensor:
-    """`[T, past + T]` or `[B, 1, T, past + T]`: query i sees key j if `i - span < j <= i` and j is filled."""
+    """Return a mask, bool: query i sees key j if `i - span < j <= i` and j is filled."""
     query = torch.arange(past, past + T, device=device)[:, None]
     key = torch.arange(past + T, device=device)
+    # Time runs to the right over past and new keys alike, so position is order.
     seen = key <= query
     if span is not None:
         seen = seen & (key > query - span)
+    # The newest `filled` of the past keys are the row's own; what precedes them is padding.
     return seen if filled is None else seen & (key >= past - filled[:, None, None, None])

@@ -57,26 +57,27 @@ class JetBlock(nn.Module):
 
     @property
     def memory_shape(self) -> tuple[int, int, int]:
-        """`(H, K, V)` of `S` for one sequence."""
+        """The shape `(H, K, V)` of `S` for one sequence."""
         return self.num_heads, self.key_dim, self.value_dim
 
     @property
     def conv_size(self) -> int:
-        """Taps of the convolution."""
+        """The number of taps of the convolution."""
         return self.dynamic_conv1d.taps
 
     def empty_cache(self, batch_size: int) -> tuple[Tensor, ...]:
-        """The tail of the convolution, before any token: `[B, 0, H V]`."""
+        """Return the tail of the convolution before any token: `[B, 0, H V]`."""
         weight = self.v_proj.weight
         return (weight.new_empty(batch_size, 0, weight.shape[0]),)
 
     def forward(
         self, x: Tensor, memory: Tensor | None, cache: tuple[Tensor, ...]
     ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        """`x` `[B, T, d]`, `S` `[B, H, K, V]` (None: zeros), tail `[B, t, H V]` -> the same."""
+        """Map `x` `[B, T, d]`, `S` `[B, H, K, V]` (None: zeros) and tail `[B, t, H V]` to the next ones."""
         q, k = (_unit(F.silu(y).unflatten(-1, (-1, self.key_dim))) for y in (self.q_proj(x), self.k_proj(x)))
         v, tail = self.dynamic_conv1d(self.v_proj(x), x, cache[0].to(x.dtype))
         v = F.silu(v).unflatten(-1, (-1, self.value_dim))
+        # Log decays add up over a whole stream, so they are made in float32; half precision would drift.
         g = -_exact(self.A_log).exp() * F.softplus(_exact(self.a_proj(x)) + _exact(self.dt_bias))
         beta = _exact(self.b_proj(x)).sigmoid()
         o, memory = ops.gated_delta_rule(q, k, v, g, beta, initial_state=memory)
@@ -93,7 +94,7 @@ class GatedRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
-        """`x` and `gate` of the same shape -> the same, in the dtype of the gate."""
+        """Map `x` and a `gate` of its shape to the same shape, in the dtype of the gate."""
         y = F.rms_norm(_exact(x), x.shape[-1:], _exact(self.weight), self.eps)
         return (y * F.silu(_exact(gate))).to(gate.dtype)
 
@@ -122,10 +123,12 @@ class _Generator(nn.Module):
 
 
 def _exact(x: Tensor) -> Tensor:
+    # float64 stays float64: tests compare gradients with finite differences there.
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _unit(x: Tensor) -> Tensor:
-    """Of unit L2 norm over the last dimension."""
+    """Scale to unit L2 norm over the last dimension."""
+    # 1e-6 under the root is what fla's kernels add; it also keeps a zero key zero instead of NaN.
     y = _exact(x)
     return (y * (y.square().sum(dim=-1, keepdim=True) + 1e-6).rsqrt()).to(x.dtype)

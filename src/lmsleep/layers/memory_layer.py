@@ -50,16 +50,17 @@ class MemoryLayer(nn.Module):
                 norm_eps=norm_eps,
                 backend="auto",
             )
+        # The last map alone is zero: it has a gradient from the first step on, and with it all before it.
         nn.init.zeros_(self.mixer.o_proj.weight)
 
     def empty_cache(self, batch_size: int) -> tuple[Tensor, ...]:
-        """The tail of the convolution, before any token."""
+        """Return the tail of the convolution before any token."""
         return self.mixer.empty_cache(batch_size)
 
     def forward(
         self, h: Tensor, memory: Tensor | None, cache: tuple[Tensor, ...]
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
-        """`h` `[B, T, d]`, `S` (None: zeros), tail -> what is to be added to `h`, and the next two."""
+        """Map `h` `[B, T, d]`, `S` (None: zeros) and tail to what is to be added to `h`, and the next two."""
         x = self.norm(h)
         if isinstance(self.mixer, FastWeights):
             return self.mixer(x, memory, cache, valid=None, span=None)

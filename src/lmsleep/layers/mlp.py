@@ -22,14 +22,15 @@ class SwiGLU(nn.Module):
 
     @property
     def memory_shape(self) -> tuple[int, int, int]:
-        """Shape of `S` for one sequence: gate, up and (transposed) down."""
+        """The shape of `S` for one sequence: gate, up and (transposed) down."""
         return 3, *self.gate_proj.weight.shape
 
     def forward(self, x: Tensor, S: Tensor | None = None) -> Tensor:
-        """`x` `[B, T, d]`, `S` `[B, 3, hidden, d]` -> `[B, T, d]`."""
+        """Map `x` `[B, T, d]` to the same shape, with `S` `[B, 3, hidden, d]` added to the weights."""
         gate, up = self.gate_proj(x), self.up_proj(x)
         if S is None or self.scale is None:
             return self.down_proj(F.silu(gate) * up)
+        # The three are kept in one tensor, so `down` lies transposed, as `[hidden, d]`.
         own_gate, own_up, own_down = (S.to(x.dtype) * self.scale[:, None, None].to(x.dtype)).unbind(1)
         h = F.silu(gate + x @ own_gate.mT) * (up + x @ own_up.mT)
         return self.down_proj(h) + h @ own_down

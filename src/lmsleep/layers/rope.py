@@ -20,8 +20,11 @@ def rotate(x: Tensor, first: int, theta: float) -> Tensor:
 def _table(
     first: int, T: int, D: int, theta: float, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines `[T, 1, D / 2]`."""
+    """Return cosines and sines `[T, 1, D / 2]`."""
+    # In half precision neighbouring positions beyond a few hundred would have the same angle.
     exact = torch.promote_types(dtype, torch.float32)
+    # A table that is made while generating stays in the cache and must serve training later, which refuses
+    # tensors of inference mode.
     with torch.inference_mode(False):
         frequency = theta ** (-torch.arange(0, D, 2, device=device, dtype=exact) / D)
         angle = torch.arange(first, first + T, device=device, dtype=exact)[:, None] * frequency

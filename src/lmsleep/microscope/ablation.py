@@ -8,9 +8,9 @@ from typing import Any, Literal
 import torch
 
 from lmsleep.evaluation import Score, read_batch
-from lmsleep.microscope.heads import Row
+from lmsleep.microscope.seen import Row
 from lmsleep.microscope.subject import Subject
-from lmsleep.sleep import SleepConfig
+from lmsleep.sleep import Hard, SleepConfig
 from lmsleep.state import Memory
 
 How = Literal["zero", "swap"]
@@ -18,24 +18,25 @@ Head = tuple[int, int]
 
 
 def ablated(memory: Memory, heads: Collection[Head], how: How) -> Memory:
-    """The memory with `S` of some (block, head) set to zero, or to that of the next row of the batch."""
+    """Copy the memory with `S` of some (block, head) set to zero, or to that of the batch's next row."""
     layers = list(memory.layers)
     for block, head in heads:
         S = layers[block]
         assert S is not None
         S = S.clone()
+        # Of a copy: the memory that was handed in stays intact.
         S[:, head] = 0 if how == "zero" else S[:, head].roll(1, 0)
         layers[block] = S
     return Memory(tuple(layers))
 
 
 def all_heads(memory: Memory) -> list[Head]:
-    """Every (block, head) with fast weights."""
+    """List every (block, head) with fast weights."""
     return [(i, head) for i, S in enumerate(memory.layers) if S is not None for head in range(S.shape[1])]
 
 
 def ablation_rows(subject: Subject) -> Iterator[Row]:
-    """What is answered with fast weights intact (`how` None), and with one head's ablated, or with all.
+    """Answer with the fast weights intact (`how` None), with one head's ablated, and with all ablated.
 
     The fast weights are changed where the rows are asked: after the last sleep before them. `block` and
     `head` are None for all heads. `accuracy` is the share of right answers (of tokens, where every token
@@ -55,16 +56,16 @@ def ablation_rows(subject: Subject) -> Iterator[Row]:
 
 
 def reliance_rows(subject: Subject) -> Iterator[Row]:
-    """What is answered from the memory, and what if it had been made or kept in another way.
+    """Answer from the memory, and as if it had been made or kept in another way.
 
     `nothing evicted` leaves all tokens in attention and never sleeps, which the model was not trained for.
     """
     sleep = subject.sleep
     yield {"reading": f"evicted after N = {sleep.passes} passes", **_answered(subject, None)}
     if sleep.passes > 1:
-        once = replace(sleep, passes=1)
+        once = sleep.with_passes(1)
         yield {"reading": "evicted after 1 pass, no sleep", **_answered(subject, None, once)}
-    kept = replace(sleep, window=None, eviction="hard")
+    kept = replace(sleep, window=None, eviction=Hard())
     yield {"reading": "nothing evicted", **_answered(subject, None, kept)}
     everything = all_heads(subject.state.memory)
     yield {"reading": "memory erased", **_answered(subject, partial(ablated, heads=everything, how="zero"))}

@@ -1,16 +1,13 @@
 """The microscope's figures, from the tables of an inspection."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lmsleep.microscope.heads import Row
-
-if TYPE_CHECKING:
-    from lmsleep.microscope.inspection import Inspection
+from lmsleep.microscope.seen import Row, Seen
 
 AWAKE, ASLEEP = "#1b7837", "#762a83"
 SHOWN = 6  # last windows in the figure of heads
@@ -30,8 +27,8 @@ READ = {
 }
 
 
-def figures(seen: "Inspection") -> dict[str, Figure]:
-    """Those that there is something to draw for, by name."""
+def figures(seen: Seen) -> dict[str, Figure]:
+    """Draw all figures that there are rows for; return them by name."""
     drawn = {"hypnogram": hypnogram(seen.hypnogram), "heads": heads(seen.heads)}
     if seen.readback:
         drawn["readback"] = readback(seen.readback)
@@ -43,7 +40,7 @@ def figures(seen: "Inspection") -> dict[str, Figure]:
 
 
 def hypnogram(rows: list[Row]) -> Figure:
-    """Window fill with its sleeps, and the norm of S, along the stream."""
+    """Draw the window's fill with its sleeps, and the norm of S, along the stream."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(11, 4.2), layout="constrained")
         fill, norm = figure.subplots(2, 1, sharex=True, height_ratios=[1, 1.4])
@@ -65,7 +62,7 @@ def hypnogram(rows: list[Row]) -> Figure:
 
 
 def heads(rows: list[Row]) -> Figure:
-    """Every figure of every head, pass by pass through the last windows."""
+    """Draw every quantity of every head, pass by pass through the last windows."""
     last = max(r["window"] for r in rows)
     rows = [r for r in rows if r["window"] > last - SHOWN]
     steps = sorted({(r["window"], r["pass"]) for r in rows})
@@ -100,7 +97,7 @@ def _pass_ticks(ax: Axes, steps: list[tuple[int, int]]) -> None:
 
 
 def readback(rows: list[Row]) -> Figure:
-    """Tokens of the last window against heads, after its sleep; and how retrieval fades later."""
+    """Draw tokens of the last window against heads, after its sleep, and how retrieval fades later."""
     names = _heads(rows)
     window = max(r["window"] for r in rows)
     with mpl.rc_context(STYLE):
@@ -152,7 +149,7 @@ def _label(row: Row) -> str:
 
 
 def probe(rows: list[Row]) -> Figure:
-    """Accuracy of the probes, pass against steps, a panel per window (the last four)."""
+    """Draw the accuracy of the probes, pass against steps, with a panel for each of the last four windows."""
     windows = sorted({r["window"] for r in rows})[-4:]
     passes, steps = (sorted({r[key] for r in rows}) for key in ("pass", "steps"))
     with mpl.rc_context(STYLE):
@@ -176,7 +173,7 @@ def probe(rows: list[Row]) -> Figure:
 
 
 def ablation(rows: list[Row]) -> Figure:
-    """What is lost without a head, or with another sequence's."""
+    """Draw what is lost without a head, or with another sequence's."""
     labels = {"zero": "S = 0", "swap": "S of another sequence"}
     cut = [r for r in rows if r["how"] is not None]
     names = list(dict.fromkeys((r["block"], r["head"]) for r in cut))

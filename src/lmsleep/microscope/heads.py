@@ -2,22 +2,21 @@
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lmsleep import ops
 from lmsleep.layers import FastWeights
+from lmsleep.microscope.seen import Row
 from lmsleep.microscope.trace import Pass, Window
 from lmsleep.state import Memory, State
 
-Row = dict[str, Any]
 POINTS = 16  # of the hypnogram, in a window that is read awake
 
 
 def head_rows(number: int, window: Window) -> Iterator[Row]:
-    """Figures of every pass, block and head of window `number`, means over the rows of the batch.
+    """Yield figures of every pass, block and head of window `number`, means over the rows of the batch.
 
     `norm`: Frobenius norm of `S` after the pass. `change`: that of `S` after less `S` before it.
     `effective_rank`: as `Memory.effective_rank`. `cosine_S`: between `S` after and before the pass;
@@ -52,22 +51,23 @@ def _gates(each: Pass, block: int) -> dict[str, Tensor]:
     if block not in each.writes:
         return {}
     writes = each.writes[block]
+    # 1 - exp(g) without losing the digits of a small g.
     return {"forgotten": -torch.expm1(writes.g).mean(dim=1), "written": writes.beta.mean(dim=1)}
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
-    """Cosine of matrices `[..., K, V]`, `[...]`; nan where one is zero."""
+    """Return the cosine `[...]` between matrices `[..., K, V]`; nan where one of them is zero."""
     return (a * b).sum((-2, -1)) / (torch.linalg.matrix_norm(a) * torch.linalg.matrix_norm(b))
 
 
 def mean(values: Tensor) -> float | None:
-    """Mean of what is defined; None if nothing is."""
+    """Return the mean of the values that are defined; None if none is."""
     average = float(values.nanmean())
     return average if math.isfinite(average) else None
 
 
 def hypnogram_rows(read: int, window: Window, layers: dict[int, FastWeights]) -> Iterator[Row]:
-    """Along the stream, after `read` tokens: window fill, pass, and norm of all fast weights together.
+    """Yield window fill, pass, and norm of all fast weights together, along the stream from `read` tokens on.
 
     First as the window begins (pass 0); awake (pass 1) at up to `POINTS` places of it, where its layers are
     known; then at its end after every further pass, asleep. The eviction is the beginning of the next.
@@ -81,19 +81,19 @@ def hypnogram_rows(read: int, window: Window, layers: dict[int, FastWeights]) ->
 
 
 def moment(read: int, state: State) -> Row:
-    """A row of the hypnogram between two windows."""
+    """Return the row of the hypnogram between two windows."""
     return {"token": read, "fill": state.cache.length, "pass": 0, "norm": norm(state.memory)}
 
 
 def norm(memory: Memory) -> float:
-    """Norm of all fast weights of a row together, mean over rows."""
+    """Return the norm of all fast weights of a row together, mean over the rows of the batch."""
     squares = sum(S.square().flatten(1).sum(1) for S in memory.layers if S is not None)
     assert isinstance(squares, Tensor)
     return float(squares.sqrt().mean())
 
 
 def _awake(window: Window, layers: dict[int, FastWeights]) -> Iterator[tuple[int, Memory]]:
-    """The fast weights at places of the wake pass, from what its tokens wrote."""
+    """Yield the fast weights at places of the wake pass, recomputed from what its tokens wrote."""
     L, first = window.tokens.shape[1], window.passes[0]
     if not layers or any(block not in first.writes for block in layers):
         yield L, first.memory

@@ -2,7 +2,6 @@
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,9 +12,10 @@ from tqdm import tqdm
 from lmsleep.files import write_atomic
 from lmsleep.memory_file import fingerprint
 from lmsleep.microscope.ablation import ablation_rows, reliance_rows
-from lmsleep.microscope.heads import Row, head_rows, hypnogram_rows, moment, norm
+from lmsleep.microscope.heads import head_rows, hypnogram_rows, moment, norm
 from lmsleep.microscope.probe import probe_rows, probed
 from lmsleep.microscope.readback import readback_rows
+from lmsleep.microscope.seen import Row, Seen
 from lmsleep.microscope.subject import Subject, from_run, from_session
 from lmsleep.microscope.trace import Window, fast_weight_layers, watch
 from lmsleep.session import Session
@@ -29,32 +29,8 @@ FIT = 8  # times as many contexts to fit a probe as to test it
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Inspection:
-    """What the microscope saw. Every table is a list of flat rows, ready for a data frame."""
-
-    about: dict[str, Any]
-    """What was looked at: model, window, passes, tokens, hash of the slow weights before and after."""
-    change: list[Row]
-    """What each sleep did to all fast weights together: see `change_row`."""
-    heads: list[Row]
-    """Figures per window, pass, block and head: see `heads.head_rows`."""
-    hypnogram: list[Row]
-    """Window fill, pass and norm along the stream: see `heads.hypnogram_rows`."""
-    readback: list[Row]
-    """What each token of the last windows can still be retrieved by: see `readback.readback_rows`."""
-    probe: list[Row]
-    """Accuracy of linear probes per window, pass and steps: see `probe.probe_rows`."""
-    reliance: list[Row]
-    """Answers from the memory, and from other ways to keep the text: see `ablation.reliance_rows`."""
-    ablation: list[Row]
-    """Answers without a head, or with another sequence's: see `ablation.ablation_rows`."""
-    notes: list[str] = field(default_factory=list)
-    """What could not be looked at, and why."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready form."""
-        return asdict(self)
+class Inspection(Seen):
+    """What the microscope saw, with a page of it."""
 
     def html(self, path: str | Path) -> None:
         """Write one self-contained HTML page, atomically.
@@ -113,7 +89,7 @@ def inspect(
         "model": type(seen.model).__name__,
         "window": seen.sleep.window,
         "passes": seen.sleep.passes,
-        "eviction": seen.sleep.eviction,
+        "eviction": type(seen.sleep.eviction).__name__.lower(),
         "sequences": len(seen.windows),
         "tokens_before": seen.read,
         "tokens": seen.windows.shape[1],
@@ -129,7 +105,7 @@ def inspect(
 
 
 def _not_asked(seen: Subject) -> str | None:
-    """Why nothing can be asked of the memory; None if something can."""
+    """Return why nothing can be asked of the memory; None if something can."""
     assert seen.batch.context is not None
     if not seen.batch.loss_mask[:, 1:].any():
         return "nothing is asked of the memory: no token predicts the only one of the text"
@@ -142,7 +118,7 @@ Bar = Callable[[Iterator[Window], str, int], Iterator[Window]]
 
 
 def _watched(seen: Subject, bar: Bar) -> dict[str, list[Row]]:
-    """The tables that come of watching the stream, window by window."""
+    """Watch the stream window by window, and return the tables that come of it."""
     layers, read = fast_weight_layers(seen.model), seen.read
     change, heads, hypnogram = list[Row](), list[Row](), list[Row]()
     recent: deque[tuple[int, Window]] = deque(maxlen=READ_BACK)
@@ -150,6 +126,7 @@ def _watched(seen: Subject, bar: Bar) -> dict[str, list[Row]]:
     total = -(-seen.windows.shape[1] // seen.sleep.window)
     windows = watch(seen.model, seen.windows, seen.sleep, seen.state)
     for number, window in enumerate(bar(windows, "windows", total)):
+        # Windows are dropped as they come, but for the last READ_BACK: a long stream must fit into memory.
         change.append(change_row(number, window))
         heads += head_rows(number, window)
         hypnogram += hypnogram_rows(read, window, layers)
@@ -162,7 +139,7 @@ def _watched(seen: Subject, bar: Bar) -> dict[str, list[Row]]:
 
 
 def change_row(number: int, window: Window) -> Row:
-    """All fast weights as one vector, mean over the rows of the batch.
+    """Return norms of all fast weights as one vector, means over the rows of the batch.
 
     `before`: its norm before the window; `awake`: after one pass; `asleep`: after the last. `moved_awake`
     and `moved_asleep`: norm of what the first pass and what all further passes changed; `cosine`: between

@@ -4,15 +4,12 @@ import base64
 import html
 import io
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lmsleep.html_page import framed
 from lmsleep.microscope import words
 from lmsleep.microscope.figures import figures
-from lmsleep.microscope.heads import Row
-
-if TYPE_CHECKING:
-    from lmsleep.microscope.inspection import Inspection
+from lmsleep.microscope.seen import Row, Seen
 
 SECTIONS = {
     "hypnogram": (
@@ -44,8 +41,8 @@ SECTIONS = {
 }  # fmt: skip
 
 
-def page(seen: "Inspection") -> str:
-    """The whole page."""
+def page(seen: Seen) -> str:
+    """Return the whole page as HTML."""
     parts = [
         _words("What does sleep change?", words.changes(seen)),
         _words("Can one rely on it?", words.reliability(seen) or ["Nothing was asked of the memory."]),

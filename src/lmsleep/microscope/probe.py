@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor
 
-from lmsleep.microscope.heads import Row
+from lmsleep.microscope.seen import Row
 from lmsleep.microscope.trace import watch
 from lmsleep.sleep import Backbone, SleepConfig
 from lmsleep.tasks import TASKS, Task
@@ -24,9 +24,11 @@ def ridge(x: Tensor, targets: Tensor, classes: int) -> Callable[[Tensor], Tensor
     Returns:
         A function from features `[m, d]` to the likeliest classes `[m, J]`.
     """
+    # A feature that never changes would be divided by zero; 1e-12 makes it zero.
     centre, spread = x.mean(0), x.std(0).clamp(min=1e-12)
 
     def features(x: Tensor) -> Tensor:
+        # The column of ones is the intercept.
         return torch.nn.functional.pad((x - centre) / spread, (0, 1), value=1.0)
 
     A, Y = features(x), torch.nn.functional.one_hot(targets, classes).to(x.dtype)
@@ -36,7 +38,7 @@ def ridge(x: Tensor, targets: Tensor, classes: int) -> Callable[[Tensor], Tensor
 
 
 def probed(task: Task) -> Callable[[Tensor], Tensor]:
-    """The `intermediate` of a task: see `Depo.intermediate`.
+    """Return the `intermediate` of a task: see `Depo.intermediate`.
 
     Raises:
         ValueError: for a task that has none.
@@ -85,7 +87,7 @@ def probe_rows(
 def _seen(
     model: Backbone, intermediate: Callable[[Tensor], Tensor], sleep: SleepConfig, tokens: Tensor
 ) -> list[tuple[list[Tensor], Tensor]]:
-    """Per window: features `[n, d]` after passes 0, 1, ..., and what they should tell, `[n, J]`."""
+    """Return per window the features `[n, d]` after passes 0, 1, ..., and what they should tell, `[n, J]`."""
     targets, seen = intermediate(tokens.cpu()).to(tokens.device), []
     for window in watch(model, tokens, sleep):
         y, targets = targets.tensor_split([window.tokens.shape[1]], dim=1)

@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from lmsleep.microscope.heads import Row, mean
+from lmsleep.microscope.heads import mean
+from lmsleep.microscope.seen import Row
 from lmsleep.microscope.trace import Window
 from lmsleep.state import Memory
 
@@ -20,8 +21,10 @@ def readback(S: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         number of values whose cosine with `r_t` is larger. Rank 1 is a retrieval; a token that wrote what
         another one wrote shares its rank. Where nothing is read (`r_t = 0`) the cosine is 0, the rank L.
     """
+    # Ranks compare cosines that may differ in their last digits.
     S, k, v = (x.to(torch.float64) for x in (S, k, v))
     read = torch.einsum("bhkv,blhk->blhv", S, k)
+    # 1e-300 turns 0 / 0 into 0 and changes no other float64.
     unit = [x / x.norm(dim=-1, keepdim=True).clamp(min=1e-300) for x in (read, v)]
     cosines = torch.einsum("bihv,bjhv->bhij", *unit)
     own = cosines.diagonal(dim1=-2, dim2=-1)
@@ -33,7 +36,7 @@ def readback(S: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 def readback_rows(
     windows: Sequence[tuple[int, Window]], end: Memory, spell: Callable[[list[int]], str]
 ) -> Iterator[Row]:
-    """Every token of `windows` (with their numbers), block and head; means over the rows of the batch.
+    """Yield a row for every token of `windows` (with their numbers), block and head, means over the batch.
 
     Keys and values are those of the window's last pass. `cosine`, `rank` and `retrieved` (the share of rank
     1) query `S` after that pass; `cosine_end` and `retrieved_end` query `end`, what later windows left.

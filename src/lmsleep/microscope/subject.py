@@ -43,7 +43,7 @@ class Subject:
 
 
 def from_run(run: RunFolder, samples: int) -> Subject:
-    """A run's newest checkpoint and held-out samples of its task.
+    """Take a run's newest checkpoint and held-out samples of its task.
 
     Raises:
         ValueError: if the run never sleeps, has no fast weights, or its samples end before an eviction.
@@ -53,7 +53,7 @@ def from_run(run: RunFolder, samples: int) -> Subject:
         raise ValueError(f"samples must be at least 1, got {samples}")
     config, model = run.config(), run.model()
     _device(model)
-    sleep = replace(config.sleep, backprop_passes=None)
+    sleep = config.sleep
     if sleep.window is None:
         raise ValueError(f"{run.path} was trained with window=None: it never sleeps")
     batch = cut(config.task.batch(stream(EVAL_SEED, "test", 0), samples, "test"), sleep)
@@ -69,7 +69,7 @@ def from_run(run: RunFolder, samples: int) -> Subject:
 
 
 def from_session(session: Session, text: Readable) -> Subject:
-    """A session and what it would read next; the session stays as it is.
+    """Take a session and what it would read next; the session stays as it is.
 
     Raises:
         ValueError: for an empty text, a session that never sleeps, or a model without fast weights.
@@ -103,7 +103,7 @@ def from_session(session: Session, text: Readable) -> Subject:
 
 
 def _device(model: Backbone) -> torch.device:
-    """Where the fast weights are."""
+    """Return the device of the fast weights."""
     device = next((S.device for S in model.initial_state(1).memory.layers if S is not None), None)
     if device is None:
         raise ValueError("no block of this model has fast weights, so no sleep changes anything")
@@ -111,7 +111,7 @@ def _device(model: Backbone) -> torch.device:
 
 
 def cut(batch: Batch, sleep: SleepConfig) -> Batch:
-    """The same sequences with what is slept on before the questions as context, if they have none yet.
+    """Make what is slept on before the questions the context of the same sequences, if they have none yet.
 
     The questions begin with the first window that predicts anything. Where that is the first of all, as in
     text, they are the last window: what is predicted before it, and its first token, counts for nothing.

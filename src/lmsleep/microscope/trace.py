@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lmsleep.layers import FastWeights, Writes
-from lmsleep.sleep import Backbone, SleepConfig, read_window
+from lmsleep.sleep import Backbone, Passes, SleepConfig, evict, read_window
 from lmsleep.state import Memory, State
 
 
@@ -47,7 +47,7 @@ class Window:
 
 
 def fast_weight_layers(model: Backbone) -> dict[int, FastWeights]:
-    """The `FastWeights` layers of a model by block; none unless every block with fast weights has one."""
+    """Find the `FastWeights` layers by block; none unless every block with fast weights has one."""
     modules: Iterable[Any] = getattr(model, "modules", tuple)()
     layers = [module for module in modules if isinstance(module, FastWeights)]
     blocks = [i for i, S in enumerate(model.initial_state(1).memory.layers) if S is not None]
@@ -63,23 +63,25 @@ def watch(
     Yields every window after its sleep; the last may be part-filled.
 
     Raises:
-        ValueError: for test-time training or a looped wake pass, whose passes are of another kind.
+        ValueError: for a consolidator that makes no passes, or a looped wake pass.
     """
-    if sleep.inner_rate is not None or sleep.wake_passes != 1:
+    by = sleep.consolidator
+    if not isinstance(by, Passes) or by.wake_passes != 1:
         raise ValueError(
-            "inner_rate and wake_passes cannot be watched: only a sleep in passes over a window can"
+            f"consolidator={by} cannot be watched: only a sleep in passes over a window, awake in one, can"
         )
     state = model.initial_state(len(tokens)) if state is None else state
     for window in tokens.split(sleep.window or max(tokens.shape[1], 1), dim=1):
-        watched = _Watched(model, sleep.loop_range(model.num_blocks))
+        watched = _Watched(model, by.loop_range(model.num_blocks))
         with watched.listening():
             _, after = read_window(watched, window, state, sleep, passes=sleep.passes, logits=False)
         last = watched.passes[-1]
+        # Blocks after the loop write in the last pass only, and after `run` has recorded it.
         passes = [
             *watched.passes[:-1],
             replace(last, memory=after.memory, writes={**last.writes, **watched.heard}),
         ]
-        after = State(after.memory, after.cache.last(sleep.kept))
+        after = after if sleep.window is None else evict(sleep.eviction, after, sleep.window)
         yield Window(window, state, passes, after)
         state = after
 

@@ -1,18 +1,14 @@
 """What the microscope saw, in sentences: what does sleep change, and can one rely on it?"""
 
 from statistics import fmean
-from typing import TYPE_CHECKING
 
-from lmsleep.microscope.heads import Row
-
-if TYPE_CHECKING:
-    from lmsleep.microscope.inspection import Inspection
+from lmsleep.microscope.seen import Row, Seen
 
 READABLE = 0.9  # accuracy from which on a probe is said to read a quantity
 
 
-def changes(seen: "Inspection") -> list[str]:
-    """What sleep changes."""
+def changes(seen: Seen) -> list[str]:
+    """Say what sleep changes, in sentences."""
     before, after = seen.about["slow_weights_before"], seen.about["slow_weights_after"]
     if before is None:
         said = "The slow weights of this backbone cannot be hashed: it has no state_dict()."
@@ -41,8 +37,8 @@ def changes(seen: "Inspection") -> list[str]:
     ]
 
 
-def reliability(seen: "Inspection") -> list[str]:
-    """Whether one can rely on it."""
+def reliability(seen: Seen) -> list[str]:
+    """Say how far one can rely on it, in sentences."""
     said = []
     if seen.reliance:
         figures = [f"{r['reading']}: {r['accuracy']:.3f} ({r['nats']:.2f} nats)" for r in seen.reliance]
@@ -89,7 +85,7 @@ def _retrieved(rows: list[Row]) -> str:
 
 
 def _frontier(rows: list[Row]) -> str:
-    """Up to how many steps a probe reads, pass by pass, in the last window."""
+    """Say up to how many steps a probe reads, pass by pass, in the last window."""
     last = max(r["window"] for r in rows)
     reached = []
     for n in sorted({r["pass"] for r in rows} - {0}):

@@ -62,6 +62,7 @@ class HybridConfig:
     def __post_init__(self) -> None:
         if not self.blocks:
             raise ValueError("blocks must name at least one block")
+        # A rule in FILE.py must be found again from another folder: by a worker, after --resume.
         object.__setattr__(self, "blocks", tuple(map(absolute, self.blocks)))
         for kind in {*self.blocks} - {"attention", *RULE_OF, *RULES}:
             try:
@@ -117,26 +118,28 @@ class HybridConfig:
                 raise ValueError(f"overrides of block {i}: {error}") from error
 
     def for_block(self, i: int) -> "HybridConfig":
-        """The options in force in block `i`."""
+        """Return the options in force in block `i`."""
         return replace(self, overrides={}, **self.overrides.get(i, {}))
 
     @property
     def key_dim(self) -> int:
-        """Size of a query or key head."""
+        """The size of a query or key head."""
         return self.head_dim or self.d_model // self.num_heads
 
     @property
     def hidden_dim(self) -> int:
-        """Hidden size of the SwiGLU, 0 for none."""
+        """The hidden size of the SwiGLU, 0 for none."""
+        # Three matrices of 8/3 d have the parameters of a plain MLP's two of 4 d; multiples of 8 suit
+        # hardware.
         return -(-self.d_model * 8 // 3 // 8) * 8 if self.mlp_dim is None else self.mlp_dim
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready form, read back by `from_dict`."""
+        """Return a JSON-ready form, which `from_dict` reads back."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Inverse of `to_dict`, also after a trip through JSON.
+        """Rebuild a configuration from what `to_dict` returned, also after a trip through JSON.
 
         Raises:
             ValueError: for an unknown or invalid field.
@@ -146,6 +149,7 @@ class HybridConfig:
         if unknown := set(data) - {f.name for f in fields(cls)}:
             raise ValueError(f"unknown field {', '.join(sorted(unknown))} in the model configuration")
         data = dict(data)
+        # JSON has neither tuples nor numbers as keys.
         for name in ("blocks", "forget"):
             if name in data:
                 data[name] = tuple(data[name])

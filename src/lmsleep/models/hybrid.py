@@ -16,7 +16,7 @@ from lmsleep.models.config import RULE_OF, HybridConfig
 from lmsleep.state import Cache, Memory, State
 
 WRITERS = ("o_proj", "down_proj")  # linear maps into the residual stream
-GATES = ("a_proj", "b_proj", "r_proj")  # which a rule sets
+GATES = ("a_proj", "b_proj", "r_proj")  # of all rules
 
 
 class Block(nn.Module):
@@ -59,7 +59,7 @@ class Block(nn.Module):
 
     @property
     def memory_shape(self) -> tuple[int, int, int] | None:
-        """`(H, K, V)` of the block's fast weights for one sequence, None if it has none."""
+        """The shape `(H, K, V)` of the block's fast weights for one sequence, None if it has none."""
         trained = self.mlp is not None and self.mlp.scale is not None
         return self.mlp.memory_shape if self.mlp is not None and trained else self.mixer.memory_shape
 
@@ -72,7 +72,7 @@ class Block(nn.Module):
         span: int | None,
         filled: Tensor | None,
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
-        """`h` `[B, T, d]` with the block's own fast weights and cache -> the next ones."""
+        """Map `h` `[B, T, d]` and the block's own fast weights and cache to the next ones."""
         mixed, memory, cache = self.mixer(self.norm(h), memory, cache, valid, span, filled)
         h = h + mixed
         if self.mlp is not None and self.mlp_norm is not None:
@@ -99,12 +99,14 @@ class HybridLM(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Linear weights ~ N(0, 1/fan-in); an untied embedding ~ N(0, 1), the scale blocks add at."""
+        """Draw linear weights from N(0, 1/fan-in), an untied embedding from N(0, 1)."""
         for name, module in self.named_modules():
+            # The gates of fast weights keep what their rule gave them: the wanted forgetting.
             if isinstance(module, nn.Linear) and not name.endswith(GATES):
                 writes = name.endswith(WRITERS)
                 std = module.in_features**-0.5 * (self.config.residual_init if writes else 1.0)
                 nn.init.normal_(module.weight, std=std)
+        # A tied embedding is the output projection too, which is to give logits of unit scale.
         std = self.config.d_model**-0.5 if self.config.tie_embeddings else 1.0
         nn.init.normal_(self.embedding.weight, std=std)
 
@@ -141,7 +143,7 @@ class HybridLM(nn.Module):
 
     @property
     def num_blocks(self) -> int:
-        """Blocks a sleep may loop over."""
+        """The number of blocks, which a sleep may loop over."""
         return len(self.blocks)
 
     @property
@@ -150,15 +152,16 @@ class HybridLM(nn.Module):
         return self.config.blocks
 
     def initial_state(self, batch_size: int) -> State:
-        """`S = 0` and nothing in the working memory."""
+        """Return `S = 0` and nothing in the working memory, for `batch_size` rows."""
         weight = self.embedding.weight
         blocks = [cast(Block, block) for block in self.blocks]
+        # S sums up the writes of a whole stream; in half precision the small ones would round to nothing.
         dtype = torch.promote_types(weight.dtype, torch.float32)
         memory = Memory.zeros([b.memory_shape for b in blocks], batch_size, dtype=dtype, device=weight.device)
         return State(memory, Cache(tuple(b.mixer.empty_cache(batch_size) for b in blocks)))
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Tokens `[B, T]` (int64) -> hidden states `h` `[B, T, d]`."""
+        """Embed tokens `[B, T]` (int64) as hidden states `h` `[B, T, d]`."""
         h: Tensor = self.embedding(tokens)
         return h
 
@@ -172,7 +175,7 @@ class HybridLM(nn.Module):
         valid: Tensor | None = None,
         span: int | None = None,
     ) -> tuple[Tensor, State]:
-        """Blocks `start ... stop - 1` over `h` `[B, T, d]`, continuing from `state`.
+        """Run blocks `start ... stop - 1` over `h` `[B, T, d]`, continuing from `state`.
 
         Args:
             h: hidden states.
@@ -193,12 +196,12 @@ class HybridLM(nn.Module):
         return h, state.replace(start, new)
 
     def head(self, h: Tensor) -> Tensor:
-        """Hidden states `[B, T, d]` -> logits `[B, T, V]`."""
+        """Map hidden states `[B, T, d]` to logits `[B, T, V]`."""
         logits: Tensor = self.lm_head(self.norm(h))
         return logits
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits `[B, T, V]` of the plain model: one window, no sleep."""
+        """Return logits `[B, T, V]` of the plain model: one window, no sleep."""
         h, _ = self.run(self.embed(tokens), self.initial_state(len(tokens)), 0, self.num_blocks)
         return self.head(h)
 
@@ -208,13 +211,14 @@ class HybridLM(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
         if self.config.tie_embeddings:
+            # It is the embedding under another name, and safetensors refuses memory that is shared.
             del tensors["lm_head.weight"]
         write_atomic(folder / "model.safetensors", save(tensors, {"format": "pt"}))
         write_atomic(folder / "config.json", json.dumps(self.config.to_dict(), indent=2).encode())
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: torch.device | str = "cpu") -> Self:
-        """Load what `save_pretrained` wrote.
+        """Load a model that `save_pretrained` wrote.
 
         Raises:
             FileNotFoundError: if the folder holds no model.

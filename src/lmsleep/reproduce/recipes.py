@@ -15,7 +15,7 @@ from lmsleep.hf.finetune import FineTune
 from lmsleep.models import BlockKind, HybridConfig
 from lmsleep.reproduce.recipe import Cell, Recipe, Scale
 from lmsleep.reproduce.results import TIMED_STEPS
-from lmsleep.sleep import Eviction, SleepConfig
+from lmsleep.sleep import Hard, Passes, SleepConfig
 from lmsleep.tasks import MQAR, Depo, GSMInfinite, Rule110
 from lmsleep.training import BASELINES, RunConfig, TrainConfig, baseline, equal_compute, two_stages
 
@@ -32,9 +32,17 @@ GSM_SIZES: dict[Scale, dict[str, Any]] = {
 }
 # 1,000 steps of `paper` are by our arithmetic about the 1 - 2 H100-days that the paper gives for a run.
 GSM_TRAIN: dict[Scale, TrainConfig] = {
-    "small": TrainConfig(batch_size=32, accumulate=32, steps=500, lr=1e-3, adam_lr=2e-4, save_every=50),
+    "small": TrainConfig(
+        batch_size=32, accumulate=32, steps=500, lr=1e-3, adam_lr=2e-4, save_every=50, checkpoint=True
+    ),
     "paper": TrainConfig(
-        batch_size=256, accumulate=128, lr=1e-3, adam_lr=5e-5, save_every=50, eval_batches=2
+        batch_size=256,
+        accumulate=128,
+        lr=1e-3,
+        adam_lr=5e-5,
+        save_every=50,
+        eval_batches=2,
+        checkpoint=True,
     ),
 }
 ON_THE_SPOT = (
@@ -59,7 +67,7 @@ def rule110(scale: Scale, passes: int, t: int | None = None) -> RunConfig:
     tuned = passes if passes in settings.RULE110_TUNED else 4  # N = 3 takes the rates of N = 4
     run, small = settings.rule110(tuned, 0), scale == "small"
     task = replace(settings.RULE110, t=t or (8 if small else settings.RULE110.t))
-    run = replace(run, task=task, sleep=replace(run.sleep, passes=passes))
+    run = replace(run, task=task, sleep=run.sleep.with_passes(passes))
     return _small(run) if small else run
 
 
@@ -154,7 +162,7 @@ def _fine_tuned(figure: str) -> Callable[[Scale, Path], list[Cell]]:
         if scale == "demo":
             raise ValueError("weights: scale=demo trains a model on the spot; use scale=small or paper")
         hybrid, sizes = figure == "4a", GSM_SIZES[scale]
-        eviction: Eviction = "sliding" if figure == "5" else "hard"
+        eviction = "sliding" if figure == "5" else "hard"
         made = []
         for n in (1, 2, 4, 6) if hybrid else (1, 2, 4):
             run = RunConfig(
@@ -170,7 +178,6 @@ def _fine_tuned(figure: str) -> Callable[[Scale, Path], list[Cell]]:
                     eviction=eviction,
                     loop="middle" if hybrid else None,
                     normalize=not hybrid,  # as Ouro does between its steps
-                    checkpoint=True,
                 ),
                 train=GSM_TRAIN[scale],
             )
@@ -195,13 +202,13 @@ def _gsm(blocks: tuple[BlockKind, ...], sleep: SleepConfig, **train: Any) -> Run
     )
 
 
-def _looped_in_the_middle(passes: int, eviction: Eviction) -> Cell:
+def _looped_in_the_middle(passes: int, eviction: str) -> Cell:
     start = Cell("start: hybrid, nothing evicted", _gsm(ALTERNATING, SleepConfig()))
     sleep = SleepConfig(window=64, passes=passes, eviction=eviction, loop=(1, 3))
     return Cell(f"N = {passes}", _gsm(ALTERNATING, sleep), start=start)
 
 
-def _with_memory_blocks(passes: int, eviction: Eviction) -> Cell:
+def _with_memory_blocks(passes: int, eviction: str) -> Cell:
     """First the inserted blocks alone, under hard eviction if N > 1; then twice as long the whole model."""
     plain: tuple[BlockKind, ...] = ("attention",) * 4
     blocks: tuple[BlockKind, ...] = (*plain[:2], "gated_delta_net", *plain[:2], "gated_delta_net")
@@ -209,7 +216,7 @@ def _with_memory_blocks(passes: int, eviction: Eviction) -> Cell:
     sleep = SleepConfig(window=64, passes=passes, eviction=eviction)
     alone = _gsm(
         blocks,
-        replace(sleep, eviction="hard") if passes > 1 else sleep,
+        replace(sleep, eviction=Hard()) if passes > 1 else sleep,
         start=Path(start.label),  # stands for the folder, which is known when it is trained
         inserted=(2, 5),
         only_inserted=True,
@@ -234,8 +241,8 @@ def _speed(scale: Scale) -> list[Cell]:
             run = RunConfig(
                 task=MQAR(pairs=16, queries=1, filler=T - 32),
                 model=HybridConfig(d_model=width, num_heads=max(4, width // 128), blocks=blocks),
-                sleep=SleepConfig(window=window, passes=n, checkpoint=True),
-                train=TrainConfig(batch_size=batch, steps=1 + TIMED_STEPS),
+                sleep=SleepConfig(window=window, passes=n),
+                train=TrainConfig(batch_size=batch, steps=1 + TIMED_STEPS, checkpoint=True),
             )
             cells.append(Cell(f"L = {window}, N = {n}", run, at=window, line=f"N = {n}"))
     return cells
@@ -274,20 +281,20 @@ def _cheaper_passes(scale: Scale) -> list[Cell]:
     """N = 4 throughout, beside what costs less."""
     one, four = _by_passes(depo, (1, 4))(scale)
     run, blocks = four.config, len(four.config.architecture.blocks)
+    upper = replace(run.sleep, consolidator=Passes(4, loop=(1, blocks)))
     early = replace(run.train, early_steps=run.train.steps * 3 // 5, early_passes=2)
     return [
         one,
         Cell("N = 2, then 4", replace(run, train=early)),
         _drawn_passes(run),
-        Cell("N = 4, gradients through 2", replace(run, sleep=replace(run.sleep, backprop_passes=2))),
-        Cell("N = 4, first block once", replace(run, sleep=replace(run.sleep, loop=(1, blocks)))),
+        Cell("N = 4, gradients through 2", replace(run, train=replace(run.train, backprop_passes=2))),
+        Cell("N = 4, first block once", replace(run, sleep=upper)),
         four,
     ]
 
 
 def _with_other_passes(run: RunConfig) -> dict[int, RunConfig]:
-    asleep = replace(run.sleep, backprop_passes=None)
-    return {n: replace(run, sleep=replace(asleep, passes=n)) for n in (1, 2, 3, 4, 6, 8)}
+    return {n: replace(run, sleep=run.sleep.with_passes(n)) for n in (1, 2, 3, 4, 6, 8)}
 
 
 def _update_rules(scale: Scale) -> list[Cell]:

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 
-from lmsleep.tasks.tokenizers import Tokenizer
+from lmsleep.text.tokenizers import Tokenizer
 
 Piece = str | int
 

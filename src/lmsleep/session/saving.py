@@ -1,7 +1,7 @@
 """A session as a memory file: fast weights where the window began, and the tokens of the window."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ def write(path: Path, stream: Stream, origin: Origin, sleep: SleepConfig, storag
     tensors = {**memory_file.pack(layers, storage), "window": stream.window}
     for i, layer in enumerate(stream.start.cache.layers):
         tensors |= {f"cache.{i}.{j}": t for j, t in enumerate(layer) if t.shape[1]}
-    memory_file.write(path, tensors, {**origin.to_dict(), "blocks": len(layers), "sleep": asdict(sleep)})
+    memory_file.write(path, tensors, {**origin.to_dict(), "blocks": len(layers), "sleep": sleep.to_dict()})
 
 
 def read(path: Path, model: Backbone, sleep: SleepConfig | None) -> tuple[State, Origin, SleepConfig, Tensor]:

@@ -14,9 +14,9 @@ from lmsleep.session import saving, stream
 from lmsleep.session.answer import Answer, Piece
 from lmsleep.session.sampling import Sampling
 from lmsleep.session.stream import Step, Stream
-from lmsleep.sleep import Backbone, SleepConfig, looped_blocks
+from lmsleep.sleep import Backbone, SleepConfig
 from lmsleep.state import Cache, Memory, State
-from lmsleep.tasks.tokenizers import Tokenizer
+from lmsleep.text.tokenizers import Tokenizer
 
 Readable = str | Sequence[int] | Tensor
 
@@ -80,7 +80,7 @@ class Session:
         self.seconds_awake = self.seconds_asleep = 0.0
         self.origin = Origin()
         state = model.initial_state(1)
-        looped_blocks(sleep, state.memory, sleep.passes)  # refuses what no sleep could do
+        sleep.check(state.memory)
         if memory is not None:
             if memory.batch_size not in (0, 1):
                 raise ValueError(

@@ -12,7 +12,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-from lmsleep.sleep import Backbone, SleepConfig, read_window
+from lmsleep.sleep import Backbone, SleepConfig, evict, read_window
 from lmsleep.state import State
 
 
@@ -147,7 +147,7 @@ def asleep(
     out, states = _pass(model, sleep, [s.start for s in streams], windows, passes, logits)
     after, broken = [], []
     for row, (stream, state, tokens) in enumerate(zip(streams, states, new, strict=True)):
-        begin = State(state.memory, state.cache.last(sleep.kept))
+        begin = state if sleep.window is None else evict(sleep.eviction, state, sleep.window)
         if not all(bool(t.isfinite().all()) for t in _tensors(begin)):
             broken.append(row)
             after.append(stream.reopened())

@@ -1,15 +1,31 @@
 """Sleep: Algorithm 1 of the paper, over any model that offers a few methods."""
 
-from lmsleep.sleep.algorithm import SleepOutput, looped_blocks, read_window, sleep_forward
 from lmsleep.sleep.backbone import Backbone
-from lmsleep.sleep.config import Eviction, SleepConfig
+from lmsleep.sleep.config import SleepConfig
+from lmsleep.sleep.consolidators import CONSOLIDATOR, CONSOLIDATORS, Consolidator, GradientSteps, Passes
+from lmsleep.sleep.eviction import EVICTION, EVICTIONS, Eviction, Hard, Sliding, evict
+from lmsleep.sleep.forward import SleepOutput, read_window, sleep_forward
+from lmsleep.sleep.window import Pass, Window, speak, wake
 
 __all__ = [
+    "CONSOLIDATOR",
+    "CONSOLIDATORS",
+    "EVICTION",
+    "EVICTIONS",
     "Backbone",
+    "Consolidator",
     "Eviction",
+    "GradientSteps",
+    "Hard",
+    "Pass",
+    "Passes",
     "SleepConfig",
     "SleepOutput",
-    "looped_blocks",
+    "Sliding",
+    "Window",
+    "evict",
     "read_window",
     "sleep_forward",
+    "speak",
+    "wake",
 ]

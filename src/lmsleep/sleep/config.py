@@ -1,122 +1,170 @@
 """When and how a model sleeps, as plain data."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
-Eviction = Literal["hard", "sliding"]
+from lmsleep.plugins import Plugin
+from lmsleep.sleep.consolidators import CONSOLIDATOR, CONSOLIDATORS, Consolidator, Passes
+from lmsleep.sleep.eviction import EVICTION, EVICTIONS, Eviction
+from lmsleep.state import Memory
+
+TRAINING = ("backprop_passes", "checkpoint")  # once options of a sleep, now of the training
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, init=False)
 class SleepConfig:
-    """When and how a model sleeps."""
+    """A sleep is three choices: when it comes, what it writes, and what stays in attention.
 
-    window: int | None = None
+    `SleepConfig(window=L, passes=N)` is the paper's sleep, short for
+    `SleepConfig(window=L, consolidator=Passes(N), eviction=Hard())`. Any option of the consolidator may be
+    given directly, here and in `dataclasses.replace`: `SleepConfig(window=64, passes=4, loop="middle")`.
+    """
+
+    window: int | None
     """L: tokens of attention context; a sleep happens every L tokens. None: nothing is ever evicted."""
-    passes: int = 1
-    """N: passes over a window before it is evicted. 1 is the plain hybrid."""
-    eviction: Eviction = "hard"
-    """After a sleep attention keeps nothing of the window (hard) or its last L - 1 tokens (sliding)."""
-    loop: tuple[int, int] | Literal["middle"] | None = None
-    """Blocks first ... last - 1 that are looped; those before and after run once. "middle": the middle half
-    of the blocks, as the paper loops Jet-Nemotron. None: all blocks."""
-    backprop_passes: int | None = None
-    """Passes of a window, counted from the last, through which gradients flow. None: all."""
-    reset: Literal["S", "h"] | None = None
-    """What each further pass begins anew: S as before the window, or h as before the loop (ablations)."""
-    wake_passes: int = 1
-    """Passes of the wake pass itself; more make a looped model. Each begins with S as before the window."""
-    normalize: bool = False
-    """Scale h to unit RMS before each further pass."""
-    reinject: bool = False
-    """Add what entered the loop to h before each further pass."""
-    sleep_on_loss: bool = True
+    consolidator: Consolidator
+    """What a sleep does with a window: `Passes` (the paper), `GradientSteps`, or one of your own."""
+    eviction: Eviction
+    """What stays in attention after a sleep: `Hard` (nothing) or `Sliding` (the last L - 1 tokens)."""
+    sleep_on_loss: bool
     """Sleep on windows that carry loss too. False: Algorithm 1's rule, they get one ordinary pass."""
-    checkpoint: bool = False
-    """Of the activations keep only h and S between passes for the backward pass; recompute the others."""
-    inner_rate: float | None = None
-    """Test-time training: each further pass is a step of gradient descent at this rate on the window's own
-    next-token loss, and S the trained weights (model option trained_mlp). None: the blocks write S."""
 
-    def __post_init__(self) -> None:
-        if self.window is not None and self.window < 1:
-            raise ValueError(f"window must be at least 1 token, got {self.window}")
-        if self.passes < 1:
-            raise ValueError(f"passes must be at least 1 (1 = the plain model, no sleep), got {self.passes}")
-        if self.wake_passes < 1:
-            raise ValueError(f"wake_passes must be at least 1, got {self.wake_passes}")
-        if self.reset not in (None, "S", "h"):
-            raise ValueError(f"reset must be None, 'S' or 'h', got {self.reset!r}")
-        if self.reset == "h" and (self.normalize or self.reinject):
-            raise ValueError("reset='h' leaves no h to normalize or reinject into; drop one of them")
-        if self.inner_rate is not None:
-            self._check_inner_rate(self.inner_rate)
-        if self.eviction not in get_args(Eviction):
-            raise ValueError(f"eviction must be 'hard' or 'sliding', got {self.eviction!r}")
-        if isinstance(self.loop, str):
-            if self.loop != "middle":
-                raise ValueError(f"loop must be (first, last), 'middle' or None, got {self.loop!r}")
-        elif self.loop is not None and not 0 <= self.loop[0] < self.loop[1]:
-            raise ValueError(f"loop must be (first, last) with 0 <= first < last, got {self.loop}")
-        if self.backprop_passes is not None and not 1 <= self.backprop_passes <= self.passes:
+    def __init__(
+        self,
+        *,
+        window: int | None = None,
+        consolidator: Consolidator | str = "passes",
+        eviction: Eviction | str = "hard",
+        sleep_on_loss: bool = True,
+        **options: Any,
+    ) -> None:
+        """Choose a sleep.
+
+        Args:
+            window: L, at least 1, or None.
+            consolidator: one, or its name: "passes", "gradient-steps", `FILE.py:CLASS` or an entry point.
+            eviction: one, or its name: "hard", "sliding", `FILE.py:CLASS` or an entry point.
+            sleep_on_loss: see above.
+            options: options of the consolidator, such as `passes`; they take the place of those it has.
+
+        Raises:
+            ValueError: for a value that cannot be, or an option that the consolidator does not have.
+        """
+        if window is not None and window < 1:
+            raise ValueError(f"window must be at least 1 token, got {window}")
+        begin: Any = consolidator
+        if isinstance(consolidator, str):
+            begin = CONSOLIDATOR.find(consolidator, CONSOLIDATORS)()
+        keeps: Any = EVICTION.find(eviction, EVICTIONS)() if isinstance(eviction, str) else eviction
+        for name, value, kind in (("consolidator", begin, Consolidator), ("eviction", keeps, Eviction)):
+            if not isinstance(value, kind):
+                raise ValueError(f"{name} must be a lmsleep.{kind.__name__} or its name, got {value!r}")
+        if moved := options.keys() & {*TRAINING}:
             raise ValueError(
-                f"backprop_passes must lie in 1 ... passes={self.passes}, got {self.backprop_passes}"
+                f"{', '.join(sorted(moved))}: an option of the training, not of a sleep; give it to "
+                "sleep_forward or TrainConfig"
             )
+        if unknown := options.keys() - {f.name for f in fields(begin)}:
+            raise ValueError(
+                f"{', '.join(sorted(unknown))}: no option of a sleep with {type(begin).__name__}; it has "
+                f"window, eviction, sleep_on_loss, {', '.join(f.name for f in fields(begin))}"
+            )
+        values = {"window": window, "consolidator": replace(begin, **options), "eviction": keeps}
+        for name, value in {**values, "sleep_on_loss": sleep_on_loss}.items():
+            object.__setattr__(self, name, value)
 
-    def _check_inner_rate(self, rate: float) -> None:
-        if not rate >= 0:
-            raise ValueError(f"inner_rate must not be negative, got {rate}")
-        defaults = {"loop": None, "backprop_passes": None, "reset": None, "wake_passes": 1,
-                    "normalize": False, "reinject": False, "checkpoint": False}  # fmt: skip
-        if changed := [name for name, value in defaults.items() if getattr(self, name) != value]:
-            raise ValueError(f"inner_rate trains S instead of looping blocks: leave out {', '.join(changed)}")
+    @property
+    def passes(self) -> int:
+        """N: passes over a window before it is evicted. 1 is the plain model."""
+        return self.consolidator.passes
+
+    @property
+    def wake_passes(self) -> int:
+        """W: passes of the wake pass; more than one in looped models alone."""
+        return self.consolidator.wake_passes if isinstance(self.consolidator, Passes) else 1
+
+    def with_passes(self, passes: int) -> "SleepConfig":
+        """Return the same sleep with N = `passes`."""
+        return replace(self, consolidator=replace(self.consolidator, passes=passes))
+
+    def check(self, memory: Memory) -> None:
+        """Refuse a model whose memory, `memory`, this sleep could write nothing into.
+
+        Raises:
+            ValueError: if the consolidator does not fit it.
+        """
+        self.consolidator.check([S is not None for S in memory.layers])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON-ready form, read back by `from_dict`."""
+        return {
+            "window": self.window,
+            "consolidator": _named(self.consolidator, CONSOLIDATOR, CONSOLIDATORS),
+            "eviction": _named(self.eviction, EVICTION, EVICTIONS),
+            "sleep_on_loss": self.sleep_on_loss,
+        }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Inverse of `dataclasses.asdict`, also after a trip through JSON.
+        """Inverse of `to_dict`, also after a trip through JSON.
+
+        It reads the flat form of versions before 0.2 too, in which all options stood beside each other.
 
         Raises:
             ValueError: for an unknown field, or a value of another type.
         """
-        hints = get_type_hints(cls)
-        options: Any = {name: tuple(v) if isinstance(v, list) else v for name, v in data.items()}
-        for name, value in options.items():
-            if name not in hints:
-                raise ValueError(f"{name} is no field of a sleep")
-            if not _fits(value, hints[name]):
-                raise ValueError(f"{name}={value!r} of its sleep is of another type")
-        return cls(**options)
+        return cls(**_checked(cls, data if isinstance(data.get("consolidator"), Mapping) else _unflat(data)))
 
-    def with_passes(self, passes: int) -> "SleepConfig":
-        """The same sleep in N = `passes` passes; gradients flow through no more of them than there are."""
-        limit = self.backprop_passes
-        return replace(self, passes=passes, backprop_passes=None if limit is None else min(limit, passes))
 
-    def loop_range(self, num_blocks: int) -> tuple[int, int]:
-        """First block of the loop and the one after its last, for a model of `num_blocks`."""
-        if self.loop == "middle":
-            first = num_blocks // 4
-            return first, first + max(num_blocks // 2, 1)
-        first, last = self.loop or (0, num_blocks)
-        if last > num_blocks:
-            raise ValueError(
-                f"loop={self.loop} reaches outside the model: it has blocks 0 ... {num_blocks - 1}"
-            )
-        return first, last
+def _named(choice: Any, plugin: Plugin, listed: Mapping[str, type]) -> dict[str, Any]:
+    return {"name": plugin.name_of(type(choice), listed), **asdict(choice)}
 
-    @property
-    def span(self) -> int | None:
-        """Most positions a token attends to: L under sliding eviction."""
-        return self.window if self.eviction == "sliding" else None
 
-    @property
-    def kept(self) -> int:
-        """Positions of working memory that survive a sleep."""
-        return self.window - 1 if self.eviction == "sliding" and self.window is not None else 0
+def _unflat(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Bring the flat form into that of `to_dict`. What it said of the training is no part of a sleep."""
+    flat = {name: value for name, value in data.items() if name not in TRAINING}
+    rate = flat.pop("inner_rate", None)
+    when: dict[str, Any] = {name: flat.pop(name) for name in ("window", "sleep_on_loss") if name in flat}
+    eviction = {"name": flat.pop("eviction", "hard")}
+    if rate is None:
+        return {**when, "consolidator": {"name": "passes", **flat}, "eviction": eviction}
+    steps = {"name": "gradient-steps", "passes": flat.get("passes", 1), "rate": rate}
+    return {**when, "consolidator": steps, "eviction": eviction}
+
+
+def _checked(cls: type[SleepConfig], data: Mapping[str, Any]) -> dict[str, Any]:
+    choices: dict[str, tuple[Plugin, Mapping[str, Any]]] = {
+        "consolidator": (CONSOLIDATOR, CONSOLIDATORS),
+        "eviction": (EVICTION, EVICTIONS),
+    }
+    plain = {name: value for name, value in data.items() if name not in choices}
+    made: dict[str, Any] = _typed(cls, plain)
+    for name, (plugin, listed) in choices.items():
+        if name in data:
+            options = dict(data[name]) if isinstance(data[name], Mapping) else {}
+            kind = options.pop("name", None)
+            if not isinstance(kind, str):
+                raise ValueError(f"{name}={data[name]!r} of its sleep is of another type")
+            found = plugin.find(kind, listed)
+            made[name] = found(**_typed(found, options))
+    return made
+
+
+def _typed(cls: type, data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `data` as fields of the dataclass `cls`, JSON's lists as tuples."""
+    hints = get_type_hints(cls)
+    options = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
+    for name, value in options.items():
+        if name not in {f.name for f in fields(cls)}:
+            raise ValueError(f"{name} is no field of a sleep")
+        if not _fits(value, hints[name]):
+            raise ValueError(f"{name}={value!r} of its sleep is of another type")
+    return options
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value out of JSON is one that the annotation `hint` allows."""
+    """Say whether a value out of JSON is one that the annotation `hint` allows."""
     allowed = get_args(hint)
     if get_origin(hint) is Literal:
         return value in allowed

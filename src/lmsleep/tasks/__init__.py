@@ -5,17 +5,18 @@ A task is one file and one line of `TASKS`; those of users are found by `lmsleep
 
 from typing import Any
 
-from lmsleep.tasks.base import Batch, Split, Task, hide_answers, stream
+from lmsleep.tasks.base import Batch, Task, hide_answers, stream
 from lmsleep.tasks.depo import Depo
 from lmsleep.tasks.drift import Drift
 from lmsleep.tasks.gsm_infinite import GSMInfinite
 from lmsleep.tasks.gsm_symbolic import GSMSymbolic
 from lmsleep.tasks.mqar import MQAR
-from lmsleep.tasks.own import TASK, own_task
+from lmsleep.tasks.own import TASK, task_class
 from lmsleep.tasks.rule110 import Rule110
 from lmsleep.tasks.text import Text
 from lmsleep.tasks.variables import Variables
 from lmsleep.tasks.word_problem import WordProblem
+from lmsleep.text import Split
 
 TASKS: dict[str, type[Any]] = {
     "depo": Depo,
@@ -31,18 +32,17 @@ TASKS: dict[str, type[Any]] = {
 
 
 def find_task(name: str) -> type[Any]:
-    """The class of a task: listed in `TASKS`, `FILE.py:CLASS`, or an entry point.
+    """Find the class of a task: listed in `TASKS`, `FILE.py:CLASS`, or an entry point.
 
     Raises:
         ValueError: if there is none of that name.
     """
-    return TASKS[name] if name in TASKS else own_task(name, TASKS)
+    return task_class(name, TASKS)
 
 
 def task_name(task: Task) -> str:
-    """The name by which `find_task` finds the class of a task."""
-    listed = (name for name, cls in TASKS.items() if type(task) is cls)
-    return next(listed, None) or TASK.name_of(type(task))
+    """Return the name by which `find_task` finds the class of a task."""
+    return TASK.name_of(type(task), TASKS)
 
 
 __all__ = [

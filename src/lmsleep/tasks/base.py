@@ -1,13 +1,13 @@
 """What a task is: a seeded stream of batches, a vocabulary, and the floors to beat."""
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, Protocol, get_args, get_type_hints
+from typing import Any, ClassVar, Protocol, get_args, get_type_hints
 
 import numpy as np
 import torch
 from torch import Tensor
 
-Split = Literal["train", "test"]
+from lmsleep.text import Split
 
 HIDDEN = -1  # stands for an answer where it is to be found
 
@@ -38,13 +38,13 @@ class Batch:
     lengths: Tensor | None = None
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The same batch on another device."""
+        """Return the same batch on another device."""
         moved = {k: v.to(device) for k, v in vars(self).items() if v is not None}
         return replace(self, **moved)
 
     @property
     def num_tokens(self) -> int:
-        """Tokens read, padding left out: contexts once, however many questions fork them."""
+        """The number of tokens read, without padding; a context counts once, whatever forks it."""
         read = self.tokens.numel() if self.lengths is None else int(self.lengths.sum())
         if self.context_lengths is not None:
             return read + int(self.context_lengths.sum())
@@ -52,7 +52,7 @@ class Batch:
 
     @property
     def num_predicted(self) -> int:
-        """Tokens that carry loss: those of the mask, but padding and first tokens, which nothing precedes."""
+        """The number of tokens that carry loss: no padding, no first token, which nothing precedes."""
         wanted = self.loss_mask
         if self.lengths is not None:
             place = torch.arange(wanted.shape[1], device=wanted.device)
@@ -60,7 +60,7 @@ class Batch:
         return int(wanted[:, 1:].sum())
 
     def parts(self, number: int) -> "list[Batch]":
-        """The batch in `number` parts of about as many contexts (rows, without contexts), none of them empty.
+        """Cut the batch into at most `number` parts of about as many contexts (rows, if it has no contexts).
 
         Rows stay with the context they fork. `difficulty` is that of the whole batch, for `answers` count on.
         """
@@ -83,7 +83,7 @@ class Batch:
         return parts
 
     def row(self, row: int) -> tuple[list[int], list[int], list[int]]:
-        """One row without padding: its context (empty if none), its tokens, and `answers` of them."""
+        """Return one row without padding: its context (empty if none), its tokens, and `answers` of them."""
         context: list[int] = []
         if self.context is not None and self.context_row is not None:
             number = int(self.context_row[row])
@@ -100,12 +100,12 @@ class Task(Protocol):
 
     @property
     def vocab_size(self) -> int:
-        """Tokens in the vocabulary."""
+        """The number of tokens in the vocabulary."""
         ...
 
     @property
     def difficulty_name(self) -> str:
-        """What the difficulty key counts."""
+        """The name of what the difficulty key counts."""
         ...
 
     def batch(self, rng: np.random.Generator, size: int, split: Split, level: float = 1.0) -> Batch:
@@ -113,7 +113,7 @@ class Task(Protocol):
         ...
 
     def floors(self) -> dict[str, float]:
-        """Accuracy of guessing ("chance") and of the best constant answer ("constant").
+        """Return the accuracy of guessing ("chance") and of the best constant answer ("constant").
 
         A floor that depends on the difficulty is also given by itself, as "constant op=3" (with the
         `difficulty_name` and the key).
@@ -121,7 +121,7 @@ class Task(Protocol):
         ...
 
     def solve(self, tokens: list[int]) -> list[list[int]]:
-        """The answers, recomputed from what a model reads.
+        """Recompute the answers from what a model reads.
 
         Args:
             tokens: a context and a row, with every answer replaced by one `HIDDEN` (see `hide_answers`).
@@ -132,7 +132,7 @@ class Task(Protocol):
         ...
 
     def spell(self, tokens: list[int]) -> str:
-        """Tokens in human-readable form."""
+        """Return tokens in human-readable form."""
         ...
 
 
@@ -144,11 +144,13 @@ def stream(seed: int, split: Split, index: int) -> np.random.Generator:
     """
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed must lie in 0 ... 2^63 - 1, got {seed}")
+    # Philox is counter-based: every key has a stream of its own at no cost, however far apart the indices
+    # are. Training takes the even keys and tests the odd ones, so none is used twice.
     return np.random.Generator(np.random.Philox(key=[seed, 2 * index + (split == "test")]))
 
 
 def hide_answers(batch: Batch, row: int) -> tuple[list[int], list[list[int]]]:
-    """What `Task.solve` takes for row `row`, and what it should return."""
+    """Return what `Task.solve` takes for row `row`, and what it should return."""
     seen, tokens, answers = batch.row(row)
     hidden: dict[int, list[int]] = {}
     for token, answer in zip(tokens, answers, strict=True):
@@ -163,7 +165,7 @@ def hide_answers(batch: Batch, row: int) -> tuple[list[int], list[list[int]]]:
 
 
 def single_answers(context: np.ndarray, rows: np.ndarray, difficulty: np.ndarray) -> Batch:
-    """Contexts `[C, Tc]`, each with as many of the questions `[R, T]`, whose last token is the answer."""
+    """Make a batch of contexts `[C, Tc]` and R / C questions to each, `[R, T]`, which end in the answer."""
     answers = np.full(rows.shape, -1)
     answers[:, -1] = np.arange(len(rows))
     return Batch(

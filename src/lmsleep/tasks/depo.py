@@ -1,16 +1,29 @@
 """Depo: follow a hidden cycle k hops (Allen-Zhu, Physics of Language Models 4.1, arXiv 2512.17351)."""
 
 from dataclasses import dataclass
+from enum import IntEnum
 from itertools import product
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 
-from lmsleep.tasks.base import HIDDEN, Batch, Split, check_literals
+from lmsleep.tasks.base import HIDDEN, Batch, check_literals
+from lmsleep.text import Split
 
 PAD = 0
 HELD_OUT = 8  # one cycle in 8 is kept for testing
+
+
+class Role(IntEnum):
+    """The part that a token plays in a question."""
+
+    GIVEN = 0
+    """It is read and not predicted: the question itself, and padding."""
+    MARKER = 1
+    """It is ANS, which is predicted and belongs to no answer."""
+    ANSWER = 2
+    """It is predicted, and part of an answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,80 +88,101 @@ class Depo:
 
     @property
     def ans(self) -> int:
-        """The token that asks for the answer."""
+        """The number of the token ANS, which asks for the answer."""
         return 2 * self.names + 1
 
     @property
     def vocab_size(self) -> int:
-        """PAD, letters, last letters, ANS, HOP_1 ... HOP_K."""
+        """The vocabulary is PAD, letters, last letters, ANS, HOP_1 ... HOP_K, in this order."""
         return self.ans + 1 + self.hops
 
     @property
     def difficulty_name(self) -> str:
-        """Hops."""
+        """The difficulty key counts hops."""
         return "k"
 
     @property
     def graph_length(self) -> int:
-        """Most tokens of a graph."""
+        """The most tokens that a graph can have."""
         return 2 * self.nodes * self.name_lengths[1]
 
     @property
     def context_length(self) -> int:
-        """Tokens of the padded context."""
+        """The number of tokens of the padded context."""
         return self.pad_to or self.graph_length
 
     @property
     def inline_context(self) -> int | None:
-        """Tokens before the answers in their own sequence; None where answers are read apart (fork)."""
+        """The number of tokens before the questions; None where these are read apart (fork)."""
         return None if self.ask == "fork" else self.context_length
 
     def floors(self) -> dict[str, float]:
-        """A guess among the nodes that are not the start; no constant answer does better than 1/n."""
+        """Guess among the nodes that are not the start; no constant answer does better than 1/n."""
         return {"chance": 1 / (self.nodes - 1), "constant": 1 / self.nodes}
 
     def batch(self, rng: np.random.Generator, size: int, split: Split, level: float = 1.0) -> Batch:
         """Draw `size` graphs with their questions; `level` caps the hops at `ceil(level K)`."""
-        words, counts = self._graphs(rng, size, split)  # words [B, n, w], in cycle order
-        B, n, w = words.shape
-        present = np.arange(n) < counts[:, None]
-        edge_order = np.argsort(rng.random((B, n)) + ~present, axis=1)
-        after = _hop(words, counts, np.arange(n)[None, :] + 1)
-        edges = np.concatenate([words, after], axis=2)
-        edges[~present] = PAD
-        edges = np.take_along_axis(edges, edge_order[:, :, None], axis=1)
-        context = np.pad(edges.reshape(B, -1), ((0, 0), (self.context_length - self.graph_length, 0)))
-        to_left = np.argsort(context != PAD, axis=1, kind="stable")
-        context = np.take_along_axis(context, to_left, axis=1)  # padding first
+        # The order of the draws (graph, edges, starts, hops) is part of the data: another one would give
+        # other samples for the same seed.
+        words, counts = self._graphs(rng, size, split)
+        context = self._context(rng, words, counts)
+        questions = self._questions(rng, words, counts, split, level)
+        return self._pack(context, questions)
 
-        start = np.argsort(rng.random((B, n)) + ~present, axis=1)[:, : self.queries]
-        asked = np.arange(start.shape[1]) < counts[:, None]
+    def _context(self, rng: np.random.Generator, words: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """Return the edges of each graph in random order, padded on the left: `[B, context_length]`."""
+        B, n, _ = words.shape
+        # a -> c, c -> d, d -> b, b -> a, and an edge of padding for each node that the graph does not have
+        edges = np.concatenate([words, _hop(words, counts, np.arange(n)[None, :] + 1)], axis=2)
+        edges[~_present(counts, n)] = PAD
+        # d b  a c  b a  c d
+        edges = np.take_along_axis(edges, _shuffled(rng, counts, n)[:, :, None], axis=1)
+        # . . d b a c b a c d: short names and missing nodes leave holes; they all go to the front, so that
+        # the newest token stands at the right and the questions follow without a gap.
+        tokens = np.pad(edges.reshape(B, -1), ((0, 0), (self.context_length - self.graph_length, 0)))
+        return np.take_along_axis(tokens, _to_left(tokens == PAD), axis=1)
+
+    def _questions(
+        self, rng: np.random.Generator, words: np.ndarray, counts: np.ndarray, split: Split, level: float
+    ) -> "_Questions":
+        """Draw up to M questions about each graph, from different nodes."""
+        B, n, _ = words.shape
+        start = _shuffled(rng, counts, n)[:, : self.queries]
         k = self._hops(rng, start.shape, split, level)
-        M, fork = start.shape[1], self.ask == "fork"
-        marker = np.full((B, M, 0 if fork else 1), self.ans)
-        question = np.concatenate(
-            [self.ans + k[:, :, None], _hop(words, counts, start), marker, _hop(words, counts, start + k)],
-            axis=2,
-        )
-        kind = np.r_[np.zeros(1 + w, int), np.ones(marker.shape[2], int), np.full(w, 2)]  # 1: ANS, 2: answer
-        kind = np.where((question != PAD) & asked[:, :, None], kind, 0)
-        question = np.where(asked[:, :, None], question, PAD)
-        number = np.where(kind == 2, np.arange(B * M).reshape(B, M, 1), -1)
-        rows = (B * M, -1) if fork else (B, -1)
-        question, kind, number = (x.reshape(rows) for x in (question, kind, number))
-        to_right = np.argsort(question == PAD, axis=1, kind="stable")
-        tokens, kind, number = (np.take_along_axis(x, to_right, axis=1) for x in (question, kind, number))
+        M = start.shape[1]
+        # HOP_2 a ANS d; asked alone, HOP_2 a d
+        parts = [
+            (self.ans + k[:, :, None], Role.GIVEN),
+            (_hop(words, counts, start), Role.GIVEN),
+            (np.full((B, M, 0 if self.ask == "fork" else 1), self.ans), Role.MARKER),
+            (_hop(words, counts, start + k), Role.ANSWER),
+        ]
+        tokens = np.concatenate([part for part, _ in parts], axis=2)
+        role = np.concatenate([np.full(part.shape, role) for part, role in parts], axis=2)
+        # A graph of fewer nodes than M has fewer questions; the places of the others are padding, as are
+        # those behind a short name.
+        tokens = np.where(_present(counts, M)[:, :, None], tokens, PAD)
+        return _Questions(tokens, np.where(tokens == PAD, Role.GIVEN, role), k)
+
+    def _pack(self, context: np.ndarray, questions: "_Questions") -> Batch:
+        """Put each block of questions behind its context, or each question into a row of its own."""
+        (B, M, _), fork = questions.tokens.shape, self.ask == "fork"
+        tokens, role = questions.tokens, questions.role
+        number = np.where(role == Role.ANSWER, np.arange(B * M).reshape(B, M, 1), -1)
+        shape = (B * M, -1) if fork else (B, -1)
+        tokens, role, number = (x.reshape(shape) for x in (tokens, role, number))
+        # HOP_2 a ANS d . HOP_1 ...: here padding goes to the end, where it changes nothing that precedes it.
+        close_up = _to_left(tokens != PAD)
+        tokens, role, number = (np.take_along_axis(x, close_up, axis=1) for x in (tokens, role, number))
         if not fork:
             tokens = np.concatenate([context, tokens], axis=1)
-            kind, number = (
-                np.concatenate([np.full(context.shape, fill), x], axis=1)
-                for x, fill in ((kind, 0), (number, -1))
-            )
+            role = np.concatenate([np.full(context.shape, Role.GIVEN), role], axis=1)
+            number = np.concatenate([np.full(context.shape, -1), number], axis=1)
         return Batch(
             tokens=torch.from_numpy(tokens),
-            loss_mask=torch.from_numpy(kind > 0),
+            loss_mask=torch.from_numpy(role != Role.GIVEN),
             answers=torch.from_numpy(number),
-            difficulty=torch.from_numpy(k.reshape(-1)),
+            difficulty=torch.from_numpy(questions.hops.reshape(-1)),
             context=torch.from_numpy(context) if fork else None,
             context_row=torch.arange(B).repeat_interleave(M) if fork else None,
         )
@@ -175,7 +209,7 @@ class Depo:
         return answers
 
     def intermediate(self, tokens: torch.Tensor) -> torch.Tensor:
-        """What hopping passes through: at the last token of every edge, the nodes that lie ahead.
+        """Return what hopping passes through: at the last token of every edge, the nodes that lie ahead.
 
         Args:
             tokens: contexts `[B, T]` int64, as far as they were read.
@@ -206,7 +240,7 @@ class Depo:
         return ahead
 
     def spell(self, tokens: list[int]) -> str:
-        """Letters as l, last letters of names as n, HOP and ANS; padding as dots."""
+        """Spell letters as l, last letters of names as n, HOP and ANS by name, and padding as dots."""
         return " ".join(map(self._token, tokens))
 
     def _token(self, token: int) -> str:
@@ -228,17 +262,19 @@ class Depo:
         return rng.integers(1, max(1, int(np.ceil(level * K))) + 1, shape)
 
     def _graphs(self, rng: np.random.Generator, size: int, split: Split) -> tuple[np.ndarray, np.ndarray]:
-        """Words `[B, n, w]` (0-padded) of the nodes in cycle order, and the node counts `[B]`."""
+        """Draw words `[B, n, w]` (0-padded) of the nodes in cycle order, and the node counts `[B]`."""
         if not self.held_out_cycles:
             return self._draw(rng, size, split)
         words, counts, have, draws = [], [], 0, 0
         while have < size:
+            # On average this holds `size` of the wanted part or more: 7 cycles in 8 are for training.
             some, count = self._draw(rng, 2 * size if split == "train" else HELD_OUT * size, split)
             mine = (_cycle_hash(some, count) % HELD_OUT == 0) == (split == "test")
             words.append(some[mine])
             counts.append(count[mine])
             have += int(mine.sum())
             draws += len(mine)
+            # Of 8,000 cycles about 1,000 fall into either part, unless there are too few different ones.
             if draws > 1000 * HELD_OUT and not have:
                 raise ValueError(
                     f"held_out_cycles: no cycle of nodes={self.nodes} and names={self.names} falls into the "
@@ -251,7 +287,7 @@ class Depo:
         universe, weight = self._universe()
         # Drawing words until n distinct ones exist = the n first arrivals of an exponential race.
         arrival = rng.exponential(size=(B, len(universe))) / weight
-        chosen = np.argpartition(arrival, n - 1, axis=1)[:, :n]
+        chosen = np.argpartition(arrival, n - 1, axis=1)[:, :n]  # without order; a shuffle follows below
         if split == "train" and self.node_distribution == "depo":
             sizes = np.arange(3, n + 1)
             p = 1 / (sizes + np.sqrt(n))
@@ -260,11 +296,11 @@ class Depo:
             counts = np.full(B, n)
         chosen = np.take_along_axis(chosen, np.argsort(rng.random((B, n)), axis=1), axis=1)
         words = universe[chosen]
-        words[np.arange(n) >= counts[:, None]] = PAD
+        words[~_present(counts, n)] = PAD
         return words, counts
 
     def _universe(self) -> tuple[np.ndarray, np.ndarray]:
-        """All names, 0-padded `[U, w]`, and the probability of drawing each."""
+        """Return all names, 0-padded `[U, w]`, and the probability of drawing each, `[U]`."""
         low, high = self.name_lengths
         letters = range(1, self.names + 1)
         rows, weight = [], []
@@ -275,15 +311,44 @@ class Depo:
         return np.array(rows), np.array(weight)
 
 
+class _Questions(NamedTuple):
+    """Questions before they are packed: `tokens` and the `Role` of each `[B, M, q]`, and `hops` `[B, M]`."""
+
+    tokens: np.ndarray
+    role: np.ndarray
+    hops: np.ndarray
+
+
+def _present(counts: np.ndarray, n: int) -> np.ndarray:
+    """Return a mask `[B, n]`, bool: row i has the first `counts[i]` of n things."""
+    present: np.ndarray = np.arange(n) < counts[:, None]
+    return present
+
+
+def _shuffled(rng: np.random.Generator, counts: np.ndarray, n: int) -> np.ndarray:
+    """Return an order `[B, n]` of n things a row: the `counts[i]` it has at random, then the others."""
+    # One number in [0, 1) per thing, plus 1 for what is not there: sorting shuffles and sorts out at once.
+    return np.argsort(rng.random((len(counts), n)) + ~_present(counts, n), axis=1)
+
+
+def _to_left(wanted: np.ndarray) -> np.ndarray:
+    """Return the order `[B, T]` that brings `wanted` places to the left and changes nothing else."""
+    # False sorts before True; only a stable sort leaves equals in their order.
+    return np.argsort(~wanted, axis=1, kind="stable")
+
+
 def _hop(words: np.ndarray, counts: np.ndarray, node: np.ndarray) -> np.ndarray:
-    """Words `[B, m, w]` of nodes `[B, m]`, modulo the length of the cycle."""
+    """Return the words `[B, m, w]` of nodes `[B, m]`, counted modulo the length of the cycle."""
     index = np.broadcast_to(node, (len(words), node.shape[1])) % counts[:, None]
     return np.take_along_axis(words, index[:, :, None], axis=1)
 
 
 def _cycle_hash(words: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """A hash of the successor map: the same for every rotation of the same cycle."""
+    """Hash the successor map `[B]`: every rotation of a cycle has the same hash."""
     B, n, w = words.shape
+    # A polynomial code per word, then per edge a mix of both ends in the manner of splitmix64 (Steele et al.,
+    # 2014): odd factors, so that multiplying mod 2^64 loses nothing. They decide what is held out, so they
+    # must never change.
     code = np.zeros((B, n), dtype=np.uint64)
     for i in range(w):
         code = code * np.uint64(1_000_003) + words[:, :, i].astype(np.uint64)
@@ -292,6 +357,7 @@ def _cycle_hash(words: np.ndarray, counts: np.ndarray) -> np.ndarray:
     edge ^= edge >> np.uint64(29)
     edge *= np.uint64(0xBF58476D1CE4E5B9)
     edge ^= edge >> np.uint64(32)
-    present = np.arange(n) < counts[:, None]
+    present = _present(counts, n)
+    # A sum does not depend on where the cycle begins.
     total: np.ndarray = (edge * present).sum(axis=1, dtype=np.uint64)
     return (total ^ (total >> np.uint64(31))) >> np.uint64(3)

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from lmsleep.tasks.base import HIDDEN, Batch, Split
+from lmsleep.tasks.base import HIDDEN, Batch
+from lmsleep.text import Split
 
 CAP = 4  # the difficulty key counts sights of a key up to here
 
@@ -23,7 +24,7 @@ class Drift:
     A pair is the first of new values with probability 2/segment, so nothing but the pairs themselves tells
     of a shift. Keys are drawn uniformly: a value is either known from the stream or a guess, and what was
     learned before the shift is wrong after it. `segments_of` draws streams that shift every `segment`
-    tokens, with what would follow each segment, for `lmsleep.adaptation`.
+    tokens, with what would follow each segment, for `lmsleep.evaluation.around_sleep`.
     """
 
     keys: int = 8
@@ -45,23 +46,25 @@ class Drift:
 
     @property
     def vocab_size(self) -> int:
-        """Keys, then values."""
+        """The vocabulary is the keys, then the values."""
         return self.keys + self.values
 
     @property
     def difficulty_name(self) -> str:
-        """Pairs of this key since the shift (4: or more)."""
+        """The difficulty key counts the pairs of this key since the shift (4: or more)."""
         return "seen"
 
     def floors(self) -> dict[str, float]:
-        """Values are uniform."""
+        """Values are uniform, so a guess and any constant are right equally often."""
         return {"chance": 1 / self.values, "constant": 1 / self.values}
 
     def batch(self, rng: np.random.Generator, size: int, split: Split, level: float = 1.0) -> Batch:
         """Draw `size` streams; there is no curriculum, whatever `level`."""
         del split, level  # values^keys dictionaries, in any order: train and test do not meet
         pairs = self.segments * self.segment // 2
+        # A segment has segment / 2 pairs, so this makes one shift a segment on average.
         shifts = rng.random((size, pairs)) < 2 / self.segment
+        # Dictionary number 0 holds until the first shift, number 1 from it on, and so forth.
         dictionary = np.cumsum(shifts, axis=1)
         key, value = self._pairs(rng, dictionary)
         same = (key[:, :, None] == key[:, None, :]) & (dictionary[:, :, None] == dictionary[:, None, :])
@@ -76,24 +79,25 @@ class Drift:
         )
 
     def segments_of(self, rng: np.random.Generator, size: int, more: int = 0) -> np.ndarray:
-        """`[size, segments, segment + more]` tokens: each segment, and `more` of what would follow it."""
+        """Draw tokens `[size, segments, segment + more]`: segments, each with `more` that would follow it."""
+        # Rounded up: `more` may end within a pair.
         pairs = -(-(self.segment + more) // 2)
         dictionary = np.tile(np.arange(self.segments).repeat(pairs), (size, 1))
         tokens = np.stack(self._pairs(rng, dictionary), axis=2).reshape(size, self.segments, -1)
         return tokens[:, :, : self.segment + more]
 
     def _pairs(self, rng: np.random.Generator, dictionary: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Keys, and their values in the dictionaries of these numbers `[size, pairs]`."""
+        """Draw keys, and look up their values in the dictionaries of these numbers `[size, pairs]`."""
         values = rng.integers(0, self.values, (len(dictionary), int(dictionary.max()) + 1, self.keys))
         key = rng.integers(0, self.keys, dictionary.shape)
         return key, values[np.arange(len(key))[:, None], dictionary, key] + self.keys
 
     def is_predicted(self, tokens: np.ndarray) -> np.ndarray:
-        """Which of `tokens` count in the loss: values."""
+        """Mark the `tokens` that count in the loss: values."""
         return tokens >= self.keys
 
     def solve(self, tokens: list[int]) -> list[list[int]]:
-        """See `Task.solve`: the value that the key had last. It holds for a key seen since the shift."""
+        """See `Task.solve`: the value that the key had last, right for a key seen since the shift."""
         last: dict[int, int] = {}
         answers = []
         for key, value in zip(tokens[::2], tokens[1::2], strict=True):
@@ -104,5 +108,5 @@ class Drift:
         return answers
 
     def spell(self, tokens: list[int]) -> str:
-        """Keys as k0 ..., values by number."""
+        """Spell keys as k0 ..., values by number."""
         return " ".join(f"k{t}" if t < self.keys else str(t - self.keys) for t in tokens)

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lmsleep.tasks.base import Batch, Split, single_answers
+from lmsleep.tasks.base import Batch, single_answers
+from lmsleep.text import Split
 
 EQUALS, MORE, LESS, STOP, ASK = range(5)
 STEP = np.array([0, 1, -1])  # of EQUALS, MORE, LESS
@@ -48,26 +49,26 @@ class GSMSymbolic:
 
     @property
     def zero(self) -> int:
-        """The token of the value 0; values reach from 1 - ops to 10 + ops - 1."""
+        """The number of the token of the value 0; values reach from 1 - ops to 10 + ops - 1."""
         return ASK + self.ops
 
     @property
     def first_name(self) -> int:
-        """The token of the first name."""
+        """The number of the token of the first name."""
         return self.zero + LARGEST + self.ops
 
     @property
     def vocab_size(self) -> int:
-        """=, = 1 +, = -1 +, ;, ?, values, names."""
+        """The vocabulary is =, = 1 +, = -1 +, ;, ?, values, names, in this order."""
         return self.first_name + self.names
 
     @property
     def difficulty_name(self) -> str:
-        """Equations between the variable and the one that has a value."""
+        """The difficulty key counts the equations between the variable and the one that has a value."""
         return "h"
 
     def floors(self) -> dict[str, float]:
-        """Repeating the only number of the context ("chance", also by h), and the best constant."""
+        """Repeat the only number of the context ("chance", also by h), or say the best constant."""
         shares = self._depths()
         walk, value, same = np.ones(1), np.zeros(LARGEST + 2 * self.ops - 1), []
         for h, share in enumerate(shares):  # walk: of the difference to the root after h steps
@@ -81,12 +82,14 @@ class GSMSymbolic:
     def batch(self, rng: np.random.Generator, size: int, split: Split, level: float = 1.0) -> Batch:
         """Draw `size` contexts with their questions; `level` caps the variables at `ceil(level ops)`."""
         del split  # names!/(names - ops - noise)! contexts: train and test never meet by chance
+        # Every question asks for another variable, so there are as many variables as questions at least.
         ops = max(self.queries, int(np.ceil(level * self.ops)))
         value, depth, parent, relation = self._trees(rng, size, ops)
         _, _, noise_parent, noise_relation = self._trees(rng, size, max(self.noise, 1))
         name = rng.permuted(np.tile(np.arange(self.names), (size, 1)), axis=1)[:, : ops + self.noise]
         name, other = np.split(name + self.first_name, [ops], axis=1)
         source = np.take_along_axis(name, parent, axis=1)
+        # The root is set to a number, which stands where the others have the name of their parent.
         source[:, 0] = self.zero + value[:, 0]
         other_source = np.take_along_axis(other, noise_parent[:, : self.noise], axis=1)
         left = np.concatenate([name, other[:, 1:]], axis=1)
@@ -111,7 +114,7 @@ class GSMSymbolic:
         return [[node + offset]]
 
     def spell(self, tokens: list[int]) -> str:
-        """As it would be written."""
+        """Spell the equations as they would be written."""
         return " ".join(map(self._token, tokens))
 
     def _token(self, token: int) -> str:
@@ -120,10 +123,11 @@ class GSMSymbolic:
         return str(token - self.zero) if token < self.first_name else f"x{token - self.first_name}"
 
     def _depths(self) -> np.ndarray:
-        """`[ops]`: the share of the variables that have h = 0, 1, ... equations above them."""
+        """Return the shares `[ops]` of the variables that have h = 0, 1, ... equations above them."""
         depth = np.zeros((self.ops, self.ops))
         depth[0, 0] = 1
         for node in range(1, self.ops):
+            # A node's parent is any earlier one with equal chance, and it lies one deeper.
             depth[node, 1:] = depth[:node, :-1].mean(axis=0)
         shares: np.ndarray = depth.mean(axis=0)
         return shares
@@ -131,7 +135,8 @@ class GSMSymbolic:
     def _trees(
         self, rng: np.random.Generator, size: int, nodes: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Value, depth, parent and relation to it, each `[size, nodes]`; node 0 is the root."""
+        """Draw value, depth, parent and relation to it, each `[size, nodes]`; node 0 is the root."""
+        # Node i hangs from any node before it, so each row is a random recursive tree.
         parent = rng.integers(0, np.maximum(np.arange(nodes), 1), (size, nodes))
         relation = rng.integers(0, len(STEP), (size, nodes))
         relation[:, 0] = EQUALS

@@ -5,7 +5,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from lmsleep.tasks.base import Batch, Split, single_answers
+from lmsleep.tasks.base import Batch, single_answers
+from lmsleep.text import Split
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,21 +48,22 @@ class MQAR:
 
     @property
     def vocab_size(self) -> int:
-        """Keys, then values."""
+        """The vocabulary is the keys, then the values."""
         return self.keys + self.values
 
     @property
     def difficulty_name(self) -> str:
-        """Pairs in the context."""
+        """The difficulty key counts the pairs in the context."""
         return "pairs"
 
     def floors(self) -> dict[str, float]:
-        """A guess among all values, and any constant; naming a value of the context gets about 1 / pairs."""
+        """Guess among all values, or say any constant; naming a value of the context gets about 1 / pairs."""
         return {"chance": 1 / self.values, "constant": 1 / self.values}
 
     def batch(self, rng: np.random.Generator, size: int, split: Split, level: float = 1.0) -> Batch:
         """Draw `size` contexts with their questions; `level` caps the pairs at `ceil(level D)`."""
         del split  # keys^pairs contexts: train and test never meet by chance
+        # As many pairs as questions at least, for every question asks for another key.
         D = max(self.queries, int(np.ceil(level * self.pairs)))
         key = rng.permuted(np.tile(np.arange(self.keys), (size, 1)), axis=1)[:, :D]
         value = self.keys + rng.integers(0, self.values, (size, D))
@@ -80,5 +82,5 @@ class MQAR:
         return [[{key: value for key, value in pairwise(context) if key < self.keys}[asked]]]
 
     def spell(self, tokens: list[int]) -> str:
-        """Keys as k, values as v."""
+        """Spell keys as k0 ..., values as v0 ...."""
         return " ".join(f"k{t}" if t < self.keys else f"v{t - self.keys}" for t in tokens)

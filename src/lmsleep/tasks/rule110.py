@@ -6,20 +6,23 @@ from typing import Literal
 import numpy as np
 import torch
 
-from lmsleep.tasks.base import Batch, Split, check_literals
+from lmsleep.tasks.base import Batch, check_literals
+from lmsleep.text import Split
 
 SEP = 2
 
 
 def automaton(cells: np.ndarray, steps: int, rule: int = 110, boundary: str = "ring") -> np.ndarray:
-    """`steps` updates of an elementary automaton (Wolfram's rule numbers) on cells `[..., width]` of 0/1.
+    """Update an elementary automaton (Wolfram's rule numbers) `steps` times; cells `[..., width]` of 0/1.
 
     `boundary="ring"` joins the ends; `"zero"` holds the cells outside at 0.
     """
+    # Bit i of Wolfram's number is what becomes of a cell whose neighbourhood reads i in binary.
     table = np.array([rule >> i & 1 for i in range(8)], dtype=cells.dtype)
     for _ in range(steps):
         left, right = np.roll(cells, 1, axis=-1), np.roll(cells, -1, axis=-1)
         if boundary == "zero":
+            # np.roll made copies, so writing into them leaves the cells alone.
             left[..., 0] = right[..., -1] = 0
         cells = table[4 * left + 2 * cells + right]
     return cells
@@ -60,22 +63,23 @@ class Rule110:
 
     @property
     def vocab_size(self) -> int:
-        """0, 1 and SEP."""
+        """The vocabulary is 0, 1 and SEP."""
         return 3
 
     @property
     def difficulty_name(self) -> str:
-        """Automaton steps."""
+        """The difficulty key counts updates of the automaton."""
         return "t"
 
     @property
     def inline_context(self) -> int:
-        """Tokens before the answers: the states."""
+        """The number of tokens before the answers: those of the states."""
         return self.states * self.width
 
     def floors(self) -> dict[str, float]:
-        """Exact match of a coin, and of the better constant bit (estimated on 4096 states)."""
+        """Return how often a coin is right, and the better constant bit (estimated on 4096 samples)."""
         bits = self.states * self.asked
+        # A fixed seed: a floor is a constant of the task.
         rng = np.random.default_rng(0)
         cells = rng.integers(0, 2, (4096 * self.states, self.width), dtype=np.int64)
         after = self._after(cells, self.t).reshape(4096, bits)
@@ -101,6 +105,7 @@ class Rule110:
     def solve(self, tokens: list[int]) -> list[list[int]]:
         """See `Task.solve`."""
         answer = []
+        # Written without `automaton`, so that an error there shows.
         for state in range(self.states):
             cells = tokens[state * self.width : (state + 1) * self.width]
             for _ in range(self.t):
@@ -112,7 +117,7 @@ class Rule110:
         return [answer]
 
     def intermediate(self, tokens: torch.Tensor) -> torch.Tensor:
-        """What the automaton passes through: at every cell, what it is after 0, 1, ... t steps.
+        """Return what the automaton passes through: at every cell, what it is after 0, 1, ... t steps.
 
         Args:
             tokens: states `[B, T]` int64, as far as they were read.
@@ -128,7 +133,7 @@ class Rule110:
         return states
 
     def spell(self, tokens: list[int]) -> str:
-        """Cells as digits, SEP as a bar."""
+        """Spell cells as digits, SEP as a bar."""
         return "".join("01|"[token] for token in tokens)
 
     def _after(self, cells: np.ndarray, t: int) -> np.ndarray:

@@ -10,7 +10,7 @@ EVICTED = "‖"  # what is left of it is no longer in attention
 
 
 def show(task: Task, batch: Batch, row: int, window: int | None) -> str:
-    """Row `row` in human-readable form: `‖` where a window of L tokens is evicted, answers in brackets.
+    """Spell row `row`: `‖` where a window of L tokens is evicted, answers in brackets.
 
     Where every token is to be predicted, as in text, nothing is marked as an answer.
     """
@@ -31,7 +31,7 @@ def show(task: Task, batch: Batch, row: int, window: int | None) -> str:
 
 
 def records(task: Task, batch: Batch) -> Iterator[dict[str, Any]]:
-    """Each row as JSON-ready data.
+    """Yield each row as JSON-ready data.
 
     `context` and `tokens` are token numbers, `loss` the places in `tokens` to be predicted, `answers` a list
     of `start` (place in `tokens`), `tokens` and `difficulty`; `text` and `context_text` spell it out.

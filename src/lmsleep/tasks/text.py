@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lmsleep.tasks.base import Batch, Split
-from lmsleep.tasks.documents import is_set, read_set
-from lmsleep.tasks.packing import alike, is_real, pad
-from lmsleep.tasks.tokenizers import Bytes, Marks, Tokenizer, absolute, load_tokenizer, marks
+from lmsleep.tasks.base import Batch
+from lmsleep.text import Split
+from lmsleep.text.documents import is_set, read_set
+from lmsleep.text.packing import alike, is_real, pad
+from lmsleep.text.tokenizers import Bytes, Marks, Tokenizer, absolute, load_tokenizer, marks
 
 HELD_OUT = 0.1  # the last tenth of each file is for testing; of sets, whole documents are
 
@@ -85,22 +86,22 @@ class Text:
 
     @property
     def asks(self) -> bool:
-        """Whether the documents are prompts with answers."""
+        """True if the documents are prompts with answers."""
         return len(self._parts["train"][0]) == 2
 
     @property
     def unit(self) -> str:
-        """What a token is: byte or token."""
+        """The word for a token: "byte" or "token"."""
         return "byte" if self.tokenizer == "bytes" else "token"
 
     @property
     def marks(self) -> Marks:
-        """<answer> and <end>."""
+        """The tokens of <answer> and <end>."""
         return marks(self._tokenizer, "\n", self._tokenizer.vocab_size)
 
     @property
     def vocab_size(self) -> int:
-        """The tokenizer's (bytes: 256); with answers and no end of a text, <answer> and <end> on top."""
+        """The tokenizer's size (bytes: 256); with answers and no end of a text, plus <answer> and <end>."""
         own = self.asks and self._tokenizer.end is None
         return self._tokenizer.vocab_size + (2 if own else 0)
 
@@ -111,14 +112,14 @@ class Text:
 
     @cached_property
     def bytes_per_token(self) -> float:
-        """Mean length of the held-out tokens (those of texts or answers) in UTF-8."""
+        """The mean length in bytes (UTF-8) of the held-out tokens of texts or answers."""
         if self.unit == "byte":
             return 1.0
         tokens = [part[-1].tolist() for part in self._parts["test"]]
         return sum(len(self._tokenizer.decode(t).encode()) for t in tokens) / sum(map(len, tokens))
 
     def floors(self) -> dict[str, float]:
-        """A guess, and always the most frequent: token of the training part, or answer of the training set.
+        """Guess, or always say the most frequent: token of the training part, or answer of the training set.
 
         Guesses at an answer are among those of the training set.
         """
@@ -136,6 +137,7 @@ class Text:
         parts, lengths = self._parts[split], self._lengths[split]
         if self.asks:
             return self._questions([parts[i] for i in alike(rng, lengths, size)])
+        # Every excerpt of a file is as likely as any other, so a file counts by its number of excerpts.
         starts = np.maximum(lengths - self.length, 0) + 1
         if is_set(self.data[0]):
             weights = np.maximum(lengths / self.length, 1)
@@ -159,6 +161,7 @@ class Text:
         begin, end = self.marks
         tokens, lengths = pad([np.concatenate([begin, answer, [end]]) for _, answer in pairs])
         mask = is_real(tokens, lengths)
+        # <answer> is given, the answer and its end are to be predicted.
         mask[:, : len(begin)] = False
         return Batch(
             tokens=tokens,
@@ -172,12 +175,12 @@ class Text:
         )
 
     def solve(self, tokens: list[int]) -> list[list[int]]:
-        """Nothing: the next token does not follow from those before it."""
+        """Return nothing: the next token does not follow from those before it."""
         del tokens
         return []
 
     def spell(self, tokens: list[int]) -> str:
-        """As the tokenizer decodes it; bytes that are no UTF-8 as escapes."""
+        """Decode with the tokenizer; bytes that are no UTF-8 appear as escapes."""
         first = self._tokenizer.vocab_size
         runs = groupby(tokens, key={first: "<answer>", first + 1: "<end>"}.get)
         return "".join(mark or self._tokenizer.decode(list(run)) for mark, run in runs)

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lmsleep.tasks.base import Batch, Split, single_answers
+from lmsleep.tasks.base import Batch, single_answers
+from lmsleep.text import Split
 
 EQUALS, STOP, ASK, DIGITS = 0, 1, 2, 10
 FIRST_NAME = 3 + DIGITS
@@ -47,21 +48,21 @@ class Variables:
 
     @property
     def variables(self) -> int:
-        """Variables in a sample."""
+        """The number of variables in a sample."""
         return self.chains * (self.hops + 1)
 
     @property
     def vocab_size(self) -> int:
-        """=, ;, ?, ten digits, names."""
+        """The vocabulary is =, ;, ?, ten digits, names, in this order."""
         return FIRST_NAME + self.names
 
     @property
     def difficulty_name(self) -> str:
-        """Assignments between the variable and its value."""
+        """The difficulty key counts the assignments between the variable and its value."""
         return "hops"
 
     def floors(self) -> dict[str, float]:
-        """A guess among the values of the context; a constant digit is among them or not."""
+        """Guess among the values of the context; a constant digit is among them or not."""
         return {"chance": 1 / self.chains, "constant": 1 / DIGITS}
 
     def batch(self, rng: np.random.Generator, size: int, split: Split, level: float = 1.0) -> Batch:
@@ -69,14 +70,18 @@ class Variables:
         del split  # names!/(names - variables)! contexts: train and test never meet by chance
         links = int(np.ceil(level * self.hops)) + 1
         total = self.chains * links
+        # Draws: names, values, order of statements, questions. Another order would change every sample of a
+        # seed.
         name = rng.permuted(np.tile(np.arange(self.names), (size, 1)), axis=1)[:, :total] + FIRST_NAME
         name = name.reshape(size, self.chains, links)  # from the value down
         value = rng.permuted(np.tile(np.arange(DIGITS), (size, 1)), axis=1)[:, : self.chains, None] + 3
+        # The first variable of a chain is set to the value, each further one to the variable before it.
         source = np.concatenate([value, name[:, :, :-1]], axis=2)
         mark = [np.full(name.shape, token) for token in (EQUALS, STOP)]
         statement = np.stack([name, mark[0], source, mark[1]], axis=3).reshape(size, total, 4)
         order = rng.permuted(np.tile(np.arange(total), (size, 1)), axis=1)
         context = np.take_along_axis(statement, order[:, :, None], axis=1).reshape(size, -1)
+        # While a curriculum keeps chains short there may be fewer variables than questions.
         M = min(self.queries, total)
         asked = rng.permuted(np.tile(np.arange(total), (size, 1)), axis=1)[:, :M]
         answer = np.take_along_axis(np.broadcast_to(value, name.shape).reshape(size, total), asked, axis=1)
@@ -93,7 +98,7 @@ class Variables:
         return [[node]]
 
     def spell(self, tokens: list[int]) -> str:
-        """As it would be written."""
+        """Spell the assignments as they would be written."""
         return " ".join(map(self._token, tokens))
 
     def _token(self, token: int) -> str:

@@ -7,14 +7,15 @@ from typing import Literal
 
 import numpy as np
 
-from lmsleep.tasks.base import Batch, Split, check_literals, single_answers
+from lmsleep.tasks.base import Batch, check_literals, single_answers
+from lmsleep.text import Split
 
 Group = Literal["S5", "A5", "A4xZ5", "Z60"]
 
 
 @cache
 def multiplication_table(group: Group) -> np.ndarray:
-    """`table[a, b]` is the product of `a`, then `b`; element 0 is the identity.
+    """Return the table `[order, order]`: `table[a, b]` is `a`, then `b`; element 0 is the identity.
 
     S5 and A5 are not solvable (their word problems are complete for NC1); A4 x Z5 and Z60 have as many
     elements as A5 and are.
@@ -64,21 +65,21 @@ class WordProblem:
 
     @property
     def order(self) -> int:
-        """Elements of the group."""
+        """The number of elements of the group."""
         return len(multiplication_table(self.group))
 
     @property
     def vocab_size(self) -> int:
-        """Elements, then FIRST_1 ... FIRST_length."""
+        """The vocabulary is the elements, then FIRST_1 ... FIRST_length."""
         return self.order + self.length
 
     @property
     def difficulty_name(self) -> str:
-        """Length of the prefix asked for."""
+        """The difficulty key is the length of the prefix asked for."""
         return "j"
 
     def floors(self) -> dict[str, float]:
-        """Products are uniform over the group."""
+        """Products are uniform over the group, so a guess and any constant are right equally often."""
         return {"chance": 1 / self.order, "constant": 1 / self.order}
 
     def batch(self, rng: np.random.Generator, size: int, split: Split, level: float = 1.0) -> Batch:
@@ -89,6 +90,7 @@ class WordProblem:
         product = word.copy()
         for j in range(1, self.length):
             product[:, j] = table[product[:, j - 1], word[:, j]]
+        # Every question asks for another prefix, so there are as many prefixes as questions at least.
         longest = max(self.queries, int(np.ceil(level * self.length)))
         asked = rng.permuted(np.tile(np.arange(longest), (size, 1)), axis=1)[:, : self.queries]
         answer = np.take_along_axis(product, asked, axis=1)
@@ -104,5 +106,5 @@ class WordProblem:
         return [[product]]
 
     def spell(self, tokens: list[int]) -> str:
-        """Elements by number; the lengths asked for as FIRST."""
+        """Spell elements by number, the lengths asked for as FIRST_1 ...."""
         return " ".join(str(t) if t < self.order else f"FIRST_{t - self.order + 1}" for t in tokens)

@@ -7,7 +7,7 @@ from itertools import count, cycle, islice
 from typing import Any
 
 from lmsleep.models import BlockKind, HybridConfig
-from lmsleep.sleep import SleepConfig
+from lmsleep.sleep import GradientSteps, Hard, Passes, SleepConfig, Sliding
 from lmsleep.training.config import RunConfig
 from lmsleep.training.trainer import flops_per_step, training_flops
 
@@ -32,12 +32,12 @@ def transformer_cached(run: RunConfig) -> RunConfig:
 
 def transformer_evicted(run: RunConfig) -> RunConfig:
     """A transformer under the same hard eviction: it has no fast weights, so nothing crosses."""
-    return _transformer(run, replace(_one_pass(run.sleep), eviction="hard"))
+    return _transformer(run, replace(_one_pass(run.sleep), eviction=Hard()))
 
 
 def transformer_sliding(run: RunConfig) -> RunConfig:
     """A transformer in which a token sees the last L tokens."""
-    return _transformer(run, replace(_one_pass(run.sleep), eviction="sliding"))
+    return _transformer(run, replace(_one_pass(run.sleep), eviction=Sliding()))
 
 
 def test_time_training(run: RunConfig) -> RunConfig:
@@ -57,17 +57,18 @@ def test_time_training(run: RunConfig) -> RunConfig:
         trained[i] = {**options.get(i, {}), "trained_mlp": True}
         if not run.architecture.for_block(i).hidden_dim:
             trained[i]["mlp_dim"] = None  # the usual size
-    evicted = transformer_evicted(replace(run, sleep=replace(run.sleep, **PLAIN)))
+    evicted = transformer_evicted(run)
     return replace(
         evicted,
         model=replace(evicted.architecture, overrides={**options, **trained}),
-        sleep=replace(evicted.sleep, passes=2, inner_rate=1.0),
+        sleep=replace(evicted.sleep, consolidator=GradientSteps(2)),
+        train=replace(evicted.train, checkpoint=False),  # a gradient step is not a pass
     )
 
 
 def one_pass(run: RunConfig) -> RunConfig:
     """The same hybrid with N = 1, for as many tokens."""
-    return replace(run, sleep=_one_pass(run.sleep))
+    return _read_only(run, _one_pass(run.sleep))
 
 
 def one_pass_longer(run: RunConfig) -> RunConfig:
@@ -105,21 +106,20 @@ def one_pass_wider(run: RunConfig) -> RunConfig:
 
 def looped_awake(run: RunConfig) -> RunConfig:
     """The N passes made while awake, on every token that is read or predicted (a looped hybrid)."""
-    return replace(run, sleep=replace(_one_pass(run.sleep), wake_passes=run.sleep.passes))
+    looped = replace(_in_passes(run.sleep), passes=1, reset=None, wake_passes=run.sleep.passes)
+    return _read_only(run, replace(run.sleep, consolidator=looped))
 
 
 def reset_S(run: RunConfig) -> RunConfig:
     """N passes that hand on h alone: each begins with S as before the window."""
-    return replace(run, sleep=replace(run.sleep, reset="S"))
+    return replace(run, sleep=replace(run.sleep, consolidator=replace(_in_passes(run.sleep), reset="S")))
 
 
 def reset_h(run: RunConfig) -> RunConfig:
     """N passes that hand on S alone: each begins with what entered the loop."""
-    return replace(run, sleep=replace(run.sleep, reset="h", normalize=False, reinject=False))
+    alone = replace(_in_passes(run.sleep), reset="h", normalize=False, reinject=False)
+    return replace(run, sleep=replace(run.sleep, consolidator=alone))
 
-
-# Options that say how passes follow each other: a gradient step is not a pass.
-PLAIN: dict[str, Any] = {"loop": None, "normalize": False, "reinject": False, "checkpoint": False}
 
 BASELINES: dict[str, Callable[[RunConfig], RunConfig]] = {
     make.__name__.replace("_", "-"): make
@@ -145,13 +145,25 @@ def equal_compute(run: RunConfig, other: RunConfig) -> RunConfig:
     return replace(run, train=replace(run.train, steps=max(steps, 1)))
 
 
+def _in_passes(sleep: SleepConfig) -> Passes:
+    if not isinstance(sleep.consolidator, Passes):
+        raise ValueError(f"consolidator={sleep.consolidator}: this baseline is of a sleep in passes")
+    return sleep.consolidator
+
+
 def _one_pass(sleep: SleepConfig) -> SleepConfig:
-    return replace(sleep, passes=1, backprop_passes=None, reset=None)
+    by = sleep.consolidator
+    return replace(sleep, consolidator=Passes(loop=by.loop) if isinstance(by, Passes) else Passes())
+
+
+def _read_only(run: RunConfig, sleep: SleepConfig) -> RunConfig:
+    """The run with a sleep of one pass, through which gradients always flow."""
+    return replace(run, sleep=sleep, train=replace(run.train, backprop_passes=None))
 
 
 def _transformer(run: RunConfig, sleep: SleepConfig) -> RunConfig:
     blocks: list[BlockKind] = ["attention" for _ in run.architecture.blocks]
-    return replace(run, model=replace(run.architecture, blocks=tuple(blocks)), sleep=sleep)
+    return _read_only(replace(run, model=replace(run.architecture, blocks=tuple(blocks))), sleep)
 
 
 def _grown(run: RunConfig, model: Callable[[int], HybridConfig]) -> RunConfig:

@@ -7,7 +7,8 @@ from typing import Any, Literal, Self, get_args, get_type_hints
 
 from lmsleep.hf.finetune import FineTune
 from lmsleep.models import HybridConfig
-from lmsleep.sleep import SleepConfig
+from lmsleep.sleep import GradientSteps, Hard, SleepConfig
+from lmsleep.sleep.config import TRAINING
 from lmsleep.tasks import Task, find_task, task_name
 
 
@@ -50,6 +51,10 @@ class TrainConfig:
     """First steps, which make `early_passes` passes at most: few early and many late cost less."""
     early_passes: int = 2
     """N of the first `early_steps`."""
+    backprop_passes: int | None = None
+    """Passes of a window, counted from the last, through which gradients flow. None: all."""
+    checkpoint: bool = False
+    """Of the activations keep only h and S between passes for the backward pass; recompute the others."""
     eval_every: int = 100
     """Steps between evaluations."""
     eval_batches: int = 4
@@ -80,6 +85,8 @@ class TrainConfig:
         for name in names:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.backprop_passes is not None and self.backprop_passes < 1:
+            raise ValueError(f"backprop_passes must be at least 1, got {self.backprop_passes}")
         if self.accumulate > self.batch_size:
             raise ValueError(
                 f"accumulate={self.accumulate} must not exceed the batch_size={self.batch_size} sequences"
@@ -114,29 +121,42 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         self._check_window()
+        self._check_backward()
         if isinstance(self.model, HybridConfig):
             self._check_architecture(self.model)
         elif self.train.start is not None:
             raise ValueError("start is for models trained from scratch; a fine-tuned one starts from folder")
-        elif self.sleep.inner_rate is not None:
-            raise ValueError("inner_rate trains layers of models trained from scratch (trained_mlp)")
+        elif isinstance(self.sleep.consolidator, GradientSteps):
+            raise ValueError("gradient-steps train layers of models trained from scratch (trained_mlp)")
 
     def _check_architecture(self, model: HybridConfig) -> None:
         if model.vocab_size != self.task.vocab_size:
             object.__setattr__(self, "model", replace(model, vocab_size=self.task.vocab_size))
-        self.sleep.loop_range(len(model.blocks))
+        self.sleep.consolidator.check(
+            [kind != "attention" or model.for_block(i).trained_mlp for i, kind in enumerate(model.blocks)]
+        )
         if unknown := set(self.train.inserted) - set(range(len(model.blocks))):
             raise ValueError(f"inserted: no block {min(unknown)} among {len(model.blocks)} blocks")
-        if self.sleep.inner_rate is not None and set(model.blocks) != {"attention"}:
+        if isinstance(self.sleep.consolidator, GradientSteps) and set(model.blocks) != {"attention"}:
             raise ValueError(
-                "inner_rate trains S by gradients of gradients, which the recurrences of fast-weight blocks "
-                "do not have: use attention blocks, some with trained_mlp (see --baseline test-time-training)"
+                "gradient-steps train S by gradients of gradients, which the recurrences of fast-weight "
+                "blocks do not have: use attention blocks, some with trained_mlp (see --baseline "
+                "test-time-training)"
             )
+
+    def _check_backward(self) -> None:
+        """Refuse ways of going backward through passes where there are no such passes."""
+        by, train = self.sleep.consolidator, self.train
+        limit = train.backprop_passes
+        if limit is not None and limit > by.passes:
+            raise ValueError(f"backprop_passes must lie in 1 ... passes={by.passes}, got {limit}")
+        if isinstance(by, GradientSteps) and (limit is not None or train.checkpoint):
+            raise ValueError("gradient-steps are no passes: leave out backprop_passes and checkpoint")
 
     def _check_window(self) -> None:
         """Where answers follow their context in one sequence, no window may hold some of both."""
         before, window = getattr(self.task, "inline_context", None), self.sleep.window
-        if before and window and self.sleep.eviction == "hard" and before % window:
+        if before and window and isinstance(self.sleep.eviction, Hard) and before % window:
             raise ValueError(
                 f"window={window} puts the end of the context and the answers into one window; choose one "
                 f"that divides the {before} tokens of the context"
@@ -180,7 +200,7 @@ class RunConfig:
             "model": self.model.to_dict()
             if isinstance(self.model, HybridConfig)
             else _plain_dict(self.model),
-            "sleep": asdict(self.sleep),
+            "sleep": self.sleep.to_dict(),
             "train": _plain_dict(self.train),
         }
 
@@ -195,11 +215,13 @@ class RunConfig:
             task = dict(data["task"])
             name = task.pop("name")
             cls_of_task = find_task(name)
+            # What runs before 0.2 said of the backward pass stood with the sleep.
+            training = {k: data["sleep"][k] for k in TRAINING if k in data["sleep"]}
             return cls(
                 task=cls_of_task(**_options(cls_of_task, task)),
                 model=_model(data["model"]),
-                sleep=SleepConfig(**_options(SleepConfig, data["sleep"])),
-                train=TrainConfig(**_options(TrainConfig, data["train"])),
+                sleep=SleepConfig.from_dict(data["sleep"]),
+                train=TrainConfig(**_options(TrainConfig, {**training, **data["train"]})),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a run configuration: {error}") from error

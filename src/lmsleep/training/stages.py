@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+from lmsleep.sleep import Hard
 from lmsleep.training.config import RunConfig
 from lmsleep.training.runs import RunFolder
 
@@ -24,7 +25,7 @@ def two_stages(run: RunConfig, first: Path) -> tuple[RunConfig, RunConfig]:
     alone = replace(
         run,
         model=replace(model, train="memory", targets=()),
-        sleep=replace(sleep, eviction="hard") if sleep.passes > 1 else sleep,
+        sleep=replace(sleep, eviction=Hard()) if sleep.passes > 1 else sleep,
         train=replace(train, steps=max(train.steps // 2, 1)),
     )
     return alone, replace(run, model=replace(model, folder=RunFolder(first).exported.resolve(), insert=0))

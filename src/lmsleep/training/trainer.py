@@ -42,11 +42,11 @@ def flops_per_step(config: RunConfig) -> int:
     model, batch = build(config.model), draw(whole, 0)
     if batch.lengths is not None or batch.context_lengths is not None:
         parts = batch.parts(config.train.accumulate)
-        return sum(_count_flops(model, part, config.sleep) for part in parts)
+        return sum(_count_flops(model, part, config.sleep, config.train) for part in parts)
     samples = batch.parts(config.train.batch_size)
     one = samples[0]  # with loss in all windows where any has some
     one = replace(one, loss_mask=one.loss_mask | batch.loss_mask.any(dim=0))
-    return len(samples) * _count_flops(model, one, config.sleep)
+    return len(samples) * _count_flops(model, one, config.sleep, config.train)
 
 
 def training_flops(config: RunConfig) -> int:
@@ -92,19 +92,29 @@ def _check_fit(config: RunConfig, model: HFBackbone) -> None:
             f"{config.task_name} has {task.vocab_size} tokens, the model only {known}; use the model's own "
             "tokenizer (--tokenizer)"
         )
-    Session(model, replace(sleep, backprop_passes=None))  # refuses what could not be used afterwards
+    Session(model, sleep)  # refuses what could not be used afterwards
 
 
 def _count_flops(
-    model: Model, batch: Batch, sleep: SleepConfig, forward: AbstractContextManager[object] | None = None
+    model: Model,
+    batch: Batch,
+    sleep: SleepConfig,
+    train: TrainConfig,
+    forward: AbstractContextManager[object] | None = None,
 ) -> int:
     with FlopCounterMode(display=False) as counter:
         with forward or nullcontext():
-            loss = read_batch(model, batch, sleep).loss
+            loss = _loss(model, batch, sleep, train)
         if loss is not None:
             loss.backward()
     model.zero_grad()
     return counter.get_total_flops()
+
+
+def _loss(model: Model, batch: Batch, sleep: SleepConfig, train: TrainConfig) -> Tensor | None:
+    return read_batch(
+        model, batch, sleep, backprop_passes=train.backprop_passes, checkpoint=train.checkpoint
+    ).loss
 
 
 class Diverged(RuntimeError):
@@ -299,7 +309,7 @@ class Trainer:
         total = torch.zeros((), device=self.device)
         for part, count in zip(parts, predicted, strict=True):
             with self._autocast():
-                mean = read_batch(self.model, part, sleep).loss
+                mean = _loss(self.model, part, sleep, self.config.train)
             if mean is not None:
                 loss = mean * (count / sum(predicted))
                 loss.backward()
@@ -315,7 +325,7 @@ class Trainer:
         """
         key = (batch.tokens.shape, None if batch.context is None else batch.context.shape, sleep.passes)
         if key not in self._flops_of:
-            self._flops_of[key] = _count_flops(self.model, batch, sleep, self._autocast())
+            self._flops_of[key] = _count_flops(self.model, batch, sleep, self.config.train, self._autocast())
         return self._flops_of[key]
 
     def _position(self) -> dict[str, Any]:

@@ -26,7 +26,13 @@ RULES: dict[str, Rule] = {
 }
 
 
-RULE = Plugin("rule", "object", "lmsleep.rules", lambda x: isinstance(x, Rule))
+RULE = Plugin(
+    what="rule",
+    noun="object",
+    group="lmsleep.rules",
+    is_one=lambda x: isinstance(x, Rule),
+    must_be="a lmsleep.ops.Rule",
+)
 
 
 def find_rule(name: str) -> Rule:
@@ -40,10 +46,7 @@ def find_rule(name: str) -> Rule:
 
 @cache  # a layer asks for its rule in every pass
 def _own_rule(name: str) -> Rule:
-    rule = RULE.find(name, RULES)
-    if not RULE.is_one(rule):
-        raise ValueError(f"{name} is no rule: it must be a lmsleep.ops.Rule, got {type(rule).__name__}")
-    return rule
+    return RULE.find(name, RULES)
 
 
 def register_rule(name: str, rule: Rule) -> None:

@@ -34,18 +34,18 @@ class Graph:
 
     @property
     def ops(self) -> int:
-        """Operations: operands of the necessary parameters, constants included."""
+        """The number of operations: operands of the necessary parameters, constants included."""
         return sum(map(self.in_degree, self.order))
 
     def in_degree(self, parameter: Parameter) -> int:
-        """Operands of a parameter; a total has its summands."""
+        """Count the operands of a parameter; a total has its summands."""
         if parameter.thing < 0:
             return len(self.structure.summands(parameter))
         return len(self.operands[parameter])
 
 
 def draw_graph(random: Random, ops: int, *, hard: bool, reverse: bool) -> Graph | None:
-    """A graph of exactly `ops` operations, or None if the draw came to another number or to nothing."""
+    """Draw a graph of exactly `ops` operations; None if the draw came to another number or to nothing."""
     bound = next(bound for most, bound in BOUNDS if ops <= most)
     size = (bound + 1) // 2
     few = max(random.randint(1, size), random.randint(1, size))
@@ -69,7 +69,7 @@ def draw_graph(random: Random, ops: int, *, hard: bool, reverse: bool) -> Graph 
 
 
 def _necessary(random: Random, structure: Structure, few: int, many: int) -> list[Parameter]:
-    """Totals of at most `few` operations with all that they depend on, and instances up to `many`."""
+    """Choose totals of at most `few` operations with all that they depend on, and instances up to `many`."""
     chosen: dict[Parameter, None] = {}
     ops = 0
     for kind in ("attributes", "total"):
@@ -89,7 +89,7 @@ def _necessary(random: Random, structure: Structure, few: int, many: int) -> lis
 def _order(
     random: Random, structure: Structure, necessary: Sequence[Parameter], *, reverse: bool
 ) -> tuple[list[Parameter], dict[Parameter, list[Operand]]] | None:
-    """The necessary parameters in order and the operands that it took to connect them."""
+    """Put the necessary parameters in order; return them and the operands that it took to connect them."""
     users: dict[Parameter, set[Parameter]] = {p: set() for p in necessary}
     linked: dict[Parameter, list[Operand]] = {p: [] for p in necessary}
     for total in necessary:
@@ -122,7 +122,7 @@ def _order(
 
 
 def _preferred(tops: list[Parameter]) -> list[Parameter]:
-    """The parameters of the highest level: these end a problem that is told in reverse."""
+    """Return the parameters of the highest level: these end a problem that is told in reverse."""
     totals = [p for p in tops if p.thing < 0]
     return [p for p in totals if p.kind == "attributes"] or totals or tops
 
@@ -138,7 +138,7 @@ def _weighted(
 def _lengthen(
     random: Random, structure: Structure, order: list[Parameter], linked: dict[Parameter, list[Operand]]
 ) -> None:
-    """One more instance parameter before or after an order of two."""
+    """Add one more instance parameter before or after an order of two."""
     unused = [p for p in structure.instances if p not in order]
     if not unused:
         return
@@ -159,7 +159,7 @@ def _operands(
     linked: dict[Parameter, list[Operand]],
     size: int,
 ) -> dict[Parameter, list[Operand]] | None:
-    """Operands of the necessary instance parameters; None if they cannot reach `size` operations."""
+    """Draw operands of the necessary instance parameters; None if they cannot reach `size` operations."""
     degree = [len(structure.summands(p) if p.thing < 0 else linked[p]) for p in order]
     while sum(degree) < size:
         room = [i for i, p in enumerate(order) if p.thing >= 0 and degree[i] < min(3, max(1, i))]
@@ -180,7 +180,7 @@ def _operands(
 def _distractors(
     random: Random, structure: Structure, order: list[Parameter]
 ) -> dict[Parameter, list[Operand]]:
-    """Definitions of all other parameters of these places: of their own family, or of anything.
+    """Draw definitions of all other parameters of these places: of their own family, or of anything.
 
     They may go in circles, for the total of a place may define what it sums.
     """
@@ -203,7 +203,7 @@ def _distractors(
 
 
 def _some(random: Random, pool: list[Parameter], number: int) -> list[Operand]:
-    """All of pool and constant if so many are wanted; else the constant with probability 1/2, and others."""
+    """Take pool and constant if so many are wanted; else the constant with probability 1/2, and others."""
     if number > len(pool):
         return [None, *pool]
     if number > 0 and random.random() < 0.5:

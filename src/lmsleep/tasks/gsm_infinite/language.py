@@ -10,7 +10,7 @@ from functools import cache
 from lmsleep.tasks.gsm_infinite.meaning import LARGEST, Definition
 from lmsleep.tasks.gsm_infinite.structure import Kind
 from lmsleep.tasks.gsm_infinite.templates import TEMPLATES, Template, Thing
-from lmsleep.tasks.tokenizers import Tokenizer, Words, load_tokenizer
+from lmsleep.text.tokenizers import Tokenizer, Words, load_tokenizer
 
 Tokens = list[int]
 
@@ -35,18 +35,18 @@ class Language:
         self._several = [self.piece(f" {words}") for words in ("the sum of", t.difference)]
 
     def piece(self, text: str) -> Tokens:
-        """The tokens of a phrase."""
+        """Encode a phrase."""
         return self._encode(text)
 
     def name(self, kind: Kind, place: str, thing: Thing | None = None, *, capital: bool = False) -> Tokens:
-        """What a parameter is called, at the beginning of a sentence or within."""
+        """Encode the name of a parameter, at the beginning of a sentence or within."""
         name = self._heads[kind, capital]
         if thing is not None:
             name = name + self._encode(" " + thing[kind == "count"])
         return name + self._at + self._encode(" " + place)
 
     def statement(self, subject: Tokens, definition: Definition, operands: Sequence[Tokens]) -> Tokens:
-        """A sentence that defines a parameter."""
+        """Encode a sentence that defines a parameter."""
         value = subject + self._equals
         if definition.constant is not None:
             value = value + self.piece(f" {definition.constant}")
@@ -60,15 +60,15 @@ class Language:
         return value + self._stop
 
     def value(self, subject: Tokens, value: int) -> Tokens:
-        """A sentence that gives away the value of a parameter."""
+        """Encode a sentence that gives away the value of a parameter."""
         return subject + self._equals + self.piece(f" {value}") + self._stop
 
     def unknown(self, subject: Tokens) -> Tokens:
-        """A sentence that says of a parameter no more than that there is one."""
+        """Encode a sentence that says of a parameter no more than that there is one."""
         return subject + self.piece(" is positive.")
 
     def question(self, kind: Kind, place: str, thing: Thing | None, modulus: int | None) -> Tokens:
-        """What is asked."""
+        """Encode the question."""
         if kind == "count":
             assert thing is not None
             asked = self.piece(" How many") + self._encode(" " + thing[1]) + self.piece(" are there in")
@@ -79,11 +79,11 @@ class Language:
 
     @property
     def instruction(self) -> Tokens:
-        """What every problem of the template presupposes."""
+        """The tokens of what every problem of the template presupposes."""
         return self.piece(" " + self.template.instruction)
 
     def longest_name(self, *, noise: bool) -> int:
-        """Tokens of the longest name of a parameter of the core or of the noise."""
+        """The number of tokens of the longest name of a parameter, in the core or in the noise."""
         t = self.template
         places = t.all_noise_places if noise else [p for group in t.places for p in group]
         groups = t.all_noise_things if noise else t.things
@@ -93,21 +93,21 @@ class Language:
 
     @property
     def longest_noise(self) -> int:
-        """An upper bound of the tokens of a sentence of noise."""
+        """An upper bound of the number of tokens of a sentence of noise."""
         verb = len(self._equals) + max(map(len, self._several))
         operands = 2 * max(self.longest_name(noise=False), self.longest_name(noise=True))
         return self.longest_name(noise=True) + verb + operands + len(self._and) + len(self._stop)
 
     @property
     def longest_question(self) -> int:
-        """An upper bound of the tokens of a question."""
+        """An upper bound of the number of tokens of a question."""
         asked = len(self.piece(" How many")) + len(self.piece(" are there in")) + len(self.piece(" What is"))
         return asked + self.longest_name(noise=False) + len(self.piece(f", modulo {LARGEST}?"))
 
 
 @cache
 def tokenizer(name: str) -> Tokenizer:
-    """`"words"`, a token for each word of the templates; or what `load_tokenizer` knows."""
+    """Load `"words"`, with a token for each word of the templates, or what `load_tokenizer` knows."""
     if name == "words":
         return Words(sorted(_vocabulary()))
     try:
@@ -118,12 +118,12 @@ def tokenizer(name: str) -> Tokenizer:
 
 @cache
 def language(template: str, name: str) -> Language:
-    """The language of a template in the tokenizer of that name."""
+    """Return the language of a template in the tokenizer of that name."""
     return Language(TEMPLATES[template], tokenizer(name))
 
 
 def _vocabulary() -> set[str]:
-    """Every word that a template can need."""
+    """Return every word that a template can need."""
     text = ["The the number of average per total in . and , sum is positive How many are there What modulo ?"]
     text += map(str, range(10))
     for t in TEMPLATES.values():

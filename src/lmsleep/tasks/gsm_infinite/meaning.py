@@ -55,21 +55,21 @@ class Core:
     given: tuple[Parameter, int] | None = None
 
     def operands(self, p: Parameter) -> Sequence[Parameter]:
-        """What a parameter is computed from."""
+        """Return the parameters that a parameter is computed from."""
         if p.thing < 0:
             return self.structure.summands(p)
         return self.definitions[p].operands if p in self.definitions else ()
 
     @property
     def necessary(self) -> list[Parameter]:
-        """All that the answer depends on: what the query (in reverse: the given value) is computed from."""
+        """The parameters that the answer depends on, behind the query (in reverse: the given value)."""
         found = [self.query if self.given is None else self.given[0]]
         for p in found:  # which grows
             found += [q for q in self.operands(p) if q not in found]
         return found
 
     def hash(self, names: Names) -> int:
-        """A number for what the answer depends on, in these names: the same whatever stands around it.
+        """Hash what the answer depends on, in these names: the same whatever stands around it.
 
         Of every necessary parameter it covers name, constant and operands; of the problem the parameter asked
         for and, in reverse, the value given. The order of statements and of summands does not count.
@@ -84,7 +84,7 @@ class Core:
 
 
 def draw_core(random: Random, graph: Graph, *, reverse: bool, modulus: int | None) -> Core | None:
-    """Numbers for a graph; None if a value comes out of range or the unknown cannot be solved for."""
+    """Draw numbers for a graph; None if a value comes out of range or the unknown cannot be solved for."""
     most = MOST if modulus is None else modulus - 1
     definitions = {p: _define(random, operands, most) for p, operands in graph.operands.items()}
     unknown = None
@@ -117,7 +117,7 @@ def draw_core(random: Random, graph: Graph, *, reverse: bool, modulus: int | Non
 
 
 def _define(random: Random, operands: list[Operand], most: int) -> Definition:
-    """A meaning of these operands; each alternative is as likely as the other."""
+    """Draw a meaning of these operands; each alternative is as likely as the other."""
     rest = tuple(p for p in operands if p is not None)
     constant, times = None, False
     if not rest:
@@ -131,7 +131,7 @@ def _define(random: Random, operands: list[Operand], most: int) -> Definition:
 def _values(
     graph: Graph, definitions: dict[Parameter, Definition], unknown: Parameter | None, modulus: int | None
 ) -> dict[Parameter, Linear] | None:
-    """Values of the necessary parameters; None if one is out of range or not linear in the unknown."""
+    """Compute the necessary parameters; None if one is out of range or not linear in the unknown."""
     values: dict[Parameter, Linear] = {}
     x = 0
     for p in graph.order:

@@ -17,7 +17,7 @@ ONE, SUM, DIFFERENCE = Definition(()), Definition(()), Definition((), difference
 
 
 def noise(random: Random, language: Language, core: Sequence[Tokens], *, hard: bool) -> Iterator[Tokens]:
-    """Statements in the template's noise names, until all 640 places are used up.
+    """Yield statements in the template's noise names, until all 640 places are used up.
 
     Each parameter is one parameter of `core` (names as tokens), or the sum or difference of two; of a place's
     statements with one, one also has the total of the place before. In hard problems a thing has a count and

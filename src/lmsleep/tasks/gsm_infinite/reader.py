@@ -28,7 +28,7 @@ class Statement:
 
 @dataclass
 class Problem:
-    """What a text says.
+    """A problem as a text tells it.
 
     Attributes:
         statements: of each name, in order of appearance.
@@ -47,7 +47,7 @@ class Problem:
 
 
 def answer(text: str) -> int:
-    """The answer to the question in a text.
+    """Answer the question in a text.
 
     Raises:
         UnsolvableError: if it is no problem in one of the templates, or has no unique answer.
@@ -62,6 +62,7 @@ def answer(text: str) -> int:
     left, right = _equation(problem, known)
     slope, value = left[0] - right[0], right[1] - left[1]
     if problem.modulus:
+        # The inverse of the slope in the arithmetic of the modulus.
         return value * pow(slope, -1, problem.modulus) % problem.modulus
     if not slope or value % slope:
         raise UnsolvableError(f"{problem.asked!r} is not determined")
@@ -93,7 +94,7 @@ def read(text: str) -> Problem:
 
 
 def _is_in(template: Template, text: str) -> bool:
-    """Whether the text counts things of the template, or averages over them."""
+    """Return True if the text counts things of the template, or averages over them."""
     return any(f" {plural} in" in text or f" {plural} are" in text or f" per {one} in" in text
                for group in template.things for one, plural in group)  # fmt: skip
 
@@ -128,7 +129,7 @@ def _read_value(template: Template, value: str) -> Statement:
 
 
 def _parse(template: Template, name: str) -> tuple[str, str, str]:
-    """Kind, thing (in the plural, empty for totals) and place of a name."""
+    """Parse a name into kind, thing (in the plural, empty for totals) and place."""
     for kind, what in (("total", template.category), ("attributes", template.attribute)):
         if found := re.fullmatch(rf"the total number of {what} in (.+)", name):
             return kind, "", found[1]
@@ -141,7 +142,7 @@ def _parse(template: Template, name: str) -> tuple[str, str, str]:
 
 @cache
 def _plurals(template: Template) -> dict[str, str]:
-    """Plural of each thing."""
+    """Return the plural of each thing."""
     things = [thing for group in (*template.things, *template.all_noise_things) for thing in group]
     return {one.casefold(): many.casefold() for one, many in things}
 
@@ -158,7 +159,7 @@ def _mention(problem: Problem, name: str) -> None:
 
 
 def _equation(problem: Problem, known: dict[str, Linear | None]) -> tuple[Linear, Linear]:
-    """The two sides of what is said twice: by two statements, or by a total and its value."""
+    """Return the two sides of what is said twice: by two statements, or by a total and its value."""
     for name, statements in problem.statements.items():
         total = _parse(problem.template, name)[0] in ("total", "attributes")
         if total:
@@ -172,12 +173,13 @@ def _equation(problem: Problem, known: dict[str, Linear | None]) -> tuple[Linear
 
 
 def _resolve(problem: Problem, name: str, known: dict[str, Linear | None]) -> Linear:
-    """The value of a name; `known` collects values, with None for those on the way."""
+    """Compute the value of a name; `known` collects values, with None for those on the way."""
     if name in known:
         value = known[name]
         if value is None:
             raise UnsolvableError(f"{name!r} depends on itself")
         return value
+    # A name that is met again before it has a value depends on itself.
     known[name] = None
     kind, _, place = _parse(problem.template, name)
     if kind in ("total", "attributes"):

@@ -32,18 +32,18 @@ class Structure:
 
     @cached_property
     def instances(self) -> list[Parameter]:
-        """Parameters that are stated."""
+        """The parameters that are stated."""
         kinds: tuple[Kind, ...] = ("count", "average") if self.hard else ("count",)
         return [Parameter(k, p, t) for k in kinds for p, things in enumerate(self.things) for t in things]
 
     @cached_property
     def totals(self) -> list[Parameter]:
-        """Parameters that are implied, of the highest level first."""
+        """The parameters that are implied, of the highest level first."""
         kinds: tuple[Kind, ...] = ("attributes", "total") if self.hard else ("total",)
         return [Parameter(kind, place) for kind in kinds for place in range(len(self.things))]
 
     def summands(self, total: Parameter) -> list[Parameter]:
-        """Instance parameters that a total depends on; those of `attributes` in pairs."""
+        """Return the instance parameters that a total depends on; those of `attributes` in pairs."""
         place, things = total.place, self.things[total.place]
         counts = [Parameter("count", place, t) for t in things]
         if total.kind == "total":
@@ -52,7 +52,7 @@ class Structure:
 
 
 def draw_structure(random: Random, size: int, *, hard: bool, reverse: bool) -> Structure | None:
-    """Places and things for problems of about `2 size` operations; None if a place stays empty.
+    """Draw places and things for problems of about `2 size` operations; None if a place stays empty.
 
     Widths, edges and growth follow GSM-Infinite; where its hard problems may ask for more edges than two
     layers can hold (and are thrown away), we take as many as there can be.
@@ -66,6 +66,7 @@ def draw_structure(random: Random, size: int, *, hard: bool, reverse: bool) -> S
 
 @cache
 def _width_weights(size: int) -> list[float]:
+    # Sizes 1 ... 20 on a line from 0 to 1; the larger a problem, the wider its layers tend to be.
     place = (size - 1) / 19
     return [math.exp(-((place - centre) ** 2)) for centre in (0.1, 0.3, 0.5, 0.7, 0.9)]
 
@@ -78,7 +79,7 @@ def _width(random: Random, size: int, *, hard: bool, reverse: bool) -> int:
 
 
 def _grow(random: Random, width: int, most: int, edges: int) -> tuple[int, int]:
-    """Numbers of places and things: enough for the edges, then a little more."""
+    """Draw the numbers of places and things: enough for the edges, then a little more."""
     sizes, more = [width, width], random.random()
     while min(sizes) < most:
         enough = sizes[0] * sizes[1] >= edges
@@ -89,7 +90,7 @@ def _grow(random: Random, width: int, most: int, edges: int) -> tuple[int, int]:
 
 
 def _connect(random: Random, places: int, things: int, edges: int, *, hard: bool) -> Structure | None:
-    """Every thing somewhere, then edges at random, to empty places first."""
+    """Put every thing somewhere, then draw edges at random, to empty places first."""
     there: list[set[int]] = [set() for _ in range(places)]
     for thing in range(things):
         random.choice(there).add(thing)

@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from lmsleep.tasks.base import HIDDEN, Batch, Split, check_literals
+from lmsleep.tasks.base import HIDDEN, Batch, check_literals
 from lmsleep.tasks.gsm_infinite import reader
 from lmsleep.tasks.gsm_infinite.graph import MOST_OPS, draw_graph
 from lmsleep.tasks.gsm_infinite.language import Language, Tokens, language, tokenizer
@@ -19,7 +19,8 @@ from lmsleep.tasks.gsm_infinite.meaning import LARGEST, Core, draw_core
 from lmsleep.tasks.gsm_infinite.noise import noise
 from lmsleep.tasks.gsm_infinite.structure import Parameter
 from lmsleep.tasks.gsm_infinite.templates import TEMPLATES, Names, draw_names
-from lmsleep.tasks.tokenizers import Marks, absolute, marks
+from lmsleep.text import Split
+from lmsleep.text.tokenizers import Marks, absolute, marks
 
 MARKERS = ("PAD", "ANSWER", "END")  # after the tokens of a tokenizer that has no end of a text
 OPENING = "\nAnswer:"  # before the answer, with a tokenizer that has one
@@ -95,28 +96,28 @@ class GSMInfinite:
 
     @property
     def pad(self) -> int:
-        """PAD, the first of the markers; the end of a text where the tokenizer has one."""
+        """The token of padding: the first marker, or the end of a text where the tokenizer has one."""
         words = tokenizer(self.tokenizer)
         return words.vocab_size if words.end is None else words.end
 
     @property
     def marks(self) -> Marks:
-        """ANSWER and END."""
+        """The tokens of ANSWER and END."""
         return marks(tokenizer(self.tokenizer), OPENING, self.pad + 1)
 
     @property
     def vocab_size(self) -> int:
-        """The tokenizer's tokens; without an end of a text also PAD, ANSWER, END."""
+        """The vocabulary is the tokenizer's; without an end of a text also PAD, ANSWER, END."""
         words = tokenizer(self.tokenizer)
         return words.vocab_size + (len(MARKERS) if words.end is None else 0)
 
     @property
     def difficulty_name(self) -> str:
-        """Operations, as GSM-Infinite counts them."""
+        """The difficulty key counts operations, as GSM-Infinite does."""
         return "op"
 
     def floors(self) -> dict[str, float]:
-        """A guess by the frequency of answers ("chance"), the best constant, and that of each op.
+        """Guess by the frequency of answers ("chance"), or say the best constant, over all and of each op.
 
         Measured on problems of any length without noise, which does not matter for answers.
         """
@@ -157,7 +158,7 @@ class GSMInfinite:
         return [self._answer(reader.answer(tokenizer(self.tokenizer).decode(read)))]
 
     def spell(self, tokens: list[int]) -> str:
-        """The text, with PAD, ANSWER and END by name."""
+        """Decode the text, with PAD, ANSWER and END by name."""
         text, parts = tokenizer(self.tokenizer), []
         for marker, run in groupby(tokens, key=lambda token: max(token - text.vocab_size, -1)):
             some = list(run)
@@ -177,7 +178,7 @@ class GSMInfinite:
         return [*tokenizer(self.tokenizer).encode(f" {value}"), self.marks.end]
 
     def _draw(self, random: Random, ops: int, split: Split) -> tuple[Tokens, Tokens, Tokens]:
-        """A context, its row, and the answer that the row ends with."""
+        """Draw a context, its row, and the answer that the row ends with."""
         for _ in range(MISFITS):
             core, names = draw_problem(
                 random, ops, split, self.subset, self.mode, self.modulus, self.templates
@@ -228,7 +229,7 @@ def draw_problem(
     modulus: int | None,
     templates: Sequence[str] = tuple(TEMPLATES),
 ) -> tuple[Core, Names]:
-    """A problem of the wanted operations, and names with which it belongs to the split (None: to either).
+    """Draw a problem of the wanted operations, and names that put it into the split (None: into either).
 
     As names decide, and any core has many, the cores of both splits are distributed alike.
 
@@ -255,7 +256,7 @@ def _attempt(random: Random, ops: int, hard: bool, reverse: bool, modulus: int |
 def _tell(
     core: Core, names: Names, spoken: Language, modulus: int | None
 ) -> tuple[Tokens, list[Tokens], list[Tokens]]:
-    """The question, the statements, and what all parameters are called."""
+    """Put the core into words: return the question, the statements, and the names of all parameters."""
     places, kinds = names.places, names.things
 
     def name(p: Parameter, *, capital: bool = False) -> Tokens:
@@ -278,7 +279,7 @@ def _tell(
 
 @cache
 def _longest_answer(name: str, values: int) -> int:
-    """Most tokens of an answer, END included."""
+    """Return the most tokens that an answer can have, END included."""
     return 1 + max(len(tokenizer(name).encode(f" {value}")) for value in range(values))
 
 

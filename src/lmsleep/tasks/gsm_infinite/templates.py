@@ -49,23 +49,23 @@ class Template:
 
     @cached_property
     def all_noise_places(self) -> list[str]:
-        """Names of places, 640."""
+        """The 640 names of places."""
         return [" ".join(words) for words in product(*(part.split() for part in self.noise_places))]
 
     @cached_property
     def all_noise_things(self) -> list[tuple[Thing, ...]]:
-        """Names of things, 32 groups of 20."""
+        """The names of things, in 32 groups of 20."""
         first, second = (part.split() for part in self.noise_things)
         return [tuple((f"{word} {noun}", f"{word} {plural(noun)}") for noun in second) for word in first]
 
     @property
     def instruction(self) -> str:
-        """What totals and differences mean."""
+        """The sentences that say what totals and differences mean."""
         return INSTRUCTION.format(attribute=self.attribute, category=self.category)
 
 
 def plural(noun: str) -> str:
-    """English plural of a regular noun (and of those in -is)."""
+    """Return the English plural of a regular noun (or of one in -is)."""
     if noun.endswith("is"):
         return noun[:-2] + "es"
     if noun.endswith(("s", "sh", "ch", "x")):
@@ -177,19 +177,19 @@ TEMPLATES = {"harbour": HARBOUR, "library": LIBRARY, "orchard": ORCHARD}
 
 @dataclass(frozen=True)
 class Names:
-    """What the places and things of a problem are called, in one of the templates."""
+    """The names of the places and things of a problem, in one of the templates."""
 
     template: str
     places: Sequence[str]
     things: Sequence[Thing]
 
     def __call__(self, p: Parameter) -> tuple[str, str, str]:
-        """Kind, place and thing (empty for totals) of a parameter."""
+        """Return kind, place and thing (empty for totals) of a parameter."""
         return p.kind, self.places[p.place], self.things[p.thing][1] if p.thing >= 0 else ""
 
 
 def draw_names(random: Random, structure: Structure, templates: Sequence[str]) -> Names:
-    """Names out of one group each of places and things of one of the templates."""
+    """Draw names out of one group each of places and things of one of the templates."""
     name = random.choice(templates)
     template, kinds = TEMPLATES[name], len({thing for there in structure.things for thing in there})
     places = random.sample(random.choice(template.places), len(structure.things))

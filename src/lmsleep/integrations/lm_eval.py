@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from lmsleep.hf import from_pretrained
 from lmsleep.session import Session, SessionBatch
-from lmsleep.tasks.tokenizers import HuggingFace
+from lmsleep.text.tokenizers import HuggingFace
 
 LONGEST = 256  # tokens of an answer where a task does not say
 DRAWN = ("temperature", "top_p", "top_k")
@@ -26,7 +26,7 @@ Scored = tuple[Any, list[int], list[int]]  # what lm-eval hands on: the texts, t
 
 @register_model("lmsleep")
 class SleepLM(TemplateLM):  # type: ignore[misc]
-    """Contexts of any length are read with a sleep at the end of each window; nothing is truncated.
+    """A model type of lm-eval that sleeps at the end of each window, so no context is truncated.
 
     Choices that follow the same context are scored on forks of one memory.
 
@@ -49,7 +49,7 @@ class SleepLM(TemplateLM):  # type: ignore[misc]
     def create_from_arg_obj(
         cls, arg_dict: Mapping[str, Any], additional_config: Mapping[str, Any] | None = None
     ) -> Self:
-        """From the arguments of lm-eval: `pretrained` (a local folder), and `window`, `passes` of its sleep.
+        """Make it from lm-eval's arguments: `pretrained` (a local folder), `window` and `passes`.
 
         Raises:
             ValueError: as `lmsleep.hf.from_pretrained`, or for an argument that is unknown or missing.
@@ -77,12 +77,12 @@ class SleepLM(TemplateLM):  # type: ignore[misc]
     def create_from_arg_string(
         cls, arg_string: str, additional_config: Mapping[str, Any] | None = None
     ) -> Self:
-        """As `create_from_arg_obj`, from `pretrained=FOLDER,passes=4`."""
+        """Make it as `create_from_arg_obj` does, from `pretrained=FOLDER,passes=4`."""
         return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
 
     @property
     def eot_token_id(self) -> int:
-        """The end of a text, which stands before what has no context; a line end if there is none."""
+        """The token that stands before a text without context: an end of text, or else a line end."""
         if self.words.end is not None:
             return self.words.end
         line = self.words.encode("\n")
@@ -94,17 +94,17 @@ class SleepLM(TemplateLM):  # type: ignore[misc]
 
     @property
     def tokenizer_name(self) -> str:
-        """Where the tokenizer is."""
+        """The name or place of the tokenizer, without slashes."""
         return str(getattr(self.tokenizer, "name_or_path", type(self.words).__name__)).replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Without special tokens."""
+        """Encode a text without special tokens."""
         return self.words.encode(string)
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """As the tokenizer does it.
+        """Render a chat with the template of the tokenizer.
 
         Raises:
             ValueError: if it has no template.
@@ -138,7 +138,7 @@ class SleepLM(TemplateLM):  # type: ignore[misc]
         return [scores[i] for i in range(len(requests))]
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of each whole text, after an end of text, in one go however long it is."""
+        """Return the log-likelihood in nats of each whole text after an end of text, however long it is."""
         found = []
         for some in self._batches(requests, "loglikelihood_rolling"):
             for request in some:
@@ -149,7 +149,7 @@ class SleepLM(TemplateLM):  # type: ignore[misc]
         return found
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Answers up to what ends them, sleeping on what is read and written."""
+        """Write answers up to what ends them, sleeping on what is read and written."""
         answers: dict[int, str] = {}
         by_options = sorted(range(len(requests)), key=lambda i: repr(requests[i].args[1]))
         for _, same in groupby(by_options, key=lambda i: repr(requests[i].args[1])):
@@ -163,7 +163,7 @@ class SleepLM(TemplateLM):  # type: ignore[misc]
         return [answers[i] for i in range(len(requests))]
 
     def _writing(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Arguments of `SessionBatch.generate` for those of a task.
+        """Translate a task's arguments into those of `SessionBatch.generate`.
 
         Raises:
             ValueError: for one that has no counterpart.
@@ -191,6 +191,6 @@ class SleepLM(TemplateLM):  # type: ignore[misc]
 
 
 def _score(logits: Tensor, wanted: Tensor) -> tuple[float, bool]:
-    """Log-likelihood of tokens `[t]` by logits `[t, V]`, and whether each was the likeliest."""
+    """Return the log-likelihood in nats of tokens `[t]` by logits `[t, V]`, and if each was the likeliest."""
     log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1).cpu()
     return float(log_p.gather(1, wanted[:, None]).sum()), bool((log_p.argmax(-1) == wanted).all())

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lmsleep.evaluation import EVAL_SEED
-from lmsleep.sleep import Backbone, SleepConfig, read_window
+from lmsleep.evaluation.score import EVAL_SEED
+from lmsleep.sleep import Backbone, SleepConfig, evict, read_window
 from lmsleep.state import State
 from lmsleep.tasks import stream
 
@@ -23,15 +23,15 @@ class Shifting(Protocol):
 
     @property
     def segment(self) -> int:
-        """Tokens between two shifts."""
+        """The number of tokens between two shifts."""
         ...
 
     def segments_of(self, rng: np.random.Generator, size: int, more: int = 0) -> np.ndarray:
-        """`[size, segments, segment + more]` tokens: each segment, and `more` of what would follow it."""
+        """Draw tokens `[size, segments, segment + more]`: segments, each with `more` that would follow it."""
         ...
 
     def is_predicted(self, tokens: np.ndarray) -> np.ndarray:
-        """Which of `tokens` count in the loss."""
+        """Mark the `tokens` that count in the loss."""
         ...
 
 
@@ -50,7 +50,7 @@ class Adaptation:
     tokens: np.ndarray
 
     def to_list(self) -> list[dict[str, Any]]:
-        """JSON-ready rows."""
+        """Return JSON-ready rows."""
         rows = zip(self.bits.tolist(), self.tokens.tolist(), strict=True)
         return [
             {"sleeps": s, **dict(zip(MOMENTS, bits, strict=True)), "tokens": tokens}
@@ -90,9 +90,10 @@ def adaptation(
             for s, (window, probe) in enumerate(zip(windows, pieces[1:], strict=True)):
                 before, awake = state, _read(model, window, state, sleep, passes=1)
                 asleep = _read(model, window, state, sleep, passes=sleep.passes)
-                state = State(asleep.memory, asleep.cache.last(sleep.kept))
+                state = evict(sleep.eviction, asleep, L)
                 if number > 0 or segments.shape[1] == 1:
                     wanted = torch.from_numpy(task.is_predicted(probe.cpu().numpy())).to(device)
+                    # -100 is what cross_entropy leaves out.
                     targets = probe.masked_fill(~wanted, -100)[:, 1:]
                     tokens[s] += int((targets >= 0).sum())
                     nats[s] += [_nats(model, probe, targets, x, sleep) for x in (before, awake, state)]

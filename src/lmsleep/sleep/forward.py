@@ -1,25 +1,25 @@
 """Algorithm 1: read a window, sleep on it, keep the fast weights, forget the rest.
 
-The paper ("Do Language Models Need Sleep?", arXiv 2605.26099) writes it for hard eviction and
-training. Here it is one algorithm for training, text and inference: pass 1 over a window *is* the
-ordinary wake pass, and its logits serve prediction; passes 2 ... N are the sleep, run when the window
-is about to be evicted.
+The paper ("Do Language Models Need Sleep?", arXiv 2605.26099) writes it for hard eviction and training.
+Here it is one algorithm for training, text and inference. What a sleep does with a window is up to the
+consolidator (`lmsleep.sleep.consolidators`); with the paper's, pass 1 over a window *is* the ordinary wake
+pass, whose logits serve prediction, and passes 2 ... N are run when the window is about to be evicted.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from lmsleep.sleep.backbone import Backbone
 from lmsleep.sleep.config import SleepConfig
+from lmsleep.sleep.eviction import evict
 from lmsleep.sleep.loss import next_tokens, nll
-from lmsleep.sleep.test_time_training import train_on_window
-from lmsleep.state import Cache, Memory, State
+from lmsleep.sleep.window import Window
+from lmsleep.state import Memory, State
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,61 +50,39 @@ def read_window(
     state: State,
     sleep: SleepConfig,
     *,
-    passes: int,
+    passes: int | None = None,
     valid: Tensor | None = None,
     logits: bool = True,
+    backprop_passes: int | None = None,
+    checkpoint: bool = False,
 ) -> tuple[Tensor | None, State]:
-    """Read one window `[B, L]` in `passes` passes: the body of Algorithm 1.
+    """Read one window and, if `passes` is not 1, sleep on it: the body of Algorithm 1.
 
-    Returns the logits `[B, L, V]` of pass 1, the wake pass (None unless `logits`), and the state after
-    the last pass; evicting is up to the caller. `S` accumulates over the passes. Keys and values do
-    not: every pass begins with the working memory that the window began with.
+    Evicting it afterwards is up to the caller (`evict`).
 
-    A looped model (`wake_passes=W`) wakes in W passes. None of them begins with an `S` that another
-    wrote, for that holds later tokens of the window, which prediction must not see.
+    Args:
+        model: any `Backbone`.
+        tokens: `[B, L]` int64.
+        state: the state that the window begins with.
+        sleep: the `SleepConfig`.
+        passes: N; default that of `sleep`. 1 only reads the window.
+        valid: `[B, L]` bool, False for padding; None: every token is real.
+        logits: the wake logits are wanted.
+        backprop_passes: passes, counted from the last, through which gradients flow; None: all.
+        checkpoint: recompute the activations of a pass in the backward pass.
 
-    Raises:
-        ValueError: if the loop reaches outside the model or holds none of its fast weights.
-    """
-    if sleep.inner_rate is not None and passes > 1:
-        return train_on_window(model, tokens, state, sleep, passes=passes, valid=valid)
-    first, last = looped_blocks(sleep, state.memory, passes)
-    D, T, W, awake, began = model.num_blocks, tokens.shape[1], sleep.wake_passes, None, state.cache
-    run: Callable[[Tensor, State, int, int], tuple[Tensor, State]]
-    run = partial(model.run, valid=valid, span=sleep.span)
-    if sleep.checkpoint and torch.is_grad_enabled():  # pass by pass: only h and S lie between them
-        run = partial(checkpoint, run, use_reentrant=False)
-    h, state = run(model.embed(tokens), state, 0, first)
-    entered, before = h, state
-    for n in range(1, W + passes):
-        if n > 1 and sleep.backprop_passes == W + passes - n:
-            h, entered, state, before = h.detach(), entered.detach(), state.detach(), before.detach()
-        if n > 1:
-            h = entered if n > W and sleep.reset == "h" else _between_passes(h, entered, sleep)
-        memory = before.memory if n <= W or sleep.reset == "S" else state.memory
-        h, state = run(h, State(memory, before.cache), first, last)
-        if n == W and logits:
-            seen, after = run(h, state, last, D)
-            awake = model.head(seen)
-            if passes == 1:
-                return awake, after.counted(began, T, valid)
-    _, state = run(h, state, last, D)
-    return awake, state.counted(began, T, valid)
-
-
-def looped_blocks(sleep: SleepConfig, memory: Memory, passes: int) -> tuple[int, int]:
-    """First block of the loop and the one after its last, for a model with such a memory.
+    Returns:
+        The logits `[B, L, V]` of the wake pass (None unless `logits`), and the state after the last pass.
 
     Raises:
-        ValueError: if the loop reaches outside the model or holds none of its fast weights.
+        ValueError: if the sleep does not fit the model.
     """
-    first, last = sleep.loop_range(len(memory.layers))
-    writes = [S is not None for S in memory.layers]
-    if passes > 1 and any(writes) and not any(writes[first:last]):
-        raise ValueError(
-            f"loop={sleep.loop} has no block with fast weights, so its passes would write nothing"
-        )
-    return first, last
+    consolidator = sleep.consolidator if passes is None else replace(sleep.consolidator, passes=passes)
+    span = None if sleep.window is None else sleep.eviction.span(sleep.window)
+    window = Window(tokens, state, valid, span, backprop_passes, checkpoint)
+    consolidator.check([S is not None for S in state.memory.layers])
+    read = consolidator.read if consolidator.passes == 1 else consolidator.sleep_on
+    return read(model, window, logits=logits)
 
 
 def sleep_forward(
@@ -118,6 +96,8 @@ def sleep_forward(
     evict_last: bool = False,
     read_last: bool = True,
     return_logits: bool = True,
+    backprop_passes: int | None = None,
+    checkpoint: bool = False,
 ) -> SleepOutput:
     """Algorithm 1 over whole sequences: windows of L tokens, a sleep at the end of each.
 
@@ -138,11 +118,17 @@ def sleep_forward(
         read_last: False: token T is only predicted, not read, as in training, where nothing follows it. The
             loss is the same; logits are `[B, T - 1, V]` and the state is that before token T.
         return_logits: keep the wake logits of every position (memory `[B, T, V]`).
+        backprop_passes: passes of a window, counted from the last, through which gradients flow (truncated
+            backpropagation); None: all.
+        checkpoint: of the activations keep only h and S between passes for the backward pass; recompute the
+            others.
 
     Raises:
         ValueError: for shapes that do not fit or a loop outside the model.
     """
     _check(tokens, loss_mask, lengths, state)
+    if backprop_passes is not None and backprop_passes < 1:
+        raise ValueError(f"backprop_passes must be at least 1, got {backprop_passes}")
     B, T = tokens.shape
     ends = torch.full((B,), T) if lengths is None else lengths.cpu()
     valid = None if lengths is None else torch.arange(T, device=tokens.device) < lengths[:, None]
@@ -155,21 +141,21 @@ def sleep_forward(
     total: Tensor | None = None
     kept_logits: list[Tensor] = []
     sleeps = torch.zeros(B, dtype=torch.int64)
+    read = partial(_read_rows, model, sleep, backprop_passes=backprop_passes, checkpoint=checkpoint)
 
     for a, b in _windows(T, sleep.window):
         loss_rows = carries_loss[:, a:b].any(dim=1)
         asleep = _asleep(ends, a, b, loss_rows, sleep, evict_last)
         need_logits = return_logits or bool(loss_rows.any())
         in_window = None if valid is None else valid[:, a:b]
-        logits, state = _read_rows(model, tokens[:, a:b], state, sleep, asleep, in_window, need_logits)
+        logits, state = read(tokens[:, a:b], state, asleep, in_window, need_logits)
         if logits is not None and targets is not None and loss_rows.any():
             window_loss = nll(logits, targets[:, a:b])
             total = window_loss if total is None else total + window_loss
         if return_logits and logits is not None:
             kept_logits.append(logits)
         if sleep.window is not None and (b < T or evict_last):
-            going_on = None if evict_last else ends > b
-            state = State(state.memory, _evicted(state.cache, going_on, sleep.kept))
+            state = evict(sleep.eviction, state, sleep.window, going_on=None if evict_last else ends > b)
         sleeps += asleep
 
     return SleepOutput(
@@ -193,30 +179,23 @@ def _asleep(ends: Tensor, a: int, b: int, loss_rows: Tensor, sleep: SleepConfig,
     return asleep if sleep.sleep_on_loss else asleep & ~loss_rows
 
 
-def _evicted(cache: Cache, going_on: Tensor | None, kept: int) -> Cache:
-    """What is left of a window (only S crosses it); rows that do not go on (None: all do) keep theirs."""
-    if going_on is None or bool(going_on.all()):
-        return cache.last(kept)
-    counts = cache.counts(len(going_on))
-    return cache.keep(torch.where(going_on.to(counts.device), counts.clamp(max=kept), counts))
-
-
 def _read_rows(
     model: Backbone,
+    sleep: SleepConfig,
     tokens: Tensor,
     state: State,
-    sleep: SleepConfig,
     asleep: Tensor,
     valid: Tensor | None,
     logits: bool,
+    **training: Any,
 ) -> tuple[Tensor | None, State]:
-    """`read_window` where rows that are due sleep together and the others make one pass."""
+    """Read a window in all rows: those that are due sleep together, and the others make one pass."""
 
     def read(rows: Tensor | None, passes: int) -> tuple[Tensor | None, State]:
         x, s, ok = tokens, state, valid
         if rows is not None:
             x, s, ok = x[rows], s.rows(rows), None if ok is None else ok[rows]
-        return read_window(model, x, s, sleep, passes=passes, valid=ok, logits=logits)
+        return read_window(model, x, s, sleep, passes=passes, valid=ok, logits=logits, **training)
 
     if bool(asleep.all()) or not asleep.any() or sleep.passes == 1:
         return read(None, sleep.passes if asleep.any() else 1)
@@ -225,12 +204,6 @@ def _read_rows(
     order = torch.cat(groups).argsort()
     both = [x for x, _ in parts if x is not None]
     return torch.cat(both)[order] if both else None, State.join([s for _, s in parts], order)
-
-
-def _between_passes(h: Tensor, entered: Tensor, sleep: SleepConfig) -> Tensor:
-    if sleep.normalize:
-        h = F.rms_norm(h, h.shape[-1:])
-    return h + entered if sleep.reinject else h
 
 
 def _check(tokens: Tensor, loss_mask: Tensor | None, lengths: Tensor | None, state: State | None) -> None:

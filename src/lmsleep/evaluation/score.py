@@ -1,8 +1,9 @@
 """Accuracy per difficulty and bits per token, at any number of passes."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,15 +25,19 @@ def read_batch(
     return_logits: bool = False,
     state: State | None = None,
     between: Callable[[Memory], Memory] | None = None,
+    backprop_passes: int | None = None,
+    checkpoint: bool = False,
 ) -> SleepOutput:
     """Read the context of a batch (if it has one), sleep on all of it, then read its rows.
 
     Rows that share a context fork the memory that was left of it. The last token of a row is predicted
     and not read: logits are `[R, T - 1, V]`. `state` is what came before, `between` what is done to the
-    memories (one row a context) before the rows are read.
+    memories (one row a context) before the rows are read; `backprop_passes` and `checkpoint` are those of
+    `sleep_forward`.
     """
+    read = partial(sleep_forward, backprop_passes=backprop_passes, checkpoint=checkpoint)
     if batch.context is not None and batch.context_row is not None:
-        after = sleep_forward(
+        after = read(
             model,
             batch.context,
             None,
@@ -44,7 +49,7 @@ def read_batch(
         )
         memory = after.memory if between is None else between(after.memory)
         state = State(memory, after.state.cache).rows(batch.context_row)
-    return sleep_forward(
+    return read(
         model,
         batch.tokens,
         batch.loss_mask,
@@ -85,32 +90,36 @@ class Score:
             self.correct[key] = self.correct.get(key, 0) + int(right[mine].sum())
             self.total[key] = self.total.get(key, 0) + int(mine.sum())
 
+        # Half-precision logits would round bits in their third digit.
         nll = F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten(), reduction="none")
         wanted = batch.loss_mask[:, 1:].flatten()
+        # Position i reads token i and predicts token i + 1.
         position = torch.arange(tokens.shape[1], device=tokens.device).repeat(len(tokens))
         evicted = position >= (after or tokens.shape[1])
+        # A context is evicted before the first token of its rows.
         if after is not None and batch.context is not None:
             evicted = torch.ones_like(evicted)
         for which, mask in (("all", wanted), ("after_eviction", wanted & evicted)):
+            # float32 would lose single tokens in a sum over millions.
             self.nll[which] += float(nll[mask].double().sum())
             self.tokens[which] += int(mask.sum())
 
     @property
     def accuracy(self) -> float:
-        """Share of right answers, all difficulties."""
+        """The share of right answers over all difficulties."""
         return sum(self.correct.values()) / max(sum(self.total.values()), 1)
 
     @property
     def per_difficulty(self) -> dict[int, float]:
-        """Share of right answers per difficulty key."""
+        """The share of right answers per difficulty key."""
         return {key: self.correct[key] / self.total[key] for key in sorted(self.total)}
 
     def bits(self, which: str = "all") -> float:
-        """Bits per predicted token (per byte, for text); nan where there was none."""
+        """Return the bits per predicted token (per byte, for text in bytes); nan where there was none."""
         return self.nll[which] / self.tokens[which] / math.log(2) if self.tokens[which] else math.nan
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready figures."""
+        """Return JSON-ready figures."""
         return {
             "accuracy": self.accuracy,
             "per_difficulty": {str(k): v for k, v in self.per_difficulty.items()},
@@ -133,7 +142,7 @@ def evaluate(
     device: torch.device | str = "cpu",
     after: int | None = None,
 ) -> Score:
-    """Score `model` on `batches * batch_size` held-out samples, the same for every call with a seed.
+    """Score `model` on `batches * batch_size` held-out samples, the same for every call with one seed.
 
     A batch is read in `parts` parts, in the memory of one. What counts as "after eviction" are tokens from
     position `after` on, by default the window: give it to score the same tokens with a model that evicts
@@ -149,32 +158,3 @@ def evaluate(
             assert logits is not None
             score.add(batch, logits, after or sleep.window)
     return score
-
-
-def wilson(correct: int, total: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % confidence interval of a proportion (Wilson's score interval)."""
-    if total == 0:
-        return 0.0, 1.0
-    p, zz = correct / total, z * z / total
-    centre = (p + zz / 2) / (1 + zz)
-    half = z * math.sqrt(p * (1 - p) / total + zz / total / 4) / (1 + zz)
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
-# 97.5 % quantile of Student's t with 1 ... 30 degrees of freedom
-T_975 = (
-    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
-    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
-    *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
-)
-
-
-def mean_interval(values: Iterable[float]) -> tuple[float, float, float]:
-    """Mean over seeds with its 95 % confidence interval (Student's t; (mean, low, high))."""
-    x = torch.tensor(list(values), dtype=torch.float64)
-    mean = float(x.mean())
-    if len(x) < 2:
-        return mean, math.nan, math.nan
-    t = T_975[len(x) - 2] if len(x) - 2 < len(T_975) else 1.96
-    half = t * float(x.std()) / math.sqrt(len(x))
-    return mean, mean - half, mean + half

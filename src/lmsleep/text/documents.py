@@ -4,9 +4,9 @@ import json
 from collections.abc import Iterator, Mapping
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from lmsleep.tasks.base import Split
+Split = Literal["train", "test"]
 
 GUESSES = (("question", "answer"), ("prompt", "completion"), ("text",))
 HELD_OUT = 10  # one document in 10 is for testing, by its hash: more documents move none of the old
@@ -26,12 +26,12 @@ class _Row(NamedTuple):
 
 
 def is_set(path: Path) -> bool:
-    """Whether `path` holds a set of documents, and is not one itself."""
+    """Return True if `path` holds a set of documents, and is not a document itself."""
     return path.is_dir() or path.suffix == ".jsonl"
 
 
 def read_set(path: Path, names: tuple[str, ...] = ()) -> Iterator[Document]:
-    """The documents of a .jsonl file or a folder that `datasets` saved.
+    """Yield the documents of a .jsonl file or of a folder that `datasets` saved.
 
     A folder with splits "train" and "test" (or "validation") keeps these two; elsewhere a document is held
     out by the hash of its first field, so that a prompt is never in both.
@@ -53,6 +53,7 @@ def read_set(path: Path, names: tuple[str, ...] = ()) -> Iterator[Document]:
 
 
 def _split(text: str) -> Split:
+    # JSON may hold half of a surrogate pair, which plain UTF-8 refuses.
     digest = blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return "train" if int.from_bytes(digest, "big") % HELD_OUT else "test"
 
@@ -71,6 +72,7 @@ def _text(row: _Row, name: str) -> str:
     if name not in row.values:
         raise ValueError(f"{row.where}: no field {name!r}; there are {', '.join(row.values)}")
     value = row.values[name]
+    # bool is an int in Python.
     if isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, str):

@@ -8,11 +8,11 @@ from typing import NamedTuple, Protocol
 
 
 class Tokenizer(Protocol):
-    """What tasks need of a tokenizer."""
+    """A map from text to token numbers and back, as tasks and sessions need it."""
 
     @property
     def vocab_size(self) -> int:
-        """Token numbers are 0 ... vocab_size - 1."""
+        """The number of tokens; they are numbered 0 ... vocab_size - 1."""
         ...
 
     @property
@@ -21,11 +21,11 @@ class Tokenizer(Protocol):
         ...
 
     def encode(self, text: str) -> list[int]:
-        """Token numbers of a text, without markers of its beginning or end."""
+        """Return the token numbers of a text, without markers of its beginning or end."""
         ...
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of token numbers."""
+        """Return the text of token numbers."""
         ...
 
 
@@ -36,11 +36,11 @@ class Bytes:
     end = None
 
     def encode(self, text: str) -> list[int]:
-        """The bytes of `text`."""
+        """Return the bytes of `text`."""
         return list(text.encode())
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text; what is no UTF-8 as escapes."""
+        """Return the text; what is no UTF-8 appears as escapes."""
         return bytes(tokens).decode("utf-8", "backslashreplace")
 
 
@@ -62,18 +62,18 @@ class Words:
 
     @property
     def vocab_size(self) -> int:
-        """One token a word."""
+        """The number of words, one token each."""
         return len(self.words)
 
     def encode(self, text: str) -> list[int]:
-        """Words, single digits and punctuation marks; spaces are dropped."""
+        """Cut into words, single digits and punctuation marks; spaces are dropped."""
         try:
             return [self.numbers[piece] for piece in self.PIECES.findall(text)]
         except KeyError as error:
             raise ValueError(f"{error.args[0]!r} is not among the {len(self.words)} words") from None
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The words, joined by spaces, with punctuation and digits close up."""
+        """Join the words by spaces, with punctuation and digits close up."""
         text = " ".join(self.words[token] for token in tokens)
         text = re.sub(r" ([.,;:?!])", r"\1", text)
         return re.sub(r"(?<=\d) (?=\d)", "", text)
@@ -95,11 +95,13 @@ class Spelled:
     def __init__(self, spell: Callable[[list[int]], str], vocab_size: int) -> None:
         self.spell, self.vocab_size = spell, vocab_size
         self.numbers = {spell([token]): token for token in range(vocab_size)}
+        # A regular expression takes the first alternative that fits: HOP_1 must not win over HOP_16.
         longest_first = sorted(self.numbers, key=len, reverse=True)
+        # The last alternative catches what is no word, so that the error can name it.
         self.pieces = re.compile("|".join([*map(re.escape, longest_first), r"\S+"]))
 
     def encode(self, text: str) -> list[int]:
-        """Words of the task, with or without spaces between them."""
+        """Cut into words of the task, with or without spaces between them."""
         try:
             return [self.numbers[piece] for piece in self.pieces.findall(text)]
         except KeyError as error:
@@ -107,7 +109,7 @@ class Spelled:
             raise ValueError(f"{error.args[0]!r} is not in the task's vocabulary ({some} ...)") from None
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """As the task spells them."""
+        """Spell the tokens as the task does."""
         return self.spell(list(tokens))
 
 
@@ -137,7 +139,7 @@ class HuggingFace:
 
     @property
     def vocab_size(self) -> int:
-        """Added tokens included."""
+        """The number of tokens, added ones included."""
         return len(self.tokenizer)
 
     @property
@@ -147,12 +149,12 @@ class HuggingFace:
         return token
 
     def encode(self, text: str) -> list[int]:
-        """As the tokenizer does, without special tokens."""
+        """Encode with the tokenizer, without special tokens."""
         tokens: list[int] = self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
         return tokens
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """As the tokenizer does, special tokens included."""
+        """Decode with the tokenizer, special tokens included."""
         return str(self.tokenizer.decode(list(tokens)))
 
 
@@ -164,14 +166,14 @@ def _names_its_class(folder: Path) -> bool:
 
 
 class Marks(NamedTuple):
-    """What stands before an answer and what ends it."""
+    """The tokens that stand before an answer, and the token that ends it."""
 
     answer: list[int]
     end: int
 
 
 def marks(tokenizer: Tokenizer, opening: str, first: int) -> Marks:
-    """The words `opening` and the tokenizer's own end of a text, which a pretrained model knows.
+    """Return `opening` in tokens and the tokenizer's own end of a text, which a pretrained model knows.
 
     A tokenizer without end gets two tokens of ours, numbers `first` and `first + 1`.
     """
@@ -181,7 +183,7 @@ def marks(tokenizer: Tokenizer, opening: str, first: int) -> Marks:
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """`"bytes"`, or the folder of a Hugging Face tokenizer.
+    """Load a tokenizer: `"bytes"`, or the folder of a Hugging Face tokenizer.
 
     Raises:
         ValueError: if there is no such folder, or no tokenizer in it.
@@ -194,5 +196,5 @@ def load_tokenizer(name: str) -> Tokenizer:
 
 
 def absolute(name: str) -> str:
-    """The tokenizer of that name as it can be found from any folder."""
+    """Return the name under which a tokenizer can be found from any folder."""
     return name if name == "bytes" else str(Path(name).resolve())

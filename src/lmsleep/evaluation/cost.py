@@ -15,12 +15,12 @@ class Known(Backbone, Protocol):
     """A backbone that shows its weights."""
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """All weights."""
+        """Iterate over all weights."""
         ...
 
 
 def cost(model: HybridConfig | Known, sleep: SleepConfig, *, dtype_bytes: int = 4) -> dict[str, Any]:
-    """Figures of one sequence (batch of 1).
+    """Count parameters, bytes of memory and FLOPs for one sequence (batch of 1).
 
     FLOPs are those of matrix products (multiply and add count as two), counted by PyTorch's own
     counter on the real forward pass: one more token at the end of a full window, and the passes
@@ -35,9 +35,11 @@ def cost(model: HybridConfig | Known, sleep: SleepConfig, *, dtype_bytes: int = 
     if isinstance(model, HybridConfig):
         with torch.device("meta"):
             model = HybridLM(model)
+    # On "meta" shapes are computed and numbers are not: a model of any size is counted in milliseconds.
     tokens = torch.zeros(1, L, dtype=torch.int64, device="meta")
     empty = model.initial_state(1)
     with torch.no_grad():
+        # L - 1 tokens in attention: the next one fills the window and sees as much as any token ever does.
         _, full = model.run(model.embed(tokens[:, 1:]), empty, 0, model.num_blocks)
 
         def wake() -> None:
@@ -48,6 +50,7 @@ def cost(model: HybridConfig | Known, sleep: SleepConfig, *, dtype_bytes: int = 
             read_window(model, tokens, empty, sleep, passes=passes, logits=False)
 
         wake_flops = _flops(wake)
+        # The difference leaves the passes 2 ... N, with everything that surrounds a window counted in both.
         sleep_flops = _flops(lambda: read(sleep.passes)) - _flops(lambda: read(1))
     kv_bytes = sum(
         c[0, 0].numel() * dtype_bytes

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lmsleep.evaluation import wilson
+from lmsleep.evaluation.intervals import wilson
 from lmsleep.sleep import Backbone, SleepConfig, sleep_forward
-from lmsleep.tasks.tokenizers import Tokenizer
+from lmsleep.text.tokenizers import Tokenizer
 
 KEPT, DROPPED = "nothing is evicted", "memory is dropped too"
 FACTS, CHOICES = 4, 8  # facts in a context, and numbers to choose the answer from
@@ -21,7 +21,7 @@ PLACES = (
 
 @dataclass(frozen=True)
 class Reading:
-    """How a model does when it reads in one way.
+    """The figures of one way of reading.
 
     Attributes:
         way: "N = 4", or one of the references `KEPT` (the whole text stays in attention) and `DROPPED` (the
@@ -40,16 +40,16 @@ class Reading:
 
     @property
     def perplexity(self) -> float:
-        """Of a token of the text."""
+        """The perplexity of a token of the text."""
         return math.exp(self.nats)
 
     @property
     def recall(self) -> tuple[float, float, float]:
-        """Share of right answers with its 95 % interval (Wilson)."""
+        """The share of right answers with its 95 % interval (Wilson): (share, low, high)."""
         return self.right / self.questions, *wilson(self.right, self.questions)
 
     def to_dict(self) -> dict[str, str | float | list[float]]:
-        """JSON-ready figures."""
+        """Return JSON-ready figures, with bits in place of nats."""
         share, low, high = self.recall
         return {
             "reading": self.way,
@@ -127,13 +127,16 @@ def _pieces(tokens: Tensor, length: int, samples: int, generator: torch.Generato
         raise ValueError(
             f"text has {len(tokens)} tokens, a piece needs {length}; take a longer text or fewer windows"
         )
+    # Drawn before the facts, so that the pieces do not depend on how many facts there are.
     starts = torch.randint(len(tokens) - length + 1, (samples,), generator=generator)
     return [tokens[a : a + length] for a in starts.tolist()]
 
 
 def _nats(model: Backbone, piece: Tensor, L: int, sleep: SleepConfig | None) -> float:
-    """Nats a token of the piece; `sleep=None`: every window alone."""
+    """Return the mean nats per counted token of the piece; with `sleep=None` every window is read alone."""
     counted = torch.ones_like(piece, dtype=torch.bool)
+    # The first window has nothing before it; the first token of each has nothing to be predicted from in
+    # DROPPED, so no way of reading may count it.
     counted[:L] = counted[::L] = False
     rows, mask = (piece[None], counted[None]) if sleep else (piece.view(-1, L)[1:], counted.view(-1, L)[1:])
     device = _device(model)
@@ -153,7 +156,7 @@ def _device(model: Backbone) -> torch.device:
 
 @dataclass(frozen=True)
 class _Quiz:
-    """A piece with planted facts, and what is asked about each.
+    """A piece of the text with planted facts, and a question about each.
 
     Attributes:
         context: `[T]`, the piece with the facts in its first window, as long as it was.
@@ -167,6 +170,7 @@ class _Quiz:
 
     @classmethod
     def draw(cls, tokenizer: Tokenizer, piece: Tensor, L: int, generator: torch.Generator) -> "_Quiz":
+        # The order of draws (places, numbers, position) is fixed: seeds of published tables give these facts.
         places = [PLACES[i] for i in torch.randperm(len(PLACES), generator=generator)[:FACTS].tolist()]
         numbers = [str(n) for n in (1000 + torch.randperm(9000, generator=generator)[:CHOICES]).tolist()]
         planted = tokenizer.encode(
@@ -180,13 +184,16 @@ class _Quiz:
                 f"window={L} is too short: the planted facts have {len(planted)} tokens, "
                 f"a question with its answer {longest}"
             )
+        # Planted anywhere in the first window, whole; what the piece gains in front it loses at its end.
         at = int(torch.randint(L - len(planted) + 1, (), generator=generator))
         context = torch.cat([piece[:at], torch.tensor(planted), piece[at:]])[: len(piece)]
+        # The numbers of the other facts are among the choices: knowing that some number was read does not
+        # help.
         choices = [[answers[i], *answers[:i], *answers[i + 1 :]] for i in range(FACTS)]
         return cls(context, questions, choices)
 
     def answered(self, model: Backbone, sleep: SleepConfig | None) -> Tensor:
-        """`[FACTS, CHOICES]`: log-likelihood of each choice, the right one first; None: nothing was read."""
+        """Return log-likelihoods `[FACTS, CHOICES]` in nats, the right first; None: without a context."""
         device = _device(model)
         state = model.initial_state(1)
         if sleep is not None:
@@ -206,10 +213,12 @@ class _Quiz:
             padded.to(device),
             None,
             SleepConfig() if sleep is None else sleep.with_passes(1),
+            # Every pair of a question and a choice forks the one memory.
             state=state.rows([0] * len(rows)),
             lengths=lengths.to(device),
         ).logits
         assert logits is not None
+        # Logits at place t predict token t + 1; padding behind a row is cut off by `asked`.
         log_p = logits[:, :-1].float().log_softmax(-1).gather(2, padded[:, 1:, None].to(device))[..., 0].cpu()
         place = torch.arange(1, padded.shape[1])
         first = torch.tensor([len(q) for q, _ in rows])[:, None]

@@ -1,0 +1,170 @@
+"""`adapt`: a model of `transformers` becomes a backbone once a trial has shown that it can sleep."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lmsleep.hf.backbone import HFBackbone, Layout, call_block
+from lmsleep.hf.cache import Carried, RunCache
+from lmsleep.hf.positions import Positions
+from lmsleep.state import Cache, Memory, State
+
+TOKENS = 8  # of the trial: enough to be cut into several tokens, several more, and one
+CUTS = (TOKENS // 2, TOKENS - 1)
+
+
+def adapt(model: Any) -> HFBackbone:
+    """Make a causal language model of `transformers` a backbone of the sleep algorithm.
+
+    The model is not changed, and its weights are shared. A few tokens are run to see what each block carries,
+    that the blocks called one by one compute what the model computes, and that a second call goes on from
+    the fast weights that the first left.
+
+    Args:
+        model: a hybrid (attention and fast weights) such as qwen3_5, qwen3_next, olmo_hybrid, kimi_linear,
+            nemotron_h, bamba, granitemoehybrid, falcon_h1, Jet-Nemotron, or an attention-only model with
+            inserted memory layers; `peft` models too.
+
+    Raises:
+        ValueError: for a model that cannot sleep, with the reason.
+    """
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    name = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    if not hasattr(model, "get_decoder") or not hasattr(model.get_decoder(), "layers"):
+        raise ValueError(f"model: {name} is no decoder with a list of blocks, so it cannot be adapted")
+    attention = model.config._attn_implementation
+    if attention not in ("sdpa", "eager"):
+        raise ValueError(
+            f"model: attn_implementation={attention!r} cannot be told what an evicted window hides; load the "
+            "model with attn_implementation='sdpa' (whole windows run on flash kernels there too)"
+        )
+    if (steps := getattr(model.config, "total_ut_steps", 1)) > 1:
+        raise ValueError(
+            f"model: {name} makes total_ut_steps={steps} passes over every token while awake; set "
+            "model.config.total_ut_steps = 1 and make passes by SleepConfig (passes, wake_passes)"
+        )
+    rotary = getattr(model.get_decoder(), "rotary_emb", None)
+    if (kind := getattr(rotary, "rope_type", "default")) in ("dynamic", "longrope"):
+        raise ValueError(
+            f"model: rope_type={kind!r} rotates by the length of the text; sleep needs one without"
+        )
+    training = model.training
+    try:
+        with torch.no_grad():
+            backbone = _tried(model.eval(), name)
+    finally:
+        model.train(training)
+    return backbone.train(training)
+
+
+def _tried(model: Any, name: str) -> HFBackbone:
+    """Return the backbone of a model in evaluation mode; raise ValueError where the trial fails."""
+    vocabulary: int = model.config.get_text_config().vocab_size
+    tokens = torch.arange(TOKENS, device=model.get_input_embeddings().weight.device)[None] % vocabulary
+    try:
+        backbone = HFBackbone(model, _layouts(model, tokens))
+        reason = _reason_against(backbone, tokens)
+    except ValueError as error:
+        raise ValueError(f"model: {name} cannot sleep: {error}") from error
+    except (TypeError, AttributeError, LookupError, RuntimeError) as error:
+        # Code of transformers that was never meant to be called so fails in any of these ways.
+        raise ValueError(
+            f"model: {name} cannot sleep: its blocks do not run one by one ({type(error).__name__}: {error})"
+        ) from error
+    if reason is not None:
+        raise ValueError(f"model: {name} cannot sleep: {reason}")
+    return backbone
+
+
+def _layouts(model: Any, tokens: Tensor) -> list[Layout]:
+    """Run the blocks on nothing before and see what each leaves: so no family has to be known by name."""
+    scout = HFBackbone(model, ())
+    h, found = scout.embed(tokens), []
+    where = Positions(model, h, State(Memory(()), Cache(())), (), 0, 0)
+    for i, block in enumerate(scout.blocks):
+        cache = RunCache({})
+        h = call_block(block, h, cache, where, None)
+        found.append(_layout(i, cache.finished(), model.dtype))
+    return found
+
+
+def _layout(i: int, done: dict[int, Carried], dtype: torch.dtype) -> Layout:
+    """Describe what block i left; fast weights may belong to a layer of another number than the block's."""
+    own = done.get(i, Carried())
+    writers = [j for j, c in done.items() if c.S is not None]
+    if len(writers) > 1:
+        raise ValueError(f"block {i} has {len(writers)} layers with fast weights")
+    writer = done[writers[0]] if writers else Carried()
+    S, tail, kv = writer.S, writer.tail, None
+    if S is not None and S.ndim != 4:
+        raise ValueError(f"block {i} has fast weights of shape {tuple(S.shape)}, not a matrix per head")
+    if own.keys is not None and own.values is not None:
+        kv = (own.keys.shape[2], own.keys.shape[3]), (own.values.shape[2], own.values.shape[3])
+    return Layout(
+        memory=None if S is None else (S.shape[1], S.shape[2], S.shape[3]),
+        writer=writers[0] if writers else -1,
+        kv=kv,
+        channels=None if tail is None else tail.shape[2],
+        dtype=dtype,
+        memory_dtype=torch.float32 if S is None else S.dtype,
+    )
+
+
+def _reason_against(backbone: HFBackbone, tokens: Tensor) -> str | None:
+    """Return why the model cannot sleep, None if it can."""
+    if all(x.memory is None for x in backbone.layouts):
+        return "no block has fast weights to write to; add some with lmsleep.hf.insert_memory_layers"
+    logits = backbone.model(tokens, use_cache=False).logits
+    h, whole = _read(backbone, tokens)
+    if not _close(backbone.head(h), logits):
+        return "its blocks called one by one do not compute what the model computes"
+    h_of_parts, parts = _read(backbone, tokens, *CUTS)
+    if not _close(backbone.head(h_of_parts), logits):
+        return "tokens in several calls give another result than in one: it loses its state between calls"
+    return _ignored_memory(backbone, h, whole, parts)
+
+
+def _ignored_memory(backbone: HFBackbone, h: Tensor, whole: State, parts: State) -> str | None:
+    """Return a reason if a block goes on from S = 0 whatever fast weights it is given.
+
+    A kernel for several tokens may begin with S = 0 where the one for a single token goes on from what was
+    left, and logits need not show it; but then every pass over a window would start from nothing.
+
+    Args:
+        backbone: the model.
+        h: hidden states `[1, T, d]`, given to each block alone.
+        whole: what a reading in one call left.
+        parts: what a reading in several calls left.
+    """
+    empty = backbone.initial_state(1)
+    ones = Memory(tuple(None if S is None else torch.ones_like(S) for S in empty.memory.layers))
+    for i, x in enumerate(backbone.layouts):
+        if x.memory is None:
+            continue
+        said_by_ones, from_ones = backbone.run(h, State(ones, empty.cache), i, i + 1)
+        said_by_zeros, from_zeros = backbone.run(h, empty, i, i + 1)
+        if not torch.equal(said_by_ones, said_by_zeros):
+            continue
+        # What it says does not tell: a block that was just inserted says nothing yet. What it writes does.
+        # Compared in the model's dtype, for S may be kept in a finer one than it is computed in.
+        S = [state.memory.layers[i] for state in (from_ones, from_zeros, whole, parts)]
+        by_ones, by_zeros, at_once, in_parts = (t.to(x.dtype) for t in S if t is not None)
+        if torch.equal(by_ones, by_zeros) or not _close(in_parts, at_once):
+            return f"block {i} ignores the fast weights that it is given with several tokens at once"
+    return None
+
+
+def _read(backbone: HFBackbone, tokens: Tensor, *cuts: int) -> tuple[Tensor, State]:
+    """Run all blocks over `tokens` `[1, T]`, cut at `cuts`; return `h` `[1, T, d]` and the state left."""
+    state, hs = backbone.initial_state(1), []
+    for part in tokens.tensor_split(cuts, dim=1):
+        h, state = backbone.run(backbone.embed(part), state, 0, backbone.num_blocks)
+        hs.append(h)
+    return torch.cat(hs, dim=1), state
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    """Compare by the largest number: kernels differ in their last digits, a lost state in the first."""
+    tolerance = 1e-3 if a.dtype in (torch.float32, torch.float64) else 5e-2
+    return bool((a - b).abs().max() <= tolerance * b.abs().max())

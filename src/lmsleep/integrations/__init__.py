@@ -1,0 +1,1 @@
+"""What lmsleep plugs into: the evaluation harness lm-eval."""

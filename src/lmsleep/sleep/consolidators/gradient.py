@@ -1,0 +1,81 @@
+"""Test-time training, the neighbour of sleep: gradient descent on a window before it is evicted."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from lmsleep.sleep.backbone import Backbone
+from lmsleep.sleep.consolidators.base import Consolidator
+from lmsleep.sleep.loss import next_tokens, nll
+from lmsleep.sleep.window import Window
+from lmsleep.state import Memory, State
+
+
+@dataclass(frozen=True)
+class GradientSteps(Consolidator):
+    """N - 1 steps of gradient descent on `S`, for the window's own next-token loss.
+
+    `S` are the weights that a sequence trains for itself (model option `trained_mlp`). The wake pass serves
+    the first step. Each row descends on the mean loss of its own tokens, so rows do not meet. Gradients with
+    respect to all else flow through the steps (Finn et al., arXiv 1703.03400), where they are wanted at all.
+    """
+
+    rate: float = 1.0
+    """Step size, in front of the learned one of each weight matrix."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.rate >= 0:
+            raise ValueError(f"rate must not be negative, got {self.rate}")
+
+    def sleep_on(
+        self, model: Backbone, window: Window, *, logits: bool = True
+    ) -> tuple[Tensor | None, State]:
+        """Read the window N - 1 times, and take a step after each; the wake logits come for nothing."""
+        del logits
+        if window.checkpoint or window.backprop_passes is not None:
+            raise ValueError("checkpoint and backprop_passes are for sleeps in passes: leave them out")
+        meta, tokens, cache = torch.is_grad_enabled(), window.tokens, window.began.cache
+        targets = next_tokens(tokens, torch.ones_like(tokens, dtype=torch.bool), window.valid)
+        assert targets is not None
+        per_row = (targets >= 0).sum(dim=1, keepdim=True).clamp(min=1)
+        awake = None
+        # The fused attention kernels have no second derivative.
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+            memory = Memory(window.began.memory.layers)  # without its origin: what is learned is no copy
+            memory = memory if meta else memory.detach()
+            memory = memory.map(lambda S: S if S.requires_grad else _trainable(S))
+            for _ in range(1, self.passes):
+                begin = State(memory, cache)
+                h, after = window.run(model, model.embed(tokens), begin, 0, model.num_blocks)
+                said = model.head(h)
+                awake = said if awake is None else awake
+                losses = nll(said, targets, "none").view_as(targets)
+                memory = _descend((losses / per_row).sum(), memory, self.rate, meta)
+        assert awake is not None
+        learned = window.counted(State(memory, after.cache))
+        return (awake, learned) if meta else (awake.detach(), learned.detach())
+
+    def check(self, writes: Sequence[bool]) -> None:
+        """Refuse a model that has nothing to train."""
+        if not any(writes):
+            raise ValueError(
+                "gradient steps need a model with something to train: set its option trained_mlp"
+            )
+
+
+def _trainable(S: Tensor) -> Tensor:
+    # A view, for PyTorch's FLOP counter cannot follow a gradient to a leaf.
+    return S.detach().requires_grad_().view_as(S)
+
+
+def _descend(loss: Tensor, memory: Memory, rate: float, create_graph: bool) -> Memory:
+    """Take one step of gradient descent."""
+    trained = [S for S in memory.layers if S is not None]
+    if not trained:
+        raise ValueError("gradient steps need a model with something to train: set its option trained_mlp")
+    gradient = iter(torch.autograd.grad(loss, trained, create_graph=create_graph))
+    return memory.map(lambda S: S - rate * next(gradient))
