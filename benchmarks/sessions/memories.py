@@ -12,8 +12,8 @@ from torch import Tensor
 from benchmarks.table import Cell, Table
 from lmsleep import Backbone, Memory, State, pretrained, sleep_forward
 from lmsleep.evaluation import EVAL_SEED, wilson
-from lmsleep.memory_file import Storage
 from lmsleep.sleep import SleepConfig
+from lmsleep.state import Storage
 from lmsleep.tasks import Batch, stream
 from lmsleep.training import RunFolder
 

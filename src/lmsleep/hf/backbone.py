@@ -149,7 +149,7 @@ class HFBackbone(nn.Module):
         where = _Positions(self.model, h, state, self.layouts, start, stop)
         carried: dict[int, Carried] = {}
         for i in range(start, stop):
-            carried |= self._lend(i, state.memory.layers[i], where.rebased(i))
+            carried |= self._lend(i, state.memory.S[i], where.rebased(i))
         cache = RunCache(carried)
         for i in range(start, stop):
             limit = _sliding(blocks[i], span)
@@ -364,13 +364,13 @@ def _reason_against(backbone: HFBackbone, tokens: Tensor) -> str | None:
     for i, x in enumerate(backbone.layouts):
         if x.memory is None:
             continue
-        full = Memory(tuple(None if s is None else torch.ones_like(s) for s in empty.memory.layers))
+        full = empty.memory.map(torch.ones_like)
         filled, of_full = backbone.run(whole, State(full, empty.cache), i, i + 1)
         unfilled, of_empty = backbone.run(whole, empty, i, i + 1)
         if not torch.equal(filled, unfilled):
             continue
         # What it says does not tell: it was just inserted and says nothing yet. What it writes does.
-        S = [s.memory.layers[i] for s in (of_full, of_empty, after, cut)]
+        S = [s.memory.S[i] for s in (of_full, of_empty, after, cut)]
         from_full, from_empty, once, in_parts = (t.to(x.dtype) for t in S if t is not None)
         if torch.equal(from_full, from_empty) or not _close(in_parts, once):
             return f"block {i} ignores the fast weights that it is given with several tokens at once"

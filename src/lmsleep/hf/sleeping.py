@@ -269,7 +269,7 @@ def _valid(mask: Tensor | None, position_ids: Tensor | None, tokens: Tensor) -> 
 def _loss(read: SleepOutput, wanted: Tensor, lengths: Tensor | None, items: Tensor | int | None) -> Tensor:
     """The mean over predicted tokens, or their sum over `items`; zero where nothing is predicted."""
     if read.loss is None:
-        written = [S.sum() for S in read.memory.layers if S is not None]
+        written = [t.sum() for t in read.memory.tensors()]
         return torch.stack(written).sum() * 0.0
     if items is None:
         return read.loss
