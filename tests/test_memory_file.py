@@ -1,7 +1,7 @@
 import json
 import struct
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -12,9 +12,19 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lmsleep import Memory, Origin, Session, SleepConfig, State, fingerprint, pretrained, sleep_forward
+from lmsleep import (
+    Memory,
+    Origin,
+    Session,
+    SleepConfig,
+    State,
+    adapt,
+    fingerprint,
+    pretrained,
+    sleep_forward,
+)
 from lmsleep.files import write_atomic
-from lmsleep.memory import file, identity
+from lmsleep.memory import file, identity, model_identity
 from lmsleep.memory.saved import pack, unpack
 from lmsleep.training import RunFolder
 
@@ -118,21 +128,69 @@ HANDED_ON = {
 }
 
 
+@pytest.fixture(scope="module", params=["HybridLM", "transformers"])
+def written(request, tmp_path_factory):
+    # A model, how it sleeps, and the session's memory out of a file.
+    if request.param == "HybridLM":
+        model, rule = lively(tiny("attention", "gated_delta_net")), (None, "gated_delta_net")
+    else:
+        family = pytest.importorskip("hf_models").family
+        model, rule = adapt(family("qwen3_5")), ("fast_weights", None) * 2
+    session = Session(model, SleepConfig(window=L, passes=2))
+    session.read(random_tokens(2 * L + 3))
+    path = tmp_path_factory.mktemp("origins") / "a.mem"
+    session.memory.save(path, tags={"about": "nothing"})
+    loaded = Memory.load(path, model)
+    assert loaded.origin == replace(session.memory.origin, tags={"about": "nothing"})
+    assert loaded.origin.rule == rule and loaded.origin.model == fingerprint(model)
+    return model, session.sleep_config, loaded
+
+
 @pytest.mark.parametrize("how", HANDED_ON)
-def test_who_wrote_a_memory_travels_with_it(model, session, tmp_path, how):
-    session.memory.save(tmp_path / "a.mem")
-    loaded = Memory.load(tmp_path / "a.mem", model)
+def test_who_wrote_a_memory_travels_with_it(written, tmp_path, how):
+    model, sleep, loaded = written
     copy = HANDED_ON[how](loaded)
     assert copy.origin == loaded.origin
     copy.save(tmp_path / "b.mem")  # knows its model
     assert Memory.load(tmp_path / "b.mem").origin == loaded.origin
-    assert Session(model, session.sleep_config, memory=copy[[0]]).stats.tokens == loaded.origin.tokens > 0
+    assert Session(model, sleep, memory=copy[[0]]).stats.tokens == loaded.origin.tokens > 0
+
+
+def test_who_wrote_a_memory_survives_a_fork_and_a_merge(written, tmp_path):
+    model, sleep, loaded = written
+    child = loaded[[0, 0]].to(dtype=torch.float64).fork()[[1]]
+    assert child.origin == replace(loaded.origin, id=child.origin.id, parents=(loaded.origin.id,))
+    session = Session(model, sleep, memory=child)
+    session.read(random_tokens(L + 1))
+    grown = session.memory.clone()
+    assert (
+        grown.origin.tokens == loaded.origin.tokens + L + 1 and grown.origin.parents == child.origin.parents
+    )
+    merged = loaded.merge([grown]).clone()
+    assert merged.origin.parents == (loaded.origin.id, child.origin.id)
+    assert merged.origin.tokens == loaded.origin.tokens + grown.origin.tokens
+    merged.save(tmp_path / "m.mem")
+    again = Memory.load(tmp_path / "m.mem", model)
+    assert again.origin == merged.origin
+    assert again.origin.rule == loaded.origin.rule
+    assert Session(model, sleep, memory=again).stats.sleeps == loaded.origin.sleeps + grown.origin.sleeps
 
 
 def test_what_was_read_on_is_no_copy(model, session):
     state = State(session.memory, model.initial_state(1).cache)
     assert state.memory.origin is not None
     assert sleep_forward(model, random_tokens(1, 3), None, SleepConfig(), state=state).memory.origin is None
+
+
+def test_a_model_without_weights_has_no_identity():
+    assert model_identity(object()) is None
+    layer = torch.nn.Linear(2, 2)
+    assert model_identity(layer) == fingerprint(layer)
+    before = fingerprint(layer)
+    layer.weight.data.add_(1)  # not counted by PyTorch, so not seen, as documented
+    assert fingerprint(layer) == before
+    layer.weight.data = layer.weight.data.clone()  # but another tensor is
+    assert fingerprint(layer) != before
 
 
 def test_a_model_is_hashed_once(tmp_path, monkeypatch):
