@@ -217,7 +217,7 @@ def unpack(tensors: Mapping[str, Tensor], blocks: int) -> tuple[tuple[Tensor, ..
 
 def _unpacked(tensors: Mapping[str, Tensor], name: str) -> Tensor:
     S = tensors[name]
-    if not S.ndim or not S.numel() or S.is_complex() or not bool(S.isfinite().all()):
+    if not S.ndim or not S.numel() or S.is_complex() or not file.finite(S):
         raise ValueError(f"{name} holds no fast weights [B, ...] of finite numbers")
     if S.dtype != torch.int8:
         return S.to(torch.promote_types(S.dtype, torch.float32))
@@ -227,6 +227,6 @@ def _unpacked(tensors: Mapping[str, Tensor], name: str) -> Tensor:
     if scale.shape != _scale_shape(S):
         raise ValueError(f"{name}.scale has shape {tuple(scale.shape)}, not {_scale_shape(S)}")
     S = S.float() * (scale / 127)
-    if not bool(S.isfinite().all()):
+    if not file.finite(S):
         raise ValueError(f"{name}.scale holds NaN or infinity")
     return S
