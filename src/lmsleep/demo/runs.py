@@ -114,7 +114,7 @@ def _sleep_pictures(path: Path) -> dict[str, Any]:
     block = config.architecture.blocks.index("gated_delta_net")
     trace = []
     for watched in watch(model, batch.context, config.sleep):
-        trace.append([S for each in watched.passes if (S := each.memory.layers[block]) is not None])
+        trace.append([S for each in watched.passes if (S := each.memory.S[block]) is not None])
     norm = [[float(torch.linalg.matrix_norm(S).mean()) for S in window] for window in trace]
     change: list[list[float]] = []
     before = torch.zeros_like(trace[0][0])

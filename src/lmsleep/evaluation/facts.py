@@ -148,10 +148,7 @@ def _nats(model: Backbone, piece: Tensor, L: int, sleep: SleepConfig | None) -> 
 
 
 def _device(model: Backbone) -> torch.device:
-    state = model.initial_state(1)
-    return next(
-        t.device for layer in (state.memory.layers, *state.cache.layers) for t in layer if t is not None
-    )
+    return next(t.device for t in model.initial_state(1).tensors())
 
 
 @dataclass(frozen=True)

@@ -151,7 +151,7 @@ class HFBackbone(nn.Module):
         where = Positions(self.model, h, state, [x.kv is not None for x in self.layouts], start, stop)
         carried: dict[int, Carried] = {}
         for i in range(start, stop):
-            carried |= self._lend(i, state.memory.layers[i], where.rebased(i))
+            carried |= self._lend(i, state.memory.S[i], where.rebased(i))
         cache = RunCache(carried)
         for i in range(start, stop):
             limit = _sliding(blocks[i], span)

@@ -104,7 +104,7 @@ def from_session(session: Session, text: Readable) -> Subject:
 
 def _device(model: Backbone) -> torch.device:
     """Return the device of the fast weights."""
-    device = next((S.device for S in model.initial_state(1).memory.layers if S is not None), None)
+    device = next((t.device for t in model.initial_state(1).memory.tensors()), None)
     if device is None:
         raise ValueError("no block of this model has fast weights, so no sleep changes anything")
     return device

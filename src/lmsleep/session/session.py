@@ -9,13 +9,13 @@ from typing import Literal, Self, overload
 import torch
 from torch import Tensor
 
-from lmsleep.memory_file import Origin, Storage, fingerprint
+from lmsleep.memory import model_identity
 from lmsleep.session import saving, stream
 from lmsleep.session.answer import Answer, Piece
 from lmsleep.session.sampling import Sampling
 from lmsleep.session.stream import Step, Stream
 from lmsleep.sleep import Backbone, SleepConfig
-from lmsleep.state import Cache, Memory, State
+from lmsleep.state import Cache, Memory, Origin, State, Storage
 from lmsleep.text.tokenizers import Tokenizer
 
 Readable = str | Sequence[int] | Tensor
@@ -100,16 +100,16 @@ class Session:
     @property
     def memory(self) -> Memory:
         """Consolidated memory: the fast weights now, one row; within a window with what it wrote awake."""
-        layers = self.stream.state.memory.layers
+        memory = self.stream.state.memory
         origin = replace(
             self.origin,
-            model=fingerprint(self.model) if hasattr(self.model, "state_dict") else None,
+            model=model_identity(self.model),
             tokens=self.stream.tokens,
             sleeps=self.stream.sleeps,
             passes=self.sleep_config.passes,
-            rule=tuple(None if S is None else k for S, k in zip(layers, self.model.kinds, strict=True)),
+            rule=tuple(k if has else None for has, k in zip(memory.writes, self.model.kinds, strict=True)),
         )
-        return Memory(layers, origin)
+        return replace(memory, origin=origin)
 
     @property
     def permanent(self) -> Mapping[str, Tensor]:

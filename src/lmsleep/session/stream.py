@@ -148,7 +148,7 @@ def asleep(
     after, broken = [], []
     for row, (stream, state, tokens) in enumerate(zip(streams, states, new, strict=True)):
         begin = state if sleep.window is None else evict(sleep.eviction, state, sleep.window)
-        if not all(bool(t.isfinite().all()) for t in _tensors(begin)):
+        if not all(bool(t.isfinite().all()) for t in begin.tensors()):
             broken.append(row)
             after.append(stream.reopened())
             continue
@@ -170,7 +170,7 @@ def _pass(
     logits: bool,
 ) -> tuple[list[Tensor] | None, list[State]]:
     """`read_window` for rows of any length, each with a state of its own."""
-    device = next(t.device for t in _tensors(states[0]))
+    device = next(t.device for t in states[0].tensors())
     lengths = [len(t) for t in tokens]
     ragged = len(set(lengths)) > 1
     padded = torch.nn.utils.rnn.pad_sequence(list(tokens), batch_first=True).to(device)
@@ -186,8 +186,3 @@ def _pass(
     )
     rows = None if out is None else [row[:n] for row, n in zip(out, lengths, strict=True)]
     return rows, state.split()
-
-
-def _tensors(state: State) -> Iterator[Tensor]:
-    for layer in (state.memory.layers, *state.cache.layers):
-        yield from (t for t in layer if t is not None)
