@@ -138,7 +138,7 @@ def _ignored_memory(backbone: HFBackbone, h: Tensor, whole: State, parts: State)
         parts: what a reading in several calls left.
     """
     empty = backbone.initial_state(1)
-    ones = Memory(tuple(None if S is None else torch.ones_like(S) for S in empty.memory.layers))
+    ones = empty.memory.map(torch.ones_like)
     for i, x in enumerate(backbone.layouts):
         if x.memory is None:
             continue
