@@ -1,6 +1,6 @@
-"""Build a wheel and an sdist, and try the wheel away from the checkout: `python experiments/release.py CONSTRAINTS`.
+"""Build wheel and sdist into dist/, and try the wheel away from the checkout. Nothing is uploaded.
 
-It leaves both in dist/. Nothing is uploaded.
+python experiments/release.py CONSTRAINTS
 """
 
 import os
@@ -16,7 +16,11 @@ from zipfile import ZipFile
 
 ROOT = Path(__file__).parents[1]
 MAX_BYTES = {".whl": 3_000_000, ".gz": 6_000_000}  # shipped models and the demo's result; results and docs
-NEEDED = ("lmsleep/py.typed", "lmsleep/pretrained/depo-N1/config.json", "lmsleep/pretrained/depo-N4/config.json")
+NEEDED = (
+    "lmsleep/py.typed",
+    "lmsleep/pretrained/depo-N1/config.json",
+    "lmsleep/pretrained/depo-N4/config.json",
+)
 GRAPH = "n8 n4 n7 n8 n2 n5 n5 n1 n1 n6 n4 n3 n3 n2 n6 n7"
 
 
@@ -31,7 +35,7 @@ def build(out: Path) -> tuple[Path, Path]:
     wheel, sdist = next(out.glob("*.whl")), next(out.glob("*.tar.gz"))
     for file in (wheel, sdist):
         size, most = file.stat().st_size, MAX_BYTES[file.suffix]
-        print(f"{file.name}: {size:,} bytes (at most {most:,})")
+        sys.stdout.write(f"{file.name}: {size:,} bytes (at most {most:,})\n")
         if size > most:
             raise ValueError(f"{file.name} has {size:,} bytes, more than {most:,}; leave something out")
     names = ZipFile(wheel).namelist()
@@ -76,8 +80,8 @@ def try_out(commands: Path, folder: Path) -> None:
     (folder / "graph.txt").write_text(GRAPH)
 
     def say(program: str, *words: str) -> str:
-        line = [str(commands / program), *words]
-        run = subprocess.run(line, cwd=folder, check=True, stdout=subprocess.PIPE, text=True, env=_environment())
+        line, environment = [str(commands / program), *words], _environment()
+        run = subprocess.run(line, cwd=folder, check=True, stdout=subprocess.PIPE, text=True, env=environment)
         return run.stdout.strip()
 
     where = Path(say("python", "-c", "import lmsleep; print(lmsleep.__file__)"))
@@ -88,7 +92,7 @@ def try_out(commands: Path, folder: Path) -> None:
         "--version": say("lmsleep", "--version"),
         "n1, three hops": say("lmsleep", "ask", "depo-N4", "--memory", "g.mem", "HOP_3 n1"),
     }
-    print(f"{where.parent}\n{read}\n{answers}")
+    sys.stdout.write(f"{where.parent}\n{read}\n{answers}\n")
     expected = {"--version": f"lmsleep {_version()}", "n1, three hops": "n8"}
     if answers != expected:
         raise ValueError(f"the installed wheel says {answers}, not {expected}")

@@ -42,7 +42,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
             *theme,
             *(File.generated(config, str(p.relative_to(root)), abs_src_path=str(p)) for p in shown),
             *(_notebook(config, p, root) for p in (root / "docs/notebooks").glob("*.ipynb")),
-            *(File.generated(config, _page(m), content=f"::: {m}\n") for m in _modules(root / "src")),
+            *(_reference(config, module, root / "src") for module in _modules(root / "src")),
         ]
     )
 
@@ -52,6 +52,15 @@ def _modules(sources: Path) -> list[str]:
     packages = [file for file in sources.rglob("__init__.py") if "__all__" in file.read_text()]
     names = [".".join(file.parent.relative_to(sources).parts) for file in packages]
     return sorted({*names} - {"lmsleep.cli"})
+
+
+def _reference(config: MkDocsConfig, module: str, sources: Path) -> File:
+    """All public names of a package; one that a file of the package bears too would be left out."""
+    folder = sources / module.replace(".", "/")
+    public = (folder / "__init__.py").read_text().partition("__all__")[2]
+    hidden = [file.stem for file in sorted(folder.glob("*.py")) if f'"{file.stem}"' in public]
+    content = "\n".join(f"::: {name}\n" for name in (module, *(f"{module}.{name}" for name in hidden)))
+    return File.generated(config, _page(module), content=content)
 
 
 def _page(module: str) -> str:
