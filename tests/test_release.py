@@ -21,6 +21,7 @@ def test_the_wheel_works_away_from_the_checkout(built, tmp_path, capfd):
 
 
 @pytest.mark.slow  # it installs torch
+@pytest.mark.timeout(1200)
 def test_the_wheel_works_in_an_empty_environment(built, tmp_path):
     commands = release.install(built[0], tmp_path / "environment", release.ROOT / "constraints.txt")
     (tmp_path / "elsewhere").mkdir()
