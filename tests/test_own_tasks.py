@@ -2,7 +2,6 @@ import json
 import pickle
 import re
 import sys
-import textwrap
 from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
 
@@ -16,8 +15,8 @@ from lmsleep.sleep import SleepConfig
 from lmsleep.tasks import Depo, find_task, hide_answers, own, stream, task_name
 from lmsleep.training import Job, RunConfig, RunFolder, TrainConfig, run_all
 
-ARCHITECTURE = Path(__file__).parents[1] / "docs" / "architecture.md"
-EXAMPLES = re.findall(r"```python\n(.*?)```", ARCHITECTURE.read_text(), re.S)
+PAGE = Path(__file__).parents[1] / "docs" / "carry-on.md"
+EXAMPLES = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S)
 EXAMPLE = next(textwrap.dedent(text) for text in EXAMPLES if "class Recall" in text)
 TINY = "--steps 3 --eval-every 3 --eval-batches 1 --save-every 2 --batch-size 4 --d-model 16 --num-heads 2"
 OPTIONS = [*TINY.split(), "--window", "4", "--passes", "2", "--threads", "1"]
