@@ -26,7 +26,7 @@ from lmsleep.cli.options import (
 from lmsleep.cli.presets import PRESETS, preset
 from lmsleep.demo import command as demo_command
 from lmsleep.evaluation import Score, evaluate, wilson
-from lmsleep.evaluation.around_sleep import MOMENTS, Adaptation, Shifting, adaptation
+from lmsleep.evaluation.around_sleep import MOMENTS, AroundSleep, Shifting, around_sleep
 from lmsleep.evaluation.cost import cost
 from lmsleep.hf.loading import is_pretrained
 from lmsleep.models import HybridConfig
@@ -174,19 +174,19 @@ def evaluate_run(argv: list[str]) -> None:
     device = choose_device(options.device)
     model, task, own, size, parts = _evaluated(options, device)
     result: dict[int, Score] = {}
-    adapted: dict[int, Adaptation] = {}
+    around: dict[int, AroundSleep] = {}
     for n in options.passes or (own.passes,):
         sleep = own.with_passes(n)
         how: dict[str, Any] = {"batches": options.batches, "batch_size": size, "device": device}
         result[n] = evaluate(model, task, sleep, after=options.after, parts=parts, **how)
         if isinstance(task, Shifting) and sleep.window is not None and task.segment % sleep.window == 0:
-            adapted[n] = adaptation(model, task, sleep, **how)
+            around[n] = around_sleep(model, task, sleep, **how)
     if options.json:
-        passes = {str(n): _eval_json(task, score, adapted.get(n)) for n, score in result.items()}
+        passes = {str(n): _eval_json(task, score, around.get(n)) for n, score in result.items()}
         document = {"run": str(options.run), "passes": passes, "floors": task.floors()}
         sys.stdout.write(json.dumps(document, indent=2) + "\n")
     else:
-        sys.stdout.write(_eval_text(task, result, adapted))
+        sys.stdout.write(_eval_text(task, result, around))
 
 
 class _Evaluated(NamedTuple):
@@ -220,16 +220,16 @@ def _evaluated(options: EvalOptions, device: torch.device) -> _Evaluated:
     return _Evaluated(folder.model(device), task_of_run, sleep, size, parts)
 
 
-def _eval_json(task: Task, score: Score, adapted: Adaptation | None) -> dict[str, Any]:
+def _eval_json(task: Task, score: Score, around: AroundSleep | None) -> dict[str, Any]:
     document = score.to_dict()
     if isinstance(task, Text) and not task.asks:
         document["bits_per_byte"] = score.bits() / task.bytes_per_token
-    if adapted is not None:
-        document["adaptation"] = adapted.to_list()
+    if around is not None:
+        document["around_sleep"] = around.to_list()
     return document
 
 
-def _eval_text(task: Task, result: dict[int, Score], adapted: dict[int, Adaptation]) -> str:
+def _eval_text(task: Task, result: dict[int, Score], around: dict[int, AroundSleep]) -> str:
     lines, floors = [], task.floors()
     for passes, score in result.items():
         line = f"N = {passes}:"
@@ -244,8 +244,8 @@ def _eval_text(task: Task, result: dict[int, Score], adapted: dict[int, Adaptati
                 name = f"{task.difficulty_name}={key}"
                 line += f"  {name}: {accuracy:.3f} [{low:.3f}, {high:.3f}]{_floor(floors, name)}"
         lines.append(line)
-        if passes in adapted:
-            lines += _adaptation_lines(adapted[passes])
+        if passes in around:
+            lines += _around_lines(around[passes])
     return "\n".join([*lines, f"floors of accuracy: {_floors_text(floors)}", ""])
 
 
@@ -262,9 +262,9 @@ def _floors_text(floors: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.3f}" for name, value in floors.items() if "=" not in name)
 
 
-def _adaptation_lines(adapted: Adaptation) -> list[str]:
+def _around_lines(around: AroundSleep) -> list[str]:
     head = f"  {'sleeps since the shift':<24}" + "".join(f"{moment:>8}" for moment in MOMENTS)
-    rows = [f"  {s:<24}" + "".join(f"{bits:>8.3f}" for bits in row) for s, row in enumerate(adapted.bits)]
+    rows = [f"  {s:<24}" + "".join(f"{bits:>8.3f}" for bits in row) for s, row in enumerate(around.bits)]
     return [f"{head}   (a window is read; bits per predicted token of the next)", *rows]
 
 
