@@ -191,7 +191,9 @@ def test_eval_shows_the_measure_as_table_and_json(tmp_path, capsys):
     assert [row["sleeps"] for row in rows] == [0, 1]
     assert rows[0].keys() == {"sleeps", "before", "awake", "after", "tokens"}
     assert (
-        rows[0]["before"] == passes["2"]["around_sleep"][0]["before"] != passes["1"]["around_sleep"][0]["before"]
+        rows[0]["before"]
+        == passes["2"]["around_sleep"][0]["before"]
+        != passes["1"]["around_sleep"][0]["before"]
     )
     main(["eval", str(out), "--batches", "1"])
     text = capsys.readouterr().out

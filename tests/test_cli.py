@@ -169,9 +169,7 @@ def test_readme_commands_parse(trained, capsys, monkeypatch, tmp_path):
     book.write_text("word " * 10_000)
     monkeypatch.chdir(tmp_path)
     started = []
-    monkeypatch.setattr(
-        "lmsleep.cli.commands.Trainer", lambda folder, config: started.append(config) or _Stop()
-    )
+    monkeypatch.setattr("lmsleep.cli.train.Trainer", lambda folder, config: started.append(config) or _Stop())
     for words in lines:
         if "--resume" not in words:
             with pytest.raises(_Stopped):

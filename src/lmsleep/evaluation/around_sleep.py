@@ -72,8 +72,8 @@ def around_sleep(
     """Read held-out streams window by window; before and after each sleep predict what lies ahead.
 
     What lies ahead is the next window of the same segment (after its last window: what would have followed).
-    It is read on a fork of the state, so the stream is not disturbed. The first segment, which follows on nothing,
-    counts if it is the only one.
+    It is read on a fork of the state, so the stream is not disturbed. The first segment, which follows on
+    nothing, counts if it is the only one.
 
     Raises:
         ValueError: if nothing is evicted, or a segment is no whole number of windows.
