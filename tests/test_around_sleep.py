@@ -146,7 +146,7 @@ def test_the_first_segment_counts_only_where_it_is_the_only_one():
 
 
 @pytest.mark.parametrize("eviction", ["hard", "sliding"])
-def test_probes_are_read_from_the_state_of_the_stream(eviction):
+def test_what_lies_ahead_is_read_from_the_state_of_the_stream(eviction):
     model = lively(tiny("attention", "gated_delta_net", vocab_size=7))
     sleep = SleepConfig(window=4, passes=3, eviction=eviction)
     task = Drift(keys=3, values=4, segment=8, segments=2)
@@ -155,16 +155,16 @@ def test_probes_are_read_from_the_state_of_the_stream(eviction):
     first, second = segments.unbind(1)
     read = torch.cat([first[:, :8], second[:, :8]], dim=1)
     for s in (0, 1):
-        probe = second[:, 4 * s + 4 : 4 * s + 8]
+        ahead = second[:, 4 * s + 4 : 4 * s + 8]
         states = [
             sleep_forward(model, read[:, : 8 + 4 * s], None, sleep, evict_last=True).state,
             sleep_forward(model, read[:, : 12 + 4 * s], None, sleep).state,
             sleep_forward(model, read[:, : 12 + 4 * s], None, sleep, evict_last=True).state,
         ]
         for column, state in enumerate(states):
-            h, _ = model.run(model.embed(probe), state, 0, 2, span=sleep.eviction.span(4))
+            h, _ = model.run(model.embed(ahead), state, 0, 2, span=sleep.eviction.span(4))
             logs = model.head(h).log_softmax(-1)
-            picked = logs[:, [0, 2]].gather(-1, probe[:, [1, 3], None])
+            picked = logs[:, [0, 2]].gather(-1, ahead[:, [1, 3], None])
             assert made.bits[s, column] == pytest.approx(-picked.mean().item() / math.log(2), rel=1e-5)
 
 
