@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lmsleep.evaluation import EVAL_SEED, Score
 from lmsleep.memory import Memory
-from lmsleep.pretrained import find
+from lmsleep.shipped import find
 from lmsleep.sleep import SleepConfig, read_window, sleep_forward
 from lmsleep.state import State
 from lmsleep.tasks import Batch, stream

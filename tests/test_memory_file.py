@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lmsleep import Memory, Session, SleepConfig, State, fingerprint, memory_file, pretrained, sleep_forward
+from lmsleep import Memory, Session, SleepConfig, State, fingerprint, memory_file, shipped, sleep_forward
 from lmsleep.files import write_atomic
 from lmsleep.memory_file import Origin, pack, unpack
 from lmsleep.training import RunFolder
@@ -231,7 +231,7 @@ def test_a_plain_configuration_counts_by_what_it_says():
 
 
 def test_the_fingerprint_of_a_shipped_model_stays():
-    model = RunFolder(pretrained.find(Path("depo-N4"))).model()
+    model = RunFolder(shipped.find(Path("depo-N4"))).model()
     assert fingerprint(model).startswith("15dfff90d0cd18df")  # docs/microscope.md
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from tyro.conf import Positional
 
-from lmsleep import pretrained
+from lmsleep import shipped
 from lmsleep.cli.options import parse
 from lmsleep.cli.scores import bits_text, floor_text, floors_text
 from lmsleep.evaluation import Score, evaluate, wilson
@@ -78,7 +78,7 @@ class _Evaluated(NamedTuple):
 
 
 def _evaluated(options: EvalOptions, device: torch.device) -> _Evaluated:
-    path = pretrained.find(options.run)
+    path = shipped.find(options.run)
     if is_pretrained(path):
         if not options.data:
             raise ValueError(

@@ -8,7 +8,7 @@ from typing import Any
 
 from tyro.conf import Positional
 
-from lmsleep import pretrained
+from lmsleep import shipped
 from lmsleep.cli.options import parse
 from lmsleep.evaluation.cost import cost
 from lmsleep.opening import open_backbone
@@ -33,7 +33,7 @@ class InfoOptions:
 def info(argv: list[str]) -> None:
     """`lmsleep info RUN|MODEL`."""
     options = parse(InfoOptions, argv, "lmsleep info")
-    folder = RunFolder(pretrained.find(options.path))
+    folder = RunFolder(shipped.find(options.path))
     model: Model
     if folder.is_run():
         config = folder.config()
