@@ -18,8 +18,8 @@ ROOT = Path(__file__).parents[1]
 MAX_BYTES = {".whl": 3_000_000, ".gz": 5_000_000}  # shipped models and the demo's result; results and docs
 NEEDED = (
     "lmsleep/py.typed",
-    "lmsleep/pretrained/depo-N1/config.json",
-    "lmsleep/pretrained/depo-N4/config.json",
+    "lmsleep/shipped/depo-N1/config.json",
+    "lmsleep/shipped/depo-N4/config.json",
 )
 GRAPH = "n8 n4 n7 n8 n2 n5 n5 n1 n1 n6 n4 n3 n3 n2 n6 n7"
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lmsleep.evaluation import EVAL_SEED, Score
-from lmsleep.pretrained import find
+from lmsleep.shipped import find
 from lmsleep.sleep import SleepConfig, read_window, sleep_forward
 from lmsleep.state import Memory, State
 from lmsleep.tasks import Batch, stream

@@ -20,7 +20,7 @@ from lmsleep import (
     State,
     adapt,
     fingerprint,
-    pretrained,
+    shipped,
     sleep_forward,
 )
 from lmsleep.files import write_atomic
@@ -290,7 +290,7 @@ def test_a_plain_configuration_counts_by_what_it_says():
 
 
 def test_the_fingerprint_of_a_shipped_model_stays():
-    model = RunFolder(pretrained.find(Path("depo-N4"))).model()
+    model = RunFolder(shipped.find(Path("depo-N4"))).model()
     assert fingerprint(model).startswith("15dfff90d0cd18df")  # docs/microscope.md
 
 

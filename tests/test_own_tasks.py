@@ -2,6 +2,7 @@ import json
 import pickle
 import re
 import sys
+import textwrap
 from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
 

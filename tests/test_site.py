@@ -12,7 +12,7 @@ import pytest
 from docs.hooks.notebooks import FOLDER, execute, printed
 
 ROOT = Path(__file__).parents[1]
-CARD = "src/lmsleep/pretrained/README.md"
+CARD = "src/lmsleep/shipped/README.md"
 NUMBER = re.compile(r"\d+\.\d+")
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.table import Cell, Table
 from benchmarks.timing import ms, take_turns
-from lmsleep import Backbone, HybridConfig, HybridLM, Memory, Session, State, pretrained, sleep_forward
+from lmsleep import Backbone, HybridConfig, HybridLM, Memory, Session, State, shipped, sleep_forward
 from lmsleep.evaluation import EVAL_SEED, wilson
 from lmsleep.sleep import SleepConfig
 from lmsleep.state import Storage
@@ -34,7 +34,7 @@ class Reader:
     @classmethod
     def shipped(cls, name: str) -> "Reader":
         """Open a shipped model by name."""
-        run = RunFolder.open(pretrained.find(name))
+        run = RunFolder.open(shipped.find(name))
         return cls(run.model(), run.config().sleep, run.config().task)
 
     def batches(self, count: int) -> Iterator[Batch]:
@@ -62,7 +62,7 @@ class Reader:
 def stored(batches: int) -> Table:
     """Score the same memories through files of three kinds."""
     rows: list[dict[str, Cell]] = []
-    for name in pretrained.names():
+    for name in shipped.names():
         reader = Reader.shipped(name)
         right, given = ({s: list[Tensor]() for s in STORAGES} for _ in range(2))
         size, hops = {}, []
@@ -107,7 +107,7 @@ def merged(batches: int) -> Table:
         "nothing (S = 0)": lambda r, c: r.read(c).map(torch.zeros_like),
     }
     rows: list[dict[str, Cell]] = []
-    for name in reversed(pretrained.names()):
+    for name in reversed(shipped.names()):
         reader = Reader.shipped(name)
         for case, remember in cases.items():
             right, hops = [], []

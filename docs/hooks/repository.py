@@ -12,7 +12,7 @@ from mkdocs.structure.files import File, Files
 SHOWN = (
     *("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "CITATION.cff", "LICENSE"),
     *("docs/*.md", "docs/images/*", "docs/hooks/wide.css", "results/*/README.md", "results/*/figure.png"),
-    "src/lmsleep/pretrained/README.md",
+    "src/lmsleep/shipped/README.md",
 )
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from lmsleep.version import __version__
 
 if TYPE_CHECKING:
-    from lmsleep import ops, pretrained
+    from lmsleep import ops, shipped
     from lmsleep.hf import adapt
     from lmsleep.memory import fingerprint
     from lmsleep.microscope import Inspection, inspect
@@ -54,8 +54,8 @@ __all__ = [
     "inspect",
     "open",
     "ops",
-    "pretrained",
     "read_window",
+    "shipped",
     "sleep_forward",
 ]
 

@@ -70,7 +70,7 @@ def losses(trainer: Trainer, until: int) -> list[float]:
 
 def shipped(name: str) -> dict[str, Tensor]:
     """Logits and fast weights of a shipped model on fixed tokens: two windows asleep, then questions."""
-    run = RunFolder.open(lmsleep.pretrained.find(name))
+    run = RunFolder.open(lmsleep.shipped.find(name))
     config, model = run.config(), run.model()
     batch = config.task.batch(stream(7, "test", 0), 4, "test")
     with torch.no_grad():
@@ -124,7 +124,7 @@ def _files() -> None:
     from lmsleep.hf.finetune import FineTune
     from lmsleep.training import TrainConfig
 
-    run = RunFolder.open(lmsleep.pretrained.find("depo-N4"))
+    run = RunFolder.open(lmsleep.shipped.find("depo-N4"))
     session = new_session(Path("depo-N4"), SleepOptions())
     session.read(GRAPH)
     session.save(HERE / "depo-N4.mem", tags={"made": "golden"})
