@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import data, floors, recurrence, sessions, step, window
+from benchmarks import data, floors, recurrence, rules, sessions, step, window
 from benchmarks.processor import Processor
 from benchmarks.table import Table, as_text, with_tables
 from lmsleep.files import write_atomic
@@ -24,6 +24,7 @@ ON_CPU: dict[str, Callable[[int, bool], Measures]] = {"data": data.tables, "sess
 ON_ANY: dict[str, Callable[[int, bool, Processor], Measures]] = {
     "floors": floors.tables,
     "recurrence": recurrence.tables,
+    "rules": rules.tables,
     "step": step.tables,
     "window": window.tables,
 }

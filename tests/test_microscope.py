@@ -22,7 +22,7 @@ from lmsleep.microscope.heads import head_rows, hypnogram_rows, norm
 from lmsleep.microscope.probe import probe_rows, probed, ridge
 from lmsleep.microscope.readback import readback, readback_rows
 from lmsleep.microscope.subject import Subject, cut, from_session
-from lmsleep.ops import reference
+from lmsleep.ops import RULES
 from lmsleep.tasks import MQAR, TASKS, Depo, GSMInfinite, Rule110, Text, stream
 from lmsleep.tasks.base import Batch
 from lmsleep.text.tokenizers import Bytes
@@ -67,7 +67,7 @@ def test_after_pass_n_of_a_loop_over_all_blocks_stands_what_n_passes_leave():
 
 def test_what_tokens_write_explains_what_every_pass_leaves():
     model = lively(tiny("attention", "gated_delta_net", "gated_linear"))
-    rules = {1: reference.gated_delta_rule, 2: reference.gated_linear_rule}
+    rules = {1: RULES["gated_delta_rule"].reference, 2: RULES["gated_linear_rule"].reference}
     for window in windows(model):
         before = window.before.memory
         for each in window.passes:

@@ -25,6 +25,8 @@ CONFIGS = {
     "attention": tiny("attention", "attention"),
     "gated_delta_net": tiny("gated_delta_net", "gated_delta_net"),
     "gated_linear": tiny("gated_linear", "gated_linear"),
+    "kda": tiny("kda", "kda"),
+    "raven": tiny("raven", "raven"),
     "mixed": tiny(*MIXED),
     "reference": tiny(*MIXED, backend="reference"),
     "qk_norm": tiny(*MIXED, qk_norm=True),
@@ -101,7 +103,7 @@ def test_a_forward_pass_without_gradients_leaves_nothing_behind():
     assert all(p.grad.any() for p in model.parameters())
 
 
-@pytest.mark.parametrize("kind", ["attention", "gated_delta_net", "gated_linear"])
+@pytest.mark.parametrize("kind", ["attention", "gated_delta_net", "gated_linear", "kda", "raven"])
 @pytest.mark.parametrize("conv_size", [0, 4])
 def test_every_token_sees_all_earlier_ones(kind, conv_size):
     model, x = lively(tiny(kind, conv_size=conv_size)), random_tokens(1, 20)

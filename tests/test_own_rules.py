@@ -71,6 +71,23 @@ def test_a_rule_in_a_file_is_the_one_that_it_equals(file):
     assert ops.find_rule(own.blocks[1]) is ops.find_rule(f"{file}:mine")
 
 
+GATED = """
+from lmsleep.ops import Rule
+from lmsleep.ops.rules import kda
+
+mine = Rule(kda.by_token, gates=kda.ChannelGates(), sizes=kda.RULE.sizes)
+"""
+
+
+def test_a_rule_in_a_file_brings_its_gates_and_the_shape_of_its_state(tmp_path):
+    (tmp_path / "gated.py").write_text(GATED)
+    tokens, outputs = torch.arange(20)[None], []
+    for kind in (f"{tmp_path}/gated.py:mine", "kda"):
+        torch.manual_seed(0)
+        outputs.append(HybridLM(HybridConfig(blocks=("attention", kind))).double()(tokens))
+    assert torch.allclose(*outputs, atol=1e-10)
+
+
 @pytest.mark.parametrize(
     ("content", "name", "said"),
     [

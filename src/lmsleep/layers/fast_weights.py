@@ -1,6 +1,5 @@
 """The layer with fast weights: projections and gates around an update rule."""
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -18,8 +17,9 @@ class Writes(NamedTuple):
         q: queries `[B, T, H, K]`, of unit norm.
         k: keys `[B, T, H, K]`, of unit norm.
         v: values `[B, T, H, V]`.
-        g: log decay `[B, T, H]`: a token forgets a share `1 - exp(g)` of `S`.
-        beta: write strength `[B, T, H]`.
+        g: log decay `[B, T, H]`: a token forgets a share `1 - exp(g)` of `S`; `[B, T, H, rows]` by a rule
+            that forgets each row of `S` by itself.
+        beta: write strength `[B, T, H]`, or likewise one a row.
     """
 
     q: Tensor
@@ -35,8 +35,8 @@ class FastWeights(nn.Module):
     With `rule="gated_delta_rule"` this is the Gated DeltaNet layer (arXiv 2412.06464): keys and
     queries of unit norm, a short convolution with SiLU on q, k and v, decay
     `alpha = exp(-A softplus(W_a x + dt))`, write strength `beta = sigmoid(W_b x)`, and a gated RMS norm
-    on the output. With `"gated_linear_rule"` the same layer writes without the delta correction (the
-    paper's eq. 3); any other rule of `ops.RULES` takes its place likewise.
+    on the output. Any other rule of `ops.find_rule` takes its place, with its own gates and shape of `S`; the
+    rest of the layer stays.
     """
 
     def __init__(
@@ -64,29 +64,24 @@ class FastWeights(nn.Module):
         self.v_proj = nn.Linear(d_model, vs, bias=False)
         self.g_proj = nn.Linear(d_model, vs, bias=False)  # gate of the output
         self.o_proj = nn.Linear(vs, d_model, bias=False)
-        self.a_proj = nn.Linear(d_model, num_heads, bias=False)  # forgetting
-        self.b_proj = nn.Linear(d_model, num_heads, bias=True)  # writing
-        self.A_log = nn.Parameter(torch.empty(num_heads))
-        self.dt_bias = nn.Parameter(torch.empty(num_heads))
+        gates = ops.find_rule(rule).gates
+        gates.build(self, d_model)
         self.conv = nn.Parameter(torch.empty(2 * qk + vs, conv_size)) if conv_size > 0 else None
         self.norm = nn.RMSNorm(value_dim, eps=norm_eps)
         self.reset_gates()
 
     @torch.no_grad()
     def reset_gates(self) -> None:
-        """Heads forget between `forget[0]` and `forget[1]` a token (log-spaced); beta starts at 0.73."""
-        log_spaced_forgetting(self.A_log, self.dt_bias, self.forget)
-        self.a_proj.weight.zero_()
-        self.b_proj.weight.zero_()
-        self.b_proj.bias.fill_(1.0)
+        """Set the gates to what the rule begins with, and the convolution to the identity."""
+        ops.find_rule(self.rule).gates.reset(self)
         if self.conv is not None:
             self.conv.zero_()
-            self.conv[:, -1] = 1.0  # starts as the identity
+            self.conv[:, -1] = 1.0
 
     @property
     def memory_shape(self) -> tuple[int, int, int]:
-        """`(H, K, V)` of `S` for one sequence."""
-        return self.num_heads, self.key_dim, self.value_dim
+        """Shape of `S` for one sequence: `(H, K, V)`, or `H` and what the rule says."""
+        return self.num_heads, *ops.find_rule(self.rule).sizes(self.key_dim, self.value_dim).state
 
     def empty_cache(self, batch_size: int) -> tuple[Tensor, ...]:
         """The tail of the short convolution, before any token: `[B, 0, channels]`."""
@@ -122,18 +117,7 @@ class FastWeights(nn.Module):
         q, k, v = F.silu(qkv).split((qk, qk, vs), dim=-1)
         q, k = (F.normalize(y.unflatten(-1, (-1, self.key_dim)), dim=-1, eps=1e-6) for y in (q, k))
         v = v.unflatten(-1, (-1, self.value_dim))
-        dt = F.softplus(self.a_proj(x).to(self.dt_bias.dtype) + self.dt_bias)
-        g = -self.A_log.exp() * dt
-        beta = self.beta_scale * self.b_proj(x).to(g.dtype).sigmoid()
+        g, beta = ops.find_rule(self.rule).gates(self, x)
         if valid is not None:
-            g, beta = g * valid[..., None], beta * valid[..., None]
+            g, beta = (y * valid.view(*valid.shape, *[1] * (y.ndim - 2)) for y in (g, beta))
         return Writes(q, k, v, g, beta), cache
-
-
-@torch.no_grad()
-def log_spaced_forgetting(A_log: Tensor, dt_bias: Tensor, forget: tuple[float, float] = (0.001, 0.1)) -> None:
-    """Set `A_log` and `dt_bias` `[H]` so that heads forget from `forget[0]` to `forget[1]` a token."""
-    low, high = map(math.log, forget)
-    rate = torch.linspace(low, high, len(A_log)).exp()
-    A_log.zero_()
-    dt_bias.copy_(rate.expm1().log())  # softplus(dt_bias) = rate

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmsleep import ops
-from lmsleep.layers.fast_weights import log_spaced_forgetting
+from lmsleep.ops.rules.rule import log_spaced_forgetting
 
 
 class JetBlock(nn.Module):

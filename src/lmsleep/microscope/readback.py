@@ -40,13 +40,16 @@ def readback_rows(
 
     Keys and values are those of the window's last pass. `cosine`, `rank` and `retrieved` (the share of rank
     1) query `S` after that pass; `cosine_end` and `retrieved_end` query `end`, what later windows left.
-    `token` and `text` are None where the rows of the batch differ in the token.
+    `token` and `text` are None where the rows of the batch differ in the token. Blocks whose `S` is no matrix
+    of `K x V` (but of slots) are left out.
     """
     for number, window in windows:
         last = window.passes[-1]
         for block, writes in last.writes.items():
             S, S_end = last.memory.S[block], end.S[block]
             assert S is not None and S_end is not None
+            if S.shape[2:] != (writes.k.shape[-1], writes.v.shape[-1]):
+                continue
             cosine, rank = readback(S, writes.k, writes.v)
             cosine_end, rank_end = readback(S_end, writes.k, writes.v)
             columns = {

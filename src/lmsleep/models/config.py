@@ -24,8 +24,8 @@ class HybridConfig:
     d_model: int = 256
     """Width of the residual stream."""
     blocks: tuple[BlockKind, ...] = ("attention", "gated_delta_net", "attention", "gated_delta_net")
-    """Kind of each block, first to last: attention, gated_delta_net, gated_linear or a rule of your own,
-    FILE.py:NAME."""
+    """Kind of each block, first to last: attention, gated_delta_net, gated_linear, kda, raven or a rule of
+    your own, FILE.py:NAME."""
     tie_embeddings: bool = False
     """Use the embedding as output projection too."""
     norm_eps: float = 1e-6
@@ -51,7 +51,7 @@ class HybridConfig:
     qk_norm: bool = False
     """RMS-normalise queries and keys of attention."""
     forget: tuple[float, float] = (0.001, 0.1)
-    """Log decay per token at initialisation, slowest and fastest head."""
+    """Log decay per token at initialisation, slowest and fastest head (kda: channel of every head)."""
     negative_eigenvalues: bool = False
     """Let the write strength beta reach 2 instead of 1 (state transitions may reflect)."""
     backend: Backend = "auto"

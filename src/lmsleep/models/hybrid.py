@@ -16,6 +16,7 @@ from lmsleep.models.config import RULE_OF, HybridConfig
 from lmsleep.state import Cache, Memory, State
 
 WRITERS = ("o_proj", "down_proj")  # linear maps into the residual stream
+GATES = ("a_proj", "b_proj", "r_proj")  # of all rules
 
 
 class Block(nn.Module):
@@ -100,9 +101,8 @@ class HybridLM(nn.Module):
     def reset_parameters(self) -> None:
         """Draw linear weights from N(0, 1/fan-in), an untied embedding from N(0, 1)."""
         for name, module in self.named_modules():
-            # The gates of fast weights (a_proj, b_proj) keep what their layer gave them: the wanted
-            # forgetting.
-            if isinstance(module, nn.Linear) and not name.endswith(("a_proj", "b_proj")):
+            # The gates of fast weights keep what their rule gave them: the wanted forgetting.
+            if isinstance(module, nn.Linear) and not name.endswith(GATES):
                 writes = name.endswith(WRITERS)
                 std = module.in_features**-0.5 * (self.config.residual_init if writes else 1.0)
                 nn.init.normal_(module.weight, std=std)

@@ -6,13 +6,13 @@ from lmsleep.ops.dynamic_conv import dynamic_conv
 from lmsleep.ops.rules import (
     RULES,
     Backend,
-    Rule,
     find_rule,
     gated_delta_rule,
     gated_linear_rule,
     register_rule,
     update,
 )
+from lmsleep.ops.rules.rule import Rule
 
 __all__ = [
     "RULES",

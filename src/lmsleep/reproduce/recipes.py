@@ -299,14 +299,15 @@ def _with_other_passes(run: RunConfig) -> dict[int, RunConfig]:
 
 def _update_rules(scale: Scale) -> list[Cell]:
     cells = []
-    rules: tuple[BlockKind, ...] = ("gated_delta_net", "gated_linear")
+    rules: tuple[BlockKind, ...] = ("gated_delta_net", "gated_linear", "kda", "raven")
     for rule in rules:
         for n in (1, 4):
             run = depo(scale, n)
-            blocks = tuple(kind if kind == "attention" else rule for kind in run.architecture.blocks)
-            cells.append(
-                Cell(f"{rule}, N = {n}", replace(run, model=replace(run.architecture, blocks=blocks)))
-            )
+            model = run.architecture
+            if rule == "raven":  # which writes no more than it forgets
+                model = replace(model, forget=(0.1, 1.0))
+            blocks = tuple(kind if kind == "attention" else rule for kind in model.blocks)
+            cells.append(Cell(f"{rule}, N = {n}", replace(run, model=replace(model, blocks=blocks))))
     return cells
 
 
@@ -418,7 +419,7 @@ RECIPES: dict[str, Recipe] = {
     ),
     "rule": Recipe(
         "Depo: the update rule of the fast weights",
-        "Not in the paper: does the delta rule matter, and for which N?",
+        "Not in the paper: does the rule matter, and for which N?",
         _update_rules,
         ("tokens", "difficulty"),
     ),

@@ -8,7 +8,7 @@ from lmsleep.training.models import Model
 from lmsleep.training.muon import Muon
 
 # Rows of these few-row projections are independent gates, not a map to be orthogonalised.
-GATES = ("a_proj", "b_proj", "in_proj_a", "in_proj_b", "in_proj_ba")
+GATES = ("a_proj", "b_proj", "f_a_proj", "f_b_proj", "r_proj", "in_proj_a", "in_proj_b", "in_proj_ba")
 
 
 def optimizers(model: Model, config: TrainConfig) -> list[Optimizer]:

@@ -1,4 +1,4 @@
-"""Chunk-parallel forms of the recurrences in plain PyTorch (CPU and any GPU).
+"""Chunk-parallel recurrences whose heads decay as one, in plain PyTorch (CPU and any GPU).
 
 Within a chunk of C tokens with cumulative log decay `G_t = g_1 + ... + g_t` and the state `S` that
 precedes it, both rules leave `S_t = e^{G_t} S + sum_{s<=t} e^{G_t - G_s} k_s u_s^T`, where `u` are
@@ -23,21 +23,7 @@ from torch.autograd.function import once_differentiable
 from lmsleep.ops.precision import exact
 
 
-def gated_delta_rule(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, state: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Chunk-parallel `reference.gated_delta_rule`; same arguments, same result."""
-    return _chunked(q, k, v, g, beta, scale, state, delta=True)
-
-
-def gated_linear_rule(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, state: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Chunk-parallel `reference.gated_linear_rule`; same arguments, same result."""
-    return _chunked(q, k, v, g, beta, scale, state, delta=False)
-
-
-def _chunked(
+def in_chunks(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -48,6 +34,7 @@ def _chunked(
     *,
     delta: bool,
 ) -> tuple[Tensor, Tensor]:
+    """The gated delta rule, or without `delta` the gated linear rule; arguments and result as of a `Rule`."""
     if q.shape[1] == 0:
         return torch.zeros_like(v), state
     result: tuple[Tensor, Tensor] = _Chunked.apply(q, k, v, g, beta, state, scale, delta)  # type: ignore[no-untyped-call]

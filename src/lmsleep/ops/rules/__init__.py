@@ -1,46 +1,28 @@
-"""The update rules of the fast weights, with their backends, behind one signature.
+"""The update rules of the fast weights, a file each, behind one signature.
 
 `backend="auto"` takes fla's Triton kernels for CUDA tensors where `flash-linear-attention` is installed, and
 elsewhere the chunk-parallel PyTorch form of a rule that has one.
 """
 
 import importlib.util
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from lmsleep.ops import chunked, fla, reference
 from lmsleep.ops.precision import exact
+from lmsleep.ops.rules import gated_delta, gated_linear, kda, raven
+from lmsleep.ops.rules.rule import Recurrence, Rule
 from lmsleep.plugins import Plugin
 
 Backend = Literal["auto", "reference", "chunked", "fla"]
-Recurrence = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float, Tensor], tuple[Tensor, Tensor]]
-
-
-@dataclass(frozen=True)
-class Rule:
-    """An update rule. Each form takes `(q, k, v, g, beta, scale, state)` and returns `(o, state)`.
-
-    Shapes are those of `gated_delta_rule`. `g = beta = 0` must leave the state as it is: padding has both.
-
-    Attributes:
-        reference: token by token, any dtype; the definition.
-        chunked: the same, chunk-parallel, for any device.
-        fla: the same, on Triton kernels.
-    """
-
-    reference: Recurrence
-    chunked: Recurrence | None = None
-    fla: Recurrence | None = None
-
 
 RULES: dict[str, Rule] = {
-    name: Rule(*(getattr(form, name) for form in (reference, chunked, fla)))
-    for name in ("gated_delta_rule", "gated_linear_rule")
+    "gated_delta_rule": gated_delta.RULE,
+    "gated_linear_rule": gated_linear.RULE,
+    "kda": kda.RULE,
+    "raven": raven.RULE,
 }
 
 
@@ -156,18 +138,22 @@ def update(
     initial_state: Tensor | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """The update rule that `find_rule` finds. Arguments, result and errors as for `gated_delta_rule`."""
+    """The update rule that `find_rule` finds.
+
+    Arguments, result and errors as for `gated_delta_rule`, but for the shapes of `g`, `beta` and the state
+    and for the default of `scale`, which are the rule's own (`Rule.sizes`, `Rule.scale`).
+    """
     chosen = find_rule(rule)
-    _check_shapes(q, k, v, g, beta, initial_state)
+    _check_shapes(chosen, q, k, v, g, beta, initial_state)
     B, _, H, K = q.shape
     inputs = (q, k, v, g, beta) if initial_state is None else (q, k, v, g, beta, initial_state)
     dtype = torch.float64 if any(x.dtype == torch.float64 for x in inputs) else torch.float32
     if initial_state is None:
-        state = torch.zeros(B, H, K, v.shape[-1], dtype=dtype, device=q.device)
+        state = torch.zeros(B, H, *chosen.sizes(K, v.shape[-1]).state, dtype=dtype, device=q.device)
     else:
         state = initial_state.to(dtype)
     if scale is None:
-        scale = K**-0.5
+        scale = chosen.scale(K)
     form, casts = _choose(rule, chosen, backend, q)
     if casts:  # fla's kernels take low precision as it is and accumulate in float32
         q, k, v, g, beta = (x.to(dtype) for x in (q, k, v, g, beta))
@@ -198,15 +184,21 @@ def _choose(name: str, rule: Rule, backend: Backend, q: Tensor) -> tuple[Recurre
 
 
 def _check_shapes(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, initial_state: Tensor | None
+    rule: Rule, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, initial_state: Tensor | None
 ) -> None:
     if q.ndim != 4:
         raise ValueError(f"q must be [B, T, H, K], got shape {tuple(q.shape)}")
     B, T, H, K = q.shape
-    expected = {"k": (k, (B, T, H, K)), "g": (g, (B, T, H)), "beta": (beta, (B, T, H))}
-    expected["v"] = (v, (B, T, H, v.shape[-1]))
+    V = v.shape[-1]
+    sizes = rule.sizes(K, V)
+    expected = {
+        "k": (k, (B, T, H, K)),
+        "v": (v, (B, T, H, V)),
+        "g": (g, (B, T, H, *sizes.g)),
+        "beta": (beta, (B, T, H, *sizes.beta)),
+    }
     if initial_state is not None:
-        expected["initial_state"] = (initial_state, (B, H, K, v.shape[-1]))
+        expected["initial_state"] = (initial_state, (B, H, *sizes.state))
     for name, (x, shape) in expected.items():
         if tuple(x.shape) != shape:
             raise ValueError(f"{name} must have shape {shape} to fit q, got {tuple(x.shape)}")
