@@ -197,7 +197,7 @@ class Counted:
 
     def __init__(self, model):
         self.model, self.num_blocks, self.config = model, model.num_blocks, model.config
-        self.kinds = model.kinds
+        self.kinds, self.vocab_size, self.device = model.kinds, model.vocab_size, model.device
         self.initial_state, self.embed, self.head = model.initial_state, model.embed, model.head
         self.lengths = []
 
