@@ -301,6 +301,109 @@ def test_answers_stop_at_tokens_and_texts(model):
     assert "".join(session.generate("c", 8, stream=True)) == text
 
 
+# Taking back
+
+
+@EVICTIONS
+def test_rewind_takes_back_the_last_call_bit_for_bit(model, eviction, tmp_path):
+    session = Session(model, sleeping(eviction=eviction), history=3)
+    calls = [
+        lambda: session.read(random_tokens(2 * L + 2)),
+        lambda: session.generate([1, 2], 2 * L),
+        lambda: session.sleep(),
+        lambda: session.read([3, 4]),
+    ]
+    streams = []
+    for call in calls:
+        streams.append(session.stream)
+        call()
+        session.read(()), session.generate([1], 1, stream=True)  # which change nothing
+    session.save(tmp_path / "a.mem")
+    spent = session.stats.seconds_awake
+    for stream in streams[:0:-1]:
+        session.rewind()
+        assert session.stream is stream
+    assert session.stats.seconds_awake == spent > 0 and session.memory.origin.tokens == 2 * L + 2
+    with pytest.raises(ValueError, match=r"nothing to take back.*history=3 keeps no more"):
+        session.rewind()
+    assert session.stream is streams[1]
+    with pytest.raises(ValueError, match="nothing to take back"):
+        Session.load(tmp_path / "a.mem", model).rewind()
+
+
+def test_what_broke_off_can_be_taken_back(model):
+    session = Session(Poisoned(model), sleeping())
+    session.read([1, 2])
+    before = session.stream
+    with pytest.raises(BrokenSleep):
+        session.read([7, 1, 2, 3])
+    assert session.stats.tokens == 0  # the window is lost, with what was read before
+    session.rewind()
+    assert session.stream is before
+    pieces = session.generate([3], 8, stream=True)
+    next(pieces), pieces.close()
+    session.rewind()
+    assert session.stream is before
+
+
+def test_a_fork_shares_the_past_and_a_reset_has_none(model):
+    session = reading(model, [1, 2, 3])
+    child = session.fork()
+    child.rewind()
+    assert child.stats.tokens == 0 and session.stats.tokens == 3
+    session.reset()
+    for empty in (session, child, Session(model, sleeping(), history=0)):
+        with pytest.raises(ValueError, match="nothing to take back"):
+            empty.rewind()
+
+
+def test_the_past_is_bounded_and_its_bytes_are_told(model):
+    session, held = Session(model, sleeping(eviction="sliding"), history=2), []
+    assert session.stats.history_bytes == 0
+    for _ in range(20):
+        session.read(random_tokens(L + 1))
+        held.append(session.stats.history_bytes)
+    most = 2 * 2 * session.stats.peak_bytes + 2 * 8 * L  # two states and a window's tokens each
+    assert 0 < max(held) <= most and len(set(held[5:])) <= L
+    without = Session(model, sleeping(), history=0)
+    without.read([1, 2])
+    assert without.stats.history_bytes == 0
+    within = reading(model, [1, 2])
+    within.read([3])  # in one window: its beginning is held once
+    first = within.stream.start
+    assert within.stats.history_bytes == within._past[0].state.memory.nbytes + (
+        within._past[0].state.cache.nbytes + within._past[0].window.nbytes
+    )
+    assert within._past[0].start is first
+
+
+def test_a_batch_takes_back_its_last_call_on_all_rows(model):
+    sessions = [reading(model, random_tokens(n, seed=n)) for n in (1, 3)]
+    batch, before = SessionBatch(sessions), [s.stream for s in sessions]
+    batch.read([[1, 2, 3], []])
+    batch.rewind()
+    assert [s.stream for s in sessions] == before
+    sessions[0].read([1])
+    with pytest.raises(ValueError, match="nothing to take back"):
+        batch.rewind()
+    assert sessions[0].stats.tokens == 2
+
+
+def test_an_answer_ends_where_the_session_was_changed_beside_it(model):
+    session = reading(model, [1, 2])
+    pieces = session.generate([3], 8, stream=True)
+    next(pieces)
+    session.rewind()
+    with pytest.raises(RuntimeError, match="changed while its answer is written"):
+        next(pieces)
+    assert session.stats.tokens == 2
+    pieces = session.generate([3], 8, stream=True)
+    next(pieces)
+    session.read([4])
+    pieces.close()
+    assert session.stats.tokens == 4
+
+
 # Batches
 
 
@@ -451,6 +554,8 @@ def test_a_broken_row_leaves_the_others_alone(model):
         ("the same model and the same sleep",
          lambda s: SessionBatch([s, Session(s.model, SleepConfig(window=3))])),
         ("texts must be 1", lambda s: SessionBatch([s]).read([[1], [2]])),
+        ("history must not be negative", lambda s: Session(s.model, sleeping(), history=-1)),
+        ("seeds must be 1", lambda s: SessionBatch([s]).generate([[1]], seeds=[1, 2])),
         ("wake_passes=2", lambda s: Session(s.model, sleeping(wake_passes=2))),
         ("loop=", lambda s: Session(s.model, sleeping(loop=(0, 9)))),
     ],

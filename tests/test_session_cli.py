@@ -2,7 +2,9 @@ import fcntl
 import io
 import json
 import os
+import pty
 import random
+import select
 import subprocess
 import sys
 import time
@@ -115,6 +117,56 @@ def test_chat_reads_answers_and_obeys(bytes_model, capsys, here, monkeypatch):
     assert len(session.stream.window) == 0 and session.sleep_config.window == 16
     code, out, _ = chat(capsys, monkeypatch, [*options, "--memory", "a.mem"], "/read x")
     assert code == 0 and "[window 2/16" in out  # ends with its input
+
+
+def test_chat_takes_back_line_by_line(bytes_model, capsys, here, monkeypatch):
+    options = [bytes_model, "--window", 16, "--passes", 2, "--max-new-tokens", 5]
+    lines = ["/read hello", "how?", "/sleep", "/undo", "/undo", "/save a.mem", "/undo", "/undo"]
+    code, out, _ = chat(capsys, monkeypatch, options, *lines, "/load a.mem", "/undo")
+    status = [
+        line.split(" · working")[0] for line in out.splitlines() if line.startswith(("[window", "> [window"))
+    ]
+    counts = [line.split("[window ")[1] for line in status]
+    assert code == 0 and counts[2] == counts[4]  # the answer, and the same again without the sleep
+    assert counts[0] == counts[7] == counts[8] == "0/16 · 0 tokens · 0 sleeps"
+    assert counts[1] == counts[5] == counts[6] == counts[9] == "6/16 · 6 tokens · 0 sleeps"
+    assert out.count("there is nothing to take back") == 2
+
+
+def test_chat_undoes_on_a_terminal(bytes_model, here):
+    # A person at a terminal: a line, its answer, /undo; what is typed is echoed as a terminal does.
+    command = [sys.executable, "-m", "lmsleep", "chat", str(bytes_model), "--window", "16"]
+    mine, its = pty.openpty()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdin=its, stdout=its, stderr=its, env=environment)
+    os.close(its)
+    seen = b""
+
+    def until(wanted: bytes) -> None:
+        nonlocal seen
+        deadline = time.monotonic() + 120
+        while wanted not in seen:
+            assert select.select([mine], [], [], max(deadline - time.monotonic(), 0))[0], seen
+            seen += os.read(mine, 4096)
+        seen = seen.partition(wanted)[2]
+
+    try:
+        until(b"0 tokens")
+        os.write(mine, b"/help\n")
+        until(b"/undo        take back")
+        until(b"[window 0/16")
+        os.write(mine, b"/read hello\n")
+        until(b"[window 6/16")
+        os.write(mine, b"/undo\n")
+        until(b"[window 0/16 \xc2\xb7 0 tokens")
+        os.write(mine, b"/undo\n")
+        until(b"there is nothing to take back")
+        os.write(mine, b"/quit\n")
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(mine)
 
 
 def test_a_stray_byte_or_an_interrupt_keeps_the_session(bytes_model, capsys, here, monkeypatch):
