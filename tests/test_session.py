@@ -351,6 +351,11 @@ def test_a_fork_shares_the_past_and_a_reset_has_none(model):
     child = session.fork()
     child.rewind()
     assert child.stats.tokens == 0 and session.stats.tokens == 3
+    child.read([4])
+    session.rewind()  # its own past, whatever the child did
+    assert session.stats.tokens == 0
+    child.rewind()
+    session.read([5])
     session.reset()
     for empty in (session, child, Session(model, sleeping(), history=0)):
         with pytest.raises(ValueError, match="nothing to take back"):
