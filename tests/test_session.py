@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_sleep import Outer
 
+import lmsleep
 from lmsleep import BrokenSleep, Memory, Session, SessionBatch, SleepConfig, fingerprint, sleep_forward
 from lmsleep.session import Answer, Sampling
 from lmsleep.tasks import Depo, Rule110, Variables
@@ -584,8 +585,19 @@ def test_a_task_reads_its_own_spelling(task):
         spelled.encode("nosuch")
 
 
-def test_the_documented_example_runs(tmp_path, monkeypatch, capsys):
+def test_the_documented_examples_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     page = (Path(__file__).parents[1] / "docs" / "sessions.md").read_text()
-    exec(compile(page.split("```python\n")[1].split("```")[0], "sessions.md", "exec"), {})
+    sessions, rows = (block.split("```")[0] for block in page.split("```python\n")[1:])
+    exec(compile(sessions, "sessions.md", "exec"), {})
     assert (tmp_path / "day-1.mem").exists() and "torch.Size([1, 1, 4])" in capsys.readouterr().out
+    exec(compile(rows, "sessions.md", "exec"), {})
+    assert capsys.readouterr().out.strip() == rows.strip().splitlines()[-1].split("# ")[1]
+
+
+def test_the_bytes_of_taking_back_are_those_of_the_documentation():
+    session = Session(*lmsleep.open("depo-N4"), history=16)
+    for _ in range(20):
+        session.read("n8 n4 n7 n8 n2 n5 n5 n1 n1 n6 n4 n3 n3 n2 n6 n7")
+    page = (Path(__file__).parents[1] / "docs" / "sessions.md").read_text()
+    assert f"{session.stats.history_bytes:,} bytes for 16 calls of `depo-N4`" in page
