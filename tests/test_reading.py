@@ -6,7 +6,7 @@ import torch
 from conftest import lively, same_memory, tiny
 from test_session import L, Poisoned, consolidated, sleeping
 
-import lmsleep.session.session
+import lmsleep.session.owner
 from lmsleep import BrokenSleep, Session
 from lmsleep.session import read_files
 from lmsleep.tasks.tokenizers import Bytes, Words
@@ -32,7 +32,7 @@ def new(model, **options) -> Session:
 
 
 def stopped_after(monkeypatch, steps, error=KeyboardInterrupt):
-    left, real = [None] * steps, lmsleep.session.session.advance
+    left, real = [None] * steps, lmsleep.session.owner.advance
 
     def advance(*args):
         if not left:
@@ -40,7 +40,7 @@ def stopped_after(monkeypatch, steps, error=KeyboardInterrupt):
         left.pop()
         return real(*args)
 
-    monkeypatch.setattr(lmsleep.session.session, "advance", advance)
+    monkeypatch.setattr(lmsleep.session.owner, "advance", advance)
 
 
 @pytest.mark.parametrize("steps", [0, 1, 4])

@@ -345,6 +345,35 @@ def test_what_broke_off_can_be_taken_back(model):
     next(pieces), pieces.close()
     session.rewind()
     assert session.stream is before
+    pieces = session.generate([7, 1], 8, stop=[99], stream=True)
+    with pytest.raises(ValueError, match="logits are NaN"):
+        next(pieces)
+    session.rewind()
+    assert session.stream is before
+
+
+def test_a_call_that_fails_in_its_first_step_leaves_nothing_to_take_back(model, monkeypatch):
+    session = Session(model, sleeping())
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(model, "run", lambda *args, **rows: (_ for _ in ()).throw(KeyboardInterrupt))
+        session.read([1, 2])
+    with pytest.raises(ValueError, match="nothing to take back"):
+        session.rewind()
+
+
+def test_a_sleep_that_breaks_when_an_answer_is_left_is_told(model):
+    class Late(Poisoned):
+        # NaN when a window of its own words is slept on: tokens are read one by one, asleep all at once.
+        def embedded(self, tokens):
+            self.seen = torch.full_like(tokens, 7 if tokens.shape[1] == L else 0)
+            return self.model.embed(tokens)
+
+    session = Session(Late(model), sleeping())
+    pieces = session.generate([1, 2, 3, 4], 8, stream=True)
+    next(pieces), next(pieces)  # the window is full, and the second token is not read
+    with pytest.raises(BrokenSleep):
+        pieces.close()
+    assert session.stats.tokens == 0
 
 
 def test_a_fork_shares_the_past_and_a_reset_has_none(model):
@@ -377,10 +406,10 @@ def test_the_past_is_bounded_and_its_bytes_are_told(model):
     within = reading(model, [1, 2])
     within.read([3])  # in one window: its beginning is held once
     first = within.stream.start
-    assert within.stats.history_bytes == within._past[0].state.memory.nbytes + (
-        within._past[0].state.cache.nbytes + within._past[0].window.nbytes
+    assert within.stats.history_bytes == within.past[0].state.memory.nbytes + (
+        within.past[0].state.cache.nbytes + within.past[0].window.nbytes
     )
-    assert within._past[0].start is first
+    assert within.past[0].start is first
 
 
 def test_a_batch_takes_back_its_last_call_on_all_rows(model):

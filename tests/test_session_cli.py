@@ -249,7 +249,7 @@ def test_a_memory_that_another_process_writes_is_left_alone(bytes_model, capsys,
 
 def stop_early(capsys, monkeypatch, command, windows=16):
     # Interrupts `lmsleep read` after so many windows.
-    steps, real = [], lmsleep.session.session.advance
+    steps, real = [], lmsleep.session.owner.advance
 
     def stopped(*args):
         steps.append(args)
@@ -257,9 +257,9 @@ def stop_early(capsys, monkeypatch, command, windows=16):
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(lmsleep.session.session, "advance", stopped)
+    monkeypatch.setattr(lmsleep.session.owner, "advance", stopped)
     assert run_command(capsys, *command)[0] == 130
-    monkeypatch.setattr(lmsleep.session.session, "advance", real)
+    monkeypatch.setattr(lmsleep.session.owner, "advance", real)
 
 
 def test_a_read_stopped_on_other_files_is_not_mixed_up(bytes_model, capsys, here, monkeypatch):

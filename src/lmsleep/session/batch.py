@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from lmsleep.session.answer import Piece
+from lmsleep.session.owner import finish, proceed
 from lmsleep.session.rows import Row
 from lmsleep.session.sampling import Sampling
-from lmsleep.session.session import Readable, Session, finish, passes_of, proceed, writing
+from lmsleep.session.session import Readable, Session
 
 
 class SessionBatch:
@@ -64,8 +65,7 @@ class SessionBatch:
 
     def sleep(self, passes: int | None = None) -> None:
         """Sleep now on all open windows, together; see `Session.sleep`."""
-        passes = passes_of(self.sleep_config, passes)
-        finish(self.sessions, [Row(stream=s.stream, nap=passes) for s in self.sessions])
+        finish(self.sessions, [s.napping(passes) for s in self.sessions])
 
     def rewind(self) -> None:
         """Take back the last call of this batch on all rows, those included that it left as they were.
@@ -75,7 +75,7 @@ class SessionBatch:
         Raises:
             ValueError: as `Session.rewind`, before anything is taken back.
         """
-        for session in sorted(self.sessions, key=lambda s: len(s._past)):  # one without a past raises first
+        for session in sorted(self.sessions, key=lambda s: len(s.past)):  # one without a past raises first
             session.rewind()
 
     def generate(
@@ -101,7 +101,7 @@ class SessionBatch:
         rows = finish(
             self.sessions,
             [
-                writing(session, prompt, max_new_tokens, sampling, stop, seed)
+                session.written(prompt, max_new_tokens, sampling, stop, seed)
                 for (session, prompt), seed in zip(self._each(prompts), seeds, strict=True)
             ],
         )

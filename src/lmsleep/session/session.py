@@ -1,7 +1,6 @@
-"""A session: one unbounded stream with bounded memory, the owner of a row (`rows.py`)."""
+"""A session: one unbounded stream with bounded memory, that is read, slept on, asked and saved."""
 
-from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import Tensor
 from lmsleep.memory_file import Origin, Storage, fingerprint
 from lmsleep.session import saving, stream
 from lmsleep.session.answer import Answer, Piece
+from lmsleep.session.owner import Owner, finish, proceed
 from lmsleep.session.rows import Row, advance, raise_first
 from lmsleep.session.sampling import Sampling
 from lmsleep.session.stream import Stream, next_logits
@@ -49,7 +49,7 @@ class Stats:
     """What is kept for `rewind()` alone."""
 
 
-class Session:
+class Session(Owner):
     """A stream that is read, slept on, asked and saved, on any `Backbone`.
 
     Three layers of memory: `working` (keys and values of the open window), `memory` (fast weights: what
@@ -77,12 +77,8 @@ class Session:
         memory: Memory | None = None,
         history: int = 1,
     ) -> None:
-        if history < 0:
-            raise ValueError(f"history must not be negative, got {history}")
         if sleep.wake_passes != 1:
             raise ValueError(f"wake_passes={sleep.wake_passes}: a session reads in one wake pass only")
-        self.model, self.sleep_config, self.tokenizer = model, sleep, tokenizer
-        self.seconds_awake = self.seconds_asleep = 0.0
         self.origin = Origin()
         state = model.initial_state(1)
         sleep.check(state.memory)
@@ -93,9 +89,9 @@ class Session:
                 )
             state = State(Memory(memory.like(state.memory).layers), state.cache)
             self.origin = memory.origin or self.origin
-        self.stream = Stream.begin(state, tokens=self.origin.tokens, sleeps=self.origin.sleeps)
-        self.history = history
-        self._past = deque[Stream](maxlen=history)
+        begin = Stream.begin(state, tokens=self.origin.tokens, sleeps=self.origin.sleeps)
+        super().__init__(model, sleep, begin, history)
+        self.tokenizer = tokenizer
 
     # What it holds
 
@@ -138,7 +134,7 @@ class Session:
             memory_bytes=s.state.memory.nbytes,
             permanent_bytes=sum(w.nbytes for w in self.permanent.values()),
             peak_bytes=s.peak_bytes,
-            history_bytes=_bytes_beside(s, self._past),
+            history_bytes=self.history_bytes,
         )
 
     # Reading and sleeping
@@ -162,37 +158,29 @@ class Session:
             ValueError: if the model never sleeps (`window=None`) or `passes` is less than 1.
             BrokenSleep: as `read`.
         """
-        finish([self], [Row(stream=self.stream, nap=passes_of(self.sleep_config, passes))])
+        finish([self], [self.napping(passes)])
 
-    def rewind(self) -> None:
-        """Take back the last call of `read`, `sleep` or `generate`, bit for bit: as if it had not been made.
-
-        That holds for what broke off too (a `BrokenSleep`, an interrupt, an answer that nobody read to its
-        end). Calls that changed nothing do not count. Times that were spent stay spent. The past is held in
-        memory only: `save` writes none of it, a loaded session begins without, a fork shares it.
-
-        Raises:
-            ValueError: if there is nothing to take back, or no longer (`history`).
-        """
-        if not self._past:
-            raise ValueError(
-                "there is nothing to take back: the session has just begun, or was loaded, or history="
-                f"{self.history} keeps no more"
-            )
-        self.stream = self._past.pop()
+    def napping(self, passes: int | None) -> Row:
+        """A row that sleeps on the open window; arguments and errors as of `sleep`."""
+        if self.sleep_config.window is None:
+            raise ValueError("window=None: this model never sleeps; give its SleepConfig a window")
+        passes = self.sleep_config.passes if passes is None else passes
+        if passes < 1:
+            raise ValueError(f"passes must be at least 1, got {passes}")
+        return Row(stream=self.stream, nap=passes)
 
     def reset(self) -> None:
         """Forget everything: `S = 0`, nothing read, counts and times from zero, nothing to take back."""
         new = Session(self.model, self.sleep_config)
         self.stream, self.origin = new.stream, new.origin
         self.seconds_awake = self.seconds_asleep = 0.0
-        self._past.clear()
+        self.past.clear()
 
     def fork(self) -> "Session":
         """A second session that has read the same; neither changes the other. Its parent is this one."""
         other = Session(self.model, self.sleep_config, self.tokenizer, history=self.history)
         other.stream, other.origin = self.stream, self.origin.child()
-        other._past.extend(self._past)
+        other.past.extend(self.past)
         other.seconds_awake, other.seconds_asleep = self.seconds_awake, self.seconds_asleep
         return other
 
@@ -262,10 +250,25 @@ class Session:
             RuntimeError: with `stream`, if something else has changed the session since the last piece.
         """
         sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k)
-        row = writing(self, prompt, max_new_tokens, sampling, stop, seed)
+        row = self.written(prompt, max_new_tokens, sampling, stop, seed)
         if stream:
             return self._pieces(row)
         return finish([self], [row])[0].answer.whole()
+
+    def written(
+        self, prompt: Readable, max_new_tokens: int, sampling: Sampling, stop: Sequence[Piece], seed: int
+    ) -> Row:
+        """A row that reads the prompt, then writes; arguments and errors as of `generate`."""
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        return Row(
+            stream=self.stream,
+            unread=self.tokens(prompt),
+            budget=max_new_tokens,
+            answer=Answer(self.tokenizer, stop),
+            sampling=sampling,
+            generator=torch.Generator().manual_seed(seed),
+        )
 
     def _pieces(self, row: Row) -> Iterator[Piece]:
         with closing(proceed([self], [row])) as steps:
@@ -391,95 +394,6 @@ class Session:
         return session
 
 
-def proceed(sessions: Sequence[Session], rows: Sequence[Row]) -> Generator[list[Row], None, None]:
-    """Advance one row of each session until all are done, and let the sessions go along, step by step.
-
-    Before the first step each session keeps what it was, for `rewind`. Where the caller leaves early, what
-    was shown is read all the same.
-
-    Yields:
-        The rows after each step.
-
-    Raises:
-        BrokenSleep: in the end, if a sleep of some row left NaN or infinity; what else broke a row as it is.
-        RuntimeError: if something else has changed a session since the last step.
-    """
-    rows = list(rows)
-    if all(row.done for row in rows):
-        return
-    for session in sessions:
-        session._past.append(session.stream)
-    while not all(row.done for row in rows):
-        rows = _step(sessions, rows)
-        try:
-            yield rows
-        except GeneratorExit:
-            rows = [replace(row, budget=0) for row in rows]
-            while not all(row.done for row in rows) and not _astray(sessions, rows):
-                rows = _step(sessions, rows)
-            raise
-    raise_first(rows)
-
-
-def finish(sessions: Sequence[Session], rows: Sequence[Row]) -> list[Row]:
-    """The rows after `proceed` brought them to their end; its errors are raised here."""
-    last = deque([[*rows]], maxlen=1)
-    last.extend(proceed(sessions, rows))
-    return last[0]
-
-
-def _step(sessions: Sequence[Session], rows: Sequence[Row]) -> list[Row]:
-    if _astray(sessions, rows):
-        raise RuntimeError("the session was changed while its answer is written; ask a fork() of it instead")
-    first = sessions[0]
-    after = advance(first.model, first.sleep_config, rows)
-    for session, before, now in zip(sessions, rows, after, strict=True):
-        session.stream = now.stream
-        session.seconds_awake += now.seconds_awake - before.seconds_awake
-        session.seconds_asleep += now.seconds_asleep - before.seconds_asleep
-    return after
-
-
-def _astray(sessions: Sequence[Session], rows: Sequence[Row]) -> bool:
-    """Whether some session does not stand where its row does."""
-    return any(session.stream is not row.stream for session, row in zip(sessions, rows, strict=True))
-
-
-def writing(
-    session: Session,
-    prompt: Readable,
-    max_new_tokens: int,
-    sampling: Sampling,
-    stop: Sequence[Piece],
-    seed: int,
-) -> Row:
-    """A row of the session that reads the prompt, then writes; arguments and errors as of `generate`."""
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    return Row(
-        stream=session.stream,
-        unread=session.tokens(prompt),
-        budget=max_new_tokens,
-        answer=Answer(session.tokenizer, stop),
-        sampling=sampling,
-        generator=torch.Generator().manual_seed(seed),
-    )
-
-
-def passes_of(sleep: SleepConfig, passes: int | None) -> int:
-    """N of a sleep that is asked for.
-
-    Raises:
-        ValueError: if the model never sleeps, or N is less than 1.
-    """
-    if sleep.window is None:
-        raise ValueError("window=None: this model never sleeps; give its SleepConfig a window")
-    passes = sleep.passes if passes is None else passes
-    if passes < 1:
-        raise ValueError(f"passes must be at least 1, got {passes}")
-    return passes
-
-
 def check_tokens(tokens: Tensor, vocab_size: int) -> None:
     """Refuse what is no row of whole numbers from 0 to `vocab_size - 1`.
 
@@ -493,16 +407,3 @@ def check_tokens(tokens: Tensor, vocab_size: int) -> None:
         if least < 0 or most >= vocab_size:
             worst = least if least < 0 else most
             raise ValueError(f"tokens must lie in 0 ... {vocab_size - 1}, got {worst}")
-
-
-def _bytes_beside(now: Stream, past: Iterable[Stream]) -> int:
-    """Bytes of the tensors of `past` that are not those of `now` too: a window's streams share its start."""
-
-    def tensors(stream: Stream) -> Iterator[Tensor]:
-        yield stream.window
-        for state in (stream.start, stream.state):
-            for layer in (state.memory.layers, *state.cache.layers):
-                yield from (t for t in layer if t is not None)
-
-    held = {id(t) for t in tensors(now)}
-    return sum(t.nbytes for t in {id(t): t for s in past for t in tensors(s)}.values() if id(t) not in held)
