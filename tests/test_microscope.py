@@ -456,6 +456,7 @@ class Opaque:
         self._model = SimpleNamespace(inner=model)
         self.num_blocks, self.initial_state = model.num_blocks, model.initial_state
         self.embed, self.run, self.head = model.embed, model.run, model.head
+        self.kinds, self.vocab_size, self.device = model.kinds, model.vocab_size, model.device
 
 
 def test_any_backbone_can_be_looked_at_and_what_needs_our_layers_says_so():

@@ -45,7 +45,7 @@ def open_model(path: str | Path, tokenizer: str | None = None, device: str = "au
     run = _run(path)
     read = _tokenizer(path, run, tokenizer)
     model, sleep = _backbone(path, run, device)
-    size = model.config.vocab_size
+    size = model.vocab_size
     if read.vocab_size > size:
         raise ValueError(
             f"tokenizer has {read.vocab_size} tokens, {path} only {size}; "

@@ -78,12 +78,22 @@ class HFBackbone(nn.Module):
         )
         return tuple(part or "mlp" for part in parts)
 
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that it reads: 0 ... V - 1."""
+        return _vocab(self.model)
+
+    @property
+    def device(self) -> torch.device:
+        """Where its embedding is, and so the tokens and the states."""
+        device: torch.device = self.model.get_input_embeddings().weight.device
+        return device
+
     def initial_state(self, batch_size: int) -> State:
         """Return `S = 0` and nothing in the working memory, for `batch_size` rows."""
-        device = self.model.get_input_embeddings().weight.device
 
         def empty(*shape: int, dtype: torch.dtype) -> Tensor:
-            return torch.zeros(batch_size, *shape, dtype=dtype, device=device)
+            return torch.zeros(batch_size, *shape, dtype=dtype, device=self.device)
 
         memory, cache = [], []
         for x in self.layouts:

@@ -103,6 +103,14 @@ class _Watched:
     def kinds(self) -> tuple[str, ...]:
         return self.model.kinds
 
+    @property
+    def vocab_size(self) -> int:
+        return self.model.vocab_size
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
     def initial_state(self, batch_size: int) -> State:
         return self.model.initial_state(batch_size)
 
