@@ -16,7 +16,7 @@ from lmsleep.evaluation import EVAL_SEED, Score
 from lmsleep.shipped import find
 from lmsleep.sleep import SleepConfig, read_window, sleep_forward
 from lmsleep.state import Memory, State
-from lmsleep.tasks import Batch, stream
+from lmsleep.tasks import Batch, batch_rng
 from lmsleep.training import RunFolder
 from lmsleep.training.models import Model
 
@@ -107,7 +107,7 @@ def main() -> None:
     for name, rule in rules.items():
         score, passes = Score(), 0.0
         for i in range(BATCHES):
-            batch = config.task.batch(stream(EVAL_SEED, "test", i), SIZE, "test")
+            batch = config.task.batch(batch_rng(EVAL_SEED, "test", i), SIZE, "test")
             windows = some(batch.context).shape[1] / (config.sleep.window or 1)
             memory, spent = rule(batch)
             score.add(batch, ask(model, batch, memory, config.sleep))

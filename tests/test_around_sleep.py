@@ -9,14 +9,14 @@ from conftest import lively, tiny
 from lmsleep import Cache, Memory, SleepConfig, State, sleep_forward
 from lmsleep.cli import main
 from lmsleep.evaluation.around_sleep import Shifting, around_sleep
-from lmsleep.tasks import Drift, Rule110, hide_answers, stream
+from lmsleep.tasks import Drift, Rule110, batch_rng, hide_answers
 from lmsleep.tasks.base import HIDDEN
 
 TASK = Drift(keys=3, values=4, segment=12, segments=2)
 
 
 def draw(task=TASK, size=50, index=0, split="train"):
-    return task.batch(stream(0, split, index), size, split)
+    return task.batch(batch_rng(0, split, index), size, split)
 
 
 # The task
@@ -68,7 +68,7 @@ def test_the_solver_finds_every_answer(task):
 
 
 def test_a_segment_with_what_follows_goes_on_in_its_dialect():
-    longer = TASK.segments_of(stream(0, "train", 0), 20, more=6)
+    longer = TASK.segments_of(batch_rng(0, "train", 0), 20, more=6)
     assert longer.shape == (20, 2, 18)
     for segment in longer.reshape(40, 9, 2).tolist():
         assert len(dict(segment)) == len({tuple(pair) for pair in segment})
@@ -151,7 +151,7 @@ def test_what_lies_ahead_is_read_from_the_state_of_the_stream(eviction):
     sleep = SleepConfig(window=4, passes=3, eviction=eviction)
     task = Drift(keys=3, values=4, segment=8, segments=2)
     made = around_sleep(model, task, sleep, batches=1, batch_size=5, seed=3)
-    segments = torch.from_numpy(task.segments_of(stream(3, "test", 0), 5, more=4))
+    segments = torch.from_numpy(task.segments_of(batch_rng(3, "test", 0), 5, more=4))
     first, second = segments.unbind(1)
     read = torch.cat([first[:, :8], second[:, :8]], dim=1)
     for s in (0, 1):

@@ -16,7 +16,7 @@ from lmsleep import Backbone, HybridConfig, HybridLM, Memory, Session, State, sh
 from lmsleep.evaluation import EVAL_SEED, wilson
 from lmsleep.sleep import SleepConfig
 from lmsleep.state import Storage
-from lmsleep.tasks import Batch, stream
+from lmsleep.tasks import Batch, batch_rng
 from lmsleep.training import RunFolder
 
 GRAPHS = 64  # in a batch
@@ -40,7 +40,7 @@ class Reader:
     def batches(self, count: int) -> Iterator[Batch]:
         """Draw graphs that training never drew."""
         for index in range(count):
-            yield self.task.batch(stream(EVAL_SEED, "test", index), GRAPHS, "test")
+            yield self.task.batch(batch_rng(EVAL_SEED, "test", index), GRAPHS, "test")
 
     @torch.no_grad()
     def read(self, context: Tensor) -> Memory:

@@ -10,7 +10,7 @@ import torch
 from lmsleep.demo import settings
 from lmsleep.evaluation import EVAL_SEED, evaluate
 from lmsleep.microscope import watch
-from lmsleep.tasks import stream
+from lmsleep.tasks import batch_rng
 from lmsleep.training import Job, RunConfig, RunFolder, baseline, equal_compute
 
 PASSES = (1, 2, 4)
@@ -109,7 +109,7 @@ def _sleep_pictures(path: Path) -> dict[str, Any]:
     """What one sleep does to the fast weights: norms and changes over passes, and one head's matrix."""
     run = RunFolder.open(path)
     config, model = run.config(), run.model()
-    batch = config.task.batch(stream(EVAL_SEED, "test", 0), 64, "test")
+    batch = config.task.batch(batch_rng(EVAL_SEED, "test", 0), 64, "test")
     assert batch.context is not None
     block = config.architecture.blocks.index("gated_delta_net")
     trace = []

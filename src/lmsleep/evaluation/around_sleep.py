@@ -12,7 +12,7 @@ from torch import Tensor
 from lmsleep.evaluation.score import EVAL_SEED
 from lmsleep.sleep import Backbone, SleepConfig, evict, read_window
 from lmsleep.state import State
-from lmsleep.tasks import stream
+from lmsleep.tasks import batch_rng
 
 MOMENTS = ("before", "awake", "after")
 
@@ -83,7 +83,7 @@ def around_sleep(
         raise ValueError(f"segment={task.segment} must be a multiple of the window, got window={L}")
     nats, tokens = np.zeros((task.segment // L, len(MOMENTS))), np.zeros(task.segment // L, dtype=np.int64)
     for index in range(batches):
-        segments = torch.from_numpy(task.segments_of(stream(seed, "test", index), batch_size, more=L))
+        segments = torch.from_numpy(task.segments_of(batch_rng(seed, "test", index), batch_size, more=L))
         state = model.initial_state(batch_size)
         for number, segment in enumerate(segments.to(device).unbind(1)):
             *windows, _ = pieces = segment.split(L, dim=1)

@@ -81,7 +81,8 @@ class HFBackbone(nn.Module):
     @property
     def vocab_size(self) -> int:
         """Tokens that it reads: 0 ... V - 1."""
-        return _vocab(self.model)
+        size: int = self.model.config.get_text_config().vocab_size
+        return size
 
     @property
     def device(self) -> torch.device:

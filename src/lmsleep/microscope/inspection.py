@@ -20,7 +20,7 @@ from lmsleep.microscope.subject import Subject, from_run, from_session
 from lmsleep.microscope.trace import Window, fast_weight_layers, watch
 from lmsleep.session import Session
 from lmsleep.session.session import Readable
-from lmsleep.tasks import stream
+from lmsleep.tasks import batch_rng
 from lmsleep.training import RunFolder
 
 READ_BACK = 8  # windows at the end of the stream whose tokens are read back
@@ -176,7 +176,7 @@ def _probe(seen: Subject, notes: list[str]) -> Iterator[Row]:
     device, samples = seen.windows.device, len(seen.windows)
     fit = (
         # training samples, so that what is tested was never fitted, where a task holds samples out
-        seen.task.batch(stream(0, "train", index), samples, "train")
+        seen.task.batch(batch_rng(0, "train", index), samples, "train")
         for index in range(FIT)
     )
     yield from probe_rows(

@@ -11,7 +11,7 @@ from lmsleep.session import Session
 from lmsleep.session.session import Readable
 from lmsleep.sleep import Backbone, SleepConfig
 from lmsleep.state import State
-from lmsleep.tasks import Batch, Task, stream
+from lmsleep.tasks import Batch, Task, batch_rng
 from lmsleep.training import RunFolder
 
 
@@ -56,7 +56,7 @@ def from_run(run: RunFolder, samples: int) -> Subject:
     sleep = config.sleep
     if sleep.window is None:
         raise ValueError(f"{run.path} was trained with window=None: it never sleeps")
-    batch = cut(config.task.batch(stream(EVAL_SEED, "test", 0), samples, "test"), sleep)
+    batch = cut(config.task.batch(batch_rng(EVAL_SEED, "test", 0), samples, "test"), sleep)
     if batch.context_lengths is not None or batch.lengths is not None:
         raise ValueError(
             f"{run.path}: its samples differ in length; look at one, as a text (--text or --file)"

@@ -113,5 +113,4 @@ def _astray(owners: Sequence[Owner], rows: Sequence[Row]) -> bool:
 def _tensors(stream: Stream) -> Iterator[Tensor]:
     yield stream.window
     for state in (stream.start, stream.state):
-        for layer in (state.memory.layers, *state.cache.layers):
-            yield from (t for t in layer if t is not None)
+        yield from state.tensors()

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from lmsleep.session.owner import proceed
 from lmsleep.session.rows import BrokenSleep, Row
 from lmsleep.session.session import Session, check_tokens
-from lmsleep.tasks.tokenizers import Bytes, Tokenizer
+from lmsleep.text.tokenizers import Bytes, Tokenizer
 
 TAG = "reading"  # of a memory file: which files it was reading, and how far it was
 
