@@ -4,7 +4,7 @@ import time
 import pytest
 import torch
 from conftest import lively, same_memory, tiny
-from lmsleep.tasks.tokenizers import Bytes, Words
+from lmsleep.text.tokenizers import Bytes, Words
 from test_session import L, Poisoned, consolidated, sleeping
 
 import lmsleep.session.owner

@@ -7,7 +7,7 @@ import torch
 from conftest import VOCAB, lively, random_tokens, same_memory, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lmsleep.tasks.tokenizers import Words
+from lmsleep.text.tokenizers import Words
 from test_session import L, Poisoned, sleeping
 
 from lmsleep import BrokenSleep, Session, SessionBatch, SleepConfig
