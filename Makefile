@@ -4,13 +4,16 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types unit format clean
+.PHONY: demo test lint types unit format site notebooks release clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo   train the small models and show what longer sleep buys (10 to 25 minutes on 2 cores)"
 	@echo "make test   lint, types and tests"
 	@echo "make format rewrite the sources the way the linter wants them"
+	@echo "make site   the documentation as pages: site/index.html"
+	@echo "make notebooks  execute docs/notebooks and write their outputs anew"
+	@echo "make release    wheel and sdist in dist/, tried in an empty environment"
 
 $(VENV)/.made:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lmsleep needs Python 3.11 or newer")'
@@ -46,5 +49,14 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
 
+site: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
+notebooks: $(VENV)/.dev
+	$(BIN)/python docs/hooks/notebooks.py
+
+release: $(VENV)/.dev
+	$(BIN)/python experiments/release.py $(CONSTRAINTS)
+
 clean:
-	rm -rf $(VENV) dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

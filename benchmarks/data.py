@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.table import Table
-from lmsleep.tasks import TASKS, GSMInfinite, Text, stream
+from lmsleep.tasks import TASKS, GSMInfinite, Text, batch_rng
 
 SIZE = 64  # samples in a batch
 
@@ -49,10 +49,10 @@ def _speeds(task: Any, repeats: int, at_least: float) -> dict[str, float]:
     """Count samples a second over at least so many seconds; the first batch of each is left out."""
     index, speeds = count(), []
     for _ in range(repeats):
-        task.batch(stream(0, "train", next(index)), SIZE, "train")
+        task.batch(batch_rng(0, "train", next(index)), SIZE, "train")
         samples, started = 0, time.process_time()
         while (seconds := time.process_time() - started) < at_least:
-            task.batch(stream(0, "train", next(index)), SIZE, "train")
+            task.batch(batch_rng(0, "train", next(index)), SIZE, "train")
             samples += SIZE
         speeds.append(samples / seconds)
     return {"median": statistics.median(speeds), "lowest": min(speeds), "highest": max(speeds)}

@@ -14,7 +14,7 @@ from benchmarks.table import Cell, Table
 from benchmarks.timing import Times, flops, ms, peak_bytes, ratio, take_turns
 from lmsleep import HybridConfig, HybridLM, SleepConfig
 from lmsleep.evaluation import read_batch
-from lmsleep.tasks import Batch, Depo, Rule110, Task, stream
+from lmsleep.tasks import Batch, Depo, Rule110, Task, batch_rng
 from lmsleep.training import TrainConfig
 from lmsleep.training.muon import Muon
 from lmsleep.training.optim import optimizers
@@ -34,7 +34,7 @@ class Setting:
 
     def drawn(self) -> Batch:
         """Draw a training batch."""
-        return self.task.batch(stream(0, "train", 0), self.batch, "train")
+        return self.task.batch(batch_rng(0, "train", 0), self.batch, "train")
 
     def made(self) -> HybridLM:
         """Make the model, with random weights."""

@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from lmsleep.tasks import stream
+from lmsleep.tasks import batch_rng
 from lmsleep.tasks.gsm_infinite import GSMInfinite
 from lmsleep.tasks.gsm_infinite.meaning import Core, Definition
 from lmsleep.tasks.gsm_infinite.task import draw_problem
@@ -76,7 +76,7 @@ def main() -> None:
             task = GSMInfinite(
                 subset=subset, mode=mode, ops=(1 + (subset == "medium"), OPS), length=length, noise=noise
             )
-            lengths = task.batch(stream(0, "train", 0), problems, "train").context_lengths
+            lengths = task.batch(batch_rng(0, "train", 0), problems, "train").context_lengths
             assert lengths is not None
             low, middle, high = np.percentile(lengths, [5, 50, 95])
             cells.append(f"{middle:.0f} ({low:.0f} ... {high:.0f})")

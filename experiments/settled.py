@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from lmsleep.evaluation import EVAL_SEED, Score
-from lmsleep.memory import Memory
-from lmsleep.pretrained import find
+from lmsleep.shipped import find
 from lmsleep.sleep import SleepConfig, read_window, sleep_forward
-from lmsleep.state import State
-from lmsleep.tasks import Batch, stream
+from lmsleep.state import Memory, State
+from lmsleep.tasks import Batch, batch_rng
 from lmsleep.training import RunFolder
 from lmsleep.training.models import Model
 
@@ -28,12 +27,12 @@ Slept = tuple[Memory, Tensor]  # memories after all windows, and passes `[B]` ov
 
 def norm(memory: Memory) -> Tensor:
     """`[B]`: over all blocks and heads."""
-    return torch.stack([S.flatten(1).norm(dim=1) for S in memory.layers if S is not None]).norm(dim=0)
+    return torch.stack([t.flatten(1).norm(dim=1) for t in memory.tensors()]).norm(dim=0)
 
 
 def choose(memories: list[Memory], which: Tensor) -> Memory:
     """For every row its own of several memories."""
-    layers = zip(*(m.layers for m in memories), strict=True)
+    layers = zip(*(m.S for m in memories), strict=True)  # of the shipped models, all that a block keeps
     row = torch.arange(len(which))
     return Memory(tuple(None if S[0] is None else torch.stack(S)[which, row] for S in layers))
 
@@ -108,7 +107,7 @@ def main() -> None:
     for name, rule in rules.items():
         score, passes = Score(), 0.0
         for i in range(BATCHES):
-            batch = config.task.batch(stream(EVAL_SEED, "test", i), SIZE, "test")
+            batch = config.task.batch(batch_rng(EVAL_SEED, "test", i), SIZE, "test")
             windows = some(batch.context).shape[1] / (config.sleep.window or 1)
             memory, spent = rule(batch)
             score.add(batch, ask(model, batch, memory, config.sleep))

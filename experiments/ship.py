@@ -8,7 +8,7 @@ import json
 import shutil
 import sys
 
-from lmsleep import HybridLM, pretrained
+from lmsleep import HybridLM, shipped
 from lmsleep.training import RunFolder
 
 CARD = """# The shipped models
@@ -35,7 +35,7 @@ and the metrics.
 def ship(source: RunFolder) -> RunFolder:
     """Copy what reading, asking and evaluating need; the name says task and passes."""
     config = source.config()
-    target = RunFolder(pretrained.HERE / f"{config.task_name}-N{config.sleep.passes}")
+    target = RunFolder(shipped.HERE / f"{config.task_name}-N{config.sleep.passes}")
     shutil.rmtree(target.path, ignore_errors=True)
     target.path.mkdir()
     for name in ("config.json", "report.json"):
@@ -78,7 +78,7 @@ def main() -> None:
     if len(sys.argv) < 2:
         sys.exit(__doc__)
     runs = [ship(RunFolder.open(path)) for path in sys.argv[1:]]
-    (pretrained.HERE / "README.md").write_text(card(runs))
+    (shipped.HERE / "README.md").write_text(card(runs))
 
 
 if __name__ == "__main__":

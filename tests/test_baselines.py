@@ -5,7 +5,7 @@ import torch
 
 from lmsleep import GradientSteps, HybridConfig, HybridLM, SleepConfig, Sliding
 from lmsleep.evaluation import read_batch
-from lmsleep.tasks import Depo, stream
+from lmsleep.tasks import Depo, batch_rng
 from lmsleep.training import BASELINES, RunConfig, TrainConfig, baseline, flops_per_step
 
 RUN = RunConfig(
@@ -23,7 +23,7 @@ def parts(config: RunConfig) -> dict[str, object]:
 def answers(config: RunConfig, *, change_context: bool) -> torch.Tensor:
     torch.manual_seed(0)
     model = HybridLM(config.model)
-    batch = config.task.batch(stream(0, "test", 0), 4, "test")
+    batch = config.task.batch(batch_rng(0, "test", 0), 4, "test")
     assert batch.context is not None
     if change_context:
         batch = replace(batch, context=(batch.context + 1) % config.task.vocab_size)

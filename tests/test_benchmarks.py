@@ -116,6 +116,14 @@ def test_merging_adds_facts_up_and_not_what_follows_from_them(tiny):
     assert max(found["nothing (S = 0)"]) < 0.35
 
 
+def test_a_known_model_is_not_read_again(tiny):
+    found = {row["call"]: row for row in rows(tiny, "identity")}
+    assert list(found) == ["load", "fork", "save", "load, fork and save"]
+    for row in found.values():
+        assert 0 < row["least wall ms"] <= row["wall ms"] and row["least wall ms"] < 50
+    assert found["fork"]["CPU ms"] < found["load, fork and save"]["CPU ms"]
+
+
 def test_publishing_writes_json_and_the_tables_into_the_pages(tiny, tmp_path):
     (tmp_path / "docs").mkdir()
     page = "before\n<!-- benchmark:sessions.size -->\nold\n<!-- end -->\n"

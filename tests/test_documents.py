@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lmsleep import SleepConfig, sleep_forward
 from lmsleep.evaluation import evaluate, read_batch
-from lmsleep.tasks import Text, stream
+from lmsleep.tasks import Text, batch_rng
 from lmsleep.tasks.samples import EVICTED, records, show
 from lmsleep.text.documents import read_set
 from lmsleep.text.packing import POOL, alike, pad
@@ -55,7 +55,7 @@ def question_set(tmp_path):
 
 
 def draw(task, size=8, split="train", index=0):
-    return task.batch(stream(0, split, index), size, split)
+    return task.batch(batch_rng(0, split, index), size, split)
 
 
 # Reading
@@ -178,7 +178,7 @@ def test_documents_are_drawn_by_their_weight_and_come_with_others_of_their_lengt
     lengths, weights = rng.integers(1, 100, 40), rng.integers(1, 4, 40).astype(float)
     counts, spread, everything = np.zeros(40), [], []
     for index in range(2000):
-        chosen = alike(stream(0, "train", index), lengths, 16, weights)
+        chosen = alike(batch_rng(0, "train", index), lengths, 16, weights)
         counts += np.bincount(chosen, minlength=40)
         spread.append(np.ptp(lengths[chosen]))
         everything.append(lengths[chosen].mean())

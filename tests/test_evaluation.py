@@ -7,7 +7,7 @@ from conftest import close, lively, tiny
 
 from lmsleep import Cache, Memory, SleepConfig, State, sleep_forward
 from lmsleep.evaluation import evaluate, mean_interval, read_batch, wilson
-from lmsleep.tasks import Batch, Depo, stream
+from lmsleep.tasks import Batch, Depo, batch_rng
 
 
 class NextIsPlusOne:
@@ -105,7 +105,7 @@ def test_evaluation_uses_the_given_sleep():
 @pytest.mark.parametrize("eviction", ["hard", "sliding"])
 def test_questions_fork_the_memory_of_their_context(eviction):
     model, sleep = model_for(FORK), SleepConfig(window=8, passes=2, eviction=eviction)
-    batch = FORK.batch(stream(0, "test", 0), 4, "test")
+    batch = FORK.batch(batch_rng(0, "test", 0), 4, "test")
     out = read_batch(model, batch, sleep, return_logits=True)
     for row, graph in enumerate(batch.context_row.tolist()):
         context = sleep_forward(model, batch.context[[graph]], None, sleep, evict_last=True)

@@ -45,7 +45,7 @@ def test_an_old_run_goes_on(tmp_path):
 
 
 def test_an_old_memory_goes_on(tmp_path, capsys):
-    run = RunFolder.open(lmsleep.pretrained.find("depo-N4"))
+    run = RunFolder.open(lmsleep.shipped.find("depo-N4"))
     session = Session.load(golden.HERE / "depo-N4.mem", run.model())
     assert session.stream.tokens == 16 and session.stream.sleeps == 1 and len(session.stream.window) == 8
     assert session.origin.tags["made"] == "golden"

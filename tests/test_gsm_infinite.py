@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lmsleep import SleepConfig
 from lmsleep.evaluation import read_batch
-from lmsleep.tasks import GSMInfinite, hide_answers, stream
+from lmsleep.tasks import GSMInfinite, batch_rng, hide_answers
 from lmsleep.tasks.base import HIDDEN
 from lmsleep.tasks.gsm_infinite import reader
 from lmsleep.tasks.gsm_infinite.language import language, tokenizer
@@ -25,7 +25,7 @@ SETTINGS = list(product(("medium", "hard"), ("forward", "reverse")))
 
 
 def draw(task, size=32, split="train", index=0, level=1.0):
-    return task.batch(stream(0, split, index), size, split, level)
+    return task.batch(batch_rng(0, split, index), size, split, level)
 
 
 def texts(task, batch):

@@ -1,6 +1,7 @@
 import json
 import struct
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,20 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lmsleep import Memory, Session, SleepConfig, State, fingerprint, memory_file, pretrained, sleep_forward
+from lmsleep import (
+    Memory,
+    Origin,
+    Session,
+    SleepConfig,
+    State,
+    adapt,
+    fingerprint,
+    shipped,
+    sleep_forward,
+)
 from lmsleep.files import write_atomic
-from lmsleep.memory_file import Origin, pack, unpack
+from lmsleep.memory import file, identity, model_identity
+from lmsleep.memory.saved import pack, unpack
 from lmsleep.training import RunFolder
 
 L = 5
@@ -85,10 +97,9 @@ def test_the_file_is_plain_safetensors(model, session, tmp_path):
 
 @pytest.mark.parametrize(("storage", "error"), [("float32", 1e-7), ("bfloat16", 2**-8), ("int8", 1 / 254)])
 def test_storage_rounds_as_its_dtype_does(session, storage, error):
-    layers = session.memory.layers
-    packed = pack(layers, storage)
-    back = unpack(packed, len(layers))
-    for S, R in zip(layers, back, strict=True):
+    packed = pack(session.memory, storage)
+    back = Memory(unpack(packed, len(session.memory.layers)))
+    for S, R in zip(session.memory.layers, back.layers, strict=True):
         if S is not None:
             scale = S.abs().amax((-1, -2), keepdim=True)
             assert ((S - R).abs() <= error * scale * (1 + 1e-5)).all()
@@ -117,15 +128,52 @@ HANDED_ON = {
 }
 
 
+@pytest.fixture(scope="module", params=["HybridLM", "transformers"])
+def written(request, tmp_path_factory):
+    # A model, how it sleeps, and the session's memory out of a file.
+    if request.param == "HybridLM":
+        model, rule = lively(tiny("attention", "gated_delta_net")), (None, "gated_delta_net")
+    else:
+        family = pytest.importorskip("hf_models").family
+        model, rule = adapt(family("qwen3_5")), ("fast_weights", None) * 2
+    session = Session(model, SleepConfig(window=L, passes=2))
+    session.read(random_tokens(2 * L + 3))
+    path = tmp_path_factory.mktemp("origins") / "a.mem"
+    session.memory.save(path, tags={"about": "nothing"})
+    loaded = Memory.load(path, model)
+    assert loaded.origin == replace(session.memory.origin, tags={"about": "nothing"})
+    assert loaded.origin.rule == rule and loaded.origin.model == fingerprint(model)
+    return model, session.sleep_config, loaded
+
+
 @pytest.mark.parametrize("how", HANDED_ON)
-def test_who_wrote_a_memory_travels_with_it(model, session, tmp_path, how):
-    session.memory.save(tmp_path / "a.mem")
-    loaded = Memory.load(tmp_path / "a.mem", model)
+def test_who_wrote_a_memory_travels_with_it(written, tmp_path, how):
+    model, sleep, loaded = written
     copy = HANDED_ON[how](loaded)
     assert copy.origin == loaded.origin
     copy.save(tmp_path / "b.mem")  # knows its model
     assert Memory.load(tmp_path / "b.mem").origin == loaded.origin
-    assert Session(model, session.sleep_config, memory=copy[[0]]).stats.tokens == loaded.origin.tokens > 0
+    assert Session(model, sleep, memory=copy[[0]]).stats.tokens == loaded.origin.tokens > 0
+
+
+def test_who_wrote_a_memory_survives_a_fork_and_a_merge(written, tmp_path):
+    model, sleep, loaded = written
+    child = loaded[[0, 0]].to(dtype=torch.float64).fork()[[1]]
+    assert child.origin == replace(loaded.origin, id=child.origin.id, parents=(loaded.origin.id,))
+    session = Session(model, sleep, memory=child)
+    session.read(random_tokens(L + 1))
+    grown = session.memory.clone()
+    assert (
+        grown.origin.tokens == loaded.origin.tokens + L + 1 and grown.origin.parents == child.origin.parents
+    )
+    merged = loaded.merge([grown]).clone()
+    assert merged.origin.parents == (loaded.origin.id, child.origin.id)
+    assert merged.origin.tokens == loaded.origin.tokens + grown.origin.tokens
+    merged.save(tmp_path / "m.mem")
+    again = Memory.load(tmp_path / "m.mem", model)
+    assert again.origin == merged.origin
+    assert again.origin.rule == loaded.origin.rule
+    assert Session(model, sleep, memory=again).stats.sleeps == loaded.origin.sleeps + grown.origin.sleeps
 
 
 def test_what_was_read_on_is_no_copy(model, session):
@@ -134,9 +182,20 @@ def test_what_was_read_on_is_no_copy(model, session):
     assert sleep_forward(model, random_tokens(1, 3), None, SleepConfig(), state=state).memory.origin is None
 
 
+def test_a_model_without_weights_has_no_identity():
+    assert model_identity(object()) is None
+    layer = torch.nn.Linear(2, 2)
+    assert model_identity(layer) == fingerprint(layer)
+    before = fingerprint(layer)
+    layer.weight.data.add_(1)  # not counted by PyTorch, so not seen, as documented
+    assert fingerprint(layer) == before
+    layer.weight.data = layer.weight.data.clone()  # but another tensor is
+    assert fingerprint(layer) != before
+
+
 def test_a_model_is_hashed_once(tmp_path, monkeypatch):
-    hashed, digest = [], memory_file._digest_of
-    monkeypatch.setattr(memory_file, "_digest_of", lambda *x: hashed.append(1) or digest(*x))
+    hashed, digest = [], identity._digest_of
+    monkeypatch.setattr(identity, "_digest_of", lambda *x: hashed.append(1) or digest(*x))
     model = lively(tiny("attention", "gated_delta_net"), seed=3)
     session = Session(model, SleepConfig(window=L, passes=2))
     session.read(random_tokens(L + 2))
@@ -231,7 +290,7 @@ def test_a_plain_configuration_counts_by_what_it_says():
 
 
 def test_the_fingerprint_of_a_shipped_model_stays():
-    model = RunFolder(pretrained.find(Path("depo-N4"))).model()
+    model = RunFolder(shipped.find(Path("depo-N4"))).model()
     assert fingerprint(model).startswith("15dfff90d0cd18df")  # docs/microscope.md
 
 
@@ -289,15 +348,13 @@ def test_any_json_where_the_index_should_be_is_refused(model, saved, header):
     ("header", "said"),
     [
         ({}, "lacks a field"),
-        ({**Origin().to_dict(), "blocks": "x"}, "is no memory"),
-        ({**Origin(model="m").to_dict(), "tokens": "many", "blocks": 3}, "another type"),
-        ({**Origin().to_dict(), "blocks": 3}, "another model"),
+        ({**asdict(Origin()), "blocks": "x"}, "is no memory"),
+        ({**asdict(Origin(model="m")), "tokens": "many", "blocks": 3}, "another type"),
+        ({**asdict(Origin()), "blocks": 3}, "another model"),
     ],
 )
 def test_a_header_with_a_checksum_of_its_own_is_still_checked(model, tmp_path, header, said):
-    from lmsleep.memory_file import write
-
-    write(tmp_path / "a.mem", {"S.1": torch.zeros(1, 2, 3, 4)}, header)
+    file.write(tmp_path / "a.mem", {"S.1": torch.zeros(1, 2, 3, 4)}, header)
     with pytest.raises(ValueError, match=said):
         Memory.load(tmp_path / "a.mem", model)
 
@@ -325,9 +382,9 @@ def test_a_header_with_a_checksum_of_its_own_is_still_checked(model, tmp_path, h
 )
 def test_headers_that_no_session_has_are_refused(model, saved, load, key, value, said):
     other = saved[0].parent / "counts.mem"
-    tensors, header = memory_file.read(saved[0])
+    tensors, header = file.read(saved[0])
     del header["time"]
-    memory_file.write(other, tensors, {**header, key: value})
+    file.write(other, tensors, {**header, key: value})
     with pytest.raises(ValueError, match=said):
         load(other, model)
 
@@ -342,12 +399,12 @@ def test_headers_that_no_session_has_are_refused(model, saved, load, key, value,
     ids=str,
 )  # fmt: skip
 def test_a_sleep_with_options_of_another_type_is_refused(model, saved, change):
-    tensors, header = memory_file.read(saved[0])
+    tensors, header = file.read(saved[0])
     other, sleep = saved[0].parent / "sleep.mem", header["sleep"]
     del header["time"]
-    memory_file.write(other, tensors, {**header, "sleep": {"window": 4, "loop": [1, 2], "inner_rate": None}})
+    file.write(other, tensors, {**header, "sleep": {"window": 4, "loop": [1, 2], "inner_rate": None}})
     Session.load(other, model)
-    memory_file.write(other, tensors, {**header, "sleep": {**sleep, **change}})
+    file.write(other, tensors, {**header, "sleep": {**sleep, **change}})
     with pytest.raises(ValueError, match="holds no session"):
         Session.load(other, model)
 
@@ -363,7 +420,7 @@ def test_tensors_that_are_no_fast_weights_are_refused(second):
 
 
 def test_a_scale_of_another_shape_is_refused(session):
-    packed = pack(session.memory.layers, "int8")
+    packed = pack(session.memory, "int8")
     for shape in ((1,), (1, 1, 1, 1, 1), (1, packed["S.1"].shape[1], 1, 3)):
         with pytest.raises(ValueError, match=r"S\.1\.scale has shape"):
             unpack({**packed, "S.1.scale": torch.ones(shape)}, 3)
@@ -373,10 +430,10 @@ def test_no_pickle_is_near(saved):
     import ast
     import inspect
 
-    from lmsleep import memory_file
+    from lmsleep.memory import saved as memory_saved
     from lmsleep.session import saving
 
-    for module in (memory_file, saving):
+    for module in (file, memory_saved, saving):
         source = inspect.getsource(module)
         names = {n.id for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Name)}
         assert "pickle" not in source and "torch.load" not in source and "eval" not in names

@@ -23,7 +23,7 @@ from lmsleep.microscope.probe import probe_rows, probed, ridge
 from lmsleep.microscope.readback import readback, readback_rows
 from lmsleep.microscope.subject import Subject, cut, from_session
 from lmsleep.ops import RULES
-from lmsleep.tasks import MQAR, TASKS, Depo, GSMInfinite, Rule110, Text, stream
+from lmsleep.tasks import MQAR, TASKS, Depo, GSMInfinite, Rule110, Text, batch_rng
 from lmsleep.tasks.base import Batch
 from lmsleep.text.tokenizers import Bytes
 from lmsleep.training import RunConfig, RunFolder, TrainConfig
@@ -214,8 +214,8 @@ def test_the_probe_reads_a_token_off_its_embedding_and_not_where_hops_lead():
         nodes=5, hops=2, names=6, name_lengths=(1, 1), node_distribution="fixed", ask="fork", queries=2
     )
     model = lively(tiny("attention", "gated_delta_net", vocab_size=task.vocab_size, d_model=32))
-    fit = [task.batch(stream(0, "train", i), 64, "train").context for i in range(4)]
-    test = task.batch(stream(0, "test", 0), 64, "test").context
+    fit = [task.batch(batch_rng(0, "train", i), 64, "train").context for i in range(4)]
+    test = task.batch(batch_rng(0, "test", 0), 64, "test").context
     rows = list(probe_rows(model, task, SleepConfig(window=10, passes=2), fit, test))
     assert [(r["window"], r["pass"], r["steps"]) for r in rows] == [
         (0, n, j) for n in range(3) for j in range(3)
@@ -229,7 +229,7 @@ def test_intermediate_nodes_are_those_that_solving_passes_through():
         Depo(nodes=7, hops=3, names=9, ask="fork", queries=2),
         Depo(nodes=6, hops=2, names=5, queries=3),
     ):
-        batch = task.batch(stream(3, "train", 0), 20, "train")
+        batch = task.batch(batch_rng(3, "train", 0), 20, "train")
         tokens = batch.tokens if batch.context is None else batch.context
         ahead = task.intermediate(tokens)
         for row, context in enumerate(tokens.tolist()):
@@ -254,7 +254,7 @@ def test_an_edge_that_leads_out_of_what_was_read_has_no_target():
 
 def test_intermediate_states_end_in_the_answer():
     task = Rule110(width=6, states=2, t=3, asked=6)
-    batch = task.batch(stream(0, "test", 0), 5, "test")
+    batch = task.batch(batch_rng(0, "test", 0), 5, "test")
     states = task.intermediate(batch.tokens)
     assert torch.equal(states[:, :12, 0], batch.tokens[:, :12]) and (states[:, 12:] == -1).all()
     assert torch.equal(states[:, :12, 3], batch.tokens[:, 13:])
@@ -361,7 +361,7 @@ def test_cutting_a_batch_at_its_last_eviction_changes_no_prediction_after_it(sle
     task = Rule110(width=6, states=2, t=2, asked=2)
     model = lively(tiny("attention", "gated_delta_net", vocab_size=3))
     sleep = SleepConfig(window=6, passes=2, sleep_on_loss=sleep_on_loss)
-    batch = task.batch(stream(0, "test", 0), 4, "test")
+    batch = task.batch(batch_rng(0, "test", 0), 4, "test")
     divided = cut(batch, sleep)
     assert divided.context.shape == (4, 12)
     whole, parts = (read_batch(model, b, sleep, return_logits=True).logits for b in (batch, divided))
@@ -370,7 +370,7 @@ def test_cutting_a_batch_at_its_last_eviction_changes_no_prediction_after_it(sle
 
 def test_windows_that_carry_loss_are_not_context_where_they_do_not_sleep(tmp_path):
     (tmp_path / "a.txt").write_bytes(bytes(range(256)) * 4)
-    batch = Text(data=(tmp_path / "a.txt",), length=20).batch(stream(0, "test", 0), 2, "test")
+    batch = Text(data=(tmp_path / "a.txt",), length=20).batch(batch_rng(0, "test", 0), 2, "test")
     assert cut(batch, SLEEP).context.shape == (2, 18)
     assert cut(batch, replace(SLEEP, sleep_on_loss=False)).context.shape == (2, 0)
 
@@ -456,6 +456,7 @@ class Opaque:
         self._model = SimpleNamespace(inner=model)
         self.num_blocks, self.initial_state = model.num_blocks, model.initial_state
         self.embed, self.run, self.head = model.embed, model.run, model.head
+        self.kinds, self.vocab_size, self.device = model.kinds, model.vocab_size, model.device
 
 
 def test_any_backbone_can_be_looked_at_and_what_needs_our_layers_says_so():

@@ -21,7 +21,7 @@ def test_a_shipped_model_reads_sleeps_and_answers_in_three_lines():
 
 
 def test_a_run_a_saved_model_and_a_hugging_face_folder_open(tmp_path):
-    model, sleep, tokenizer = lmsleep.open(lmsleep.pretrained.find("depo-N1"))
+    model, sleep, tokenizer = lmsleep.open(lmsleep.shipped.find("depo-N1"))
     assert sleep.passes == 1
     assert not model.training and tokenizer.vocab_size == model.config.vocab_size
     HybridLM(tiny(vocab_size=256)).save_pretrained(tmp_path / "saved")

@@ -178,7 +178,7 @@ def test_a_sleep_says_which_options_it_has():
 
 
 def test_the_example_of_the_docs_strengthens_what_a_window_wrote(tmp_path):
-    page = (Path(__file__).parents[1] / "docs" / "architecture.md").read_text()
+    page = (Path(__file__).parents[1] / "docs" / "carry-on.md").read_text()
     (example,) = (text for text in re.findall(r"```python\n(.*?)```", page, re.S) if "class Nap" in text)
     (tmp_path / "nap.py").write_text(textwrap.dedent(example))
     model, tokens = lively(tiny("attention", "gated_delta_net")), random_tokens(2, 4)

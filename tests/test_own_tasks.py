@@ -13,11 +13,11 @@ from conftest import run_command
 from lmsleep import plugins
 from lmsleep.models import HybridConfig
 from lmsleep.sleep import SleepConfig
-from lmsleep.tasks import Depo, find_task, hide_answers, own, stream, task_name
+from lmsleep.tasks import Depo, batch_rng, find_task, hide_answers, own, task_name
 from lmsleep.training import Job, RunConfig, RunFolder, TrainConfig, run_all
 
-ARCHITECTURE = Path(__file__).parents[1] / "docs" / "architecture.md"
-EXAMPLES = re.findall(r"```python\n(.*?)```", ARCHITECTURE.read_text(), re.S)
+PAGE = Path(__file__).parents[1] / "docs" / "carry-on.md"
+EXAMPLES = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S)
 EXAMPLE = next(textwrap.dedent(text) for text in EXAMPLES if "class Recall" in text)
 TINY = "--steps 3 --eval-every 3 --eval-batches 1 --save-every 2 --batch-size 4 --d-model 16 --num-heads 2"
 OPTIONS = [*TINY.split(), "--window", "4", "--passes", "2", "--threads", "1"]
@@ -34,7 +34,7 @@ def file(tmp_path):
 def test_the_example_of_the_docs_is_short_and_solves_its_samples(file):
     assert len([x for x in EXAMPLE.split("@dataclass")[1].splitlines() if x]) <= 20
     task = find_task(f"{file}:Recall")()
-    batch = task.batch(stream(0, "train", 0), 20, "train")
+    batch = task.batch(batch_rng(0, "train", 0), 20, "train")
     for row in range(20):
         seen, answers = hide_answers(batch, row)
         assert task.solve(seen) == answers and len(answers) == 1
@@ -151,6 +151,6 @@ def test_paths_and_tuples_come_back(tmp_path):
     again = RunConfig.from_dict(json.loads(json.dumps(config.to_dict())))
     assert again == config and again.task.data[0].is_absolute()
     assert torch.equal(
-        again.task.batch(stream(0, "train", 0), 2, "train").tokens,
-        task.batch(stream(0, "train", 0), 2, "train").tokens,
+        again.task.batch(batch_rng(0, "train", 0), 2, "train").tokens,
+        task.batch(batch_rng(0, "train", 0), 2, "train").tokens,
     )

@@ -11,7 +11,7 @@ from conftest import run_command
 
 from lmsleep.demo import settings
 from lmsleep.evaluation import EVAL_SEED
-from lmsleep.tasks import TASKS, Batch, Depo, Rule110, Text, stream
+from lmsleep.tasks import TASKS, Batch, Depo, Rule110, Text, batch_rng
 from lmsleep.tasks.samples import EVICTED, records, show
 
 DEPO = Depo(nodes=4, hops=2, queries=2, names=4, name_lengths=(1, 1), ask="fork")
@@ -22,7 +22,7 @@ def data(capsys, *argv):
 
 
 def test_evictions_stand_between_windows_and_answers_in_brackets():
-    batch = DEPO.batch(stream(0, "train", 0), 1, "train")
+    batch = DEPO.batch(batch_rng(0, "train", 0), 1, "train")
     before, *rest = show(DEPO, batch, 0, 4).split(f" {EVICTED} ")
     assert len(before.split()) == 4 and len(rest) == 2  # two windows of context, then the question
     answer = DEPO.spell(batch.tokens[0, -1:].tolist())
@@ -32,7 +32,7 @@ def test_evictions_stand_between_windows_and_answers_in_brackets():
 
 def test_windows_count_on_through_tokens_that_are_no_context():
     task = Rule110(width=6, states=2, t=1, asked=2)
-    shown = show(task, task.batch(stream(0, "train", 0), 1, "train"), 0, 6)
+    shown = show(task, task.batch(batch_rng(0, "train", 0), 1, "train"), 0, 6)
     windows = shown.split(f" {EVICTED} ")
     assert [len(w) for w in windows[:2]] == [6, 6] and windows[2].startswith("| [")
     assert len(windows) == 3
@@ -42,14 +42,14 @@ def test_text_marks_evictions_and_no_answers(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("abcdefgh" * 50)
     task = Text(data=(path,), length=12)
-    shown = show(task, task.batch(stream(0, "train", 0), 1, "train"), 0, 5)
+    shown = show(task, task.batch(batch_rng(0, "train", 0), 1, "train"), 0, 5)
     assert "[" not in shown and [len(w) for w in shown.split(f" {EVICTED} ")] == [5, 5, 2]
 
 
 @pytest.mark.parametrize("name", [name for name in TASKS if name != "text"])
 def test_records_hold_what_the_batch_holds(name):
     task = TASKS[name]()
-    batch = task.batch(stream(3, "test", 0), 2, "test")
+    batch = task.batch(batch_rng(3, "test", 0), 2, "test")
     rows = list(records(task, batch))
     assert len(rows) == len(batch.tokens)
     for row, record in enumerate(rows):
@@ -67,7 +67,7 @@ def test_records_hold_what_the_batch_holds(name):
 
 
 def test_rows_of_one_context_carry_it_each():
-    batch: Batch = DEPO.batch(stream(0, "train", 0), 2, "train")
+    batch: Batch = DEPO.batch(batch_rng(0, "train", 0), 2, "train")
     contexts = [record["context"] for record in records(DEPO, batch)]
     assert contexts == [batch.context[c].tolist() for c in batch.context_row]
 
@@ -75,7 +75,7 @@ def test_rows_of_one_context_carry_it_each():
 def test_the_command_shows_the_stream_it_names(capsys):
     code, out, _ = data(capsys, "depo", "--samples", 2, "--split", "test", "--nodes", 9, "--names", 9)
     task = replace(settings.DEPO, nodes=9, names=9)
-    batch = task.batch(stream(EVAL_SEED, "test", 0), 2, "test")
+    batch = task.batch(batch_rng(EVAL_SEED, "test", 0), 2, "test")
     assert code == 0 and out.startswith(show(task, batch, 0, 8) + "\n")
     assert f"chance {1 / 8:.3f}" in out
 

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_sleep import Outer
 
+import lmsleep
 from lmsleep import BrokenSleep, Memory, Session, SessionBatch, SleepConfig, fingerprint, sleep_forward
 from lmsleep.session import Answer, Sampling
 from lmsleep.tasks import Depo, Rule110, Variables
@@ -197,7 +198,7 @@ class Counted:
 
     def __init__(self, model):
         self.model, self.num_blocks, self.config = model, model.num_blocks, model.config
-        self.kinds = model.kinds
+        self.kinds, self.vocab_size, self.device = model.kinds, model.vocab_size, model.device
         self.initial_state, self.embed, self.head = model.initial_state, model.embed, model.head
         self.lengths = []
 
@@ -299,6 +300,143 @@ def test_answers_stop_at_tokens_and_texts(model):
     assert session.fork().generate("c", 8) == text
     assert session.fork().generate("c", 8, stop=[text[4]]) == text[: text.index(text[4])]
     assert "".join(session.generate("c", 8, stream=True)) == text
+
+
+# Taking back
+
+
+@EVICTIONS
+def test_rewind_takes_back_the_last_call_bit_for_bit(model, eviction, tmp_path):
+    session = Session(model, sleeping(eviction=eviction), history=3)
+    calls = [
+        lambda: session.read(random_tokens(2 * L + 2)),
+        lambda: session.generate([1, 2], 2 * L),
+        lambda: session.sleep(),
+        lambda: session.read([3, 4]),
+    ]
+    streams = []
+    for call in calls:
+        streams.append(session.stream)
+        call()
+        session.read(()), session.generate([1], 1, stream=True)  # which change nothing
+    session.save(tmp_path / "a.mem")
+    spent = session.stats.seconds_awake
+    for stream in streams[:0:-1]:
+        session.rewind()
+        assert session.stream is stream
+    assert session.stats.seconds_awake == spent > 0 and session.memory.origin.tokens == 2 * L + 2
+    with pytest.raises(ValueError, match=r"nothing to take back.*history=3 keeps no more"):
+        session.rewind()
+    assert session.stream is streams[1]
+    with pytest.raises(ValueError, match="nothing to take back"):
+        Session.load(tmp_path / "a.mem", model).rewind()
+
+
+def test_what_broke_off_can_be_taken_back(model):
+    session = Session(Poisoned(model), sleeping())
+    session.read([1, 2])
+    before = session.stream
+    with pytest.raises(BrokenSleep):
+        session.read([7, 1, 2, 3])
+    assert session.stats.tokens == 0  # the window is lost, with what was read before
+    session.rewind()
+    assert session.stream is before
+    pieces = session.generate([3], 8, stream=True)
+    next(pieces), pieces.close()
+    session.rewind()
+    assert session.stream is before
+    pieces = session.generate([7, 1], 8, stop=[99], stream=True)
+    with pytest.raises(ValueError, match="logits are NaN"):
+        next(pieces)
+    session.rewind()
+    assert session.stream is before
+
+
+def test_a_call_that_fails_in_its_first_step_leaves_nothing_to_take_back(model, monkeypatch):
+    session = Session(model, sleeping())
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(model, "run", lambda *args, **rows: (_ for _ in ()).throw(KeyboardInterrupt))
+        session.read([1, 2])
+    with pytest.raises(ValueError, match="nothing to take back"):
+        session.rewind()
+
+
+def test_a_sleep_that_breaks_when_an_answer_is_left_is_told(model):
+    class Late(Poisoned):
+        # NaN when a window of its own words is slept on: tokens are read one by one, asleep all at once.
+        def embedded(self, tokens):
+            self.seen = torch.full_like(tokens, 7 if tokens.shape[1] == L else 0)
+            return self.model.embed(tokens)
+
+    session = Session(Late(model), sleeping())
+    pieces = session.generate([1, 2, 3, 4], 8, stream=True)
+    next(pieces), next(pieces)  # the window is full, and the second token is not read
+    with pytest.raises(BrokenSleep):
+        pieces.close()
+    assert session.stats.tokens == 0
+
+
+def test_a_fork_shares_the_past_and_a_reset_has_none(model):
+    session = reading(model, [1, 2, 3])
+    child = session.fork()
+    child.rewind()
+    assert child.stats.tokens == 0 and session.stats.tokens == 3
+    child.read([4])
+    session.rewind()  # its own past, whatever the child did
+    assert session.stats.tokens == 0
+    child.rewind()
+    session.read([5])
+    session.reset()
+    for empty in (session, child, Session(model, sleeping(), history=0)):
+        with pytest.raises(ValueError, match="nothing to take back"):
+            empty.rewind()
+
+
+def test_the_past_is_bounded_and_its_bytes_are_told(model):
+    session, held = Session(model, sleeping(eviction="sliding"), history=2), []
+    assert session.stats.history_bytes == 0
+    for _ in range(20):
+        session.read(random_tokens(L + 1))
+        held.append(session.stats.history_bytes)
+    most = 2 * 2 * session.stats.peak_bytes + 2 * 8 * L  # two states and a window's tokens each
+    assert 0 < max(held) <= most and len(set(held[5:])) <= L
+    without = Session(model, sleeping(), history=0)
+    without.read([1, 2])
+    assert without.stats.history_bytes == 0
+    within = reading(model, [1, 2])
+    within.read([3])  # in one window: its beginning is held once
+    first = within.stream.start
+    assert within.stats.history_bytes == within.past[0].state.memory.nbytes + (
+        within.past[0].state.cache.nbytes + within.past[0].window.nbytes
+    )
+    assert within.past[0].start is first
+
+
+def test_a_batch_takes_back_its_last_call_on_all_rows(model):
+    sessions = [reading(model, random_tokens(n, seed=n)) for n in (1, 3)]
+    batch, before = SessionBatch(sessions), [s.stream for s in sessions]
+    batch.read([[1, 2, 3], []])
+    batch.rewind()
+    assert [s.stream for s in sessions] == before
+    sessions[0].read([1])
+    with pytest.raises(ValueError, match="nothing to take back"):
+        batch.rewind()
+    assert sessions[0].stats.tokens == 2
+
+
+def test_an_answer_ends_where_the_session_was_changed_beside_it(model):
+    session = reading(model, [1, 2])
+    pieces = session.generate([3], 8, stream=True)
+    next(pieces)
+    session.rewind()
+    with pytest.raises(RuntimeError, match="changed while its answer is written"):
+        next(pieces)
+    assert session.stats.tokens == 2
+    pieces = session.generate([3], 8, stream=True)
+    next(pieces)
+    session.read([4])
+    pieces.close()
+    assert session.stats.tokens == 4
 
 
 # Batches
@@ -451,6 +589,8 @@ def test_a_broken_row_leaves_the_others_alone(model):
         ("the same model and the same sleep",
          lambda s: SessionBatch([s, Session(s.model, SleepConfig(window=3))])),
         ("texts must be 1", lambda s: SessionBatch([s]).read([[1], [2]])),
+        ("history must not be negative", lambda s: Session(s.model, sleeping(), history=-1)),
+        ("seeds must be 1", lambda s: SessionBatch([s]).generate([[1]], seeds=[1, 2])),
         ("wake_passes=2", lambda s: Session(s.model, sleeping(wake_passes=2))),
         ("loop=", lambda s: Session(s.model, sleeping(loop=(0, 9)))),
     ],
@@ -474,8 +614,19 @@ def test_a_task_reads_its_own_spelling(task):
         spelled.encode("nosuch")
 
 
-def test_the_documented_example_runs(tmp_path, monkeypatch, capsys):
+def test_the_documented_examples_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     page = (Path(__file__).parents[1] / "docs" / "sessions.md").read_text()
-    exec(compile(page.split("```python\n")[1].split("```")[0], "sessions.md", "exec"), {})
+    sessions, rows = (block.split("```")[0] for block in page.split("```python\n")[1:])
+    exec(compile(sessions, "sessions.md", "exec"), {})
     assert (tmp_path / "day-1.mem").exists() and "torch.Size([1, 1, 4])" in capsys.readouterr().out
+    exec(compile(rows, "sessions.md", "exec"), {})
+    assert capsys.readouterr().out.strip() == rows.strip().splitlines()[-1].split("# ")[1]
+
+
+def test_the_bytes_of_taking_back_are_those_of_the_documentation():
+    session = Session(*lmsleep.open("depo-N4"), history=16)
+    for _ in range(20):
+        session.read("n8 n4 n7 n8 n2 n5 n5 n1 n1 n6 n4 n3 n3 n2 n6 n7")
+    page = (Path(__file__).parents[1] / "docs" / "sessions.md").read_text()
+    assert f"{session.stats.history_bytes:,} bytes for 16 calls of `depo-N4`" in page

@@ -2,15 +2,19 @@ import fcntl
 import io
 import json
 import os
+import pty
 import random
+import select
 import subprocess
 import sys
 import time
 
 import pytest
+import torch
 from conftest import lively, run_command, same_memory, tiny
 from test_cli import TINY
 
+import lmsleep
 from lmsleep import HybridLM, Memory, Session
 from lmsleep.cli import main
 
@@ -27,8 +31,6 @@ def graphs(tmp_path_factory):
 @pytest.fixture(scope="module")
 def bytes_model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bytes") / "model"
-    import torch
-
     lively(tiny(vocab_size=256), dtype=torch.float32).save_pretrained(folder)
     return folder
 
@@ -117,6 +119,56 @@ def test_chat_reads_answers_and_obeys(bytes_model, capsys, here, monkeypatch):
     assert code == 0 and "[window 2/16" in out  # ends with its input
 
 
+def test_chat_takes_back_line_by_line(bytes_model, capsys, here, monkeypatch):
+    options = [bytes_model, "--window", 16, "--passes", 2, "--max-new-tokens", 5]
+    lines = ["/read hello", "how?", "/sleep", "/undo", "/undo", "/save a.mem", "/undo", "/undo"]
+    code, out, _ = chat(capsys, monkeypatch, options, *lines, "/load a.mem", "/undo")
+    status = [
+        line.split(" · working")[0] for line in out.splitlines() if line.startswith(("[window", "> [window"))
+    ]
+    counts = [line.split("[window ")[1] for line in status]
+    assert code == 0 and counts[2] == counts[4]  # the answer, and the same again without the sleep
+    assert counts[0] == counts[7] == counts[8] == "0/16 · 0 tokens · 0 sleeps"
+    assert counts[1] == counts[5] == counts[6] == counts[9] == "6/16 · 6 tokens · 0 sleeps"
+    assert out.count("there is nothing to take back") == 2
+
+
+def test_chat_undoes_on_a_terminal(bytes_model, here):
+    # A person at a terminal: a line, its answer, /undo; what is typed is echoed as a terminal does.
+    command = [sys.executable, "-m", "lmsleep", "chat", str(bytes_model), "--window", "16"]
+    mine, its = pty.openpty()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdin=its, stdout=its, stderr=its, env=environment)
+    os.close(its)
+    seen = b""
+
+    def until(wanted: bytes) -> None:
+        nonlocal seen
+        deadline = time.monotonic() + 120
+        while wanted not in seen:
+            assert select.select([mine], [], [], max(deadline - time.monotonic(), 0))[0], seen
+            seen += os.read(mine, 4096)
+        seen = seen.partition(wanted)[2]
+
+    try:
+        until(b"0 tokens")
+        os.write(mine, b"/help\n")
+        until(b"/undo        take back")
+        until(b"[window 0/16")
+        os.write(mine, b"/read hello\n")
+        until(b"[window 6/16")
+        os.write(mine, b"/undo\n")
+        until(b"[window 0/16 \xc2\xb7 0 tokens")
+        os.write(mine, b"/undo\n")
+        until(b"there is nothing to take back")
+        os.write(mine, b"/quit\n")
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(mine)
+
+
 def test_a_stray_byte_or_an_interrupt_keeps_the_session(bytes_model, capsys, here, monkeypatch):
     typed = b"/read he\xffy\nhow?\n/save a.mem\n"
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(typed), encoding="utf-8"))
@@ -195,19 +247,19 @@ def test_a_memory_that_another_process_writes_is_left_alone(bytes_model, capsys,
     assert run_command(capsys, "read", bytes_model, "a.txt", "--memory", "m.mem")[0] == 0
 
 
-def stop_early(capsys, monkeypatch, command):
-    # Interrupts `lmsleep read` at its second piece.
-    reads, real = [], Session.read
+def stop_early(capsys, monkeypatch, command, windows=16):
+    # Interrupts `lmsleep read` after so many windows.
+    steps, real = [], lmsleep.session.owner.advance
 
-    def stopped(self, text):
-        reads.append(text)
-        if len(reads) == 2:
+    def stopped(*args):
+        steps.append(args)
+        if len(steps) > windows:
             raise KeyboardInterrupt
-        real(self, text)
+        return real(*args)
 
-    monkeypatch.setattr(Session, "read", stopped)
+    monkeypatch.setattr(lmsleep.session.owner, "advance", stopped)
     assert run_command(capsys, *command)[0] == 130
-    monkeypatch.setattr(Session, "read", real)
+    monkeypatch.setattr(lmsleep.session.owner, "advance", real)
 
 
 def test_a_read_stopped_on_other_files_is_not_mixed_up(bytes_model, capsys, here, monkeypatch):
@@ -215,7 +267,7 @@ def test_a_read_stopped_on_other_files_is_not_mixed_up(bytes_model, capsys, here
     (here / "b.txt").write_text("other")
     command = ["read", bytes_model, "a.txt", "--memory", "m.mem", "--window", 8]
     stop_early(capsys, monkeypatch, command)
-    assert Memory.load("m.mem").origin.tokens == 128 - 8  # the open window is not in S; saved on the way out
+    assert Memory.load("m.mem").origin.tokens == 128  # all of it is in S; saved on the way out
     code, _, err = run_command(capsys, "read", bytes_model, "b.txt", "--memory", "m.mem")
     assert code == 2 and "stopped while it read other files" in err
     assert run_command(capsys, *command)[0] == 0 and Memory.load("m.mem").origin.tokens == 2000 - 8
@@ -230,7 +282,7 @@ def test_an_unfinished_read_skips_nothing_where_something_else_read_on(
     for more in ("x", "x" * 2000):  # to a place within the file, and to one beyond its end
         chat(capsys, monkeypatch, [bytes_model, "--memory", "m.mem"], f"/read {more}", "/save m.mem")
         code, _, err = run_command(capsys, *command)
-        assert code == 2 and "read on by something else since; read into another --memory" in err
+        assert code == 2 and "read on by something else since; read into another one" in err
 
 
 def test_a_killed_read_ends_with_the_uninterrupted_memory(bytes_model, capsys, here):

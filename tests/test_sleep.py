@@ -670,11 +670,12 @@ def test_checkpointing_keeps_no_activations(model, tokens):
 class Outer:
     # Two blocks, each `h <- tanh(h W + h S)`, where `S` adds up the outer products of what was read.
 
-    num_blocks, vocab, width = 2, 7, 4
+    num_blocks, vocab_size, width = 2, 7, 4
+    device = torch.device("cpu")
 
     def __init__(self):
         rng = torch.Generator().manual_seed(0)
-        self.table = torch.randn(self.vocab, self.width, generator=rng, dtype=torch.float64)
+        self.table = torch.randn(self.vocab_size, self.width, generator=rng, dtype=torch.float64)
         self.weights = torch.randn(2, self.width, self.width, generator=rng, dtype=torch.float64)
 
     def initial_state(self, batch_size):

@@ -2,7 +2,17 @@
 
 import pytest
 
-from lmsleep.tasks import MQAR, Depo, GSMSymbolic, Rule110, Text, Variables, WordProblem, hide_answers, stream
+from lmsleep.tasks import (
+    MQAR,
+    Depo,
+    GSMSymbolic,
+    Rule110,
+    Text,
+    Variables,
+    WordProblem,
+    batch_rng,
+    hide_answers,
+)
 from lmsleep.tasks.base import HIDDEN
 
 TASKS = [
@@ -32,14 +42,14 @@ TASKS = [
 def test_the_solver_finds_every_answer(task, split):
     answers = 0
     for index in range(3):
-        batch = task.batch(stream(5, split, index), 200, split)
+        batch = task.batch(batch_rng(5, split, index), 200, split)
         for row in range(len(batch.tokens)):
             seen, expected = hide_answers(batch, row)
             assert seen.count(HIDDEN) == len(expected)
             assert task.solve(seen) == expected
             answers += len(expected)
     assert answers == sum(
-        len(task.batch(stream(5, split, index), 200, split).answers.unique()) - 1 for index in range(3)
+        len(task.batch(batch_rng(5, split, index), 200, split).answers.unique()) - 1 for index in range(3)
     )
 
 
@@ -47,14 +57,14 @@ def test_the_next_byte_of_a_text_follows_from_nothing(tmp_path):
     path = tmp_path / "text.txt"
     path.write_text("words " * 200)
     task = Text(data=(path,), length=40)
-    seen, expected = hide_answers(task.batch(stream(0, "train", 0), 2, "train"), 0)
+    seen, expected = hide_answers(task.batch(batch_rng(0, "train", 0), 2, "train"), 0)
     assert len(expected) == seen.count(HIDDEN) == 39
     assert task.solve(seen) == []
 
 
 def test_hidden_answers_leave_nothing_of_them_behind():
     task = Depo(nodes=9, names=50, name_lengths=(2, 2), queries=3, node_distribution="fixed")
-    batch = task.batch(stream(0, "train", 0), 20, "train")
+    batch = task.batch(batch_rng(0, "train", 0), 20, "train")
     for row in range(20):
         seen, expected = hide_answers(batch, row)
         assert [len(answer) for answer in expected] == [2, 2, 2]

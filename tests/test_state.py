@@ -1,9 +1,13 @@
+import ast
+import sys
 from dataclasses import FrozenInstanceError
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+import lmsleep.state
 from lmsleep import Cache, Memory, Origin, State
 
 
@@ -28,6 +32,14 @@ def tensors(state: State) -> list[Tensor]:
 
 def equal(a: State, b: State) -> bool:
     return all(torch.equal(x, y) for x, y in zip(tensors(a), tensors(b), strict=True))
+
+
+def test_values_stand_on_the_ground():
+    nodes = list(ast.walk(ast.parse(Path(lmsleep.state.__file__).read_text())))
+    imported = {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    imported |= {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    others = {name.split(".")[0] for name in imported} - sys.stdlib_module_names
+    assert others == {"torch"} and not {"json", "hashlib"} & imported
 
 
 def test_zeros_have_the_given_shapes_dtype_and_value():

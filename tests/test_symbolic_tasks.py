@@ -2,14 +2,14 @@ import numpy as np
 import pytest
 import torch
 
-from lmsleep.tasks import MQAR, GSMSymbolic, Variables, WordProblem, stream
+from lmsleep.tasks import MQAR, GSMSymbolic, Variables, WordProblem, batch_rng
 from lmsleep.tasks.word_problem import multiplication_table
 
 SIZE = 400
 
 
 def draw(task, size=SIZE, level=1.0, index=0):
-    return task.batch(stream(0, "train", index), size, "train", level)
+    return task.batch(batch_rng(0, "train", index), size, "train", level)
 
 
 @pytest.mark.parametrize("group", ["S5", "A5", "A4xZ5", "Z60"])

@@ -19,13 +19,13 @@ from lmsleep.tasks import (
     Text,
     Variables,
     WordProblem,
-    stream,
+    batch_rng,
 )
 from lmsleep.tasks.rule110 import SEP, automaton
 
 
 def draw(task, size: int = 64, split: str = "train", *, index: int = 0, seed: int = 0, level: float = 1.0):
-    return task.batch(stream(seed, split, index), size, split, level)
+    return task.batch(batch_rng(seed, split, index), size, split, level)
 
 
 def same(a: Batch, b: Batch) -> bool:
@@ -79,7 +79,7 @@ def test_a_batch_is_a_function_of_seed_split_and_index(tasks):
 )
 def test_streams_are_equal_only_for_equal_arguments(a, b):
     first, second = (
-        stream(seed, "test" if test else "train", index).integers(0, 2**62, 4).tolist()
+        batch_rng(seed, "test" if test else "train", index).integers(0, 2**62, 4).tolist()
         for seed, test, index in (a, b)
     )
     assert (first == second) == (a == b)
@@ -88,7 +88,7 @@ def test_streams_are_equal_only_for_equal_arguments(a, b):
 @pytest.mark.parametrize("seed", [-1, 2**63])
 def test_a_seed_out_of_range_is_named(seed):
     with pytest.raises(ValueError, match="seed must lie in"):
-        stream(seed, "train", 0)
+        batch_rng(seed, "train", 0)
 
 
 def test_every_task_is_listed():

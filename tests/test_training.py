@@ -19,7 +19,7 @@ import lmsleep
 from lmsleep import HybridLM, SleepConfig, sleep_forward
 from lmsleep.cli import main
 from lmsleep.files import write_atomic
-from lmsleep.tasks import MQAR, Depo, Drift, GSMInfinite, Rule110, Text, Variables, stream
+from lmsleep.tasks import MQAR, Depo, Drift, GSMInfinite, Rule110, Text, Variables, batch_rng
 from lmsleep.training import (
     Diverged,
     Interrupted,
@@ -109,7 +109,7 @@ def test_training_is_the_written_out_loop(tmp_path):
     model = HybridLM(config.model)
     muon, adam = optim.optimizers(model, config.train)
     for step, factor in enumerate([1 / 3, 2 / 3, 1, 1, 1, 3 / 4]):
-        batch = config.task.batch(stream(0, "train", step), 4, "train")
+        batch = config.task.batch(batch_rng(0, "train", step), 4, "train")
         out = sleep_forward(
             model, batch.tokens, batch.loss_mask, config.sleep, read_last=False, return_logits=False
         )

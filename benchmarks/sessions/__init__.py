@@ -9,6 +9,15 @@ from lmsleep import HybridConfig
 SMALL = HybridConfig(d_model=64, blocks=("attention", "gated_delta_net"))
 MIDDLE = HybridConfig()  # four blocks of width 256: 3 million parameters
 
+LARGE = HybridConfig(  # 2 billion parameters, of which six blocks have fast weights
+    vocab_size=98_304,
+    d_model=2048,
+    num_heads=16,
+    head_dim=128,
+    blocks=(*["attention"] * 3, "gated_delta_net") * 6,
+    mlp_dim=8192,
+)
+
 
 def tables(repeats: int, tiny: bool) -> dict[str, Callable[[], Table]]:
     """Return all tables; times come from models with random weights, accuracies from the shipped ones."""
@@ -30,4 +39,5 @@ def tables(repeats: int, tiny: bool) -> dict[str, Callable[[], Table]]:
         "stream": lambda: stream.lengths(SMALL, counts=counts),
         "storage": lambda: memories.stored(batches=batches),
         "merge": lambda: memories.merged(batches=batches),
+        "identity": lambda: memories.identified(SMALL if tiny else LARGE, repeats=often),
     }

@@ -1,6 +1,7 @@
 """What memories still know, stored in fewer bits and merged: the shipped models on held-out graphs."""
 
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +11,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.table import Cell, Table
-from lmsleep import Backbone, Memory, State, pretrained, sleep_forward
+from benchmarks.timing import ms, take_turns
+from lmsleep import Backbone, HybridConfig, HybridLM, Memory, Session, State, shipped, sleep_forward
 from lmsleep.evaluation import EVAL_SEED, wilson
-from lmsleep.memory_file import Storage
 from lmsleep.sleep import SleepConfig
-from lmsleep.tasks import Batch, stream
+from lmsleep.state import Storage
+from lmsleep.tasks import Batch, batch_rng
 from lmsleep.training import RunFolder
 
 GRAPHS = 64  # in a batch
@@ -32,13 +34,13 @@ class Reader:
     @classmethod
     def shipped(cls, name: str) -> "Reader":
         """Open a shipped model by name."""
-        run = RunFolder.open(pretrained.find(name))
+        run = RunFolder.open(shipped.find(name))
         return cls(run.model(), run.config().sleep, run.config().task)
 
     def batches(self, count: int) -> Iterator[Batch]:
         """Draw graphs that training never drew."""
         for index in range(count):
-            yield self.task.batch(stream(EVAL_SEED, "test", index), GRAPHS, "test")
+            yield self.task.batch(batch_rng(EVAL_SEED, "test", index), GRAPHS, "test")
 
     @torch.no_grad()
     def read(self, context: Tensor) -> Memory:
@@ -60,7 +62,7 @@ class Reader:
 def stored(batches: int) -> Table:
     """Score the same memories through files of three kinds."""
     rows: list[dict[str, Cell]] = []
-    for name in pretrained.names():
+    for name in shipped.names():
         reader = Reader.shipped(name)
         right, given = ({s: list[Tensor]() for s in STORAGES} for _ in range(2))
         size, hops = {}, []
@@ -105,7 +107,7 @@ def merged(batches: int) -> Table:
         "nothing (S = 0)": lambda r, c: r.read(c).map(torch.zeros_like),
     }
     rows: list[dict[str, Cell]] = []
-    for name in reversed(pretrained.names()):
+    for name in reversed(shipped.names()):
         reader = Reader.shipped(name)
         for case, remember in cases.items():
             right, hops = [], []
@@ -140,3 +142,48 @@ def _accuracy(right: Tensor, hops: Tensor) -> dict[str, Cell]:
         low, high = wilson(correct, total)
         cells[f"k={k}"] = f"{correct / total:.3f} [{low:.3f}, {high:.3f}]"
     return cells
+
+
+def identified(config: HybridConfig, repeats: int) -> Table:
+    """Load, fork and save a session of a model, whose weights are read once: for the first of them."""
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        model = HybridLM(config).to(torch.bfloat16)
+    model = model.to_empty(device="cpu")
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.uniform_(-0.02, 0.02)
+    session = Session(model, SleepConfig(window=8, passes=1))
+    session.read(range(8))
+    session.sleep()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a.mem"
+        began = time.perf_counter()
+        session.save(path)
+        first = time.perf_counter() - began
+        calls = {
+            "load": lambda: Session.load(path, model),
+            "fork": session.fork,
+            "save": lambda: session.save(path),
+            "load, fork and save": lambda: Session.load(path, model).fork().save(path),
+        }
+        times = take_turns(calls, repeats)
+    weights = sum(p.numel() for p in model.parameters())
+    rows: list[dict[str, Cell]] = [
+        {
+            "call": call,
+            "CPU ms": ms(times[call].cpu),
+            "wall ms": ms(times[call].wall),
+            "least wall ms": ms(times[call].wall, 0),
+            "bytes of S": session.memory.nbytes,
+        }
+        for call in calls
+    ]
+    note = (
+        f"A session of a model with {weights / 1e9:.3g} billion weights in bfloat16 (random; "
+        f"{len(config.blocks)} blocks of width {config.d_model}, {config.blocks.count('gated_delta_net')} of "
+        f"them with fast weights). The very first save takes {first:.2g} s: it reads all weights for the "
+        f"fingerprint of the model. Medians and least of {repeats} repeats that took turns; files are synced "
+        "to disk."
+    )
+    return Table(rows=rows, note=note)

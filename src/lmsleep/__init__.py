@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 from lmsleep.version import __version__
 
 if TYPE_CHECKING:
-    from lmsleep import ops, pretrained
+    from lmsleep import ops, shipped
     from lmsleep.hf import adapt
-    from lmsleep.memory_file import Origin, fingerprint
+    from lmsleep.memory import fingerprint
     from lmsleep.microscope import Inspection, inspect
     from lmsleep.models import HybridConfig, HybridLM
     from lmsleep.opening import open_model as open
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
         read_window,
         sleep_forward,
     )
-    from lmsleep.state import Cache, Memory, State
+    from lmsleep.state import Cache, Memory, Origin, State
 
 __all__ = [
     "Backbone",
@@ -54,21 +54,21 @@ __all__ = [
     "inspect",
     "open",
     "ops",
-    "pretrained",
     "read_window",
+    "shipped",
     "sleep_forward",
 ]
 
 # Where each name comes from. It is imported when it is asked for: torch alone takes longer than `--help` may.
 _HOMES = {
     "adapt": "hf",
-    **dict.fromkeys(("Origin", "fingerprint"), "memory_file"),
+    "fingerprint": "memory",
     **dict.fromkeys(("Inspection", "inspect"), "microscope"),
     **dict.fromkeys(("HybridConfig", "HybridLM"), "models"),
     **dict.fromkeys(("BrokenSleep", "Session", "SessionBatch"), "session"),
     **dict.fromkeys(("Backbone", "Consolidator", "Eviction", "GradientSteps", "Hard", "Passes"), "sleep"),
     **dict.fromkeys(("SleepConfig", "SleepOutput", "Sliding", "read_window", "sleep_forward"), "sleep"),
-    **dict.fromkeys(("Cache", "Memory", "State"), "state"),
+    **dict.fromkeys(("Cache", "Memory", "Origin", "State"), "state"),
 }
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from lmsleep import pretrained
+from lmsleep import shipped
 from lmsleep.hf import adapt, load_pretrained
 from lmsleep.hf.loading import has_tokenizer, is_pretrained
 from lmsleep.models import HybridLM
@@ -27,7 +27,7 @@ def open_model(path: str | Path, tokenizer: str | None = None, device: str = "au
 
     Args:
         path: folder of a run, of `HybridLM.save_pretrained` or in the format of transformers, or the name of
-            a model that is shipped (`lmsleep.pretrained.names()`).
+            a model that is shipped (`lmsleep.shipped.names()`).
         tokenizer: "bytes", or the folder of a Hugging Face tokenizer; default that of the run or folder, or
             bytes.
         device: auto (CUDA where present), cpu, cuda, ...
@@ -41,11 +41,11 @@ def open_model(path: str | Path, tokenizer: str | None = None, device: str = "au
         ValueError: for a damaged run or model, one that cannot sleep, or a tokenizer with more tokens.
         FileNotFoundError: if there is none.
     """
-    path = pretrained.find(path)
+    path = shipped.find(path)
     run = _run(path)
     read = _tokenizer(path, run, tokenizer)
     model, sleep = _backbone(path, run, device)
-    size = model.config.vocab_size
+    size = model.vocab_size
     if read.vocab_size > size:
         raise ValueError(
             f"tokenizer has {read.vocab_size} tokens, {path} only {size}; "
@@ -56,7 +56,7 @@ def open_model(path: str | Path, tokenizer: str | None = None, device: str = "au
 
 def open_backbone(path: str | Path, device: str = "auto") -> tuple[Model, SleepConfig]:
     """Open a model as `open_model` does, without a tokenizer."""
-    path = pretrained.find(path)
+    path = shipped.find(path)
     return _backbone(path, _run(path), device)
 
 

@@ -4,17 +4,326 @@ Pure data. Nothing here computes a model; every value is immutable and every ope
 new one, so that a window can be checkpointed, forked or replayed without copies by hand.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple, Self
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol, Self
+from uuid import uuid4
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lmsleep.memory import Memory, Rows
+__all__ = ["Cache", "Memory", "Origin", "State"]
 
-__all__ = ["Cache", "Memory", "State"]
+Layer = Tensor | tuple[Tensor, ...] | None  # what a block remembers: nothing, one tensor, or several
+Rows = Tensor | Sequence[int] | slice
+Storage = Literal["float32", "bfloat16", "int8"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Who wrote a memory, from how much, and what it descends from."""
+
+    id: str = field(default_factory=lambda: uuid4().hex)
+    """Names a line of reading; only a fork or a merge begins a new one."""
+    parents: tuple[str, ...] = ()
+    """Ids of what it was forked or merged from."""
+    model: str | None = None
+    """Fingerprint of the model that wrote it; None: unknown."""
+    tokens: int = 0
+    """Tokens read."""
+    sleeps: int = 0
+    """Sleeps."""
+    passes: int | None = None
+    """Passes N of a sleep."""
+    rule: tuple[str | None, ...] = ()
+    """Kind of each block with fast weights (gated_delta_net, ...), None for one without; empty: unknown."""
+    tags: Mapping[str, str] = field(default_factory=dict)
+    """Whatever the user wants to remember."""
+
+    def child(self, *others: "Origin") -> Self:
+        """The origin of a fork, or of a merge with `others`."""
+        return replace(self, id=uuid4().hex, parents=(self.id, *(other.id for other in others)))
+
+
+class _Carries(Protocol):
+    @property
+    def memory(self) -> "Memory": ...
+
+
+class Starts(Protocol):
+    """What a memory needs of a model: the layout of its fast weights, those of `initial_state`."""
+
+    def initial_state(self, batch_size: int) -> _Carries:
+        """`S = 0`, for `batch_size` rows."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Memory:
+    """The fast weights: all that crosses a window under hard eviction.
+
+    Attributes:
+        layers: one entry per block: None for a block without fast weights (attention), its tensor, or a tuple
+            of them for a block that keeps several, `[B, ...]` each and of any shape. Most keep one matrix per
+            head, `S` `[B, H, K, V]` (heads, key size, value size), in float32 or float64. A tuple of one
+            tensor is stored as that tensor, an empty one as None.
+        origin: who wrote the values and from what; None as long as nobody asked. A memory out of a session or
+            a file has it, and so have its copies: `map`, `clone`, `to`, rows, `fork` and `merge` hand it on.
+    """
+
+    layers: tuple[Layer, ...]
+    origin: Origin | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", tuple(_layer(_parts(layer)) for layer in self.layers))
+
+    @classmethod
+    def zeros(
+        cls,
+        shapes: Iterable[Sequence[int] | Sequence[Sequence[int]] | None],
+        batch_size: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> Self:
+        """`S = 0`, as every sequence begins (Algorithm 1).
+
+        Args:
+            shapes: for each block the shape of its tensor without the rows, such as `(H, K, V)`; a sequence
+                of shapes for a block that keeps several; None for one that keeps none.
+            batch_size: B.
+            dtype: of all tensors.
+            device: of all tensors.
+        """
+
+        def zero(shape: Any) -> Layer:
+            if shape is None:
+                return None
+            if all(isinstance(size, int) for size in shape):
+                return torch.zeros(batch_size, *shape, dtype=dtype, device=device)
+            return tuple(torch.zeros(batch_size, *each, dtype=dtype, device=device) for each in shape)
+
+        return cls(tuple(map(zero, shapes)))
+
+    @property
+    def parts(self) -> tuple[tuple[Tensor, ...], ...]:
+        """The same as `layers`, with a tuple of tensors for every block: none, one or several."""
+        return tuple(map(_parts, self.layers))
+
+    @property
+    def S(self) -> tuple[Tensor | None, ...]:
+        """For each block its first tensor `[B, H, K, V]`, a matrix per head; None where there is none."""
+        return tuple(next((t for t in part if t.ndim == 4), None) for part in self.parts)
+
+    @property
+    def writes(self) -> tuple[bool, ...]:
+        """For each block, whether it has fast weights."""
+        return tuple(layer is not None for layer in self.layers)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Every tensor, block by block."""
+        return (t for part in self.parts for t in part)
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> Self:
+        """A memory with `fn` applied to every tensor."""
+        return replace(self, layers=tuple(tuple(fn(t) for t in part) for part in self.parts))
+
+    def detach(self) -> Self:
+        """The same values, cut from the autograd graph."""
+        return self.map(Tensor.detach)
+
+    def clone(self) -> Self:
+        """An independent copy (a snapshot)."""
+        return self.map(Tensor.clone)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
+        """The same memory on another device or in another dtype."""
+        return self.map(lambda s: s.to(device=device, dtype=dtype))
+
+    def __getitem__(self, rows: Rows) -> Self:
+        """Rows of the batch: a slice, a list or index tensor (repeats fork a row), or a bool mask."""
+        return self.map(lambda s: s[rows])
+
+    @property
+    def batch_size(self) -> int:
+        """Rows in the batch (0 if no block has fast weights)."""
+        return next((t.shape[0] for t in self.tensors()), 0)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all fast weights, all rows."""
+        return sum(t.nbytes for t in self.tensors())
+
+    def norms(self) -> Tensor:
+        """Frobenius norm of `S` per row, block that has one, and head: `[B, blocks, H]`.
+
+        Raises:
+            ValueError: if there is no `S` (a matrix per head), or the blocks differ in their number of heads.
+        """
+        return self._per_head(torch.linalg.matrix_norm)
+
+    def effective_rank(self) -> Tensor:
+        """Effective rank of `S` per row, block that has one, and head: `[B, blocks, H]`.
+
+        The exponential of the entropy of the normalised singular values (Roy and Vetterli, 2007): between 1
+        and min(K, V), and 0 where `S = 0`.
+
+        Raises:
+            ValueError: as `norms`.
+        """
+
+        def rank(s: Tensor) -> Tensor:
+            values = torch.linalg.svdvals(s)
+            total = values.sum(-1, keepdim=True)
+            share = values / total.clamp(min=torch.finfo(values.dtype).tiny)
+            return torch.special.entr(share).sum(-1).exp() * (total[..., 0] > 0)
+
+        return self._per_head(rank)
+
+    def _per_head(self, figure: Callable[[Tensor], Tensor]) -> Tensor:
+        figures = [figure(s) for s in self.S if s is not None]
+        if len({f.shape for f in figures}) != 1:
+            raise ValueError("norms and ranks need at least one block, all with the same number of heads")
+        return torch.stack(figures, dim=1)
+
+    def like(self, template: "Memory", name: object = "memory") -> Self:
+        """The memory on the devices and in the dtypes of `template`, which has its layout and any rows.
+
+        Raises:
+            ValueError: if the layout is another one.
+        """
+        shapes, wanted = self._shapes(), template._shapes()
+        if shapes != wanted:
+            raise ValueError(f"{name} has fast weights {shapes}, the model {wanted}")
+        place = iter([(t.device, t.dtype) for t in template.tensors()])
+        return self.map(lambda t: t.to(*next(place)))
+
+    def _shapes(self) -> list[list[tuple[int, ...]]]:
+        return [[tuple(t.shape[1:]) for t in part] for part in self.parts]
+
+    def diff(self, other: "Memory") -> Self:
+        """What this memory holds and `other` does not: the difference of their fast weights.
+
+        Raises:
+            ValueError: if the two have not the same layout.
+        """
+        return self._combined([other], [1.0, -1.0])
+
+    def merge(self, others: Sequence["Memory"], weights: Sequence[float] | None = None) -> Self:
+        """The weighted sum of this memory and `others`; weights default to equal shares of 1.
+
+        Whether the sum remembers what its parts did depends on the task: see docs/sessions.md.
+
+        Raises:
+            ValueError: if layouts, models or the number of weights do not agree.
+        """
+        weights = [1 / (1 + len(others))] * (1 + len(others)) if weights is None else weights
+        if len(weights) != 1 + len(others):
+            raise ValueError(f"weights must be {1 + len(others)}, one a memory, got {len(weights)}")
+        everyone: tuple[Memory, ...] = (self, *others)
+        origins = [m.origin for m in everyone if m.origin is not None]
+        if len({origin.model for origin in origins}) > 1:
+            raise ValueError("memories of different models cannot be merged")
+        merged = self._combined(others, weights)
+        if self.origin is None or len(origins) <= len(others):
+            return merged
+        origin = replace(
+            self.origin.child(*origins[1:]),
+            tokens=sum(o.tokens for o in origins),
+            sleeps=sum(o.sleeps for o in origins),
+        )
+        return replace(merged, origin=origin)
+
+    def _combined(self, others: Sequence["Memory"], weights: Sequence[float]) -> Self:
+        everyone: tuple[Memory, ...] = (self, *others)
+        parts = [m.parts for m in everyone]
+        if len({tuple(tuple(t.shape for t in part) for part in each) for each in parts}) > 1:
+            raise ValueError("memories must have the same blocks, heads and rows")
+
+        def total(tensors: Sequence[Tensor]) -> Tensor:
+            terms = [w * t for w, t in zip(weights, tensors, strict=True)]
+            return sum(terms[1:], terms[0])
+
+        blocks = zip(*parts, strict=True)
+        return type(self)(tuple(tuple(map(total, zip(*block, strict=True))) for block in blocks))
+
+    def fork(self) -> Self:
+        """The same fast weights with an id of their own, whose parent is this one.
+
+        Raises:
+            ValueError: if the memory has no origin.
+        """
+        if self.origin is None:
+            raise ValueError("this memory has no origin to descend from; take it from a session or a file")
+        return replace(self, origin=self.origin.child())
+
+    # The way to a file and back. Values know no files: who does is found by name when it is asked.
+
+    def save(
+        self,
+        path: str | Path,
+        model: Starts | None = None,
+        *,
+        storage: Storage | None = None,
+        tags: Mapping[str, str] | None = None,
+    ) -> None:
+        """Write the memory to a file, atomically; docs/sessions.md describes the format.
+
+        Args:
+            path: file, replaced if there is one.
+            model: whose fast weights these are; not needed for a memory out of a session or a file.
+            storage: dtype in the file: float32, bfloat16 or int8; None: as it is.
+            tags: added to those it has.
+
+        Raises:
+            ValueError: without a model to tie it to, or if it holds NaN or infinity.
+            OSError: if the file cannot be written; an old one is untouched.
+        """
+        import_module(_FILES).save(self, path, model, storage=storage, tags=tags)
+
+    @staticmethod
+    def load(path: str | Path, model: Starts | None = None) -> "Memory":
+        """Read a memory from a file, for `model`, or without one only to look at it.
+
+        Of a session that was saved within a window this is what its last sleep left; `origin.tokens` counts
+        those before the window.
+
+        Raises:
+            ValueError: for a file that is foreign, truncated, edited, of a newer version or another model's.
+            OSError: if there is no such file.
+        """
+        memory: Memory = import_module(_FILES).load(path, model)
+        return memory
+
+    @staticmethod
+    def log(path: str | Path) -> "list[tuple[Path | None, Origin]]":
+        """A memory file and all that it descends from, as far as it lies in the same folder, youngest first.
+
+        Raises:
+            ValueError: as `load`.
+            OSError: if there is no such file.
+        """
+        return list(import_module(_FILES).log(path))
+
+
+_FILES = "lmsleep.memory.saved"
+
+
+def _parts(layer: Layer) -> tuple[Tensor, ...]:
+    """The tensors of a block."""
+    if layer is None:
+        return ()
+    return (layer,) if isinstance(layer, Tensor) else tuple(layer)
+
+
+def _layer(parts: tuple[Tensor, ...]) -> Layer:
+    """Inverse of `_parts`: what is there once has one form."""
+    if not parts:
+        return None
+    return parts[0] if len(parts) == 1 else parts
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,8 +400,13 @@ class State(NamedTuple):
     @property
     def batch_size(self) -> int:
         """Rows in the batch (0 if it carries nothing)."""
-        layers = (self.memory.layers, *self.cache.layers)
-        return next((t.shape[0] for layer in layers for t in layer if t is not None), 0)
+        return next((t.shape[0] for t in self.tensors()), 0)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Every tensor of both."""
+        yield from self.memory.tensors()
+        for layer in self.cache.layers:
+            yield from layer
 
     def rows(self, rows: Rows) -> "State":
         """Rows of the batch."""
@@ -102,12 +416,12 @@ class State(NamedTuple):
         """The same values, cut from the autograd graph."""
         return State(self.memory.detach(), self.cache.detach())
 
-    def replace(self, start: int, blocks: Sequence[tuple[Tensor | None, tuple[Tensor, ...]]]) -> "State":
+    def replace(self, start: int, blocks: Sequence[tuple[Layer, tuple[Tensor, ...]]]) -> "State":
         """The state with blocks `start, start + 1, ...` replaced by new (fast weights, cache)."""
         stop = start + len(blocks)
         memory, cache = self.memory.layers, self.cache.layers
         return State(
-            Memory(memory[:start] + tuple(s for s, _ in blocks) + memory[stop:]),
+            Memory((*memory[:start], *(s for s, _ in blocks), *memory[stop:])),
             Cache(cache[:start] + tuple(c for _, c in blocks) + cache[stop:], self.cache.filled),
         )
 
@@ -152,8 +466,8 @@ class State(NamedTuple):
         if len(parts) == 1 and order is None:
             return parts[0]
         memory = tuple(
-            None if ss[0] is None else joined([s for s in ss if s is not None])
-            for ss in zip(*(p.memory.layers for p in parts), strict=True)
+            tuple(joined(ts) for ts in zip(*blocks, strict=True))
+            for blocks in zip(*(p.memory.parts for p in parts), strict=True)
         )
         cache = Cache(
             tuple(

@@ -22,7 +22,7 @@ from torch import Tensor
 import lmsleep
 from lmsleep import cli, sleep_forward
 from lmsleep.cli.main import COMMANDS
-from lmsleep.tasks import stream
+from lmsleep.tasks import batch_rng
 from lmsleep.training import RunConfig, RunFolder, Trainer
 
 HERE = Path(__file__).parent
@@ -70,9 +70,9 @@ def losses(trainer: Trainer, until: int) -> list[float]:
 
 def shipped(name: str) -> dict[str, Tensor]:
     """Logits and fast weights of a shipped model on fixed tokens: two windows asleep, then questions."""
-    run = RunFolder.open(lmsleep.pretrained.find(name))
+    run = RunFolder.open(lmsleep.shipped.find(name))
     config, model = run.config(), run.model()
-    batch = config.task.batch(stream(7, "test", 0), 4, "test")
+    batch = config.task.batch(batch_rng(7, "test", 0), 4, "test")
     with torch.no_grad():
         read = sleep_forward(model, batch.context, None, config.sleep, evict_last=True)
         asked = sleep_forward(
@@ -124,7 +124,7 @@ def _files() -> None:
     from lmsleep.hf.finetune import FineTune
     from lmsleep.training import TrainConfig
 
-    run = RunFolder.open(lmsleep.pretrained.find("depo-N4"))
+    run = RunFolder.open(lmsleep.shipped.find("depo-N4"))
     session = new_session(Path("depo-N4"), SleepOptions())
     session.read(GRAPH)
     session.save(HERE / "depo-N4.mem", tags={"made": "golden"})

@@ -19,6 +19,7 @@ from lmsleep.text.tokenizers import Spelled
 HELP = """A line is read and answered. Lines that begin with a slash are commands:
   /read TEXT   read without answering
   /sleep       sleep on the open window now
+  /undo        take back the last line, /read or /sleep, with its answer
   /save FILE   write the session to a file
   /load FILE   go on with the session in a file
   /fork        go on with a fork, whose parent this session is
@@ -26,6 +27,9 @@ HELP = """A line is read and answered. Lines that begin with a slash are command
   /help        this text
   /quit        leave (so does the end of the input)
 """
+
+
+UNDO = 16  # lines, /read and /sleep that can be taken back, each held with its state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +47,7 @@ class ChatOptions(WriteOptions, SleepOptions):
 def chat(argv: list[str]) -> None:
     """`lmsleep chat MODEL`."""
     options = parse(ChatOptions, argv, "lmsleep chat")
-    session = new_session(options.model, options)
+    session = new_session(options.model, options, history=UNDO)
     if options.memory is not None:
         session = take_up(options.memory, session, options)
     if isinstance(sys.stdin, io.TextIOWrapper):
@@ -72,6 +76,8 @@ def _respond(session: Session, line: str, options: ChatOptions) -> Session:
         session.read(_line(session, rest))
     elif command == "/sleep":
         session.sleep()
+    elif command == "/undo":
+        session.rewind()
     elif command == "/fork":
         return session.fork()
     elif command == "/memory":

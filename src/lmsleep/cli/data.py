@@ -12,7 +12,7 @@ from lmsleep.cli.options import listed_tasks, parse, task_field
 from lmsleep.cli.presets import preset
 from lmsleep.evaluation import EVAL_SEED
 from lmsleep.files import write_atomic
-from lmsleep.tasks import find_task, stream
+from lmsleep.tasks import batch_rng, find_task
 from lmsleep.tasks.samples import records, show
 
 
@@ -51,7 +51,7 @@ def data(argv: list[str]) -> None:
         if path is not None and path.exists():
             raise FileExistsError(f"{path} exists; name another {option} or remove it")
     seed = EVAL_SEED if chosen.split == "test" else chosen.seed
-    batch = task.batch(stream(seed, chosen.split, 0), chosen.samples, chosen.split)
+    batch = task.batch(batch_rng(seed, chosen.split, 0), chosen.samples, chosen.split)
     if chosen.jsonl is not None or chosen.dataset is not None:
         _export(list(records(task, batch)), chosen)
         return

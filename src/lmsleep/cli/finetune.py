@@ -6,7 +6,6 @@ from pathlib import Path
 
 import tyro
 
-from lmsleep.cli.commands import finish
 from lmsleep.cli.options import (
     as_type,
     check_samples,
@@ -18,6 +17,7 @@ from lmsleep.cli.options import (
     sleep_fields,
     task_field,
 )
+from lmsleep.cli.train import finish
 from lmsleep.hf.finetune import FineTune
 from lmsleep.hf.loading import has_tokenizer
 from lmsleep.sleep import SleepConfig

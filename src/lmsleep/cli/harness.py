@@ -56,7 +56,8 @@ def harness(argv: list[str]) -> None:
     session = new_session(options.model, replace(options, passes=None))
     found: dict[str, Any] = {}
     for n in options.passes or (session.sleep_config.passes,):
-        sleeping = Session(session.model, session.sleep_config.with_passes(n), session.tokenizer)
+        sleep = session.sleep_config.with_passes(n)
+        sleeping = Session(session.model, sleep, session.tokenizer, history=0)
         results = lm_eval.simple_evaluate(
             model=SleepLM(sleeping, batch_size=options.batch_size, progress=True),
             tasks=list(options.tasks),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
-from lmsleep import pretrained
+from lmsleep import shipped
 from lmsleep.cli.opening import SleepOptions, new_session, take_up
 from lmsleep.cli.options import parse
 from lmsleep.microscope import Inspection, inspect, words
@@ -67,7 +67,7 @@ def _look(options: InspectOptions) -> Inspection:
             raise ValueError("--memory needs --text or --file: what the memory is asked for")
         if any(value is not None for value in (options.window, options.passes, options.loop)):
             raise ValueError("--window, --passes and --loop are for --text or --file; a run has its own")
-        return inspect(RunFolder.open(pretrained.find(options.model)), samples=options.samples, progress=True)
+        return inspect(RunFolder.open(shipped.find(options.model)), samples=options.samples, progress=True)
     if options.text is not None and options.file is not None:
         raise ValueError("--text and --file exclude each other")
     session = new_session(options.model, options)

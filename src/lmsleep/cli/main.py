@@ -9,13 +9,13 @@ from lmsleep.version import __version__
 
 # Where each command is, and what it is for; it is imported when it is called.
 COMMANDS: dict[str, tuple[str, str]] = {
-    "train": ("commands:train", "train a model that sleeps, on a task or on your own text"),
+    "train": ("train:train", "train a model that sleeps, on a task or on your own text"),
     "finetune": (
         "finetune:finetune",
         "teach a pretrained model to sleep: LoRA, memory layers, or every weight",
     ),
     "data": ("data:data", "samples of a task, to read, or as JSON lines or a datasets folder"),
-    "eval": ("commands:evaluate_run", "evaluate a run at one or several numbers of passes"),
+    "eval": ("evaluate:evaluate_run", "evaluate a run at one or several numbers of passes"),
     "read": ("read:read", "read files into a memory, sleeping at window ends; resumable"),
     "ask": ("ask:ask", "ask a memory something"),
     "chat": ("chat:chat", "talk to a model that sleeps"),
@@ -23,14 +23,14 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "inspect": ("inspect:inspect_command", "what sleep writes, what can be read of it, what depends on it"),
     "probe": ("probe:probe", "what sleep does to a model that was never trained with it"),
     "lm-eval": ("harness:harness", "tasks of EleutherAI's evaluation harness, read with sleep"),
-    "plot": ("commands:plot", "draw the curves of runs"),
-    "info": ("commands:info", "parameters, bytes, break-even length and FLOPs of a run or model"),
-    "reproduce": ("commands:reproduce", "train the runs behind a figure; write its data, table and picture"),
+    "plot": ("plot:plot", "draw the curves of runs"),
+    "info": ("info:info", "parameters, bytes, break-even length and FLOPs of a run or model"),
+    "reproduce": ("reproduce:reproduce", "train the runs behind a figure; write its data, table and picture"),
     "bench": (
         "bench:bench",
         "speed of this machine: recurrences, training steps, sessions, against other libraries",
     ),
-    "demo": ("commands:demo", "what longer sleep buys, in minutes on two cores"),
+    "demo": ("demo:demo", "what longer sleep buys, in minutes on two cores"),
 }
 
 

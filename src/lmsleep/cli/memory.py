@@ -3,16 +3,16 @@
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from tyro.conf import Positional
 
-from lmsleep import memory_file
 from lmsleep.cli.options import parse
 from lmsleep.files import locked
+from lmsleep.memory import read
+from lmsleep.memory.figures import diff_rows, head_rows, other_rows
 from lmsleep.state import Memory
 
 
@@ -76,12 +76,15 @@ def _show(options: ShowOptions) -> None:
         raise ValueError("files must name at least one memory file")
     shown = []
     for path in options.files:
-        tensors, header = memory_file.read(path)
-        found = Memory.unpacked(path, tensors, header, None)
-        header["open_window"] = len(tensors.get("window", ()))
-        shown.append({"file": str(path), **header, "bytes": found.nbytes, "heads": _heads(found)})
+        saved = read(path)
+        found, others = saved.memory, other_rows(saved.memory)
+        header = {**saved.header, "open_window": len(saved.window)}
+        shown.append(
+            {"file": str(path), **header, "bytes": found.nbytes, "heads": head_rows(found), "others": others}
+        )
         if not options.json:
-            sys.stdout.write(f"{path}\n{_origin(header)}{table(found)}")
+            beside = f"  beside S:\n{_table(others)}" if others else ""
+            sys.stdout.write(f"{path}\n{_origin(header)}{table(found)}{beside}")
     if options.json:
         sys.stdout.write(json.dumps(shown, indent=2) + "\n")
 
@@ -100,50 +103,28 @@ def _origin(header: dict[str, Any]) -> str:
     return "".join(f"  {name:<12} {value}\n" for name, value in lines.items())
 
 
-def _heads(found: Memory) -> list[dict[str, float]]:
-    heads = []
-    for block, S in enumerate(found.layers):
-        if S is not None:
-            alone = Memory((S,))
-            norms, ranks = alone.norms()[:, 0], alone.effective_rank()[:, 0]
-            heads += [
-                {"row": row, "block": block, "head": head, "norm": float(norms[row, head]),
-                 "effective_rank": float(ranks[row, head])}
-                for row in range(S.shape[0]) for head in range(S.shape[1])
-            ]  # fmt: skip
-    return heads
-
-
 def table(found: Memory) -> str:
     """Norm and effective rank of every head, as text."""
-    return _table(_heads(found))
+    return _table(head_rows(found))
 
 
-def _table(rows: Sequence[dict[str, float]]) -> str:
+def _table(rows: Sequence[dict[str, Any]]) -> str:
     if not rows:
         return "  no fast weights\n"
     lines = ["  " + "".join(f"{name:>16}" for name in rows[0])]
     for row in rows:
-        lines.append(
-            "  " + "".join(f"{x:>16}" if isinstance(x, int) else f"{x:>16.4f}" for x in row.values())
-        )
+        cells = (f"{x:.4f}" if isinstance(x, float) else str(x) for x in row.values())
+        lines.append("  " + "".join(f"{cell:>16}" for cell in cells))
     return "\n".join(lines) + "\n"
 
 
 def _diff(options: DiffOptions) -> None:
     first, second = Memory.load(options.first), Memory.load(options.second)
-    first.diff(second)  # says what does not fit
-    rows = []
-    for block, (a, b) in enumerate(zip(first.layers, second.layers, strict=True)):
-        if a is not None and b is not None:
-            change = torch.linalg.matrix_norm(a - b)
-            cosine = torch.cosine_similarity(a.flatten(2), b.flatten(2), dim=-1)
-            rows += [
-                {"row": row, "block": block, "head": head, "difference": float(change[row, head]),
-                 "cosine": float(cosine[row, head])}
-                for row in range(a.shape[0]) for head in range(a.shape[1])
-            ]  # fmt: skip
-    sys.stdout.write(json.dumps(rows, indent=2) + "\n" if options.json else _table(rows))
+    rows, others = diff_rows(first, second), other_rows(first.diff(second))
+    if options.json:
+        sys.stdout.write(json.dumps(rows + others, indent=2) + "\n")
+    else:
+        sys.stdout.write(_table(rows) + (f"  beside S:\n{_table(others)}" if others else ""))
 
 
 def _merge(options: MergeOptions) -> None:
@@ -157,21 +138,21 @@ def _merge(options: MergeOptions) -> None:
 
 
 def _merged(options: MergeOptions) -> Memory:
-    for path in options.files:
-        tensors, _ = memory_file.read(path)
-        if len(tensors.get("window", ())):
+    files = {path: read(path) for path in options.files}
+    for path, saved in files.items():
+        if len(saved.window):
             raise ValueError(
-                f"{path} has {len(tensors['window'])} tokens in its open window, which a merge would lose; "
+                f"{path} has {len(saved.window)} tokens in its open window, which a merge would lose; "
                 "finish it with lmsleep read ... --sleep"
             )
-    first, *others = [Memory.load(path) for path in options.files]
+    first, *others = [files[path].memory for path in options.files]
     return first.merge(others, options.weights or None)
 
 
 def _log(options: LogOptions) -> None:
     found = Memory.log(options.file)
     if options.json:
-        rows = [{"file": where and str(where), **what.to_dict()} for where, what in found]
+        rows = [{"file": where and str(where), **asdict(what)} for where, what in found]
         sys.stdout.write(json.dumps(rows, indent=2) + "\n")
         return
     for where, what in found:

@@ -27,8 +27,10 @@ class SleepOptions:
     """auto (CUDA where present), cpu, cuda, ..."""
 
 
-def new_session(path: Path, options: SleepOptions) -> Session:
+def new_session(path: Path, options: SleepOptions, *, history: int = 0) -> Session:
     """Make a session that has read nothing, for the MODEL at `path` or shipped under that name.
+
+    `history` calls can be taken back; a command has no use for it unless it offers to.
 
     Raises:
         ValueError: as `open_model`, or for a sleep that does not fit the model.
@@ -37,7 +39,7 @@ def new_session(path: Path, options: SleepOptions) -> Session:
     model, sleep, tokenizer = open_model(path, options.tokenizer, options.device)
     given = {name: getattr(options, name) for name in GIVEN}
     given = {name: value for name, value in given.items() if value is not None}
-    return Session(model, replace(sleep, **given), tokenizer)
+    return Session(model, replace(sleep, **given), tokenizer, history=history)
 
 
 def take_up(path: Path, new: Session, options: SleepOptions) -> Session:
@@ -47,7 +49,7 @@ def take_up(path: Path, new: Session, options: SleepOptions) -> Session:
         ValueError: as `Session.load`, or for options that contradict the file.
         OSError: if there is no such file.
     """
-    session = Session.load(path, new.model, new.tokenizer, sleep=new.sleep_config)
+    session = Session.load(path, new.model, new.tokenizer, sleep=new.sleep_config, history=new.history)
     read_with = {"window": session.sleep_config.window, **asdict(session.sleep_config.consolidator)}
     for name in GIVEN:
         wanted, has = getattr(options, name), read_with.get(name)

@@ -11,7 +11,7 @@ from typing import Any, get_args
 import tyro
 
 from lmsleep.sleep import CONSOLIDATOR, CONSOLIDATORS, EVICTION, EVICTIONS, SleepConfig
-from lmsleep.tasks import TASKS, Split, find_task, stream
+from lmsleep.tasks import TASKS, Split, batch_rng, find_task
 from lmsleep.training import RunConfig
 
 FLAT = (tyro.conf.OmitArgPrefixes, tyro.conf.SuppressFixed)
@@ -122,4 +122,4 @@ def as_type(cls: Any, options: Any) -> Any:
 def check_samples(config: RunConfig) -> None:
     """Draw a sample of each split; raise what the task raises if it cannot."""
     for split in get_args(Split):
-        config.task.batch(stream(config.train.seed, split, 0), 1, split)
+        config.task.batch(batch_rng(config.train.seed, split, 0), 1, split)

@@ -10,7 +10,7 @@ import torch
 from lmsleep.demo import settings
 from lmsleep.evaluation import EVAL_SEED, evaluate
 from lmsleep.microscope import watch
-from lmsleep.tasks import stream
+from lmsleep.tasks import batch_rng
 from lmsleep.training import Job, RunConfig, RunFolder, baseline, equal_compute
 
 PASSES = (1, 2, 4)
@@ -109,12 +109,12 @@ def _sleep_pictures(path: Path) -> dict[str, Any]:
     """What one sleep does to the fast weights: norms and changes over passes, and one head's matrix."""
     run = RunFolder.open(path)
     config, model = run.config(), run.model()
-    batch = config.task.batch(stream(EVAL_SEED, "test", 0), 64, "test")
+    batch = config.task.batch(batch_rng(EVAL_SEED, "test", 0), 64, "test")
     assert batch.context is not None
     block = config.architecture.blocks.index("gated_delta_net")
     trace = []
     for watched in watch(model, batch.context, config.sleep):
-        trace.append([S for each in watched.passes if (S := each.memory.layers[block]) is not None])
+        trace.append([S for each in watched.passes if (S := each.memory.S[block]) is not None])
     norm = [[float(torch.linalg.matrix_norm(S).mean()) for S in window] for window in trace]
     change: list[list[float]] = []
     before = torch.zeros_like(trace[0][0])

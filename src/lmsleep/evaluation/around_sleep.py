@@ -1,4 +1,4 @@
-"""Adapting to a stream that shifts: what is predicted of it before and after each sleep."""
+"""What is predicted of a shifting stream before and after each sleep."""
 
 import math
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from torch import Tensor
 from lmsleep.evaluation.score import EVAL_SEED
 from lmsleep.sleep import Backbone, SleepConfig, evict, read_window
 from lmsleep.state import State
-from lmsleep.tasks import stream
+from lmsleep.tasks import batch_rng
 
 MOMENTS = ("before", "awake", "after")
 
@@ -36,7 +36,7 @@ class Shifting(Protocol):
 
 
 @dataclass(frozen=True)
-class Adaptation:
+class AroundSleep:
     """Bits per predicted token of the next window of the same segment, around each sleep.
 
     Attributes:
@@ -59,7 +59,7 @@ class Adaptation:
 
 
 @torch.no_grad()
-def adaptation(
+def around_sleep(
     model: Backbone,
     task: Shifting,
     sleep: SleepConfig,
@@ -68,12 +68,12 @@ def adaptation(
     batch_size: int = 64,
     seed: int = EVAL_SEED,
     device: torch.device | str = "cpu",
-) -> Adaptation:
-    """Read held-out streams window by window; probe the state around each sleep.
+) -> AroundSleep:
+    """Read held-out streams window by window; before and after each sleep predict what lies ahead.
 
-    The probe is the next window of the same segment (after its last window: what would have followed), read
-    on a fork of the state, so the stream is not disturbed. The first segment, which follows on nothing,
-    counts if it is the only one.
+    What lies ahead is the next window of the same segment (after its last window: what would have followed).
+    It is read on a fork of the state, so the stream is not disturbed. The first segment, which follows on
+    nothing, counts if it is the only one.
 
     Raises:
         ValueError: if nothing is evicted, or a segment is no whole number of windows.
@@ -83,28 +83,28 @@ def adaptation(
         raise ValueError(f"segment={task.segment} must be a multiple of the window, got window={L}")
     nats, tokens = np.zeros((task.segment // L, len(MOMENTS))), np.zeros(task.segment // L, dtype=np.int64)
     for index in range(batches):
-        segments = torch.from_numpy(task.segments_of(stream(seed, "test", index), batch_size, more=L))
+        segments = torch.from_numpy(task.segments_of(batch_rng(seed, "test", index), batch_size, more=L))
         state = model.initial_state(batch_size)
         for number, segment in enumerate(segments.to(device).unbind(1)):
             *windows, _ = pieces = segment.split(L, dim=1)
-            for s, (window, probe) in enumerate(zip(windows, pieces[1:], strict=True)):
+            for s, (window, ahead) in enumerate(zip(windows, pieces[1:], strict=True)):
                 before, awake = state, _read(model, window, state, sleep, passes=1)
                 asleep = _read(model, window, state, sleep, passes=sleep.passes)
                 state = evict(sleep.eviction, asleep, L)
                 if number > 0 or segments.shape[1] == 1:
-                    wanted = torch.from_numpy(task.is_predicted(probe.cpu().numpy())).to(device)
+                    wanted = torch.from_numpy(task.is_predicted(ahead.cpu().numpy())).to(device)
                     # -100 is what cross_entropy leaves out.
-                    targets = probe.masked_fill(~wanted, -100)[:, 1:]
+                    targets = ahead.masked_fill(~wanted, -100)[:, 1:]
                     tokens[s] += int((targets >= 0).sum())
-                    nats[s] += [_nats(model, probe, targets, x, sleep) for x in (before, awake, state)]
-    return Adaptation(nats / tokens[:, None] / math.log(2), tokens)
+                    nats[s] += [_nats(model, ahead, targets, x, sleep) for x in (before, awake, state)]
+    return AroundSleep(nats / tokens[:, None] / math.log(2), tokens)
 
 
 def _read(model: Backbone, window: Tensor, state: State, sleep: SleepConfig, passes: int) -> State:
     return read_window(model, window, state, sleep, passes=passes, logits=False)[1]
 
 
-def _nats(model: Backbone, probe: Tensor, targets: Tensor, state: State, sleep: SleepConfig) -> float:
-    logits, _ = read_window(model, probe[:, :-1], state, sleep, passes=1)
+def _nats(model: Backbone, ahead: Tensor, targets: Tensor, state: State, sleep: SleepConfig) -> float:
+    logits, _ = read_window(model, ahead[:, :-1], state, sleep, passes=1)
     assert logits is not None
     return float(F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum"))

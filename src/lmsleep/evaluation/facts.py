@@ -139,19 +139,12 @@ def _nats(model: Backbone, piece: Tensor, L: int, sleep: SleepConfig | None) -> 
     # DROPPED, so no way of reading may count it.
     counted[:L] = counted[::L] = False
     rows, mask = (piece[None], counted[None]) if sleep else (piece.view(-1, L)[1:], counted.view(-1, L)[1:])
-    device = _device(model)
+    device = model.device
     loss = sleep_forward(
         model, rows.to(device), mask.to(device), sleep or SleepConfig(), read_last=False, return_logits=False
     ).loss
     assert loss is not None
     return float(loss)
-
-
-def _device(model: Backbone) -> torch.device:
-    state = model.initial_state(1)
-    return next(
-        t.device for layer in (state.memory.layers, *state.cache.layers) for t in layer if t is not None
-    )
 
 
 @dataclass(frozen=True)
@@ -194,7 +187,7 @@ class _Quiz:
 
     def answered(self, model: Backbone, sleep: SleepConfig | None) -> Tensor:
         """Return log-likelihoods `[FACTS, CHOICES]` in nats, the right first; None: without a context."""
-        device = _device(model)
+        device = model.device
         state = model.initial_state(1)
         if sleep is not None:
             evict = sleep.window is not None

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lmsleep.sleep import Backbone, SleepConfig, SleepOutput, sleep_forward
 from lmsleep.state import Memory, State
-from lmsleep.tasks import Batch, Task, stream
+from lmsleep.tasks import Batch, Task, batch_rng
 
 EVAL_SEED = 1_000_003  # the test stream is the same for every run
 
@@ -152,7 +152,7 @@ def evaluate(
         raise ValueError(f"batches must be at least 1, got {batches}")
     score = Score()
     for index in range(batches):
-        for part in task.batch(stream(seed, "test", index), batch_size, "test").parts(parts):
+        for part in task.batch(batch_rng(seed, "test", index), batch_size, "test").parts(parts):
             batch = part.to(device)
             logits = read_batch(model, batch, sleep, return_logits=True).logits
             assert logits is not None

@@ -78,12 +78,23 @@ class HFBackbone(nn.Module):
         )
         return tuple(part or "mlp" for part in parts)
 
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that it reads: 0 ... V - 1."""
+        size: int = self.model.config.get_text_config().vocab_size
+        return size
+
+    @property
+    def device(self) -> torch.device:
+        """Where its embedding is, and so the tokens and the states."""
+        device: torch.device = self.model.get_input_embeddings().weight.device
+        return device
+
     def initial_state(self, batch_size: int) -> State:
         """Return `S = 0` and nothing in the working memory, for `batch_size` rows."""
-        device = self.model.get_input_embeddings().weight.device
 
         def empty(*shape: int, dtype: torch.dtype) -> Tensor:
-            return torch.zeros(batch_size, *shape, dtype=dtype, device=device)
+            return torch.zeros(batch_size, *shape, dtype=dtype, device=self.device)
 
         memory, cache = [], []
         for x in self.layouts:
@@ -151,7 +162,7 @@ class HFBackbone(nn.Module):
         where = Positions(self.model, h, state, [x.kv is not None for x in self.layouts], start, stop)
         carried: dict[int, Carried] = {}
         for i in range(start, stop):
-            carried |= self._lend(i, state.memory.layers[i], where.rebased(i))
+            carried |= self._lend(i, state.memory.S[i], where.rebased(i))
         cache = RunCache(carried)
         for i in range(start, stop):
             limit = _sliding(blocks[i], span)

@@ -55,7 +55,7 @@ class SleepCache(Cache):
         """
         B, T = tokens.shape
         if not self.sessions:
-            self.sessions = [Session(self.model, self.sleep) for _ in range(B)]
+            self.sessions = [Session(self.model, self.sleep, history=0) for _ in range(B)]
         if len(self.sessions) != B:
             raise ValueError(f"past_key_values holds {len(self.sessions)} rows, input_ids has {B}")
         if valid is not None and bool((valid[:, :-1] & ~valid[:, 1:]).any()):

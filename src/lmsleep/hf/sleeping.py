@@ -272,7 +272,7 @@ def _loss(read: SleepOutput, wanted: Tensor, lengths: Tensor | None, items: Tens
     """Return the mean over predicted tokens, or their sum over `items`; zero where nothing is predicted."""
     if read.loss is None:
         # A zero that depends on the weights: backward() works on a batch without targets.
-        written = [S.sum() for S in read.memory.layers if S is not None]
+        written = [t.sum() for t in read.memory.tensors()]
         return torch.stack(written).sum() * 0.0
     if items is None:
         return read.loss

@@ -138,7 +138,7 @@ def _ignored_memory(backbone: HFBackbone, h: Tensor, whole: State, parts: State)
         parts: what a reading in several calls left.
     """
     empty = backbone.initial_state(1)
-    ones = Memory(tuple(None if S is None else torch.ones_like(S) for S in empty.memory.layers))
+    ones = empty.memory.map(torch.ones_like)
     for i, x in enumerate(backbone.layouts):
         if x.memory is None:
             continue
@@ -148,7 +148,7 @@ def _ignored_memory(backbone: HFBackbone, h: Tensor, whole: State, parts: State)
             continue
         # What it says does not tell: a block that was just inserted says nothing yet. What it writes does.
         # Compared in the model's dtype, for S may be kept in a finer one than it is computed in.
-        S = [state.memory.layers[i] for state in (from_ones, from_zeros, whole, parts)]
+        S = [state.memory.S[i] for state in (from_ones, from_zeros, whole, parts)]
         by_ones, by_zeros, at_once, in_parts = (t.to(x.dtype) for t in S if t is not None)
         if torch.equal(by_ones, by_zeros) or not _close(in_parts, at_once):
             return f"block {i} ignores the fast weights that it is given with several tokens at once"

@@ -70,7 +70,7 @@ class SleepLM(TemplateLM):  # type: ignore[misc]
         if given.get("device"):
             model = model.to(given["device"])
         sleep = replace(model.sleep, **{k: given[k] for k in ("window", "passes") if k in given})
-        session = Session(model.backbone, sleep, HuggingFace(Path(given["pretrained"])))
+        session = Session(model.backbone, sleep, HuggingFace(Path(given["pretrained"])), history=0)
         return cls(session, batch_size=int(given.get("batch_size") or 1))
 
     @classmethod

@@ -18,21 +18,21 @@ Head = tuple[int, int]
 
 
 def ablated(memory: Memory, heads: Collection[Head], how: How) -> Memory:
-    """Copy the memory with `S` of some (block, head) set to zero, or to that of the batch's next row."""
-    layers = list(memory.layers)
+    """Copy the memory with some (block, head) set to zero, or to those of the next row of the batch.
+
+    In a block of several tensors this is the head's part of each `[B, H, ...]`.
+    """
+    layers = [tuple(t.clone() for t in tensors) for tensors in memory.parts]  # what was handed in stays
     for block, head in heads:
-        S = layers[block]
-        assert S is not None
-        S = S.clone()
-        # Of a copy: the memory that was handed in stays intact.
-        S[:, head] = 0 if how == "zero" else S[:, head].roll(1, 0)
-        layers[block] = S
+        for t in layers[block]:
+            if t.ndim > 2:
+                t[:, head] = 0 if how == "zero" else t[:, head].roll(1, 0)
     return Memory(tuple(layers))
 
 
 def all_heads(memory: Memory) -> list[Head]:
     """List every (block, head) with fast weights."""
-    return [(i, head) for i, S in enumerate(memory.layers) if S is not None for head in range(S.shape[1])]
+    return [(i, head) for i, S in enumerate(memory.S) if S is not None for head in range(S.shape[1])]
 
 
 def ablation_rows(subject: Subject) -> Iterator[Row]:
@@ -67,8 +67,7 @@ def reliance_rows(subject: Subject) -> Iterator[Row]:
         yield {"reading": "evicted after 1 pass, no sleep", **_answered(subject, None, once)}
     kept = replace(sleep, window=None, eviction=Hard())
     yield {"reading": "nothing evicted", **_answered(subject, None, kept)}
-    everything = all_heads(subject.state.memory)
-    yield {"reading": "memory erased", **_answered(subject, partial(ablated, heads=everything, how="zero"))}
+    yield {"reading": "memory erased", **_answered(subject, lambda memory: memory.map(torch.zeros_like))}
 
 
 @torch.no_grad()

@@ -26,8 +26,8 @@ def head_rows(number: int, window: Window) -> Iterator[Row]:
     """
     before, changes = window.before.memory, dict[int, Tensor]()
     for n, each in enumerate(window.passes, start=1):
-        for block, S in enumerate(each.memory.layers):
-            old = before.layers[block]
+        for block, S in enumerate(each.memory.S):
+            old = before.S[block]
             if S is None or old is None:
                 continue
             change = S - old
@@ -87,7 +87,7 @@ def moment(read: int, state: State) -> Row:
 
 def norm(memory: Memory) -> float:
     """Return the norm of all fast weights of a row together, mean over the rows of the batch."""
-    squares = sum(S.square().flatten(1).sum(1) for S in memory.layers if S is not None)
+    squares = sum(t.square().flatten(1).sum(1) for t in memory.tensors())
     assert isinstance(squares, Tensor)
     return float(squares.sqrt().mean())
 
@@ -98,7 +98,7 @@ def _awake(window: Window, layers: dict[int, FastWeights]) -> Iterator[tuple[int
     if not layers or any(block not in first.writes for block in layers):
         yield L, first.memory
         return
-    now, step = list(window.before.memory.layers), -(-L // POINTS)
+    now, step = list(window.before.memory.S), -(-L // POINTS)
     for start in range(0, L, step):
         for block, layer in layers.items():
             part = (x[:, start : start + step] for x in first.writes[block])

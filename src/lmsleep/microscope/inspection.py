@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lmsleep.files import write_atomic
-from lmsleep.memory_file import fingerprint
+from lmsleep.memory import model_identity
 from lmsleep.microscope.ablation import ablation_rows, reliance_rows
 from lmsleep.microscope.heads import head_rows, hypnogram_rows, moment, norm
 from lmsleep.microscope.probe import probe_rows, probed
@@ -20,7 +20,7 @@ from lmsleep.microscope.subject import Subject, from_run, from_session
 from lmsleep.microscope.trace import Window, fast_weight_layers, watch
 from lmsleep.session import Session
 from lmsleep.session.session import Readable
-from lmsleep.tasks import stream
+from lmsleep.tasks import batch_rng
 from lmsleep.training import RunFolder
 
 READ_BACK = 8  # windows at the end of the stream whose tokens are read back
@@ -77,7 +77,7 @@ def inspect(
     def bar(steps: Iterator[T], what: str, total: int | None = None) -> Iterator[T]:
         yield from tqdm(steps, what, total, disable=None if progress else True, leave=False)
 
-    slow_before = _hash(seen)
+    slow_before = model_identity(seen.model)
     tables, notes = _watched(seen, bar), list[str]()
     if not tables["readback"]:
         notes.append("gates and readback need FastWeights layers, which this model does not have")
@@ -100,7 +100,7 @@ def inspect(
     probe = list(bar(_probe(seen, notes), "probes"))
     reliance = list(bar(reliance_rows(seen), "readings")) if why_not is None else []
     ablation = list(bar(ablation_rows(seen), "ablations")) if why_not is None else []
-    about["slow_weights_after"] = _hash(seen)
+    about["slow_weights_after"] = model_identity(seen.model)
     return Inspection(about=about, probe=probe, reliance=reliance, ablation=ablation, notes=notes, **tables)
 
 
@@ -146,7 +146,7 @@ def change_row(number: int, window: Window) -> Row:
     what one pass leaves and what the last leaves.
     """
     before, awake, asleep = (
-        torch.cat([S.flatten(1) for S in memory.layers if S is not None], dim=1).double()
+        torch.cat([t.flatten(1) for t in memory.tensors()], dim=1).double()
         for memory in (window.before.memory, window.passes[0].memory, window.passes[-1].memory)
     )
 
@@ -176,7 +176,7 @@ def _probe(seen: Subject, notes: list[str]) -> Iterator[Row]:
     device, samples = seen.windows.device, len(seen.windows)
     fit = (
         # training samples, so that what is tested was never fitted, where a task holds samples out
-        seen.task.batch(stream(0, "train", index), samples, "train")
+        seen.task.batch(batch_rng(0, "train", index), samples, "train")
         for index in range(FIT)
     )
     yield from probe_rows(
@@ -191,7 +191,3 @@ def _probe(seen: Subject, notes: list[str]) -> Iterator[Row]:
 def _context(seen: Subject, batch: Any) -> Tensor:
     context = batch.tokens if batch.context is None else batch.context
     return context[:, : seen.windows.shape[1]]
-
-
-def _hash(seen: Subject) -> str | None:
-    return fingerprint(seen.model) if hasattr(seen.model, "state_dict") else None

@@ -46,7 +46,7 @@ def readback_rows(
     for number, window in windows:
         last = window.passes[-1]
         for block, writes in last.writes.items():
-            S, S_end = last.memory.layers[block], end.layers[block]
+            S, S_end = last.memory.S[block], end.S[block]
             assert S is not None and S_end is not None
             if S.shape[2:] != (writes.k.shape[-1], writes.v.shape[-1]):
                 continue

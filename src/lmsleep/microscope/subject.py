@@ -11,7 +11,7 @@ from lmsleep.session import Session
 from lmsleep.session.session import Readable
 from lmsleep.sleep import Backbone, SleepConfig
 from lmsleep.state import State
-from lmsleep.tasks import Batch, Task, stream
+from lmsleep.tasks import Batch, Task, batch_rng
 from lmsleep.training import RunFolder
 
 
@@ -52,11 +52,11 @@ def from_run(run: RunFolder, samples: int) -> Subject:
     if samples < 1:
         raise ValueError(f"samples must be at least 1, got {samples}")
     config, model = run.config(), run.model()
-    _device(model)
+    _sleeps(model)
     sleep = config.sleep
     if sleep.window is None:
         raise ValueError(f"{run.path} was trained with window=None: it never sleeps")
-    batch = cut(config.task.batch(stream(EVAL_SEED, "test", 0), samples, "test"), sleep)
+    batch = cut(config.task.batch(batch_rng(EVAL_SEED, "test", 0), samples, "test"), sleep)
     if batch.context_lengths is not None or batch.lengths is not None:
         raise ValueError(
             f"{run.path}: its samples differ in length; look at one, as a text (--text or --file)"
@@ -79,8 +79,8 @@ def from_session(session: Session, text: Readable) -> Subject:
         raise ValueError("window=None: this session never sleeps; give its SleepConfig a window")
     if not len(new):
         raise ValueError("text must have at least one token")
-    begun = session.stream.reopened()
-    device = _device(session.model)
+    _sleeps(session.model)
+    begun, device = session.stream.reopened(), session.model.device
     tokens = torch.cat([session.stream.window, new])[None].to(device)
     asked = torch.arange(tokens.shape[1], device=device)[None] >= max(len(session.stream.window), 1)
     batch = Batch(
@@ -102,12 +102,10 @@ def from_session(session: Session, text: Readable) -> Subject:
     )
 
 
-def _device(model: Backbone) -> torch.device:
-    """Return the device of the fast weights."""
-    device = next((S.device for S in model.initial_state(1).memory.layers if S is not None), None)
-    if device is None:
+def _sleeps(model: Backbone) -> None:
+    """Refuse a model that no sleep could change."""
+    if not model.initial_state(1).memory.batch_size:
         raise ValueError("no block of this model has fast weights, so no sleep changes anything")
-    return device
 
 
 def cut(batch: Batch, sleep: SleepConfig) -> Batch:

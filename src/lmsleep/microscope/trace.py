@@ -50,7 +50,7 @@ def fast_weight_layers(model: Backbone) -> dict[int, FastWeights]:
     """Find the `FastWeights` layers by block; none unless every block with fast weights has one."""
     modules: Iterable[Any] = getattr(model, "modules", tuple)()
     layers = [module for module in modules if isinstance(module, FastWeights)]
-    blocks = [i for i, S in enumerate(model.initial_state(1).memory.layers) if S is not None]
+    blocks = [i for i, writes in enumerate(model.initial_state(1).memory.writes) if writes]
     return dict(zip(blocks, layers, strict=True)) if len(layers) == len(blocks) else {}
 
 
@@ -102,6 +102,14 @@ class _Watched:
     @property
     def kinds(self) -> tuple[str, ...]:
         return self.model.kinds
+
+    @property
+    def vocab_size(self) -> int:
+        return self.model.vocab_size
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
 
     def initial_state(self, batch_size: int) -> State:
         return self.model.initial_state(batch_size)

@@ -151,6 +151,16 @@ class HybridLM(nn.Module):
         """The kind of each block."""
         return self.config.blocks
 
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that it reads: 0 ... V - 1."""
+        return self.config.vocab_size
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return self.embedding.weight.device
+
     def initial_state(self, batch_size: int) -> State:
         """Return `S = 0` and nothing in the working memory, for `batch_size` rows."""
         weight = self.embedding.weight

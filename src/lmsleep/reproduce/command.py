@@ -18,7 +18,7 @@ from lmsleep.reproduce.figure import draw
 from lmsleep.reproduce.recipe import Cell, Recipe, Scale
 from lmsleep.reproduce.recipes import RECIPES
 from lmsleep.reproduce.results import Row, collect, table, time_steps, write_data
-from lmsleep.tasks import stream
+from lmsleep.tasks import batch_rng
 from lmsleep.training import (
     Job,
     RunConfig,
@@ -189,7 +189,7 @@ def _timed(config: RunConfig) -> tuple[int, float]:
     """Tokens and seconds of one forward and backward pass: the best of three."""
     device, elapsed = choose_device(config.train.device), []
     model = build(config.model).to(device)
-    batch = config.task.batch(stream(0, "train", 0), config.train.batch_size, "train").to(device)
+    batch = config.task.batch(batch_rng(0, "train", 0), config.train.batch_size, "train").to(device)
     for _ in range(3):
         started = _clock(device)
         loss = read_batch(model, batch, config.sleep).loss

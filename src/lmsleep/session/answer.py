@@ -2,6 +2,8 @@
 
 import re
 from collections.abc import Sequence
+from copy import copy
+from typing import Self
 
 from lmsleep.text.tokenizers import Tokenizer
 
@@ -30,6 +32,12 @@ class Answer:
         if tokenizer is None and self.stop_texts:
             raise ValueError(f"stop={self.stop_texts[0]!r} is a text, and there is no tokenizer; give tokens")
         self._handed_out = 0
+
+    def copy(self) -> Self:
+        """The same answer so far; what is added to one is not in the other."""
+        other = copy(self)
+        other.tokens = list(self.tokens)
+        return other
 
     def add(self, token: int) -> None:
         """The next token."""

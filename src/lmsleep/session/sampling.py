@@ -26,8 +26,14 @@ class Sampling:
             raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
 
     def draw(self, logits: Tensor, generator: torch.Generator) -> int:
-        """A token from logits `[V]`; in float64 on the CPU, so that a seed means the same everywhere."""
+        """A token from logits `[V]`; in float64 on the CPU, so that a seed means the same everywhere.
+
+        Raises:
+            ValueError: for logits with NaN, which say nothing about the next token.
+        """
         logits = logits.double().cpu()
+        if bool(logits.isnan().any()):
+            raise ValueError("logits are NaN, so no token can be drawn from what the open window holds")
         if self.temperature == 0:
             return int(logits.argmax())
         p, token = (logits / self.temperature).softmax(-1).sort(descending=True, stable=True)

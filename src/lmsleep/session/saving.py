@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmsleep import memory_file
-from lmsleep.memory_file import Origin, Storage
-from lmsleep.session.stream import Stream, no_tokens
+from lmsleep import memory
+from lmsleep.session.stream import Stream
 from lmsleep.sleep import Backbone, SleepConfig
-from lmsleep.state import Cache, Memory, State
+from lmsleep.state import Cache, Origin, State, Storage
 
 
 def write(path: Path, stream: Stream, origin: Origin, sleep: SleepConfig, storage: Storage | None) -> None:
@@ -24,11 +23,11 @@ def write(path: Path, stream: Stream, origin: Origin, sleep: SleepConfig, storag
     """
     if origin.model is None:
         raise ValueError(f"{path} is not written: a model without a state_dict() cannot be told from others")
-    layers = stream.start.memory.layers
-    tensors = {**memory_file.pack(layers, storage), "window": stream.window}
+    tensors = {"window": stream.window}
     for i, layer in enumerate(stream.start.cache.layers):
         tensors |= {f"cache.{i}.{j}": t for j, t in enumerate(layer) if t.shape[1]}
-    memory_file.write(path, tensors, {**origin.to_dict(), "blocks": len(layers), "sleep": sleep.to_dict()})
+    header = {"sleep": sleep.to_dict()}
+    memory.write(path, stream.start.memory, origin, storage=storage, header=header, tensors=tensors)
 
 
 def read(path: Path, model: Backbone, sleep: SleepConfig | None) -> tuple[State, Origin, SleepConfig, Tensor]:
@@ -38,23 +37,22 @@ def read(path: Path, model: Backbone, sleep: SleepConfig | None) -> tuple[State,
         ValueError: as `Memory.load`, or if the file holds a memory and no session.
         OSError: if there is no such file.
     """
-    tensors, header = memory_file.read(path)
-    memory = Memory.unpacked(path, tensors, header, model)
-    assert memory.origin is not None
-    if memory.batch_size > 1:
-        raise ValueError(f"{path} holds {memory.batch_size} rows; a session has one")
+    saved = memory.read(path, model)
+    if saved.memory.batch_size > 1:
+        raise ValueError(f"{path} holds {saved.memory.batch_size} rows; a session has one")
     try:
-        if "sleep" in header:
-            sleep = SleepConfig.from_dict(header["sleep"])
-        cache = _cache(tensors, model.initial_state(1).cache)
+        if "sleep" in saved.header:
+            sleep = SleepConfig.from_dict(saved.header["sleep"])
+        cache = _cache(saved.tensors, model.initial_state(1).cache)
     except (TypeError, ValueError, AttributeError, OverflowError, RuntimeError) as error:
         raise ValueError(f"{path} holds no session: {error}") from None
     if sleep is None:
         raise ValueError(f"{path} holds a memory alone; pass the sleep to go on with")
-    window = tensors.get("window", no_tokens())
+    window = saved.window
     if window.dtype != torch.int64 or window.ndim != 1 or len(window) > (sleep.window or len(window)):
         raise ValueError(f"{path} holds no session: its open window is none")
-    return State(replace(memory, origin=None), cache), memory.origin, sleep, window
+    assert saved.memory.origin is not None
+    return State(replace(saved.memory, origin=None), cache), saved.memory.origin, sleep, window
 
 
 def _cache(tensors: Mapping[str, Tensor], empty: Cache) -> Cache:

@@ -1,7 +1,7 @@
-"""Sessions: unbounded streams with bounded memory, one (`Session`) or many together (`SessionBatch`)."""
+"""A session: one unbounded stream with bounded memory, that is read, slept on, asked and saved."""
 
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Self, overload
@@ -9,20 +9,18 @@ from typing import Literal, Self, overload
 import torch
 from torch import Tensor
 
-from lmsleep.memory_file import Origin, Storage, fingerprint
+from lmsleep.memory import model_identity
 from lmsleep.session import saving, stream
 from lmsleep.session.answer import Answer, Piece
+from lmsleep.session.owner import Owner, finish, proceed
+from lmsleep.session.rows import Row, advance, raise_first
 from lmsleep.session.sampling import Sampling
-from lmsleep.session.stream import Step, Stream
+from lmsleep.session.stream import Stream, next_logits
 from lmsleep.sleep import Backbone, SleepConfig
-from lmsleep.state import Cache, Memory, State
+from lmsleep.state import Cache, Memory, Origin, State, Storage
 from lmsleep.text.tokenizers import Tokenizer
 
 Readable = str | Sequence[int] | Tensor
-
-
-class BrokenSleep(RuntimeError):
-    """A sleep left NaN or infinity; the memory before it was kept, the tokens of its window are not read."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +45,11 @@ class Stats:
     """Slow weights."""
     peak_bytes: int
     """Most bytes of working memory and fast weights so far."""
+    history_bytes: int
+    """What is kept for `rewind()` alone."""
 
 
-class Session:
+class Session(Owner):
     """A stream that is read, slept on, asked and saved, on any `Backbone`.
 
     Three layers of memory: `working` (keys and values of the open window), `memory` (fast weights: what
@@ -61,9 +61,11 @@ class Session:
         sleep: window and passes. Looped wake passes are refused: they cannot read token by token.
         tokenizer: for reading and writing text; None: tokens only.
         memory: one row of fast weights to begin with; default `S = 0`.
+        history: how many calls of `read`, `sleep` and `generate` can be taken back (`rewind`). Each holds the
+            state before it: at most the fast weights and one window of working memory, both twice.
 
     Raises:
-        ValueError: for a memory that does not fit the model, or more than one wake pass.
+        ValueError: for a memory that does not fit the model, more than one wake pass, or a negative history.
     """
 
     def __init__(
@@ -73,11 +75,10 @@ class Session:
         tokenizer: Tokenizer | None = None,
         *,
         memory: Memory | None = None,
+        history: int = 1,
     ) -> None:
         if sleep.wake_passes != 1:
             raise ValueError(f"wake_passes={sleep.wake_passes}: a session reads in one wake pass only")
-        self.model, self.sleep_config, self.tokenizer = model, sleep, tokenizer
-        self.seconds_awake = self.seconds_asleep = 0.0
         self.origin = Origin()
         state = model.initial_state(1)
         sleep.check(state.memory)
@@ -88,7 +89,9 @@ class Session:
                 )
             state = State(Memory(memory.like(state.memory).layers), state.cache)
             self.origin = memory.origin or self.origin
-        self.stream = Stream.begin(state, tokens=self.origin.tokens, sleeps=self.origin.sleeps)
+        begin = Stream.begin(state, tokens=self.origin.tokens, sleeps=self.origin.sleeps)
+        super().__init__(model, sleep, begin, history)
+        self.tokenizer = tokenizer
 
     # What it holds
 
@@ -100,16 +103,16 @@ class Session:
     @property
     def memory(self) -> Memory:
         """Consolidated memory: the fast weights now, one row; within a window with what it wrote awake."""
-        layers = self.stream.state.memory.layers
+        memory = self.stream.state.memory
         origin = replace(
             self.origin,
-            model=fingerprint(self.model) if hasattr(self.model, "state_dict") else None,
+            model=model_identity(self.model),
             tokens=self.stream.tokens,
             sleeps=self.stream.sleeps,
             passes=self.sleep_config.passes,
-            rule=tuple(None if S is None else k for S, k in zip(layers, self.model.kinds, strict=True)),
+            rule=tuple(k if has else None for has, k in zip(memory.writes, self.model.kinds, strict=True)),
         )
-        return Memory(layers, origin)
+        return replace(memory, origin=origin)
 
     @property
     def permanent(self) -> Mapping[str, Tensor]:
@@ -131,6 +134,7 @@ class Session:
             memory_bytes=s.state.memory.nbytes,
             permanent_bytes=sum(w.nbytes for w in self.permanent.values()),
             peak_bytes=s.peak_bytes,
+            history_bytes=self.history_bytes,
         )
 
     # Reading and sleeping
@@ -142,7 +146,7 @@ class Session:
             ValueError: for text without a tokenizer, or tokens outside the vocabulary.
             BrokenSleep: if a sleep left NaN or infinity. The session is back where that window began.
         """
-        SessionBatch([self]).read([text])
+        finish([self], [Row(stream=self.stream, unread=self.tokens(text))])
 
     def sleep(self, passes: int | None = None) -> None:
         """Sleep on the open window now, full or not, and evict it; nothing happens if it is empty.
@@ -154,18 +158,29 @@ class Session:
             ValueError: if the model never sleeps (`window=None`) or `passes` is less than 1.
             BrokenSleep: as `read`.
         """
-        SessionBatch([self]).sleep(passes)
+        finish([self], [self.napping(passes)])
+
+    def napping(self, passes: int | None) -> Row:
+        """A row that sleeps on the open window; arguments and errors as of `sleep`."""
+        if self.sleep_config.window is None:
+            raise ValueError("window=None: this model never sleeps; give its SleepConfig a window")
+        passes = self.sleep_config.passes if passes is None else passes
+        if passes < 1:
+            raise ValueError(f"passes must be at least 1, got {passes}")
+        return Row(stream=self.stream, nap=passes)
 
     def reset(self) -> None:
-        """Forget everything: `S = 0`, nothing read, counts and times from zero."""
+        """Forget everything: `S = 0`, nothing read, counts and times from zero, nothing to take back."""
         new = Session(self.model, self.sleep_config)
         self.stream, self.origin = new.stream, new.origin
         self.seconds_awake = self.seconds_asleep = 0.0
+        self.past.clear()
 
     def fork(self) -> "Session":
         """A second session that has read the same; neither changes the other. Its parent is this one."""
-        other = Session(self.model, self.sleep_config, self.tokenizer)
+        other = Session(self.model, self.sleep_config, self.tokenizer, history=self.history)
         other.stream, other.origin = self.stream, self.origin.child()
+        other.past.extend(self.past)
         other.seconds_awake, other.seconds_asleep = self.seconds_awake, self.seconds_asleep
         return other
 
@@ -230,18 +245,35 @@ class Session:
             Text, or a list of tokens where there is no tokenizer; with `stream` an iterator over its pieces.
 
         Raises:
-            ValueError: for invalid options, or an empty prompt to an empty window.
+            ValueError: for invalid options, an empty prompt to an empty window, or logits with NaN.
             BrokenSleep: as `read`.
+            RuntimeError: with `stream`, if something else has changed the session since the last piece.
         """
         sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k)
-        batch = SessionBatch([self])
-        answers = [Answer(self.tokenizer, stop)]
-        steps = batch._write([prompt], answers, max_new_tokens, sampling, [seed])
+        row = self.written(prompt, max_new_tokens, sampling, stop, seed)
         if stream:
-            return (piece for step in steps for _, piece in step)
-        for _ in steps:
-            pass
-        return answers[0].whole()
+            return self._pieces(row)
+        return finish([self], [row])[0].answer.whole()
+
+    def written(
+        self, prompt: Readable, max_new_tokens: int, sampling: Sampling, stop: Sequence[Piece], seed: int
+    ) -> Row:
+        """A row that reads the prompt, then writes; arguments and errors as of `generate`."""
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        return Row(
+            stream=self.stream,
+            unread=self.tokens(prompt),
+            budget=max_new_tokens,
+            answer=Answer(self.tokenizer, stop),
+            sampling=sampling,
+            generator=torch.Generator().manual_seed(seed),
+        )
+
+    def _pieces(self, row: Row) -> Iterator[Piece]:
+        with closing(proceed([self], [row])) as steps:
+            for [written] in steps:
+                yield from written.pieces
 
     def logits(self, text: Readable) -> Tensor:
         """Logits `[T, V]` after each token of `text`, were it read now; the session stays as it is.
@@ -266,7 +298,9 @@ class Session:
             BrokenSleep: as `read`.
         """
         tokens, total, done = self.tokens(text), 0.0, 0
-        before = next_logits(self.model, self.sleep_config, self.stream) if len(self.stream.window) else None
+        before: Tensor | None = None
+        if len(self.stream.window):
+            [before] = next_logits(self.model, self.sleep_config, [self.stream])
         for logits in self._foresee(tokens):
             seen = logits if before is None else torch.cat([before[None], logits])
             first = done if before is not None else 1
@@ -277,11 +311,13 @@ class Session:
         return total
 
     def _foresee(self, tokens: Tensor) -> Iterator[Tensor]:
-        for step in stream.read(self.model, self.sleep_config, [self.stream], [tokens], logits=True):
-            if step.broken:
-                raise BrokenSleep(_broken([0], [step.streams[0]]))
-            if step.logits is not None and len(step.logits[0]):
-                yield step.logits[0]
+        """Logits after `tokens`, window by window, on a row that nobody keeps."""
+        rows = [Row(stream=self.stream, unread=tokens, keep_logits=True)]
+        while not rows[0].done:
+            rows = advance(self.model, self.sleep_config, rows)
+            raise_first(rows)
+            if (logits := rows[0].logits) is not None and len(logits):
+                yield logits
 
     def tokens(self, text: Readable) -> Tensor:
         """`[n]` int64: the tokens of a text, or tokens checked against the vocabulary.
@@ -294,14 +330,8 @@ class Session:
                 raise ValueError("text must be tokens: this session has no tokenizer")
             text = self.tokenizer.encode(text)
         tokens = torch.as_tensor(text, device="cpu")
-        if tokens.ndim != 1 or (len(tokens) and (tokens.is_floating_point() or tokens.is_complex())):
-            raise ValueError(f"tokens must be one row of whole numbers, got {tokens.dtype} {[*tokens.shape]}")
-        tokens = tokens.to(torch.int64, copy=True)
-        size = getattr(getattr(self.model, "config", None), "vocab_size", None)
-        if len(tokens) and (int(tokens.min()) < 0 or (size is not None and int(tokens.max()) >= size)):
-            worst = int(tokens.min()) if int(tokens.min()) < 0 else int(tokens.max())
-            raise ValueError(f"tokens must lie in 0 ... {'V - 1' if size is None else size - 1}, got {worst}")
-        return tokens
+        check_tokens(tokens, self.model.vocab_size)
+        return tokens.to(torch.int64, copy=True)
 
     # Files
 
@@ -336,6 +366,7 @@ class Session:
         tokenizer: Tokenizer | None = None,
         *,
         sleep: SleepConfig | None = None,
+        history: int = 1,
     ) -> Self:
         """Take a saved session up, exactly where it was.
 
@@ -344,13 +375,14 @@ class Session:
             model: the model that wrote it.
             tokenizer: for text.
             sleep: window and passes for a file of `Memory.save`, which has none; else those of the file hold.
+            history: as of a new session; nothing that was read before can be taken back.
 
         Raises:
             ValueError: as `Memory.load`, or if the file holds a memory alone and there is no `sleep`.
             OSError: if there is no such file.
         """
         start, origin, sleep, window = saving.read(Path(path), model, sleep)
-        session = cls(model, sleep, tokenizer)
+        session = cls(model, sleep, tokenizer, history=history)
         try:
             window = session.tokens(window)
         except ValueError as error:
@@ -362,178 +394,16 @@ class Session:
         return session
 
 
-class SessionBatch:
-    """Sessions of one model that read, sleep and write together, though their windows do not align.
-
-    In every step rows that are due sleep together, and the others read on together without waiting. Each row
-    comes out as if it were alone: exactly, but for the rounding of matrix products of another shape.
-
-    Args:
-        sessions: one a row; they stay usable on their own.
+def check_tokens(tokens: Tensor, vocab_size: int) -> None:
+    """Refuse what is no row of whole numbers from 0 to `vocab_size - 1`.
 
     Raises:
-        ValueError: if there is none, one twice, or they differ in model or sleep.
+        ValueError: naming the worst of them.
     """
-
-    def __init__(self, sessions: Iterable[Session]) -> None:
-        self.sessions = list(sessions)
-        if not self.sessions:
-            raise ValueError("sessions must be at least one")
-        if len({id(s) for s in self.sessions}) < len(self.sessions):
-            raise ValueError("sessions must not hold one twice; fork it")
-        first = self.sessions[0]
-        if any(s.model is not first.model or s.sleep_config != first.sleep_config for s in self.sessions):
-            raise ValueError("sessions must have the same model and the same sleep")
-        self.model, self.sleep_config = first.model, first.sleep_config
-
-    def read(self, texts: Sequence[Readable]) -> None:
-        """Read a text on each row; an empty one leaves its row as it is.
-
-        Raises:
-            ValueError: as `Session.read`, before anything is read.
-            BrokenSleep: if a sleep of some row left NaN or infinity; the other rows have read all of theirs.
-        """
-        self._read(self._encoded(texts))
-
-    def read_with_logits(self, texts: Sequence[Readable]) -> list[Tensor]:
-        """Read a text on each row, as `read` does; the logits `[t, V]` after each of its t tokens.
-
-        Raises:
-            ValueError: as `read`.
-            BrokenSleep: as `read`.
-        """
-        logits = self._read(self._encoded(texts), logits=True)
-        size = next((len(row[0]) for row in logits.values()), 0)
-        return [logits.get(row, torch.empty(0, size)) for row in range(len(self.sessions))]
-
-    def sleep(self, passes: int | None = None) -> None:
-        """Sleep now on all open windows, together; see `Session.sleep`."""
-        if self.sleep_config.window is None:
-            raise ValueError("window=None: this model never sleeps; give its SleepConfig a window")
-        passes = self.sleep_config.passes if passes is None else passes
-        if passes < 1:
-            raise ValueError(f"passes must be at least 1, got {passes}")
-        rows = [row for row, s in enumerate(self.sessions) if len(s.stream.window)]
-        if rows:
-            streams = [self.sessions[row].stream for row in rows]
-            new = [stream.no_tokens()] * len(rows)
-            begin = time.perf_counter()
-            step = stream.asleep(self.model, self.sleep_config, streams, new, passes=passes)
-            self._take(step._replace(rows=rows, broken=[rows[i] for i in step.broken]), begin)
-            self._report([rows[i] for i in step.broken])
-
-    def generate(
-        self,
-        prompts: Sequence[Readable],
-        max_new_tokens: int = 64,
-        *,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        top_k: int | None = None,
-        stop: Sequence[Piece] = (),
-        seeds: Sequence[int] | None = None,
-    ) -> list[str | list[int]]:
-        """Read a prompt on each row, then write on all of them; see `Session.generate`.
-
-        `seeds` has one for each row (default 0): a row is drawn as it would be alone. A row whose answer has
-        ended waits for nobody and is not changed any more.
-        """
-        sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k)
-        answers = [Answer(s.tokenizer, stop) for s in self.sessions]
-        seeds = [0] * len(self.sessions) if seeds is None else seeds
-        for _ in self._write(prompts, answers, max_new_tokens, sampling, seeds):
-            pass
-        return [answer.whole() for answer in answers]
-
-    def _encoded(self, texts: Sequence[Readable]) -> list[Tensor]:
-        if len(texts) != len(self.sessions):
-            raise ValueError(f"texts must be {len(self.sessions)}, one a session, got {len(texts)}")
-        return [session.tokens(text) for session, text in zip(self.sessions, texts, strict=True)]
-
-    def _read(self, tokens: Sequence[Tensor], *, logits: bool = False) -> dict[int, Tensor]:
-        """Read on; the logits `[t, V]` after each token of the rows that have tokens, if asked for."""
-        seen, broken = dict[int, list[Tensor]](), list[int]()
-        streams, begin = [s.stream for s in self.sessions], time.perf_counter()
-        for step in stream.read(self.model, self.sleep_config, streams, tokens, logits=logits):
-            begin = self._take(step, begin)
-            broken += step.broken
-            for row, out in zip(step.rows, step.logits or [], strict=False):
-                if len(out):  # a sleep before the next token reads nothing new
-                    seen.setdefault(row, []).append(out)
-        self._report(broken)
-        return {row: torch.cat(parts) for row, parts in seen.items()}
-
-    def _write(
-        self,
-        prompts: Sequence[Readable],
-        answers: Sequence[Answer],
-        max_new_tokens: int,
-        sampling: Sampling,
-        seeds: Sequence[int],
-    ) -> Iterator[list[tuple[int, Piece]]]:
-        """Checks at once; then yields, token by token, the rows' new pieces."""
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-        if len(seeds) != len(self.sessions):
-            raise ValueError(f"seeds must be {len(self.sessions)}, one a session, got {len(seeds)}")
-        tokens = self._encoded(prompts)
-        for session, prompt in zip(self.sessions, tokens, strict=True):
-            if not len(prompt) and not len(session.stream.window):
-                raise ValueError("prompt must have at least one token: the window is empty")
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-
-        def steps() -> Iterator[list[tuple[int, Piece]]]:
-            self._read([prompt[:-1] for prompt in tokens])
-            logits = self._read([prompt[-1:] for prompt in tokens], logits=True)
-            for row, prompt in enumerate(tokens):
-                if not len(prompt):
-                    logits[row] = next_logits(self.model, self.sleep_config, self.sessions[row].stream)[None]
-            for written in range(1, max_new_tokens + 1):
-                rows, new = list(logits), [stream.no_tokens()] * len(self.sessions)
-                for row in rows:
-                    token = sampling.draw(logits[row][-1], generators[row])
-                    answers[row].add(token)
-                    new[row] = torch.tensor([token])
-                ended = {row for row in rows if answers[row].stopped or written == max_new_tokens}
-                try:
-                    yield [(row, p) for row in rows for p in answers[row].pieces(last=row in ended)]
-                finally:  # what was shown has been read, even if nobody wants more
-                    logits = self._read(new, logits=True)
-                for row in ended:
-                    del logits[row]
-                if not logits:
-                    return
-
-        return steps()
-
-    def _take(self, step: Step, begin: float) -> float:
-        """Let the sessions go on from a step that began then; the time now."""
-        now = time.perf_counter()
-        for row, after in zip(step.rows, step.streams, strict=True):
-            session = self.sessions[row]
-            session.stream = after
-            if step.asleep:
-                session.seconds_asleep += now - begin
-            else:
-                session.seconds_awake += now - begin
-        return now
-
-    def _report(self, broken: Sequence[int]) -> None:
-        if broken:
-            raise BrokenSleep(_broken(broken, [self.sessions[row].stream for row in broken]))
-
-
-def next_logits(model: Backbone, sleep: SleepConfig, after: Stream) -> Tensor:
-    """Logits `[V]` after the last token of an open window, which is read once more for them."""
-    begin = stream.awake(model, sleep, [after.reopened()], [after.window[:-1]]).streams
-    out = stream.awake(model, sleep, begin, [after.window[-1:]], logits=True).logits
-    assert out is not None
-    return out[0][-1]
-
-
-def _broken(rows: Sequence[int], streams: Sequence[Stream]) -> str:
-    places = ", ".join(f"row {row}: token {s.tokens}" for row, s in zip(rows, streams, strict=True))
-    return (
-        f"a sleep left NaN or infinity ({places}); the memory before it was kept, "
-        "and the tokens of that window are not read"
-    )
+    if tokens.ndim != 1 or (len(tokens) and (tokens.is_floating_point() or tokens.is_complex())):
+        raise ValueError(f"tokens must be one row of whole numbers, got {tokens.dtype} {[*tokens.shape]}")
+    if len(tokens):
+        least, most = int(tokens.min()), int(tokens.max())
+        if least < 0 or most >= vocab_size:
+            worst = least if least < 0 else most
+            raise ValueError(f"tokens must lie in 0 ... {vocab_size - 1}, got {worst}")

@@ -5,7 +5,7 @@ with padding, which nothing sees. A sleep reads its window again from where the 
 it: what it leaves is a function of the memory before it and of the window's tokens, however they came.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Self
 
@@ -52,61 +52,22 @@ class Stream:
 
 
 class Step(NamedTuple):
-    """Rows of a batch of streams after they were read on.
+    """Streams after they were read on, awake or asleep.
 
     Attributes:
-        rows: which rows.
         streams: each of them now.
         logits: `[t, V]` each, after every token that was new; None unless asked for, and if none was.
-        asleep: whether they slept.
-        broken: those of `rows` whose sleep left NaN or infinity; they are back where their window began.
+        broken: which of them had a sleep that left NaN or infinity; they are back where their window began.
     """
 
-    rows: list[int]
     streams: list[Stream]
     logits: list[Tensor] | None
-    asleep: bool
     broken: list[int]
 
 
 def size(state: State) -> int:
     """Bytes of fast weights and working memory."""
     return state.memory.nbytes + state.cache.nbytes
-
-
-def read(
-    model: Backbone,
-    sleep: SleepConfig,
-    streams: Sequence[Stream],
-    tokens: Sequence[Tensor],
-    *,
-    logits: bool = False,
-) -> Iterator[Step]:
-    """Read `tokens` (`[n]` int64 each) on; a full window is slept on as soon as its stream goes on.
-
-    In every step each stream that has tokens left reads to the end of its window. Those that go on after it
-    sleep, together; so do those that stay awake read together.
-    """
-    streams, rest = list(streams), list(tokens)
-    while any(map(len, rest)):
-        left = [row for row, more in enumerate(rest) if len(more)]
-        room = {row: len(rest[row]) if sleep.window is None else sleep.window - len(streams[row].window)
-                for row in left}  # fmt: skip
-        for going_on in (True, False):
-            rows = [row for row in left if (len(rest[row]) > room[row]) == going_on]
-            if not rows:
-                continue
-            old, new = [streams[row] for row in rows], [rest[row][: room[row]] for row in rows]
-            if going_on:
-                step = asleep(model, sleep, old, new, passes=sleep.passes, logits=logits)
-            else:
-                step = awake(model, sleep, old, new, logits=logits)
-            for row, stream, read_now in zip(rows, step.streams, new, strict=True):
-                streams[row], rest[row] = stream, rest[row][len(read_now) :]
-            broken = [rows[i] for i in step.broken]
-            for row in broken:
-                rest[row] = no_tokens()
-            yield step._replace(rows=rows, broken=broken)
 
 
 def awake(
@@ -129,7 +90,7 @@ def awake(
         )
         for stream, state, tokens in zip(streams, states, new, strict=True)
     ]
-    return Step(list(range(len(streams))), after, out, False, [])
+    return Step(after, out, [])
 
 
 def asleep(
@@ -148,7 +109,7 @@ def asleep(
     after, broken = [], []
     for row, (stream, state, tokens) in enumerate(zip(streams, states, new, strict=True)):
         begin = state if sleep.window is None else evict(sleep.eviction, state, sleep.window)
-        if not all(bool(t.isfinite().all()) for t in _tensors(begin)):
+        if not all(bool(t.isfinite().all()) for t in begin.tensors()):
             broken.append(row)
             after.append(stream.reopened())
             continue
@@ -157,7 +118,7 @@ def asleep(
         after.append(replace(begun, peak_bytes=max(stream.peak_bytes, size(state))))
     if out is not None:
         out = [x[len(x) - len(tokens) :] for x, tokens in zip(out, new, strict=True)]
-    return Step(list(range(len(streams))), after, out, True, broken)
+    return Step(after, out, broken)
 
 
 @torch.no_grad()
@@ -170,10 +131,9 @@ def _pass(
     logits: bool,
 ) -> tuple[list[Tensor] | None, list[State]]:
     """`read_window` for rows of any length, each with a state of its own."""
-    device = next(t.device for t in _tensors(states[0]))
     lengths = [len(t) for t in tokens]
     ragged = len(set(lengths)) > 1
-    padded = torch.nn.utils.rnn.pad_sequence(list(tokens), batch_first=True).to(device)
+    padded = torch.nn.utils.rnn.pad_sequence(list(tokens), batch_first=True).to(model.device)
     valid = torch.arange(padded.shape[1]) < torch.tensor(lengths)[:, None] if ragged else None
     out, state = read_window(
         model,
@@ -181,13 +141,20 @@ def _pass(
         State.join(states),
         sleep,
         passes=passes,
-        valid=None if valid is None else valid.to(device),
+        valid=None if valid is None else valid.to(model.device),
         logits=logits,
     )
     rows = None if out is None else [row[:n] for row, n in zip(out, lengths, strict=True)]
     return rows, state.split()
 
 
-def _tensors(state: State) -> Iterator[Tensor]:
-    for layer in (state.memory.layers, *state.cache.layers):
-        yield from (t for t in layer if t is not None)
+def next_logits(model: Backbone, sleep: SleepConfig, streams: Sequence[Stream]) -> list[Tensor]:
+    """Return the logits `[V]` after the last token of each open window, which is read once more for them.
+
+    The streams stay as they are, and none may have an empty window.
+    """
+    begun = [stream.reopened() for stream in streams]
+    read = awake(model, sleep, begun, [stream.window[:-1] for stream in streams]).streams
+    out = awake(model, sleep, read, [stream.window[-1:] for stream in streams], logits=True).logits
+    assert out is not None
+    return [logits[-1] for logits in out]

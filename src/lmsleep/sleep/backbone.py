@@ -2,6 +2,7 @@
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from lmsleep.state import State
@@ -18,6 +19,16 @@ class Backbone(Protocol):
     @property
     def kinds(self) -> tuple[str, ...]:
         """The kind of each block; those with keys and values have "attention" in it."""
+        ...
+
+    @property
+    def vocab_size(self) -> int:
+        """Number `V` of tokens that it reads: 0 ... V - 1."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where its tokens and states must lie."""
         ...
 
     def initial_state(self, batch_size: int) -> State:

@@ -94,7 +94,7 @@ class SleepConfig:
         Raises:
             ValueError: if the consolidator does not fit it.
         """
-        self.consolidator.check([S is not None for S in memory.layers])
+        self.consolidator.check(memory.writes)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON-ready form, read back by `from_dict`."""

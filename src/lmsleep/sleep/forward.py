@@ -80,7 +80,7 @@ def read_window(
     consolidator = sleep.consolidator if passes is None else replace(sleep.consolidator, passes=passes)
     span = None if sleep.window is None else sleep.eviction.span(sleep.window)
     window = Window(tokens, state, valid, span, backprop_passes, checkpoint)
-    consolidator.check([S is not None for S in state.memory.layers])
+    consolidator.check(state.memory.writes)
     read = consolidator.read if consolidator.passes == 1 else consolidator.sleep_on
     return read(model, window, logits=logits)
 
@@ -217,10 +217,5 @@ def _check(tokens: Tensor, loss_mask: Tensor | None, lengths: Tensor | None, sta
         raise ValueError(f"lengths must be [B] = [{len(tokens)}], got {tuple(lengths.shape)}")
     if lengths is not None and not bool(((lengths >= 0) & (lengths <= tokens.shape[1])).all()):
         raise ValueError(f"lengths must lie in 0 ... T={tokens.shape[1]}, got {lengths.tolist()}")
-    if state is not None and any(
-        len(t) != len(tokens)
-        for layer in (state.memory.layers, *state.cache.layers)
-        for t in layer
-        if t is not None
-    ):
+    if state is not None and any(len(t) != len(tokens) for t in state.tensors()):
         raise ValueError(f"state must have the rows of tokens, {len(tokens)}")

@@ -5,7 +5,7 @@ A task is one file and one line of `TASKS`; those of users are found by `lmsleep
 
 from typing import Any
 
-from lmsleep.tasks.base import Batch, Task, hide_answers, stream
+from lmsleep.tasks.base import Batch, Task, batch_rng, hide_answers
 from lmsleep.tasks.depo import Depo
 from lmsleep.tasks.drift import Drift
 from lmsleep.tasks.gsm_infinite import GSMInfinite
@@ -59,8 +59,8 @@ __all__ = [
     "Text",
     "Variables",
     "WordProblem",
+    "batch_rng",
     "find_task",
     "hide_answers",
-    "stream",
     "task_name",
 ]

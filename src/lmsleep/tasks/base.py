@@ -136,7 +136,7 @@ class Task(Protocol):
         ...
 
 
-def stream(seed: int, split: Split, index: int) -> np.random.Generator:
+def batch_rng(seed: int, split: Split, index: int) -> np.random.Generator:
     """The generator of batch `index`: a function of its arguments alone, so that resuming needs no state.
 
     Raises:

@@ -130,7 +130,9 @@ class HuggingFace:
         # A tokenizer that names its class loads without the model's config.json, whose type may be unknown.
         config = PreTrainedConfig() if _names_its_class(folder) else None
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, config=config)
+            self.tokenizer = AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False, config=config
+            )
         except Exception as error:  # it raises whatever its many formats raise
             reason = str(error).partition("\n")[0]
             raise ValueError(

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lmsleep.tasks import Batch, stream
+from lmsleep.tasks import Batch, batch_rng
 from lmsleep.training.config import RunConfig
 from lmsleep.training.optim import level
 from lmsleep.training.workers import leave_with_parent
@@ -20,7 +20,7 @@ _config: RunConfig | None = None  # of the run that this worker process draws fo
 def draw(config: RunConfig, step: int) -> Batch:
     """The training batch of a step."""
     train = config.train
-    rng = stream(train.seed, "train", step)
+    rng = batch_rng(train.seed, "train", step)
     return config.task.batch(rng, train.batch_size, "train", level(step, train))
 
 

@@ -22,7 +22,7 @@ from lmsleep.hf.finetune import FineTune
 from lmsleep.models import HybridLM
 from lmsleep.session import Session
 from lmsleep.sleep import SleepConfig
-from lmsleep.tasks import Batch, stream
+from lmsleep.tasks import Batch, batch_rng
 from lmsleep.training.batches import Batches, draw
 from lmsleep.training.config import RunConfig, TrainConfig
 from lmsleep.training.models import Model, build, export, load
@@ -273,7 +273,7 @@ class Trainer:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(optimizer, train) * factor
-        torch.manual_seed(stream(train.seed, "train", self.step).integers(2**63).item())  # of dropout
+        torch.manual_seed(batch_rng(train.seed, "train", self.step).integers(2**63).item())  # of dropout
         loss = self._backward(parts, sleep)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), train.clip)
         value, norm_value = loss.item(), norm.item()

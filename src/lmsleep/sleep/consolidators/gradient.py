@@ -74,7 +74,7 @@ def _trainable(S: Tensor) -> Tensor:
 
 def _descend(loss: Tensor, memory: Memory, rate: float, create_graph: bool) -> Memory:
     """Take one step of gradient descent."""
-    trained = [S for S in memory.layers if S is not None]
+    trained = list(memory.tensors())
     if not trained:
         raise ValueError("gradient steps need a model with something to train: set its option trained_mlp")
     gradient = iter(torch.autograd.grad(loss, trained, create_graph=create_graph))

@@ -6,7 +6,7 @@ import pytest
 from conftest import run_command
 from experiments import ship
 
-from lmsleep import HybridLM, pretrained
+from lmsleep import HybridLM, shipped
 from lmsleep.cli import main
 from lmsleep.evaluation import evaluate
 from lmsleep.training import RunFolder
@@ -21,28 +21,28 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("name", pretrained.names())
+@pytest.mark.parametrize("name", shipped.names())
 def test_shipped_models_answer_held_out_graphs_as_their_card_says(name):
-    shipped = RunFolder.open(pretrained.find(name))
-    config, said = shipped.config(), shipped.report()["eval"]
-    found = evaluate(shipped.model(), config.task, config.sleep, batches=4, seed=5)  # not the report's graphs
+    run = RunFolder.open(shipped.find(name))
+    config, said = run.config(), run.report()["eval"]
+    found = evaluate(run.model(), config.task, config.sleep, batches=4, seed=5)  # not the report's graphs
     assert sum(found.total.values()) == 4 * 64 * 8
     assert found.accuracy >= said["accuracy"] - 0.05
     for key, accuracy in found.per_difficulty.items():
         assert accuracy >= said["per_difficulty"][str(key)] - 0.05
-    row = next(line for line in (pretrained.HERE / "README.md").read_text().splitlines() if name in line)
+    row = next(line for line in (shipped.HERE / "README.md").read_text().splitlines() if name in line)
     cells = [f"{x:.3f}" for x in (*said["per_difficulty"].values(), said["accuracy"])]
     assert row.split(" | ")[-5:] == [*cells[:-1], f"{cells[-1]} |"]
 
 
 def test_both_had_the_same_training_compute():
-    one, four = (RunFolder.open(pretrained.find(f"depo-N{n}")) for n in (1, 4))
+    one, four = (RunFolder.open(shipped.find(f"depo-N{n}")) for n in (1, 4))
     assert one.report()["flops"] == pytest.approx(four.report()["flops"], rel=1e-3)
     assert (one.config().sleep.passes, four.config().sleep.passes) == (1, 4)
 
 
 def test_what_is_shipped_is_small_and_names_no_folder_of_the_machine_that_made_it():
-    files = [path for path in pretrained.HERE.rglob("*") if path.is_file() and path.suffix != ".pyc"]
+    files = [path for path in shipped.HERE.rglob("*") if path.is_file() and path.suffix != ".pyc"]
     assert sum(path.stat().st_size for path in files) < 1_000_000
     assert {p.name for p in files} == {
         "__init__.py", "README.md", "config.json", "report.json", "model.safetensors"}  # fmt: skip
@@ -77,19 +77,19 @@ def test_every_command_knows_the_shipped_names(here, capsys):
 
 def test_a_folder_of_ones_own_goes_before_a_shipped_name(here, capsys):
     main(["read", "depo-N1", "graph.txt", "--memory", "g.mem"])
-    shutil.copytree(pretrained.find("depo-N4"), here / "depo-N1")
-    assert pretrained.find("depo-N1") == Path("depo-N1")
+    shutil.copytree(shipped.find("depo-N4"), here / "depo-N1")
+    assert shipped.find("depo-N1") == Path("depo-N1")
     code, _, err = run_command(capsys, "ask", "depo-N1", "HOP_1 n1", "--memory", "g.mem")
     assert code == 2 and "another model" in err
 
 
 def test_a_shipped_model_can_be_made_again_from_its_run(here, monkeypatch):
-    source = RunFolder.open(pretrained.find("depo-N4"))
-    page = (pretrained.HERE / "README.md").read_text()
+    source = RunFolder.open(shipped.find("depo-N4"))
+    page = (shipped.HERE / "README.md").read_text()
     (here / "shipped").mkdir()
-    runs = [RunFolder.open(pretrained.find(name)) for name in pretrained.names()]
+    runs = [RunFolder.open(shipped.find(name)) for name in shipped.names()]
     assert ship.card(runs) == page
-    monkeypatch.setattr(pretrained, "HERE", here / "shipped")
+    monkeypatch.setattr(shipped, "HERE", here / "shipped")
     made = ship.ship(source)
     assert made.path == here / "shipped/depo-N4" and not list(made.path.rglob("trainer.pt"))
     again, first = made.model().state_dict(), source.model().state_dict()

@@ -8,15 +8,15 @@ from conftest import lively, tiny
 
 from lmsleep import Cache, Memory, SleepConfig, State, sleep_forward
 from lmsleep.cli import main
-from lmsleep.evaluation.around_sleep import Shifting, adaptation
-from lmsleep.tasks import Drift, Rule110, hide_answers, stream
+from lmsleep.evaluation.around_sleep import Shifting, around_sleep
+from lmsleep.tasks import Drift, Rule110, batch_rng, hide_answers
 from lmsleep.tasks.base import HIDDEN
 
 TASK = Drift(keys=3, values=4, segment=12, segments=2)
 
 
 def draw(task=TASK, size=50, index=0, split="train"):
-    return task.batch(stream(0, split, index), size, split)
+    return task.batch(batch_rng(0, split, index), size, split)
 
 
 # The task
@@ -68,7 +68,7 @@ def test_the_solver_finds_every_answer(task):
 
 
 def test_a_segment_with_what_follows_goes_on_in_its_dialect():
-    longer = TASK.segments_of(stream(0, "train", 0), 20, more=6)
+    longer = TASK.segments_of(batch_rng(0, "train", 0), 20, more=6)
     assert longer.shape == (20, 2, 18)
     for segment in longer.reshape(40, 9, 2).tolist():
         assert len(dict(segment)) == len({tuple(pair) for pair in segment})
@@ -129,7 +129,7 @@ def test_the_measure_of_a_perfect_memory_by_hand():
     # It reads of a probe only what S holds: log2(values) bits for keys that its segment did not show so far,
     # nothing for the others, and 60 nats where the last dialect still stands.
     task = Drift(keys=6, values=4, segment=12, segments=1)
-    made = adaptation(Perfect(task), task, SleepConfig(window=4, passes=2), batches=40, batch_size=8)
+    made = around_sleep(Perfect(task), task, SleepConfig(window=4, passes=2), batches=40, batch_size=8)
     before, awake, after = made.bits.T
     unseen = [2 * (5 / 6) ** n for n in (0, 2, 4, 6)]  # 2 pairs a window
     assert before[0] == pytest.approx(2.0) and np.allclose(before, unseen[:3], atol=0.15)
@@ -140,38 +140,38 @@ def test_the_measure_of_a_perfect_memory_by_hand():
 
 def test_the_first_segment_counts_only_where_it_is_the_only_one():
     task = Drift(keys=6, values=4, segment=8, segments=3)
-    stale = adaptation(Perfect(task), task, SleepConfig(window=4), batches=2, batch_size=8)
+    stale = around_sleep(Perfect(task), task, SleepConfig(window=4), batches=2, batch_size=8)
     assert stale.tokens.tolist() == [2 * 8 * 2 * 2] * 2
     assert stale.bits[0, 0] > 10  # what the last dialect left is worse than nothing
 
 
 @pytest.mark.parametrize("eviction", ["hard", "sliding"])
-def test_probes_are_read_from_the_state_of_the_stream(eviction):
+def test_what_lies_ahead_is_read_from_the_state_of_the_stream(eviction):
     model = lively(tiny("attention", "gated_delta_net", vocab_size=7))
     sleep = SleepConfig(window=4, passes=3, eviction=eviction)
     task = Drift(keys=3, values=4, segment=8, segments=2)
-    made = adaptation(model, task, sleep, batches=1, batch_size=5, seed=3)
-    segments = torch.from_numpy(task.segments_of(stream(3, "test", 0), 5, more=4))
+    made = around_sleep(model, task, sleep, batches=1, batch_size=5, seed=3)
+    segments = torch.from_numpy(task.segments_of(batch_rng(3, "test", 0), 5, more=4))
     first, second = segments.unbind(1)
     read = torch.cat([first[:, :8], second[:, :8]], dim=1)
     for s in (0, 1):
-        probe = second[:, 4 * s + 4 : 4 * s + 8]
+        ahead = second[:, 4 * s + 4 : 4 * s + 8]
         states = [
             sleep_forward(model, read[:, : 8 + 4 * s], None, sleep, evict_last=True).state,
             sleep_forward(model, read[:, : 12 + 4 * s], None, sleep).state,
             sleep_forward(model, read[:, : 12 + 4 * s], None, sleep, evict_last=True).state,
         ]
         for column, state in enumerate(states):
-            h, _ = model.run(model.embed(probe), state, 0, 2, span=sleep.eviction.span(4))
+            h, _ = model.run(model.embed(ahead), state, 0, 2, span=sleep.eviction.span(4))
             logs = model.head(h).log_softmax(-1)
-            picked = logs[:, [0, 2]].gather(-1, probe[:, [1, 3], None])
+            picked = logs[:, [0, 2]].gather(-1, ahead[:, [1, 3], None])
             assert made.bits[s, column] == pytest.approx(-picked.mean().item() / math.log(2), rel=1e-5)
 
 
 @pytest.mark.parametrize("window", [None, 5])
 def test_a_segment_must_be_whole_windows(window):
     with pytest.raises(ValueError, match="multiple of the window"):
-        adaptation(Perfect(TASK), TASK, SleepConfig(window=window))
+        around_sleep(Perfect(TASK), TASK, SleepConfig(window=window))
 
 
 def test_only_tasks_that_shift_are_measured():
@@ -187,11 +187,13 @@ def test_eval_shows_the_measure_as_table_and_json(tmp_path, capsys):
     capsys.readouterr()
     main(["eval", str(out), "--batches", "1", "--passes", "1", "2", "--json"])
     passes = json.loads(capsys.readouterr().out)["passes"]
-    rows = passes["2"]["adaptation"]
+    rows = passes["2"]["around_sleep"]
     assert [row["sleeps"] for row in rows] == [0, 1]
     assert rows[0].keys() == {"sleeps", "before", "awake", "after", "tokens"}
     assert (
-        rows[0]["before"] == passes["2"]["adaptation"][0]["before"] != passes["1"]["adaptation"][0]["before"]
+        rows[0]["before"]
+        == passes["2"]["around_sleep"][0]["before"]
+        != passes["1"]["around_sleep"][0]["before"]
     )
     main(["eval", str(out), "--batches", "1"])
     text = capsys.readouterr().out

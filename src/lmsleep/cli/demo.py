@@ -1,0 +1,10 @@
+"""`lmsleep demo`: what longer sleep buys."""
+
+from lmsleep.cli.options import parse
+from lmsleep.demo import command as demo_command
+
+
+def demo(argv: list[str]) -> None:
+    """`lmsleep demo`."""
+    options = parse(demo_command.DemoOptions, argv, "lmsleep demo")
+    demo_command.run(options)

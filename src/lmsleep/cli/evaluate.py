@@ -1,0 +1,135 @@
+"""`lmsleep eval`: a run or a model on held-out samples, at one or several numbers of passes."""
+
+import json
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from tyro.conf import Positional
+
+from lmsleep import shipped
+from lmsleep.cli.options import parse
+from lmsleep.cli.scores import bits_text, floor_text, floors_text
+from lmsleep.evaluation import Score, evaluate, wilson
+from lmsleep.evaluation.around_sleep import MOMENTS, AroundSleep, Shifting, around_sleep
+from lmsleep.hf.loading import is_pretrained
+from lmsleep.opening import open_backbone
+from lmsleep.sleep import Backbone, SleepConfig
+from lmsleep.tasks import Task, Text
+from lmsleep.training import RunFolder, choose_device
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions:
+    """Evaluate the newest checkpoint of a run on held-out samples, at one or several numbers of passes.
+
+    A Hugging Face model is evaluated on --data.
+    """
+
+    run: Positional[Path]
+    """Folder of a run or of a Hugging Face model, or a shipped run: depo-N1, depo-N4."""
+    passes: tuple[int, ...] = ()
+    """Numbers of passes to read with; default the run's own."""
+    batches: int = 32
+    """Test batches of the run's batch size (4 for a Hugging Face model)."""
+    window: int | None = None
+    """L to read with; default the run's own."""
+    length: int | None = None
+    """Tokens in a sequence of --data; default the run's own, or four windows."""
+    after: int | None = None
+    """Count as "after eviction" what is predicted from this position on; default: the window."""
+    data: tuple[Path, ...] = ()
+    """Files or sets to evaluate on instead of those of a text run (what is held out of them)."""
+    device: str = "auto"
+    """auto (CUDA where present), cpu, cuda, ..."""
+    json: bool = False
+    """Print one JSON document instead of a table."""
+
+
+def evaluate_run(argv: list[str]) -> None:
+    """`lmsleep eval RUN`."""
+    options = parse(EvalOptions, argv, "lmsleep eval")
+    device = choose_device(options.device)
+    model, task, own, size, parts = _evaluated(options, device)
+    result: dict[int, Score] = {}
+    around: dict[int, AroundSleep] = {}
+    for n in options.passes or (own.passes,):
+        sleep = own.with_passes(n)
+        how: dict[str, Any] = {"batches": options.batches, "batch_size": size, "device": device}
+        result[n] = evaluate(model, task, sleep, after=options.after, parts=parts, **how)
+        if isinstance(task, Shifting) and sleep.window is not None and task.segment % sleep.window == 0:
+            around[n] = around_sleep(model, task, sleep, **how)
+    if options.json:
+        passes = {str(n): _eval_json(task, score, around.get(n)) for n, score in result.items()}
+        document = {"run": str(options.run), "passes": passes, "floors": task.floors()}
+        sys.stdout.write(json.dumps(document, indent=2) + "\n")
+    else:
+        sys.stdout.write(_eval_text(task, result, around))
+
+
+class _Evaluated(NamedTuple):
+    model: Backbone
+    task: Task
+    sleep: SleepConfig
+    batch_size: int
+    parts: int
+
+
+def _evaluated(options: EvalOptions, device: torch.device) -> _Evaluated:
+    path = shipped.find(options.run)
+    if is_pretrained(path):
+        if not options.data:
+            raise ValueError(
+                f"{options.run} was trained on no task of lmsleep: name files to read with --data"
+            )
+        model, sleep = open_backbone(path, options.device)
+        sleep = replace(sleep, window=options.window or sleep.window)
+        length = options.length or 4 * (sleep.window or 512)
+        task = Text(data=options.data, tokenizer=str(path), length=length)
+        return _Evaluated(model, task, sleep, 4, 1)
+    folder = RunFolder.open(path)
+    config = folder.config()
+    task_of_run, sleep = config.task, replace(config.sleep, window=options.window or config.sleep.window)
+    if options.data:
+        if not isinstance(task_of_run, Text):
+            raise ValueError(f"--data is for runs on text; {options.run} was trained on {config.task_name}")
+        task_of_run = replace(task_of_run, data=options.data, length=options.length or task_of_run.length)
+    size, parts = config.train.batch_size, config.train.accumulate
+    return _Evaluated(folder.model(device), task_of_run, sleep, size, parts)
+
+
+def _eval_json(task: Task, score: Score, around: AroundSleep | None) -> dict[str, Any]:
+    document = score.to_dict()
+    if isinstance(task, Text) and not task.asks:
+        document["bits_per_byte"] = score.bits() / task.bytes_per_token
+    if around is not None:
+        document["around_sleep"] = around.to_list()
+    return document
+
+
+def _eval_text(task: Task, result: dict[int, Score], around: dict[int, AroundSleep]) -> str:
+    lines, floors = [], task.floors()
+    for passes, score in result.items():
+        line = f"N = {passes}:"
+        if isinstance(task, Text) and not task.asks:
+            line += f" {bits_text(task, score.bits())}"
+            if score.tokens["after_eviction"]:
+                line += f", {score.bits('after_eviction'):.4f} after eviction"
+                line += f" ({score.tokens['after_eviction']} {task.unit}s)"
+        else:
+            for key, accuracy in score.per_difficulty.items():
+                low, high = wilson(score.correct[key], score.total[key])
+                name = f"{task.difficulty_name}={key}"
+                line += f"  {name}: {accuracy:.3f} [{low:.3f}, {high:.3f}]{floor_text(floors, name)}"
+        lines.append(line)
+        if passes in around:
+            lines += _around_lines(around[passes])
+    return "\n".join([*lines, f"floors of accuracy: {floors_text(floors)}", ""])
+
+
+def _around_lines(around: AroundSleep) -> list[str]:
+    head = f"  {'sleeps since the shift':<24}" + "".join(f"{moment:>8}" for moment in MOMENTS)
+    rows = [f"  {s:<24}" + "".join(f"{bits:>8.3f}" for bits in row) for s, row in enumerate(around.bits)]
+    return [f"{head}   (a window is read; bits per predicted token of the next)", *rows]

@@ -1,0 +1,16 @@
+"""`lmsleep reproduce`: the runs behind a figure."""
+
+from lmsleep.cli.options import parse
+from lmsleep.reproduce import RECIPES
+from lmsleep.reproduce import command as reproduce_command
+
+
+def reproduce(argv: list[str]) -> None:
+    """`lmsleep reproduce FIGURE`."""
+    cls = reproduce_command.ReproduceOptions
+    options = parse(cls, argv, "lmsleep reproduce", f"{cls.__doc__}\n\nFigures:\n{_figures()}")
+    reproduce_command.run(options)
+
+
+def _figures() -> str:
+    return "\n".join(f"  {name:<10} {recipe.title}" for name, recipe in RECIPES.items())

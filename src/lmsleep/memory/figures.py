@@ -1,0 +1,61 @@
+"""Memories in figures: of every head its norm and effective rank, and how two memories differ in it."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lmsleep.state import Memory
+
+Row = dict[str, Any]
+
+
+def head_rows(memory: Memory) -> list[Row]:
+    """Frobenius norm and effective rank of `S`, for each block that has one, row of the batch, and head."""
+    rows: list[Row] = []
+    for block, S in enumerate(memory.S):
+        if S is not None:
+            alone = Memory((S,))  # blocks may differ in their number of heads
+            figures = {"norm": alone.norms()[:, 0], "effective_rank": alone.effective_rank()[:, 0]}
+            rows += _per_head(block, figures)
+    return rows
+
+
+def diff_rows(first: Memory, second: Memory) -> list[Row]:
+    """Norm of the difference of two `S` and the cosine between them, by block, row of the batch, and head.
+
+    Raises:
+        ValueError: if the two have not the same layout.
+    """
+    rows: list[Row] = []
+    for block, difference in enumerate(first.diff(second).S):
+        a, b = first.S[block], second.S[block]
+        if difference is not None and a is not None and b is not None:
+            cosine = torch.cosine_similarity(a.flatten(2), b.flatten(2), dim=-1)
+            rows += _per_head(block, {"difference": torch.linalg.matrix_norm(difference), "cosine": cosine})
+    return rows
+
+
+def other_rows(memory: Memory) -> list[Row]:
+    """Shape and norm, over all rows of the batch, of the tensors that are not the `S` of their block."""
+    return [
+        {"block": block, "tensor": place, "shape": list(t.shape), "norm": float(t.norm())}
+        for block, (tensors, S) in enumerate(zip(memory.parts, memory.S, strict=True))
+        for place, t in enumerate(tensors)
+        if t is not S
+    ]
+
+
+def _per_head(block: int, figures: dict[str, Tensor]) -> list[Row]:
+    """A row for each number of `[B, H]` figures."""
+    B, H = next(iter(figures.values())).shape
+    return [
+        {
+            "row": row,
+            "block": block,
+            "head": head,
+            **{name: float(x[row, head]) for name, x in figures.items()},
+        }
+        for row in range(B)
+        for head in range(H)
+    ]

@@ -1,0 +1,116 @@
+"""Owners of rows: they let rows go on step by step, keep where these are, and what they were before."""
+
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from lmsleep.session.rows import Row, advance, raise_first
+from lmsleep.session.stream import Stream
+from lmsleep.sleep import Backbone, SleepConfig
+
+
+class Owner:
+    """A stream that calls read on, of which the last `history` can be taken back.
+
+    Args:
+        model: any `Backbone`.
+        sleep: how it sleeps.
+        begin: where the stream begins.
+        history: how many calls can be taken back.
+
+    Raises:
+        ValueError: for a negative history.
+    """
+
+    def __init__(self, model: Backbone, sleep: SleepConfig, begin: Stream, history: int) -> None:
+        if history < 0:
+            raise ValueError(f"history must not be negative, got {history}")
+        self.model, self.sleep_config, self.stream, self.history = model, sleep, begin, history
+        self.seconds_awake = self.seconds_asleep = 0.0
+        self.past = deque[Stream](maxlen=history)
+
+    def rewind(self) -> None:
+        """Take back the last call of `read`, `sleep` or `generate`, bit for bit: as if it had not been made.
+
+        That holds for what broke off too (a `BrokenSleep`, an interrupt, an answer that nobody read to its
+        end). Calls that changed nothing do not count. Times that were spent stay spent. The past is held in
+        memory only: `save` writes none of it, a loaded session begins without, a fork shares it.
+
+        Raises:
+            ValueError: if there is nothing to take back, or no longer (`history`).
+        """
+        if not self.past:
+            raise ValueError(
+                "there is nothing to take back: the session has just begun, or was loaded, or history="
+                f"{self.history} keeps no more"
+            )
+        self.stream = self.past.pop()
+
+    @property
+    def history_bytes(self) -> int:
+        """Bytes that are held to take calls back, and for nothing else."""
+        now = {id(t) for t in _tensors(self.stream)}  # streams of one window share where it began
+        held = {id(t): t.nbytes for stream in self.past for t in _tensors(stream)}
+        return sum(size for name, size in held.items() if name not in now)
+
+
+def proceed(owners: Sequence[Owner], rows: Sequence[Row]) -> Generator[list[Row], None, None]:
+    """Advance one row of each owner until all are done, and let the owners go along, step by step.
+
+    With the first step each owner keeps what it was, for `rewind`. Where the caller leaves early, what was
+    shown is read all the same.
+
+    Yields:
+        The rows after each step.
+
+    Raises:
+        BrokenSleep: in the end, if a sleep of some row left NaN or infinity; what else broke a row as it is.
+        RuntimeError: if something else has changed an owner since the last step.
+    """
+    rows, began = list(rows), False
+    while not all(row.done for row in rows):
+        before, rows = rows, _step(owners, rows)
+        if not began:
+            for owner, row in zip(owners, before, strict=True):
+                owner.past.append(row.stream)
+            began = True
+        try:
+            yield rows
+        except GeneratorExit:
+            rows = [replace(row, budget=0) for row in rows]
+            while not all(row.done for row in rows) and not _astray(owners, rows):
+                rows = _step(owners, rows)
+            raise_first(rows)
+            raise
+    raise_first(rows)
+
+
+def finish(owners: Sequence[Owner], rows: Sequence[Row]) -> list[Row]:
+    """The rows after `proceed` brought them to their end; its errors are raised here."""
+    last = deque([[*rows]], maxlen=1)
+    last.extend(proceed(owners, rows))
+    return last[0]
+
+
+def _step(owners: Sequence[Owner], rows: Sequence[Row]) -> list[Row]:
+    if _astray(owners, rows):
+        raise RuntimeError("the session was changed while its answer is written; ask a fork() of it instead")
+    after = advance(owners[0].model, owners[0].sleep_config, rows)
+    for owner, before, now in zip(owners, rows, after, strict=True):
+        owner.stream = now.stream
+        owner.seconds_awake += now.seconds_awake - before.seconds_awake
+        owner.seconds_asleep += now.seconds_asleep - before.seconds_asleep
+    return after
+
+
+def _astray(owners: Sequence[Owner], rows: Sequence[Row]) -> bool:
+    """Whether some owner does not stand where its row does."""
+    return any(owner.stream is not row.stream for owner, row in zip(owners, rows, strict=True))
+
+
+def _tensors(stream: Stream) -> Iterator[Tensor]:
+    yield stream.window
+    for state in (stream.start, stream.state):
+        yield from state.tensors()

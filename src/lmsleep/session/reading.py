@@ -1,0 +1,149 @@
+"""Reading files into a session so that a kill costs nothing: the session is saved on the way and taken up."""
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from lmsleep.session.owner import proceed
+from lmsleep.session.rows import BrokenSleep, Row
+from lmsleep.session.session import Session, check_tokens
+from lmsleep.text.tokenizers import Bytes, Tokenizer
+
+TAG = "reading"  # of a memory file: which files it was reading, and how far it was
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """Which files are read, from where on in the life of the session; kept among the tags of the memory."""
+
+    files: list[str]
+    """SHA-256 of each."""
+    tokens: int
+    """Tokens in all of them."""
+    begin: int
+    """Tokens that the session had read before."""
+    saved: int
+    """Tokens that the session had read when it was saved."""
+
+    @classmethod
+    def of(cls, session: Session) -> "_Reading | None":
+        """The newest reading of a session, if it had any."""
+        try:
+            return cls(**json.loads(session.origin.tags[TAG]))
+        except KeyError:
+            return None
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"the memory's tag {TAG!r} is damaged: {error}") from None
+
+    @property
+    def end(self) -> int:
+        """Tokens that the session has read once the files are."""
+        return self.begin + self.tokens
+
+
+def read_files(
+    session: Session,
+    files: Sequence[str | Path],
+    *,
+    save: str | Path | None = None,
+    save_every: float = 30.0,
+    tags: Mapping[str, str] | None = None,
+    progress: bool = False,
+) -> None:
+    """Read files, one after the other, sleeping at window ends; go on where a killed reading of them was.
+
+    The memory file in `save` says which files were being read and how far. After a kill, load the session
+    from it and call this again with the same files: it ends with exactly the memory of an uninterrupted
+    reading. Files that the session has just read are not read twice, others are read on top of them. All
+    files are held in main memory, one byte a token in bytes, eight with any other tokenizer.
+
+    Args:
+        session: reads, with its tokenizer; `rewind()` takes the files back together.
+        files: text in UTF-8; any bytes for `Bytes`.
+        save: memory file to write: every `save_every` seconds, in the end, and when an interrupt or a broken
+            sleep ends the reading. No lock is taken. None: nothing is saved, and a kill loses what was read.
+        save_every: seconds between saves; 0: after every step (a window, with its sleep).
+        tags: added to those of the memory file; the tag "reading" is taken.
+        progress: show a bar, on a terminal.
+
+    Raises:
+        ValueError: for no file, a session without a tokenizer, text that the tokenizer cannot read, the tag
+            that is taken, or a session that was stopped in other files or read on by something else since.
+        OSError: if a file cannot be read or written.
+        BrokenSleep: as `Session.read`.
+    """
+    if not files:
+        raise ValueError("files must name at least one file")
+    if not save_every >= 0:
+        raise ValueError(f"save_every must not be negative, got {save_every}")
+    if TAG in (tags or {}):
+        raise ValueError(f"tags: the key {TAG!r} is taken; it says which files were read")
+    if session.tokenizer is None:
+        raise ValueError("files need a tokenizer: this session has none")
+    tokens, hashes = _tokens([Path(file) for file in files], session.tokenizer)
+    check_tokens(tokens, session.model.vocab_size)
+    reading = _goes_on(session, hashes, len(tokens))
+
+    def write() -> None:
+        if save is not None:
+            now = json.dumps(vars(replace(reading, saved=session.stream.tokens)))
+            session.save(save, tags={**(tags or {}), TAG: now})
+
+    done = min(session.stream.tokens - reading.begin, len(tokens))
+    row = Row(stream=session.stream, unread=tokens[done:])
+    saved = time.monotonic()
+    with tqdm(
+        total=len(tokens), initial=done, unit="token", unit_scale=True, disable=None if progress else True
+    ) as bar:
+        try:
+            for [stepped] in proceed([session], [row]):
+                bar.update(len(tokens) - len(stepped.unread) - bar.n)
+                if time.monotonic() - saved >= save_every:
+                    write()
+                    saved = time.monotonic()
+        except (KeyboardInterrupt, BrokenSleep):
+            write()
+            raise
+    write()
+
+
+def _tokens(files: Sequence[Path], tokenizer: Tokenizer) -> tuple[Tensor, list[str]]:
+    """The tokens of all files, uint8 of bytes and else int64, and the SHA-256 of each file."""
+    tokens, hashes = [], []
+    for path in files:
+        data = path.read_bytes()
+        hashes.append(hashlib.sha256(data).hexdigest())
+        if isinstance(tokenizer, Bytes):
+            tokens.append(np.frombuffer(data, dtype=np.uint8))
+            continue
+        try:
+            tokens.append(np.array(tokenizer.encode(data.decode()), dtype=np.int64))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+    return torch.from_numpy(np.concatenate(tokens)), hashes
+
+
+def _goes_on(session: Session, hashes: list[str], tokens: int) -> _Reading:
+    """The reading that the session was stopped in, if it is one of these files, or else a new one."""
+    before, now = _Reading.of(session), session.stream.tokens
+    if before is not None and before.saved < before.end:
+        if before.saved != now:
+            raise ValueError(
+                "the memory was stopped while it read files, and was read on by something else since; "
+                "read into another one"
+            )
+        if before.files != hashes:
+            raise ValueError(
+                "the memory was stopped while it read other files; read those to their end first"
+            )
+    if before is not None and before.files == hashes and (before.saved < before.end or now >= before.end):
+        return before
+    return _Reading(files=hashes, tokens=tokens, begin=now, saved=now)
