@@ -153,12 +153,12 @@ class HybridLM(nn.Module):
 
     @property
     def vocab_size(self) -> int:
-        """Tokens that it reads: 0 ... V - 1."""
+        """The number V of tokens that it reads: 0 ... V - 1."""
         return self.config.vocab_size
 
     @property
     def device(self) -> torch.device:
-        """Where its weights are."""
+        """The device of its weights, on which tokens and states must lie."""
         return self.embedding.weight.device
 
     def initial_state(self, batch_size: int) -> State:
