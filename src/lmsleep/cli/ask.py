@@ -57,7 +57,7 @@ class AskOptions(WriteOptions, SleepOptions):
 
 
 def ask(argv: list[str]) -> None:
-    """`lmsleep ask MODEL QUESTION --memory MEMORY`."""
+    """Run `lmsleep ask MODEL QUESTION --memory MEMORY`."""
     options = parse(AskOptions, argv, "lmsleep ask")
     session = take_up(options.memory, new_session(options.model, options), options).fork()
     answer = session.generate(

@@ -35,7 +35,7 @@ class DataOptions:
 
 
 def data(argv: list[str]) -> None:
-    """`lmsleep data TASK [OPTIONS]`."""
+    """Run `lmsleep data TASK [OPTIONS]`."""
     if not argv or argv[0] in ("-h", "--help"):
         sys.stdout.write(DATA_HELP)
         return
@@ -50,6 +50,7 @@ def data(argv: list[str]) -> None:
     for option, path in (("--jsonl", chosen.jsonl), ("--dataset", chosen.dataset)):
         if path is not None and path.exists():
             raise FileExistsError(f"{path} exists; name another {option} or remove it")
+    # Samples of the test are those that evaluation sees.
     seed = EVAL_SEED if chosen.split == "test" else chosen.seed
     batch = task.batch(batch_rng(seed, chosen.split, 0), chosen.samples, chosen.split)
     if chosen.jsonl is not None or chosen.dataset is not None:
@@ -87,6 +88,7 @@ def _write_dataset(folder: Path, rows: list[dict[str, Any]]) -> None:
     except ImportError:
         raise ValueError("--dataset needs datasets: pip install 'lmsleep[hf]'") from None
     datasets.disable_progress_bars()
+    # Written aside and renamed: a kill leaves no half of a data set under the name.
     partial = folder.parent / f".{folder.name}.{os.getpid()}"
     try:
         datasets.Dataset.from_list(rows).save_to_disk(str(partial))

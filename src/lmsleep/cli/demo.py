@@ -5,6 +5,6 @@ from lmsleep.demo import command as demo_command
 
 
 def demo(argv: list[str]) -> None:
-    """`lmsleep demo`."""
+    """Run `lmsleep demo`."""
     options = parse(demo_command.DemoOptions, argv, "lmsleep demo")
     demo_command.run(options)

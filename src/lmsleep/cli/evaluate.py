@@ -49,7 +49,7 @@ class EvalOptions:
 
 
 def evaluate_run(argv: list[str]) -> None:
-    """`lmsleep eval RUN`."""
+    """Run `lmsleep eval RUN`."""
     options = parse(EvalOptions, argv, "lmsleep eval")
     device = choose_device(options.device)
     model, task, own, size, parts = _evaluated(options, device)
@@ -88,6 +88,7 @@ def _evaluated(options: EvalOptions, device: torch.device) -> _Evaluated:
         sleep = replace(sleep, window=options.window or sleep.window)
         length = options.length or 4 * (sleep.window or 512)
         task = Text(data=options.data, tokenizer=str(path), length=length)
+        # Small batches: nothing is known of the size of the model, and logits of large vocabularies are wide.
         return _Evaluated(model, task, sleep, 4, 1)
     folder = RunFolder.open(path)
     config = folder.config()

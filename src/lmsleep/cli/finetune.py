@@ -112,7 +112,7 @@ class RunOptions:
 
 
 def finetune(argv: list[str]) -> None:
-    """`lmsleep finetune MODEL_DIR --task TASK [OPTIONS]` or `lmsleep finetune --resume RUN`."""
+    """Run `lmsleep finetune MODEL_DIR --task TASK [OPTIONS]` or `lmsleep finetune --resume RUN`."""
     if not argv or argv[0] in ("-h", "--help"):
         sys.stdout.write(HELP)
     elif argv[0] == "--resume":
@@ -163,6 +163,7 @@ def _new_run(folder: Path, argv: list[str]) -> tuple[RunFolder, Trainer]:
     before = RunFolder(out.with_name(f"{out.name}-memory-layers"))
     first, second = two_stages(config, before.path)
     trainer = Trainer(before, first)
+    # Before the first stage has a folder: the second must be able to have one.
     RunFolder(out).check_new()
     RunFolder.create(before.path, first)
     return RunFolder.create(out, second), trainer

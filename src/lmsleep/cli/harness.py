@@ -42,7 +42,7 @@ class HarnessOptions(SleepOptions):
 
 
 def harness(argv: list[str]) -> None:
-    """`lmsleep lm-eval MODEL --tasks TASK...`."""
+    """Run `lmsleep lm-eval MODEL --tasks TASK...`."""
     options = parse(HarnessOptions, argv, "lmsleep lm-eval")
     if options.out is not None and not options.out.parent.is_dir():
         raise FileNotFoundError(f"out={options.out}: there is no folder {options.out.parent}")

@@ -31,7 +31,7 @@ class InfoOptions:
 
 
 def info(argv: list[str]) -> None:
-    """`lmsleep info RUN|MODEL`."""
+    """Run `lmsleep info RUN|MODEL`."""
     options = parse(InfoOptions, argv, "lmsleep info")
     folder = RunFolder(shipped.find(options.path))
     model: Model
@@ -47,6 +47,7 @@ def info(argv: list[str]) -> None:
             sleep.passes if options.passes is None else options.passes
         ).consolidator,
     )
+    # Shapes are enough, so that a model of any size costs no time.
     figures = cost(model.to("meta"), sleep)
     if options.json:
         sys.stdout.write(json.dumps(figures, indent=2) + "\n")

@@ -41,7 +41,7 @@ class InspectOptions(SleepOptions):
 
 
 def inspect_command(argv: list[str]) -> None:
-    """`lmsleep inspect RUN|MODEL`."""
+    """Run `lmsleep inspect RUN|MODEL`."""
     options = parse(InspectOptions, argv, "lmsleep inspect")
     if options.html is not None and not options.html.parent.is_dir():
         raise FileNotFoundError(f"html={options.html}: there is no folder {options.html.parent}")

@@ -49,6 +49,7 @@ def take_up(path: Path, new: Session, options: SleepOptions) -> Session:
         ValueError: as `Session.load`, or for options that contradict the file.
         OSError: if there is no such file.
     """
+    # A file knows how it was read; options may repeat it, and must not contradict it.
     session = Session.load(path, new.model, new.tokenizer, sleep=new.sleep_config, history=new.history)
     read_with = {"window": session.sleep_config.window, **asdict(session.sleep_config.consolidator)}
     for name in GIVEN:

@@ -25,9 +25,11 @@ def parse(options: Any, argv: Sequence[str], prog: str, description: str | None 
     """
     said = StringIO()
     try:
+        # tyro prints a box of many lines and exits; the command line says every error in one.
         with redirect_stderr(said):
             return tyro.cli(options, args=list(argv), config=FLAT, prog=prog, description=description)
     except SystemExit as leaving:
+        # --help: tyro has printed it and leaves with 0.
         if not leaving.code:
             raise
         raise ValueError(f"{_one_line(said.getvalue())} (see {prog} --help)") from None

@@ -25,7 +25,7 @@ class PlotOptions:
 
 
 def plot(argv: list[str]) -> None:
-    """`lmsleep plot RUN...`."""
+    """Run `lmsleep plot RUN...`."""
     options = parse(PlotOptions, argv, "lmsleep plot")
     if options.out.suffix not in (".png", ".svg", ".pdf"):
         raise ValueError(f"out={options.out} must end in .png, .svg or .pdf")

@@ -50,7 +50,7 @@ class ProbeOptions:
 
 
 def probe(argv: list[str]) -> None:
-    """`lmsleep probe MODEL --text FILE`."""
+    """Run `lmsleep probe MODEL --text FILE`."""
     options = parse(ProbeOptions, argv, "lmsleep probe")
     model, _, tokenizer = open_model(options.model, options.tokenizer, options.device)
     data = options.text.read_bytes()
@@ -106,6 +106,7 @@ def _verdict(readings: list[Reading]) -> str:
 
 
 def _share(best: Reading, dropped: Reading, kept: Reading) -> str:
+    # How far a sleep gets from forgetting everything to keeping everything, in nats.
     gap = dropped.nats - kept.nats
     if gap <= 0:
         return "keeping all is no better than forgetting all."

@@ -6,7 +6,7 @@ from lmsleep.reproduce import command as reproduce_command
 
 
 def reproduce(argv: list[str]) -> None:
-    """`lmsleep reproduce FIGURE`."""
+    """Run `lmsleep reproduce FIGURE`."""
     cls = reproduce_command.ReproduceOptions
     options = parse(cls, argv, "lmsleep reproduce", f"{cls.__doc__}\n\nFigures:\n{_figures()}")
     reproduce_command.run(options)

@@ -53,7 +53,7 @@ class RunOptions:
 
 
 def train(argv: list[str]) -> None:
-    """`lmsleep train TASK [OPTIONS]` or `lmsleep train --resume RUN`."""
+    """Run `lmsleep train TASK [OPTIONS]` or `lmsleep train --resume RUN`."""
     if not argv or argv[0] in ("-h", "--help"):
         sys.stdout.write(TRAIN_HELP)
         return

@@ -89,6 +89,7 @@ def around_sleep(
             *windows, _ = pieces = segment.split(L, dim=1)
             for s, (window, ahead) in enumerate(zip(windows, pieces[1:], strict=True)):
                 before, awake = state, _read(model, window, state, sleep, passes=1)
+                # Read twice from the same state, which both leave as it is: once awake, once with the sleep.
                 asleep = _read(model, window, state, sleep, passes=sleep.passes)
                 state = evict(sleep.eviction, asleep, L)
                 if number > 0 or segments.shape[1] == 1:

@@ -81,8 +81,10 @@ class Score:
         """Add one batch; `logits` `[R, T - 1, V]` predict tokens 1 ... T - 1; `after` as for `evaluate`."""
         tokens, answers = batch.tokens[:, 1:], batch.answers[:, 1:]
         hit = logits.argmax(-1) == tokens
+        # An answer is right until one of its tokens is wrong.
         right = torch.ones(len(batch.difficulty), dtype=torch.bool, device=tokens.device)
         right[answers[(answers >= 0) & ~hit]] = False  # one wrong token spoils its answer
+        # Of a batch that was read in parts, only the answers of this part count.
         asked = torch.zeros_like(right)
         asked[answers[answers >= 0]] = True
         for key in batch.difficulty[asked].unique().tolist():

@@ -80,13 +80,13 @@ class HFBackbone(nn.Module):
 
     @property
     def vocab_size(self) -> int:
-        """Tokens that it reads: 0 ... V - 1."""
-        size: int = self.model.config.get_text_config().vocab_size
+        """The number V of tokens that it reads: 0 ... V - 1."""
+        size: int = self.config.vocab_size
         return size
 
     @property
     def device(self) -> torch.device:
-        """Where its embedding is, and so the tokens and the states."""
+        """The device of its embedding, on which tokens and states must lie."""
         device: torch.device = self.model.get_input_embeddings().weight.device
         return device
 

@@ -41,6 +41,7 @@ def card(config: Any, sleep: SleepConfig) -> str:
 
     source, kind = str(getattr(config, "_name_or_path", "") or ""), config.model_type
     known = _metadata(Path(source)) if source else {}
+    # A model that was fine-tuned twice still names the one on the Hub.
     base = _hub_name(source) or known.get("base_model")
     terms: dict[str, Any] = LICENSES.get(kind) or {k: v for k, v in known.items() if k.startswith("license")}
     data = ModelCardData(

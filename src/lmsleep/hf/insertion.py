@@ -61,7 +61,9 @@ def insert_memory_layers(
     D = len(blocks)
     if where == "even" and not 1 <= n <= D:
         raise ValueError(f"n={n} must lie in 1 ... {D}, the number of blocks")
+    # Evenly spread, the last behind the last block: (j + 1) D / n counts blocks from 1.
     after = [(j + 1) * D // n - 1 for j in range(n)] if where == "even" else sorted(map(int, where))
+    # Counted before the layers are there: `share` is of what the model had.
     before = model.num_parameters()
     attach(model, {"kind": kind, "after": after})
     added = sum(p.numel() for i in after for p in blocks[i].memory.parameters())

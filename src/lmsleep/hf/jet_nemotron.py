@@ -165,6 +165,7 @@ class JetNemotronModel(Qwen2Model):
     _is_stateful = True
 
     def __init__(self, config: JetNemotronConfig) -> None:
+        # Past Qwen2Model's own, which would make layers of Qwen2 first.
         super(Qwen2Model, self).__init__(config)
         self.padding_idx, self.vocab_size = config.pad_token_id, config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
@@ -188,6 +189,7 @@ class JetNemotronModel(Qwen2Model):
         """Run as `Qwen2Model.forward` does, with a mask for each kind of layer."""
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        # A dict holds masks that are made already, as `generate` may do.
         if not isinstance(attention_mask, dict):
             asked = {
                 "config": self.config,
@@ -218,6 +220,7 @@ class JetNemotronForCausalLM(Qwen2ForCausalLM):
     _is_stateful = True
 
     def __init__(self, config: JetNemotronConfig) -> None:
+        # Past Qwen2ForCausalLM's own, which would make a model of Qwen2 first.
         super(Qwen2ForCausalLM, self).__init__(config)
         self.model = JetNemotronModel(config)
         self.vocab_size = config.vocab_size

@@ -60,6 +60,7 @@ def load_pretrained(path: str | Path, *, dtype: torch.dtype | None = None, **opt
         )
     _check_tensors(folder, found)
     if inserted:
+        # The class that made memory layers has done its work; from here on the model is of its own family.
         model.__class__ = own
     if note := LICENSES.get(config.model_type):
         logging.getLogger(__name__).warning("%s: %s", folder, note)
@@ -85,6 +86,7 @@ def _config(folder: Path) -> Any:
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
     except ImportError:
         raise ValueError(f"model={str(folder)!r} needs transformers: pip install 'lmsleep[hf]'") from None
+    # Importing registers the two families that transformers does not have.
     import lmsleep.hf.jet_nemotron
     import lmsleep.hf.ouro  # noqa: F401  known to transformers from here on
 
@@ -127,6 +129,7 @@ def _check_weights(folder: Path) -> None:
         )
     for shard in shards:
         wanted = {name for name, file in where.items() if file == shard}
+        # Only headers are read here, so a damaged shard of many gigabytes is found at once.
         if absent := wanted - _names(folder / shard):
             raise ValueError(f"{folder / shard} lacks {_some(absent)}, which {INDEX} says it holds")
 

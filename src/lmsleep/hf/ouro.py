@@ -89,6 +89,7 @@ class OuroModel(LlamaModel):
     _no_split_modules = ("OuroDecoderLayer",)
 
     def __init__(self, config: OuroConfig) -> None:
+        # Past LlamaModel's own, which would make layers of Llama first.
         super(LlamaModel, self).__init__(config)
         self.padding_idx, self.vocab_size = config.pad_token_id, config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
@@ -164,6 +165,7 @@ class OuroForCausalLM(LlamaForCausalLM):
     _no_split_modules = ("OuroDecoderLayer",)
 
     def __init__(self, config: OuroConfig) -> None:
+        # Past LlamaForCausalLM's own, which would make a model of Llama first.
         super(LlamaForCausalLM, self).__init__(config)
         self.model = OuroModel(config)
         self.vocab_size = config.vocab_size

@@ -66,6 +66,7 @@ class SleepCache(Cache):
         if valid is not None and not bool(valid.any()):
             raise ValueError("attention_mask hides every token, so there is nothing to go on from")
         rows = list(tokens) if valid is None else [x[ok] for x, ok in zip(tokens, valid, strict=True)]
+        # Logits are made where they are wanted alone: of a long prompt that is its last position.
         edges = [max(len(row) - keep, 0) for row in rows]
         batch = SessionBatch(self.sessions)
         batch.read([row[:edge] for row, edge in zip(rows, edges, strict=True)])
@@ -101,6 +102,7 @@ class SleepCache(Cache):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows, forked where one is wanted twice."""
+        # The first to ask for a row takes it over; a fork shares nothing that either of them changes.
         kept = [self.sessions[i] for i in indices.tolist()]
         self.sessions = [s if s not in kept[:i] else s.fork() for i, s in enumerate(kept)]
 

@@ -123,10 +123,12 @@ class SleepLM(TemplateLM):  # type: ignore[misc]
         self, requests: Sequence[Scored], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
         scores: dict[int, tuple[float, bool]] = {}
+        # Choices of one question follow the same context, which is then read once.
         by_context = sorted(range(len(requests)), key=lambda i: requests[i][1])
         groups = [list(same) for _, same in groupby(by_context, key=lambda i: requests[i][1])]
         for some in self._batches(groups, "loglikelihood"):
             readers = [self.session.fork() for _ in some]
+            # All but the last token of the context, whose logits predict the first of the choice.
             SessionBatch(readers).read([requests[same[0]][1][:-1] for same in some])
             forks = [reader.fork() for reader, same in zip(readers, some, strict=True) for _ in same]
             which = [i for same in some for i in same]
@@ -151,6 +153,7 @@ class SleepLM(TemplateLM):  # type: ignore[misc]
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """Write answers up to what ends them, sleeping on what is read and written."""
         answers: dict[int, str] = {}
+        # Rows that are written together share their options.
         by_options = sorted(range(len(requests)), key=lambda i: repr(requests[i].args[1]))
         for _, same in groupby(by_options, key=lambda i: repr(requests[i].args[1])):
             for some in self._batches(list(same), "generate_until"):

@@ -46,6 +46,7 @@ def ablation_rows(subject: Subject) -> Iterator[Row]:
     heads = all_heads(subject.state.memory)
     intact = _answered(subject, None)
     yield {"block": None, "head": None, "how": None, **intact, "accuracy_lost": 0.0, "nats_lost": 0.0}
+    # In a batch of one the next row is the row itself.
     hows: tuple[How, ...] = ("zero", "swap") if subject.state.memory.batch_size > 1 else ("zero",)
     for how in hows:
         for cut in (heads, *([head] for head in heads)):
@@ -65,6 +66,7 @@ def reliance_rows(subject: Subject) -> Iterator[Row]:
     if sleep.passes > 1:
         once = sleep.with_passes(1)
         yield {"reading": "evicted after 1 pass, no sleep", **_answered(subject, None, once)}
+    # Without a window nothing is ever full, so no sleep comes and all stays in attention.
     kept = replace(sleep, window=None, eviction=Hard())
     yield {"reading": "nothing evicted", **_answered(subject, None, kept)}
     yield {"reading": "memory erased", **_answered(subject, lambda memory: memory.map(torch.zeros_like))}

@@ -64,6 +64,7 @@ def hypnogram(rows: list[Row]) -> Figure:
 def heads(rows: list[Row]) -> Figure:
     """Draw every quantity of every head, pass by pass through the last windows."""
     last = max(r["window"] for r in rows)
+    # Passes of more windows would be too narrow to tell apart.
     rows = [r for r in rows if r["window"] > last - SHOWN]
     steps = sorted({(r["window"], r["pass"]) for r in rows})
     place = {step: i for i, step in enumerate(steps)}
@@ -91,6 +92,7 @@ def heads(rows: list[Row]) -> Figure:
 
 
 def _pass_ticks(ax: Axes, steps: list[tuple[int, int]]) -> None:
+    # At most 24 labels fit.
     shown = range(0, len(steps), -(-len(steps) // 24))
     ax.set(xticks=list(shown), xlabel="pass (dotted: window evicted)")
     ax.set_xticklabels([str(steps[i][1]) for i in shown], fontsize=7)
@@ -159,6 +161,7 @@ def probe(rows: list[Row]) -> Figure:
             mine = {(r["pass"], r["steps"]): r for r in rows if r["window"] == window}
             grid = np.array([[mine[n, j]["accuracy"] for j in steps] for n in passes])
             ax.imshow(grid, vmin=0, vmax=1, cmap="Greens", aspect="auto")
+            # Numbers in more cells would overlap.
             if grid.size <= 150:
                 for (i, j), value in np.ndenumerate(grid):
                     colour = "white" if value > 0.6 else "black"

@@ -87,6 +87,7 @@ def moment(read: int, state: State) -> Row:
 
 def norm(memory: Memory) -> float:
     """Return the norm of all fast weights of a row together, mean over the rows of the batch."""
+    # As one vector: the squares of all blocks and heads add up before the root.
     squares = sum(t.square().flatten(1).sum(1) for t in memory.tensors())
     assert isinstance(squares, Tensor)
     return float(squares.sqrt().mean())
@@ -95,9 +96,11 @@ def norm(memory: Memory) -> float:
 def _awake(window: Window, layers: dict[int, FastWeights]) -> Iterator[tuple[int, Memory]]:
     """Yield the fast weights at places of the wake pass, recomputed from what its tokens wrote."""
     L, first = window.tokens.shape[1], window.passes[0]
+    # Without gates nothing is known of the places in between: the end of the wake pass is all there is.
     if not layers or any(block not in first.writes for block in layers):
         yield L, first.memory
         return
+    # The window is read again in pieces from what its tokens wrote; the model need not run.
     now, step = list(window.before.memory.S), -(-L // POINTS)
     for start in range(0, L, step):
         for block, layer in layers.items():

@@ -77,6 +77,7 @@ def inspect(
     def bar(steps: Iterator[T], what: str, total: int | None = None) -> Iterator[T]:
         yield from tqdm(steps, what, total, disable=None if progress else True, leave=False)
 
+    # Twice, before and after: no sleep may touch the slow weights.
     slow_before = model_identity(seen.model)
     tables, notes = _watched(seen, bar), list[str]()
     if not tables["readback"]:

@@ -51,6 +51,7 @@ def page(seen: Seen) -> str:
     for name, figure in figures(seen).items():
         title, text = SECTIONS[name]
         image = io.BytesIO()
+        # Pictures are part of the page, so that one file can be sent and kept.
         figure.savefig(image, dpi=120, format="png")
         data = base64.b64encode(image.getvalue()).decode()
         parts.append(

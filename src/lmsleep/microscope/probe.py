@@ -31,6 +31,7 @@ def ridge(x: Tensor, targets: Tensor, classes: int) -> Callable[[Tensor], Tensor
         # The column of ones is the intercept.
         return torch.nn.functional.pad((x - centre) / spread, (0, 1), value=1.0)
 
+    # One regression for all J questions: their one-hot targets stand side by side.
     A, Y = features(x), torch.nn.functional.one_hot(targets, classes).to(x.dtype)
     penalty = RIDGE * len(x) * torch.eye(A.shape[1], dtype=x.dtype, device=x.device)
     weights = torch.linalg.solve(A.T @ A + penalty, A.T @ Y.flatten(1))
@@ -69,6 +70,7 @@ def probe_rows(
     for number, (h_test, y_test) in enumerate(_seen(model, intermediate, sleep, test)):
         if not len(y_test):
             continue
+        # Windows hold other facts at other places, so each has probes of its own.
         y = torch.cat([batch[number][1] for batch in seen])
         classes, constant = int(max(y.max(), y_test.max())) + 1, y.mode(dim=0).values
         for n, x_test in enumerate(h_test):
@@ -88,9 +90,11 @@ def _seen(
     model: Backbone, intermediate: Callable[[Tensor], Tensor], sleep: SleepConfig, tokens: Tensor
 ) -> list[tuple[list[Tensor], Tensor]]:
     """Return per window the features `[n, d]` after passes 0, 1, ..., and what they should tell, `[n, J]`."""
+    # Tasks compute on the CPU, in numpy or in plain loops.
     targets, seen = intermediate(tokens.cpu()).to(tokens.device), []
     for window in watch(model, tokens, sleep):
         y, targets = targets.tensor_split([window.tokens.shape[1]], dim=1)
+        # -1 stands for a quantity that does not exist, such as a node beyond the edges that were read.
         asked = (y >= 0).all(-1)
         with torch.no_grad():
             h = [model.embed(window.tokens), *(each.h for each in window.passes)]

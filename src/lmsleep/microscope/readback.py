@@ -26,6 +26,7 @@ def readback(S: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     read = torch.einsum("bhkv,blhk->blhv", S, k)
     # 1e-300 turns 0 / 0 into 0 and changes no other float64.
     unit = [x / x.norm(dim=-1, keepdim=True).clamp(min=1e-300) for x in (read, v)]
+    # What token i reads against what token j wrote; the diagonal is a token with itself.
     cosines = torch.einsum("bihv,bjhv->bhij", *unit)
     own = cosines.diagonal(dim1=-2, dim2=-1)
     rank = 1 + (cosines > own[..., None] + 1e-9).sum(-1)  # equal values differ by rounding

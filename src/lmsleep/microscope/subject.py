@@ -80,6 +80,7 @@ def from_session(session: Session, text: Readable) -> Subject:
     if not len(new):
         raise ValueError("text must have at least one token")
     _sleeps(session.model)
+    # Tokens that were read and not yet slept on belong to the first window under observation.
     begun, device = session.stream.reopened(), session.model.device
     tokens = torch.cat([session.stream.window, new])[None].to(device)
     asked = torch.arange(tokens.shape[1], device=device)[None] >= max(len(session.stream.window), 1)
@@ -119,6 +120,7 @@ def cut(batch: Batch, sleep: SleepConfig) -> Batch:
     L, read = sleep.window, max(batch.tokens.shape[1] - 2, 0)  # the last token is predicted and not read
     assert L is not None
     wanted = batch.loss_mask[:, 1:].any(0).nonzero()[:, 0]
+    # Down to a whole window: what is slept on before the questions are whole windows.
     edge = (int(wanted[0]) if len(wanted) else read) // L * L
     if edge == 0 and sleep.sleep_on_loss:
         edge = read // L * L

@@ -122,6 +122,7 @@ class _Watched:
 
     def run(self, h: Tensor, state: State, start: int, stop: int, **rows: Any) -> tuple[Tensor, State]:
         h, state = self.model.run(h, state, start, stop, **rows)
+        # A pass is what runs exactly the looped blocks; what runs before and after them is no pass.
         if (start, stop) == self.loop:
             self.passes.append(Pass(h, state.memory, self.heard))
             self.heard = {}

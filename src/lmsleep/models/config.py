@@ -91,12 +91,14 @@ class HybridConfig:
             raise ValueError(
                 f"d_model={self.d_model} is not a multiple of num_heads={self.num_heads}; set head_dim"
             )
+        # Each key-value head serves a whole group of queries.
         if self.num_heads % (self.num_kv_heads or self.num_heads):
             raise ValueError(
                 f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}"
             )
         if self.trained_mlp and not self.hidden_dim:
             raise ValueError("trained_mlp needs a feed-forward layer, got mlp_dim=0")
+        # Rotary positions turn pairs of numbers.
         if "attention" in self.blocks and self.rope_theta is not None and self.key_dim % 2:
             raise ValueError(
                 f"head_dim={self.key_dim} must be even for rotary positions (or rope_theta None)"
@@ -105,6 +107,7 @@ class HybridConfig:
             raise ValueError(
                 f"forget must be (slowest, fastest) with 0 < slowest <= fastest, got {self.forget}"
             )
+        # What all blocks share cannot differ in one.
         shared = {"vocab_size", "d_model", "blocks", "tie_embeddings", "residual_init", "overrides"}
         known = {f.name for f in fields(self)} - shared
         for i, options in self.overrides.items():
@@ -113,12 +116,14 @@ class HybridConfig:
             if unknown := set(options) - known:
                 raise ValueError(f"overrides of block {i}: unknown option {', '.join(sorted(unknown))}")
             try:
+                # Each block's options are checked by the same rules as the whole.
                 self.for_block(i)
             except ValueError as error:
                 raise ValueError(f"overrides of block {i}: {error}") from error
 
     def for_block(self, i: int) -> "HybridConfig":
         """Return the options in force in block `i`."""
+        # Without the overrides, which would be checked again for every block of every block.
         return replace(self, overrides={}, **self.overrides.get(i, {}))
 
     @property

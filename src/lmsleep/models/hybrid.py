@@ -93,6 +93,7 @@ class HybridLM(nn.Module):
         self.blocks = nn.ModuleList(Block(config.for_block(i), kind) for i, kind in enumerate(config.blocks))
         self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        # Before weights are drawn: the last to draw the shared tensor is the embedding.
         if config.tie_embeddings:
             self.lm_head.weight = self.embedding.weight
         self.reset_parameters()
@@ -136,6 +137,7 @@ class HybridLM(nn.Module):
                 new.load_state_dict(old.state_dict())
             except RuntimeError as error:
                 raise ValueError(f"the model to start from has other weights: {error}") from error
+        # With a zero map into the residual stream the block adds nothing, and still has a gradient there.
         for i in inserted:
             for name, module in self.blocks[i].named_modules():
                 if name.endswith(WRITERS):
@@ -153,12 +155,12 @@ class HybridLM(nn.Module):
 
     @property
     def vocab_size(self) -> int:
-        """Tokens that it reads: 0 ... V - 1."""
+        """The number V of tokens that it reads: 0 ... V - 1."""
         return self.config.vocab_size
 
     @property
     def device(self) -> torch.device:
-        """Where its weights are."""
+        """The device of its weights, on which tokens and states must lie."""
         return self.embedding.weight.device
 
     def initial_state(self, batch_size: int) -> State:
@@ -223,6 +225,7 @@ class HybridLM(nn.Module):
         if self.config.tie_embeddings:
             # It is the embedding under another name, and safetensors refuses memory that is shared.
             del tensors["lm_head.weight"]
+        # config.json comes last, so a folder that has one has its weights.
         write_atomic(folder / "model.safetensors", save(tensors, {"format": "pt"}))
         write_atomic(folder / "config.json", json.dumps(self.config.to_dict(), indent=2).encode())
 
@@ -235,6 +238,7 @@ class HybridLM(nn.Module):
             ValueError: for a damaged file or one that belongs to another configuration.
         """
         folder = Path(folder)
+        # Named before anything is parsed: a folder of another kind gets a plain answer.
         for name in ("config.json", "model.safetensors"):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder} holds no model: {name} is missing")
@@ -247,6 +251,7 @@ class HybridLM(nn.Module):
         except SafetensorError as error:
             raise ValueError(f"{folder / 'model.safetensors'} is damaged or foreign: {error}") from error
         if config.tie_embeddings and "embedding.weight" in tensors:
+            # The name that `save_pretrained` left out.
             tensors["lm_head.weight"] = tensors["embedding.weight"]
         model = cls(config)
         if tensors:

@@ -34,7 +34,7 @@ class Answer:
         self._handed_out = 0
 
     def copy(self) -> Self:
-        """The same answer so far; what is added to one is not in the other."""
+        """Return the same answer so far; what is added to one is not in the other."""
         other = copy(self)
         other.tokens = list(self.tokens)
         return other

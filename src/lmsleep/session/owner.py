@@ -12,7 +12,7 @@ from lmsleep.sleep import Backbone, SleepConfig
 
 
 class Owner:
-    """A stream that calls read on, of which the last `history` can be taken back.
+    """A stream that goes on call by call, the last `history` of which can be taken back.
 
     Args:
         model: any `Backbone`.
@@ -50,7 +50,7 @@ class Owner:
 
     @property
     def history_bytes(self) -> int:
-        """Bytes that are held to take calls back, and for nothing else."""
+        """The bytes that are held to take calls back, and for nothing else."""
         now = {id(t) for t in _tensors(self.stream)}  # streams of one window share where it began
         held = {id(t): t.nbytes for stream in self.past for t in _tensors(stream)}
         return sum(size for name, size in held.items() if name not in now)
@@ -88,7 +88,7 @@ def proceed(owners: Sequence[Owner], rows: Sequence[Row]) -> Generator[list[Row]
 
 
 def finish(owners: Sequence[Owner], rows: Sequence[Row]) -> list[Row]:
-    """The rows after `proceed` brought them to their end; its errors are raised here."""
+    """Return the rows after `proceed` brought them to their end; its errors are raised here."""
     last = deque([[*rows]], maxlen=1)
     last.extend(proceed(owners, rows))
     return last[0]
@@ -106,7 +106,7 @@ def _step(owners: Sequence[Owner], rows: Sequence[Row]) -> list[Row]:
 
 
 def _astray(owners: Sequence[Owner], rows: Sequence[Row]) -> bool:
-    """Whether some owner does not stand where its row does."""
+    """Say whether some owner does not stand where its row does."""
     return any(owner.stream is not row.stream for owner, row in zip(owners, rows, strict=True))
 
 

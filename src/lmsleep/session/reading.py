@@ -35,7 +35,7 @@ class _Reading:
 
     @classmethod
     def of(cls, session: Session) -> "_Reading | None":
-        """The newest reading of a session, if it had any."""
+        """Return the newest reading of a session, if it had any."""
         try:
             return cls(**json.loads(session.origin.tags[TAG]))
         except KeyError:
@@ -45,7 +45,7 @@ class _Reading:
 
     @property
     def end(self) -> int:
-        """Tokens that the session has read once the files are."""
+        """The tokens that the session has read once the files are."""
         return self.begin + self.tokens
 
 
@@ -116,7 +116,7 @@ def read_files(
 
 
 def _tokens(files: Sequence[Path], tokenizer: Tokenizer) -> tuple[Tensor, list[str]]:
-    """The tokens of all files, uint8 of bytes and else int64, and the SHA-256 of each file."""
+    """Return the tokens of all files, uint8 of bytes and else int64, and the SHA-256 of each file."""
     tokens, hashes = [], []
     for path in files:
         data = path.read_bytes()
@@ -132,7 +132,7 @@ def _tokens(files: Sequence[Path], tokenizer: Tokenizer) -> tuple[Tensor, list[s
 
 
 def _goes_on(session: Session, hashes: list[str], tokens: int) -> _Reading:
-    """The reading that the session was stopped in, if it is one of these files, or else a new one."""
+    """Return the reading that the session was stopped in, if it is one of these files, or else a new one."""
     before, now = _Reading.of(session), session.stream.tokens
     if before is not None and before.saved < before.end:
         if before.saved != now:

@@ -41,7 +41,7 @@ class Turn(NamedTuple):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Row:
-    """One stream on its way, as a value: it reads `unread`, then writes an answer, then takes a nap.
+    """A stream on its way, as a value: it reads `unread`, then writes an answer, then takes a nap.
 
     Attributes:
         stream: how far it is.
@@ -88,7 +88,7 @@ class Row:
         return self.error is not None or not (len(self.unread) or self.budget or naps)
 
     def turn(self, sleep: SleepConfig) -> Turn:
-        """What it would do in the next step, so that a scheduler can tell sleepers from the others."""
+        """Say what it would do in the next step, so that a scheduler can tell sleepers from the others."""
         n = len(self.unread)
         room = n if sleep.window is None else sleep.window - len(self.stream.window)
         if n > room:  # the stream goes on after this window
@@ -100,7 +100,7 @@ class Row:
         return Turn(n, 0, self.keep_logits or self.budget > 0)
 
     def drawn(self, logits: Tensor) -> Self:
-        """The row with the next token of its answer, drawn from logits `[V]`; its error if that raises."""
+        """Return the row with its next token, drawn from logits `[V]`, or with the error that this raised."""
         answer, generator = self.answer.copy(), self.generator.clone_state()
         try:
             token = self.sampling.draw(logits, generator)
@@ -120,7 +120,7 @@ class Row:
 
 
 def advance(model: Backbone, sleep: SleepConfig, rows: Sequence[Row]) -> list[Row]:
-    """Each row one step further; a row that is done stays as it is.
+    """Take each row one step further; a row that is done stays as it is.
 
     In a step a row reads to the end of its window at most. Rows whose stream goes on after it sleep, all
     together, and read on in the next step; all others read awake: prompts together, and together those that
@@ -161,7 +161,7 @@ def advance(model: Backbone, sleep: SleepConfig, rows: Sequence[Row]) -> list[Ro
 def _read(
     model: Backbone, sleep: SleepConfig, rows: Sequence[Row], *, passes: int, logits: bool
 ) -> Iterable[Row]:
-    """The rows after they took the same turn, but for how many tokens each of them reads."""
+    """Yield the rows after they took the same turn, but for how many tokens each of them reads."""
     counts = [row.turn(sleep).tokens for row in rows]
     new = [row.unread[:n].long() for row, n in zip(rows, counts, strict=True)]
     streams = [row.stream for row in rows]

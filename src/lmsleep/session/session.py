@@ -161,7 +161,7 @@ class Session(Owner):
         finish([self], [self.napping(passes)])
 
     def napping(self, passes: int | None) -> Row:
-        """A row that sleeps on the open window; arguments and errors as of `sleep`."""
+        """Return a row that sleeps on the open window; argument and errors are those of `sleep`."""
         if self.sleep_config.window is None:
             raise ValueError("window=None: this model never sleeps; give its SleepConfig a window")
         passes = self.sleep_config.passes if passes is None else passes
@@ -258,7 +258,7 @@ class Session(Owner):
     def written(
         self, prompt: Readable, max_new_tokens: int, sampling: Sampling, stop: Sequence[Piece], seed: int
     ) -> Row:
-        """A row that reads the prompt, then writes; arguments and errors as of `generate`."""
+        """Return a row that reads the prompt, then writes; arguments and errors are those of `generate`."""
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
         return Row(
@@ -311,7 +311,7 @@ class Session(Owner):
         return total
 
     def _foresee(self, tokens: Tensor) -> Iterator[Tensor]:
-        """Logits after `tokens`, window by window, on a row that nobody keeps."""
+        """Yield the logits after `tokens`, window by window, from a row that nobody keeps."""
         rows = [Row(stream=self.stream, unread=tokens, keep_logits=True)]
         while not rows[0].done:
             rows = advance(self.model, self.sleep_config, rows)

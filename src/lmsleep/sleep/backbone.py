@@ -23,12 +23,12 @@ class Backbone(Protocol):
 
     @property
     def vocab_size(self) -> int:
-        """Number `V` of tokens that it reads: 0 ... V - 1."""
+        """The number `V` of tokens that it reads: 0 ... V - 1."""
         ...
 
     @property
     def device(self) -> torch.device:
-        """Where its tokens and states must lie."""
+        """The device on which its tokens and states must lie."""
         ...
 
     def initial_state(self, batch_size: int) -> State:

@@ -99,6 +99,7 @@ class WordProblem:
 
     def solve(self, tokens: list[int]) -> list[list[int]]:
         """See `Task.solve`."""
+        # The last token is the hidden answer itself.
         *word, asked, _ = tokens
         product, table = 0, multiplication_table(self.group)
         for element in word[: asked - self.order + 1]:

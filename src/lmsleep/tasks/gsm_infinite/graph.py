@@ -48,6 +48,7 @@ def draw_graph(random: Random, ops: int, *, hard: bool, reverse: bool) -> Graph 
     """Draw a graph of exactly `ops` operations; None if the draw came to another number or to nothing."""
     bound = next(bound for most, bound in BOUNDS if ops <= most)
     size = (bound + 1) // 2
+    # The larger of two draws leaves more room to totals.
     few = max(random.randint(1, size), random.randint(1, size))
     many = random.randint(few, size)
     structure = draw_structure(random, size, hard=hard, reverse=reverse)
@@ -62,14 +63,17 @@ def draw_graph(random: Random, ops: int, *, hard: bool, reverse: bool) -> Graph 
     if operands is None:
         return None
     graph = Graph(structure, order, operands)
+    # Rejection leaves the distribution as it is among problems of exactly `ops` operations.
     if graph.ops != ops:
         return None
+    # Distractors come last: they take draws, but none is wasted on a graph that is thrown away.
     operands.update(_distractors(random, structure, order))
     return graph
 
 
 def _necessary(random: Random, structure: Structure, few: int, many: int) -> list[Parameter]:
     """Choose totals of at most `few` operations with all that they depend on, and instances up to `many`."""
+    # A dict for its order: the order of a set of tuples of strings differs from process to process.
     chosen: dict[Parameter, None] = {}
     ops = 0
     for kind in ("attributes", "total"):
@@ -96,6 +100,7 @@ def _order(
         if total.thing < 0:
             for summand in structure.summands(total):
                 users[summand].add(total)
+    # The query is used by nothing, and everything is placed from it back to what it depends on.
     tops = [p for p in necessary if not users[p]]
     if not tops:
         return None
@@ -115,6 +120,7 @@ def _order(
             return None
         back.append(random.choice(ready))
         left.remove(back[-1])
+    # Told from its end the order has every parameter after all that it depends on.
     order = back[::-1]
     if len(order) == 2 and random.random() < 0.5:
         _lengthen(random, structure, order, linked)
@@ -130,6 +136,7 @@ def _preferred(tops: list[Parameter]) -> list[Parameter]:
 def _weighted(
     random: Random, among: list[Parameter], users: dict[Parameter, set[Parameter]], placed: set[Parameter]
 ) -> Parameter:
+    # How far totals, and parameters that are in use already, are preferred is drawn for each link.
     strength = abs(random.gauss(0, 1))
     weights = [math.exp(strength * ((p.thing < 0) + bool(users[p] & placed))) for p in among]
     return random.choices(among, weights)[0]
@@ -162,6 +169,8 @@ def _operands(
     """Draw operands of the necessary instance parameters; None if they cannot reach `size` operations."""
     degree = [len(structure.summands(p) if p.thing < 0 else linked[p]) for p in order]
     while sum(degree) < size:
+        # A total has the summands that it has; another parameter takes at most 3 operations, on what precedes
+        # it.
         room = [i for i, p in enumerate(order) if p.thing >= 0 and degree[i] < min(3, max(1, i))]
         if not room:
             return None
@@ -170,6 +179,7 @@ def _operands(
     for i, p in enumerate(order):
         if p.thing < 0:
             continue
+        # k operations join k + 1 operands; where it is one, a single operand may stand alone.
         wanted = random.choice((1, 2)) if degree[i] == 1 else degree[i] + 1
         have = linked[p]
         pool = [q for q in order[:i] if q not in have]

@@ -80,6 +80,7 @@ class Core:
             constant, times, difference = self.definitions.get(p, NOTHING)[1:]
             said.append((names(p), constant, times, difference, below if difference else sorted(below)))
         given = self.given and self.given[1]
+        # crc32, not hash(): Python's differs from process to process, and this decides what is held out.
         return zlib.crc32(repr((names(self.query), given, sorted(said))).encode())
 
 
@@ -101,6 +102,7 @@ def draw_core(random: Random, graph: Graph, *, reverse: bool, modulus: int | Non
     if unknown is None:
         return Core(graph.structure, definitions, query, values[query].value, graph.ops)
     slope = values[query].slope
+    # With such a slope the unknown cannot be solved for.
     if slope == 0 or (modulus and math.gcd(slope, modulus) != 1):
         return None
     answer = definitions.pop(unknown).constant
@@ -121,6 +123,7 @@ def _define(random: Random, operands: list[Operand], most: int) -> Definition:
     rest = tuple(p for p in operands if p is not None)
     constant, times = None, False
     if not rest:
+        # As below, where half of the constants (those that multiply) begin at 2.
         constant = random.randint(1 + (random.random() < 0.5), most)
     elif len(rest) < len(operands):
         times = random.random() < 0.5
@@ -162,6 +165,7 @@ def _total(graph: Graph, total: Parameter, values: dict[Parameter, Linear]) -> L
 
 
 def _product(a: Linear, b: Linear) -> Linear | None:
+    # A square of the unknown would have to be solved, which is another task.
     if a.slope and b.slope:
         return None
     return Linear(a.slope * b.value + b.slope * a.value, a.value * b.value)

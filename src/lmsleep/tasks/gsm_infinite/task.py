@@ -132,6 +132,7 @@ class GSMInfinite:
         random = Random(int(rng.integers(2**63)))  # far quicker than numpy for single draws
         fewest, most = self.ops
         ops = rng.integers(fewest, max(fewest, int(np.ceil(level * most))) + 1, size)
+        # Padded on the right: lengths say where a context ends, and what follows is never read.
         context = np.full((size, self.length[1]), self.pad)
         lengths = np.zeros(size, dtype=np.int64)
         tokens, ends = np.full((size, self._row_length), self.pad), lengths.copy()
@@ -162,6 +163,7 @@ class GSMInfinite:
         text, parts = tokenizer(self.tokenizer), []
         for marker, run in groupby(tokens, key=lambda token: max(token - text.vocab_size, -1)):
             some = list(run)
+            # Markers are decoded by name, for the tokenizer does not know them.
             parts += [text.decode(some).strip()] if marker < 0 else [MARKERS[marker]] * len(some)
         return " ".join(parts)
 
@@ -179,6 +181,7 @@ class GSMInfinite:
 
     def _draw(self, random: Random, ops: int, split: Split) -> tuple[Tokens, Tokens, Tokens]:
         """Draw a context, its row, and the answer that the row ends with."""
+        # A problem that is too long is drawn anew, not cut: cutting would take away what the answer needs.
         for _ in range(MISFITS):
             core, names = draw_problem(
                 random, ops, split, self.subset, self.mode, self.modulus, self.templates
@@ -198,6 +201,7 @@ class GSMInfinite:
             )
         if self.noise:
             self._fill(random, length, statements, noise(random, spoken, words, hard=self.subset == "hard"))
+        # Noise and problem are mixed, so the place of a statement tells nothing.
         random.shuffle(statements)
         answer = self._answer(core.answer)
         row = [*(question if self.question == "last" else []), *self.marks.answer, *answer]
