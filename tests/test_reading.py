@@ -4,12 +4,12 @@ import time
 import pytest
 import torch
 from conftest import lively, same_memory, tiny
-from lmsleep.text.tokenizers import Bytes, Words
 from test_session import L, Poisoned, consolidated, sleeping
 
 import lmsleep.session.owner
 from lmsleep import BrokenSleep, Session
 from lmsleep.session import read_files
+from lmsleep.text.tokenizers import Bytes, Words
 
 WORDS = Words(["one", "two", "three"])
 

@@ -7,11 +7,11 @@ import torch
 from conftest import VOCAB, lively, random_tokens, same_memory, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lmsleep.text.tokenizers import Words
 from test_session import L, Poisoned, sleeping
 
 from lmsleep import BrokenSleep, Session, SessionBatch, SleepConfig
 from lmsleep.session import Answer, Row, Sampling, advance
+from lmsleep.text.tokenizers import Words
 
 BLOCKS = ("attention", "gated_delta_net", "gated_linear", "attention")
 WORDS = Words([chr(97 + i) for i in range(VOCAB)])
