@@ -14,8 +14,8 @@ from benchmarks import data, floors, recurrence, rules, sessions, step, window
 from benchmarks.processor import Processor
 from benchmarks.table import Table, as_text, with_tables
 from lmsleep.files import write_atomic
+from lmsleep.training import choose_device
 from lmsleep.training.runs import provenance
-from lmsleep.training.trainer import choose_device
 
 ROOT = Path(__file__).parents[1]
 Measures = dict[str, Callable[[], Table]]

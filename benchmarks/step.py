@@ -13,8 +13,8 @@ from benchmarks.processor import Processor
 from benchmarks.table import Cell, Table
 from benchmarks.timing import Times, flops, ms, peak_bytes, ratio, take_turns
 from lmsleep import HybridConfig, HybridLM, SleepConfig
-from lmsleep.evaluation import read_batch
 from lmsleep.tasks import Batch, Depo, Rule110, Task, batch_rng
+from lmsleep.tasks.reading import read_batch
 from lmsleep.training import TrainConfig
 from lmsleep.training.muon import Muon
 from lmsleep.training.optim import optimizers

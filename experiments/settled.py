@@ -12,13 +12,13 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from lmsleep.backbones import Model
 from lmsleep.evaluation import EVAL_SEED, Score
 from lmsleep.shipped import find
 from lmsleep.sleep import SleepConfig, read_window, sleep_forward
 from lmsleep.state import Memory, State
 from lmsleep.tasks import Batch, batch_rng
 from lmsleep.training import RunFolder
-from lmsleep.training.models import Model
 
 BATCHES, SIZE = 16, 64
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from lmsleep import GradientSteps, HybridConfig, HybridLM, SleepConfig, Sliding
-from lmsleep.evaluation import read_batch
 from lmsleep.tasks import Depo, batch_rng
+from lmsleep.tasks.reading import read_batch
 from lmsleep.training import BASELINES, RunConfig, TrainConfig, baseline, flops_per_step
 
 RUN = RunConfig(

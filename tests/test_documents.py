@@ -10,8 +10,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from lmsleep import SleepConfig, sleep_forward
-from lmsleep.evaluation import evaluate, read_batch
+from lmsleep.evaluation import evaluate
 from lmsleep.tasks import Text, batch_rng
+from lmsleep.tasks.reading import read_batch
 from lmsleep.tasks.samples import EVICTED, records, show
 from lmsleep.text.documents import read_set
 from lmsleep.text.packing import POOL, alike, pad

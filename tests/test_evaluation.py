@@ -6,8 +6,9 @@ import torch
 from conftest import close, lively, tiny
 
 from lmsleep import Cache, Memory, SleepConfig, State, sleep_forward
-from lmsleep.evaluation import evaluate, mean_interval, read_batch, wilson
+from lmsleep.evaluation import evaluate, mean_interval, wilson
 from lmsleep.tasks import Batch, Depo, batch_rng
+from lmsleep.tasks.reading import read_batch
 
 
 class NextIsPlusOne:

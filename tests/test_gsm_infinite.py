@@ -12,13 +12,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from lmsleep import SleepConfig
-from lmsleep.evaluation import read_batch
 from lmsleep.tasks import GSMInfinite, batch_rng, hide_answers
 from lmsleep.tasks.base import HIDDEN
 from lmsleep.tasks.gsm_infinite import reader
 from lmsleep.tasks.gsm_infinite.language import language, tokenizer
 from lmsleep.tasks.gsm_infinite.task import draw_problem
 from lmsleep.tasks.gsm_infinite.templates import TEMPLATES, plural
+from lmsleep.tasks.reading import read_batch
 
 SHORT = GSMInfinite(subset="medium", ops=(2, 4), length=(0, 400))
 SETTINGS = list(product(("medium", "hard"), ("forward", "reverse")))

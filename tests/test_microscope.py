@@ -14,7 +14,7 @@ from conftest import close, lively, random_tokens, run_command, same_memory, tin
 import lmsleep
 from lmsleep import HybridLM, Memory, Session, SleepConfig, State, fingerprint, sleep_forward
 from lmsleep.cli import main
-from lmsleep.evaluation import evaluate, read_batch
+from lmsleep.evaluation import evaluate
 from lmsleep.microscope import watch, words
 from lmsleep.microscope.ablation import ablated, ablation_rows, all_heads, reliance_rows
 from lmsleep.microscope.figures import figures
@@ -25,6 +25,7 @@ from lmsleep.microscope.subject import Subject, cut, from_session
 from lmsleep.ops import RULES
 from lmsleep.tasks import MQAR, TASKS, Depo, GSMInfinite, Rule110, Text, batch_rng
 from lmsleep.tasks.base import Batch
+from lmsleep.tasks.reading import read_batch
 from lmsleep.text.tokenizers import Bytes
 from lmsleep.training import RunConfig, RunFolder, TrainConfig
 

@@ -2,7 +2,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import tiny
+from conftest import run_command, tiny
 from hf_models import family
 
 import lmsleep
@@ -61,3 +61,19 @@ def test_every_public_name_is_there_and_no_other():
     assert lmsleep.inspect is lmsleep.microscope.inspect
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         _ = lmsleep.nothing
+
+
+def test_a_saved_model_is_evaluated_on_texts(tmp_path, capsys):
+    HybridLM(tiny(vocab_size=256)).save_pretrained(tmp_path / "saved")
+    HybridLM(tiny(vocab_size=11)).save_pretrained(tmp_path / "small")
+    (tmp_path / "book.txt").write_text("once upon a time " * 400)
+    how = ["--data", tmp_path / "book.txt", "--batches", 1]
+    code, out, err = run_command(capsys, "eval", tmp_path / "saved", *how)
+    assert code == 0 and "N = 4:" in out and "bits per byte" in out, err
+    for argv, said in (
+        ([tmp_path / "saved"], "was trained on no task of lmsleep: name files to read with --data"),
+        ([tmp_path / "small", *how], "knows 11 tokens, --data in bytes has 256"),
+        ([tmp_path, *how], "holds no model: config.json is missing"),
+    ):
+        code, _, err = run_command(capsys, "eval", *argv)
+        assert code == 2 and said in err and err.count("\n") == 1

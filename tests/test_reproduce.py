@@ -11,7 +11,7 @@ from lmsleep.reproduce.command import _chain, estimate, side_by_side
 from lmsleep.reproduce.figure import draw
 from lmsleep.reproduce.results import table
 from lmsleep.sleep import Hard, Sliding
-from lmsleep.training import RunFolder, Trainer, trainer
+from lmsleep.training import RunFolder, Trainer, compute
 
 
 def reproduce(*argv: str) -> None:
@@ -21,11 +21,11 @@ def reproduce(*argv: str) -> None:
 @pytest.fixture(autouse=True)
 def flops_by_a_rule_of_thumb(monkeypatch):
     # The counter takes a second for each model; test_baselines.py and test_training.py show that it is right.
-    def count(model, batch, sleep, train, forward=None):
-        weights = sum(p.numel() for p in model.parameters())
+    def count(objective, batch, sleep):
+        weights = sum(p.numel() for p in objective.parameters())
         return 6 * weights * batch.num_tokens * (sleep.passes + sleep.wake_passes - 1)
 
-    monkeypatch.setattr(trainer, "_count_flops", count)
+    monkeypatch.setattr(compute, "count_flops", count)
 
 
 @pytest.fixture

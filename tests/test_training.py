@@ -36,11 +36,12 @@ from lmsleep.training import (
     jobs,
     optim,
     run_all,
-    trainer,
     training_flops,
 )
 from lmsleep.training.batches import Batches, draw
+from lmsleep.training.compute import count_flops
 from lmsleep.training.muon import Muon
+from lmsleep.training.step import gradients, take_step
 
 TASK = Rule110(width=4, states=2, t=2)
 SMALL = {
@@ -58,7 +59,7 @@ def run_config(task=TASK, passes: int = 2, blocks=("attention", "gated_delta_net
 
 @pytest.fixture(autouse=True)
 def log_every_step(monkeypatch):
-    monkeypatch.setattr(trainer, "LOG_EVERY", 1)
+    monkeypatch.setattr(Trainer, "log_every", 1)
 
 
 def start(path: Path, config: RunConfig | None = None) -> Trainer:
@@ -88,7 +89,7 @@ def assert_same_run(a: Trainer, b: Trainer) -> None:
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "LOG_EVERY", 1)
+        patch.setattr(Trainer, "log_every", 1)
         run = start(tmp_path_factory.mktemp("runs") / "uninterrupted")
         run.fit()
     return run
@@ -99,6 +100,59 @@ class Killed(BaseException):
 
 
 # The training step
+
+
+class Wrapped(torch.nn.Module):
+    # As DDP wraps a module: whatever does not pass through forward does not exist for it.
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.calls = inner, 0
+
+    def forward(self, *given):
+        self.calls += 1
+        return self.inner(*given)
+
+
+@pytest.mark.parametrize("passes", [1, 3])
+def test_the_objective_is_one_call_a_part_and_may_be_wrapped(passes):
+    config = run_config(FORKED, passes=passes, batch_size=5)
+    plain, run = (Trainer(RunFolder("unused"), config) for _ in range(2))
+    wrapped = Wrapped(run.objective)
+    parts, sleep = run.batches[0].parts(2), config.sleep
+    found, expected = (
+        take_step(objective, parts, sleep, trainer.optimizers, clip=1.0)
+        for objective, trainer in ((wrapped, run), (plain.objective, plain))
+    )
+    assert wrapped.calls == 2 and found == expected and found.finite
+    assert_same_weights(run.model, plain.model)
+
+
+def test_shares_of_several_processes_add_up_to_the_mean():
+    # Rank r reads part r and knows the count of all; DDP would sum the gradients.
+    config = run_config(FORKED, batch_size=5)
+    run = Trainer(RunFolder("unused"), config)
+    run.model.double()
+    whole = run.batches[0]
+    gradients(run.objective, [whole], config.sleep)
+    expected = [p.grad.clone() for p in run.model.parameters()]
+    run.model.zero_grad()
+    parts = whole.parts(3)
+    assert len({part.num_predicted for part in parts}) > 1
+    shares = [run.objective(part, config.sleep, whole.num_predicted) for part in parts]
+    sum(shares).backward()
+    assert all(close(p.grad, g, 1e-9) for p, g in zip(run.model.parameters(), expected, strict=True))
+
+
+def test_a_batch_that_predicts_nothing_costs_nothing():
+    config = run_config()
+    run = Trainer(RunFolder("unused"), config)
+    batch = run.batches[0]
+    silent = replace(batch, loss_mask=torch.zeros_like(batch.loss_mask))
+    loss = run.objective(silent, config.sleep, batch.num_predicted)
+    assert loss == 0 and not loss.requires_grad
+    assert gradients(run.objective, [batch, silent], config.sleep) == gradients(
+        run.objective, [batch], config.sleep
+    )
 
 
 def test_training_is_the_written_out_loop(tmp_path):
@@ -190,12 +244,12 @@ def test_a_step_is_the_same_in_any_number_of_parts(tmp_path, request, task):
         parts = batch.parts(accumulate)
         assert len(parts) == accumulate
         assert sum(part.num_tokens for part in parts) == batch.num_tokens
-        loss = run._backward(parts, run.config.sleep)
+        loss = gradients(run.objective, parts, run.config.sleep)
         found[accumulate] = (loss, [p.grad for p in run.model.parameters()])
-    loss, gradients = found.pop(1)
+    loss, grads = found.pop(1)
     for other, theirs in found.values():
         assert abs(other - loss) < 1e-6 * loss
-        assert all(close(a, b, 1e-9) for a, b in zip(theirs, gradients, strict=True))
+        assert all(close(a, b, 1e-9) for a, b in zip(theirs, grads, strict=True))
 
 
 def test_a_run_in_parts_resumes_exactly_and_sees_the_same_data(tmp_path, uninterrupted):
@@ -306,17 +360,12 @@ def test_a_run_may_be_saved_and_resumed_at_any_step(tmp_path, uninterrupted):
     assert_same_run(run, uninterrupted)
 
 
-def test_random_passes_are_drawn_anew_each_step_and_again_after_a_resume(tmp_path, monkeypatch):
-    drawn, original = [], trainer.read_batch
-
-    def read_batch(model, batch, sleep, **options):
-        drawn.append(sleep)
-        return original(model, batch, sleep, **options)
-
-    monkeypatch.setattr(trainer, "read_batch", read_batch)
+def test_random_passes_are_drawn_anew_each_step_and_again_after_a_resume(tmp_path):
+    drawn = []
     sleep = SleepConfig(window=4, passes=3)
     config = replace(run_config(random_passes=True, backprop_passes=2), sleep=sleep)
     whole = start(tmp_path / "whole", config)
+    whole.objective.register_forward_pre_hook(lambda _, given: drawn.append(given[1]))
     whole.fit(until=12)
     counts = {passes: sum(s.passes == passes for s in drawn) for passes in (1, 2, 3)}
     assert min(counts.values()) > 0 and set(counts) == {s.passes for s in drawn}
@@ -419,9 +468,9 @@ SCRIPT = """
 import sys, time
 from pathlib import Path
 from lmsleep.tasks import Rule110
-from lmsleep.training import Interrupted, RunFolder, Trainer, trainer
+from lmsleep.training import Interrupted, RunFolder, Trainer
 
-trainer.LOG_EVERY = 1
+Trainer.log_every = 1
 path, go = map(Path, sys.argv[1:])
 original, calls = Rule110.batch, 0
 
@@ -531,26 +580,23 @@ def test_a_leftover_of_a_half_written_checkpoint_is_ignored(tmp_path, uninterrup
 # Divergence
 
 
-def non_finite(out, model, where: str):
+def non_finite(loss, model, where: str):
     if where == "loss":
-        return replace(out, loss=out.loss * torch.nan)
+        return loss * torch.nan
     # The loss is finite, its gradient is not: the slope of a square root at zero.
     weight = model.lm_head.weight
-    return replace(out, loss=out.loss + (weight - weight.detach()).abs().sqrt().sum())
+    return loss + (weight - weight.detach()).abs().sqrt().sum()
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_a_run_that_diverges_stops_with_the_state_before(tmp_path, monkeypatch, uninterrupted, where):
-    run, original = start(tmp_path / "run"), trainer.read_batch
-
-    def read_batch(model, batch, sleep, **options):
-        out = original(model, batch, sleep, **options)
-        return non_finite(out, model, where) if run.step == 8 and torch.is_grad_enabled() else out
-
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer, "read_batch", read_batch)
-        with pytest.raises(Diverged, match="step 8"):
-            run.fit()
+def test_a_run_that_diverges_stops_with_the_state_before(tmp_path, uninterrupted, where):
+    run = start(tmp_path / "run")
+    broken = run.objective.register_forward_hook(
+        lambda _, given, loss: non_finite(loss, run.model, where) if run.step == 8 else loss
+    )
+    with pytest.raises(Diverged, match="step 8"):
+        run.fit()
+    broken.remove()
     assert run.step == 8
     folder = RunFolder.open(tmp_path / "run")
     state = folder.path / "checkpoints" / "diverged-00000008"
@@ -864,7 +910,7 @@ def test_tensorboard_holds_the_metrics_once_also_after_a_resume(tmp_path):
 
 
 def test_tensorboard_that_is_not_installed_is_named_before_anything_is_written(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(trainer, "installed", lambda: False)
+    monkeypatch.setattr("lmsleep.training.loop.installed", lambda: False)
     with pytest.raises(SystemExit) as leaving:
         main(["train", "depo", "--tensorboard", "--out", str(tmp_path / "run")])
     assert leaving.value.code == 2 and "lmsleep[track]" in capsys.readouterr().err
@@ -925,7 +971,7 @@ def test_one_sample_tells_the_flops_of_a_step(task):
     config = run_config(task, batch_size=6)
     config = replace(config, sleep=SleepConfig(window=getattr(task, "inline_context", 64), passes=2))
     run = Trainer(RunFolder("unused"), config)
-    assert flops_per_step(config) == run._flops(run.batches[0], config.sleep)
+    assert flops_per_step(config) == count_flops(run.objective, run.batches[0], config.sleep)
 
 
 def test_the_compute_of_a_run_counts_the_passes_that_its_steps_make():

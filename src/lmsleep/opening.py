@@ -1,17 +1,15 @@
 """A model by one name: a run (or a shipped one), a saved model, or a Hugging Face model."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from lmsleep import shipped
-from lmsleep.hf import adapt, load_pretrained
-from lmsleep.hf.loading import has_tokenizer, is_pretrained
-from lmsleep.models import HybridLM
+from lmsleep.backbones import Model, build, kind_in
 from lmsleep.sleep import SleepConfig
 from lmsleep.tasks import Text
-from lmsleep.text.tokenizers import HuggingFace, Spelled, Tokenizer, load_tokenizer
+from lmsleep.text.tokenizers import Spelled, Tokenizer, load_tokenizer
 from lmsleep.training import RunConfig, RunFolder, choose_device
-from lmsleep.training.models import Model
 
 
 class Opened(NamedTuple):
@@ -26,8 +24,9 @@ def open_model(path: str | Path, tokenizer: str | None = None, device: str = "au
     """Open a model to read, sleep and answer with: `model, sleep, tokenizer = lmsleep.open("depo-N4")`.
 
     Args:
-        path: folder of a run, of `HybridLM.save_pretrained` or in the format of transformers, or the name of
-            a model that is shipped (`lmsleep.shipped.names()`).
+        path: folder of a run, of a saved model (of `HybridLM.save_pretrained`, or of a backbone of one's own)
+            or in the format of transformers, or the name of a model that is shipped
+            (`lmsleep.shipped.names()`).
         tokenizer: "bytes", or the folder of a Hugging Face tokenizer; default that of the run or folder, or
             bytes.
         device: auto (CUDA where present), cpu, cuda, ...
@@ -41,14 +40,12 @@ def open_model(path: str | Path, tokenizer: str | None = None, device: str = "au
         ValueError: for a damaged run or model, one that cannot sleep, or a tokenizer with more tokens.
         FileNotFoundError: if there is none.
     """
-    path = shipped.find(path)
-    run = _run(path)
-    read = _tokenizer(path, run, tokenizer)
-    model, sleep = _backbone(path, run, device)
-    size = model.vocab_size
-    if read.vocab_size > size:
+    place = find(path)
+    read = place.tokenizer(tokenizer)
+    model, sleep = place.backbone(device)
+    if read.vocab_size > model.vocab_size:
         raise ValueError(
-            f"tokenizer has {read.vocab_size} tokens, {path} only {size}; "
+            f"tokenizer has {read.vocab_size} tokens, {place.path} only {model.vocab_size}; "
             "pass the run that trained the model, or its tokenizer"
         )
     return Opened(model, sleep, read)
@@ -56,38 +53,65 @@ def open_model(path: str | Path, tokenizer: str | None = None, device: str = "au
 
 def open_backbone(path: str | Path, device: str = "auto") -> tuple[Model, SleepConfig]:
     """Open a model as `open_model` does, without a tokenizer."""
-    path = shipped.find(path)
-    return _backbone(path, _run(path), device)
+    return find(path).backbone(device)
 
 
-def _run(path: Path) -> RunConfig | None:
-    """The configuration of the run at `path`, if it is one."""
-    folder = RunFolder(path)
-    return folder.config() if folder.is_run() else None
+@dataclass(frozen=True)
+class Place:
+    """A folder with a model.
 
+    Attributes:
+        path: the folder.
+        run: what it was trained by, if it is a run.
+    """
 
-def _backbone(path: Path, run: RunConfig | None, device: str) -> tuple[Model, SleepConfig]:
-    where = choose_device(device)
-    if run is not None:
-        model = RunFolder(path).model(where, run)
-        return model, run.sleep
-    if is_pretrained(path):
-        loaded = load_pretrained(path).to(where)
-        from lmsleep.hf.sleeping import saved_sleep  # which imports transformers
+    path: Path
+    run: RunConfig | None
 
-        told = saved_sleep(loaded.config, path)
-        return adapt(loaded).eval(), told or SleepConfig(window=512, passes=4, loop="middle")
-    return HybridLM.from_pretrained(path, where).eval(), SleepConfig(window=64, passes=4)
+    def backbone(self, device: str = "auto", *, trained: bool = True) -> tuple[Model, SleepConfig]:
+        """Return the model in evaluation mode, and how it sleeps.
 
+        Args:
+            device: auto (CUDA where present), cpu, cuda, ...
+            trained: False: a run's model as it was before training, for which it needs no checkpoint.
 
-def _tokenizer(path: Path, run: RunConfig | None, given: str | None) -> Tokenizer:
-    if run is not None:
-        name = getattr(run.task, "tokenizer", None)
-        if isinstance(run.task, Text) or name not in (None, "bytes", "words"):
+        Raises:
+            ValueError: for a damaged model, or one that cannot sleep.
+            FileNotFoundError: if there is none.
+        """
+        where = choose_device(device)
+        if self.run is None:
+            model, sleep = kind_in(self.path).open(self.path, where)
+            return model.eval(), sleep
+        if not trained:
+            return build(self.run.model).to(where).eval(), self.run.sleep
+        return RunFolder(self.path).model(where, self.run), self.run.sleep
+
+    def tokenizer(self, given: str | None = None) -> Tokenizer:
+        """Return the tokenizer of the run, or of the folder unless another one is `given`.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        if self.run is None:
+            return load_tokenizer(given or self.tokenizer_name())
+        name = getattr(self.run.task, "tokenizer", None)
+        if isinstance(self.run.task, Text) or name not in (None, "bytes", "words"):
             return load_tokenizer(str(name))
-        return Spelled(run.task.spell, run.task.vocab_size)
-    if is_pretrained(path) and given is None:
-        if not has_tokenizer(path):
-            raise ValueError(f"{path} holds no tokenizer; pass --tokenizer FOLDER (or bytes)")
-        return HuggingFace(path)
-    return load_tokenizer(given or "bytes")
+        return Spelled(self.run.task.spell, self.run.task.vocab_size)
+
+    def tokenizer_name(self) -> str:
+        """Return the tokenizer of a folder that is no run, as `load_tokenizer` takes it."""
+        return kind_in(self.path).tokenizer(self.path)
+
+
+def find(path: str | Path) -> Place:
+    """Find the run or model at `path`, or the one that is shipped under that name.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: for a damaged run.
+    """
+    path = shipped.find(path)
+    folder = RunFolder(path)
+    return Place(path, folder.config() if folder.is_run() else None)

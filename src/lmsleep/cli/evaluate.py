@@ -6,34 +6,30 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from tyro.conf import Positional
 
-from lmsleep import shipped
 from lmsleep.cli.options import parse
 from lmsleep.cli.scores import bits_text, floor_text, floors_text
 from lmsleep.evaluation import Score, evaluate, wilson
 from lmsleep.evaluation.around_sleep import MOMENTS, AroundSleep, Shifting, around_sleep
-from lmsleep.hf.loading import is_pretrained
-from lmsleep.opening import open_backbone
+from lmsleep.opening import find
 from lmsleep.sleep import Backbone, SleepConfig
 from lmsleep.tasks import Task, Text
-from lmsleep.training import RunFolder, choose_device
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalOptions:
     """Evaluate the newest checkpoint of a run on held-out samples, at one or several numbers of passes.
 
-    A Hugging Face model is evaluated on --data.
+    A saved model or a Hugging Face model is evaluated on --data.
     """
 
     run: Positional[Path]
-    """Folder of a run or of a Hugging Face model, or a shipped run: depo-N1, depo-N4."""
+    """Folder of a run, of a saved model or of a Hugging Face model, or a shipped run: depo-N1, depo-N4."""
     passes: tuple[int, ...] = ()
     """Numbers of passes to read with; default the run's own."""
     batches: int = 32
-    """Test batches of the run's batch size (4 for a Hugging Face model)."""
+    """Test batches of the run's batch size (4 for a model that is no run)."""
     window: int | None = None
     """L to read with; default the run's own."""
     length: int | None = None
@@ -51,13 +47,12 @@ class EvalOptions:
 def evaluate_run(argv: list[str]) -> None:
     """Run `lmsleep eval RUN`."""
     options = parse(EvalOptions, argv, "lmsleep eval")
-    device = choose_device(options.device)
-    model, task, own, size, parts = _evaluated(options, device)
+    model, task, own, size, parts = _evaluated(options)
     result: dict[int, Score] = {}
     around: dict[int, AroundSleep] = {}
     for n in options.passes or (own.passes,):
         sleep = own.with_passes(n)
-        how: dict[str, Any] = {"batches": options.batches, "batch_size": size, "device": device}
+        how: dict[str, Any] = {"batches": options.batches, "batch_size": size, "device": model.device}
         result[n] = evaluate(model, task, sleep, after=options.after, parts=parts, **how)
         if isinstance(task, Shifting) and sleep.window is not None and task.segment % sleep.window == 0:
             around[n] = around_sleep(model, task, sleep, **how)
@@ -77,28 +72,29 @@ class _Evaluated(NamedTuple):
     parts: int
 
 
-def _evaluated(options: EvalOptions, device: torch.device) -> _Evaluated:
-    path = shipped.find(options.run)
-    if is_pretrained(path):
-        if not options.data:
+def _evaluated(options: EvalOptions) -> _Evaluated:
+    place = find(options.run)
+    if place.run is None and not options.data:
+        raise ValueError(f"{options.run} was trained on no task of lmsleep: name files to read with --data")
+    model, sleep = place.backbone(options.device)
+    sleep = replace(sleep, window=options.window or sleep.window)
+    if place.run is None:
+        length, name = options.length or 4 * (sleep.window or 512), place.tokenizer_name()
+        task: Task = Text(data=options.data, tokenizer=name, length=length)
+        if task.vocab_size > model.vocab_size:
             raise ValueError(
-                f"{options.run} was trained on no task of lmsleep: name files to read with --data"
+                f"{options.run} knows {model.vocab_size} tokens, --data in {name} has {task.vocab_size}"
             )
-        model, sleep = open_backbone(path, options.device)
-        sleep = replace(sleep, window=options.window or sleep.window)
-        length = options.length or 4 * (sleep.window or 512)
-        task = Text(data=options.data, tokenizer=str(path), length=length)
         # Small batches: nothing is known of the size of the model, and logits of large vocabularies are wide.
         return _Evaluated(model, task, sleep, 4, 1)
-    folder = RunFolder.open(path)
-    config = folder.config()
-    task_of_run, sleep = config.task, replace(config.sleep, window=options.window or config.sleep.window)
+    task, train = place.run.task, place.run.train
     if options.data:
-        if not isinstance(task_of_run, Text):
-            raise ValueError(f"--data is for runs on text; {options.run} was trained on {config.task_name}")
-        task_of_run = replace(task_of_run, data=options.data, length=options.length or task_of_run.length)
-    size, parts = config.train.batch_size, config.train.accumulate
-    return _Evaluated(folder.model(device), task_of_run, sleep, size, parts)
+        if not isinstance(task, Text):
+            raise ValueError(
+                f"--data is for runs on text; {options.run} was trained on {place.run.task_name}"
+            )
+        task = replace(task, data=options.data, length=options.length or task.length)
+    return _Evaluated(model, task, sleep, train.batch_size, train.accumulate)
 
 
 def _eval_json(task: Task, score: Score, around: AroundSleep | None) -> dict[str, Any]:

@@ -8,12 +8,9 @@ from typing import Any
 
 from tyro.conf import Positional
 
-from lmsleep import shipped
 from lmsleep.cli.options import parse
 from lmsleep.evaluation.cost import cost
-from lmsleep.opening import open_backbone
-from lmsleep.training import RunFolder
-from lmsleep.training.models import Model, build
+from lmsleep.opening import find
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,13 +30,7 @@ class InfoOptions:
 def info(argv: list[str]) -> None:
     """Run `lmsleep info RUN|MODEL`."""
     options = parse(InfoOptions, argv, "lmsleep info")
-    folder = RunFolder(shipped.find(options.path))
-    model: Model
-    if folder.is_run():
-        config = folder.config()
-        model, sleep = build(config.model), config.sleep
-    else:
-        model, sleep = open_backbone(folder.path, "cpu")
+    model, sleep = find(options.path).backbone("cpu", trained=False)
     sleep = replace(
         sleep,
         window=sleep.window if options.window is None else options.window,

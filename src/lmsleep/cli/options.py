@@ -4,12 +4,14 @@ import itertools
 import re
 from collections.abc import Sequence
 from contextlib import redirect_stderr
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, make_dataclass, replace
 from io import StringIO
 from typing import Any, get_args
 
 import tyro
 
+from lmsleep.backbones import Kind
+from lmsleep.models import HybridConfig
 from lmsleep.sleep import CONSOLIDATOR, CONSOLIDATORS, EVICTION, EVICTIONS, SleepConfig
 from lmsleep.tasks import TASKS, Split, batch_rng, find_task
 from lmsleep.training import RunConfig
@@ -60,6 +62,24 @@ def listed_tasks() -> str:
 def task_field(task: str, sections: dict[str, Any]) -> Any:
     """Return the field of an options class that holds the task, with the preset's as default."""
     return ("task", find_task(task), *([sections["task"]] if "task" in sections else []))
+
+
+@dataclass(frozen=True, kw_only=True)
+class HybridOptions(HybridConfig):
+    """The hybrid decoder: attention and fast-weight blocks in any order."""
+
+    vocab_size: tyro.conf.Suppress[int] = 256  # the task decides
+
+
+def model_field(kind: Kind, sections: dict[str, Any]) -> Any:
+    """The field of an options class that holds the model; a preset has defaults for the hybrid alone."""
+    if kind.options is HybridConfig:
+        return ("model", HybridOptions, as_type(HybridOptions, sections["model"]))
+    if not any(f.name == "vocab_size" for f in fields(kind.options)):
+        return ("model", kind.options)
+    suppressed: Any = tyro.conf.Suppress[int]
+    decided = [("vocab_size", suppressed, field(default=256, kw_only=True))]  # by the task
+    return ("model", make_dataclass("ModelOptions", decided, bases=(kind.options,), frozen=True))
 
 
 def given_options(argv: Sequence[str]) -> dict[str, str]:

@@ -5,8 +5,7 @@ from dataclasses import dataclass, make_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import tyro
-
+from lmsleep.backbones import find_kind
 from lmsleep.cli.options import (
     as_type,
     check_samples,
@@ -14,13 +13,13 @@ from lmsleep.cli.options import (
     given_options,
     listed,
     listed_tasks,
+    model_field,
     parse,
     sleep_fields,
     task_field,
 )
 from lmsleep.cli.presets import PRESETS, preset
 from lmsleep.cli.scores import bits_text, floor_text
-from lmsleep.models import HybridConfig
 from lmsleep.tasks import Text, find_task
 from lmsleep.training import (
     BASELINES,
@@ -34,13 +33,6 @@ from lmsleep.training import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelOptions(HybridConfig):
-    """The hybrid decoder: attention and fast-weight blocks in any order."""
-
-    vocab_size: tyro.conf.Suppress[int] = 256  # the task decides
-
-
-@dataclass(frozen=True, kw_only=True)
 class RunOptions:
     """Where the run goes and what it starts from."""
 
@@ -48,6 +40,9 @@ class RunOptions:
     """Folder of the run, which must not exist; default runs/TASK-N<passes or baseline>-seed<seed>."""
     preset: str = "demo"
     """Named setting that provides all defaults shown here; demo (small, CPU) or paper."""
+    backbone: str = "hybrid"
+    """What is trained: hybrid, or FILE.py:CLASS, a backbone of your own, whose options stand in a group of
+    their own; the defaults of a preset are tuned for the hybrid."""
     baseline: Literal[tuple(BASELINES)] | None = None  # type: ignore[valid-type]
     """Train a baseline of the run described by all other options instead; see lmsleep train --help."""
 
@@ -83,7 +78,8 @@ def finish(folder: RunFolder, trainer: Trainer | None = None) -> None:
 TRAIN_HELP = f"""usage: lmsleep train TASK [OPTIONS]
        lmsleep train --resume RUN
 
-Train a hybrid that reads in windows of L tokens and sleeps N passes at the end of each.
+Train a hybrid that reads in windows of L tokens and sleeps N passes at the end of each; or a backbone of your
+own, --backbone FILE.py:CLASS (docs/carry-on.md).
 
 {listed_tasks()}
 
@@ -98,24 +94,24 @@ Baselines (--baseline NAME) of a run with N passes:
 def _new_run(task: str, argv: list[str]) -> tuple[RunFolder, Trainer]:
     chosen = given_options(argv).get("preset", "demo")
     cls, sections = find_task(task), preset(task, chosen)
-    model = as_type(ModelOptions, sections["model"])
+    kind = find_kind(given_options(argv).get("backbone", "hybrid"))
+    if kind.name == "hf":
+        raise ValueError("backbone='hf': models of transformers are trained by lmsleep finetune MODEL_DIR")
     Options = make_dataclass(
         "Options",
         [
             task_field(task, sections),
-            ("model", ModelOptions, model),
+            model_field(kind, sections),
             *sleep_fields(sections["sleep"], argv),
             ("train", TrainConfig, sections["train"]),
-            ("run", RunOptions, RunOptions(preset=chosen)),
+            ("run", RunOptions, RunOptions(preset=chosen, backbone=kind.name)),
         ],
         frozen=True,
         kw_only=True,
     )
     options = parse(Options, argv, f"lmsleep train {task}", cls.__doc__)
-    architecture = as_type(HybridConfig, options.model)
-    config = RunConfig(
-        task=options.task, model=architecture, sleep=chosen_sleep(options), train=options.train
-    )
+    model = as_type(kind.options, options.model)
+    config = RunConfig(task=options.task, model=model, sleep=chosen_sleep(options), train=options.train)
     name = f"N{config.sleep.passes}"
     if options.run.baseline is not None:
         name, config = options.run.baseline, baseline(options.run.baseline, config)

@@ -1,6 +1,6 @@
 """What a model is worth: its score on a task, recalled facts, bits around each sleep, and what it costs."""
 
 from lmsleep.evaluation.intervals import mean_interval, wilson
-from lmsleep.evaluation.score import EVAL_SEED, Score, evaluate, read_batch
+from lmsleep.evaluation.score import EVAL_SEED, Score, evaluate
 
-__all__ = ["EVAL_SEED", "Score", "evaluate", "mean_interval", "read_batch", "wilson"]
+__all__ = ["EVAL_SEED", "Score", "evaluate", "mean_interval", "wilson"]

@@ -1,25 +1,16 @@
 """What a model costs: parameters, bytes of memory, FLOPs of waking and of sleeping."""
 
-from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lmsleep.models import HybridConfig, HybridLM
-from lmsleep.sleep import Backbone, SleepConfig, read_window
+from lmsleep.backbones import build
+from lmsleep.sleep import SleepConfig, read_window
 
 
-class Known(Backbone, Protocol):
-    """A backbone that shows its weights."""
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """Iterate over all weights."""
-        ...
-
-
-def cost(model: HybridConfig | Known, sleep: SleepConfig, *, dtype_bytes: int = 4) -> dict[str, Any]:
+def cost(model: Any, sleep: SleepConfig, *, dtype_bytes: int = 4) -> dict[str, Any]:
     """Count parameters, bytes of memory and FLOPs for one sequence (batch of 1).
 
     FLOPs are those of matrix products (multiply and add count as two), counted by PyTorch's own
@@ -27,14 +18,15 @@ def cost(model: HybridConfig | Known, sleep: SleepConfig, *, dtype_bytes: int = 
     2 ... N of a sleep on it. Keys and values take `dtype_bytes` per number, fast weights four.
 
     Args:
-        model: an architecture, or a model on the device "meta", where nothing is computed.
+        model: a `Model` on the device "meta", where nothing is computed, or the options of one with random
+            weights: `HybridConfig`, or those of a backbone of one's own.
         sleep: its window and passes; the window defaults to 64 tokens where nothing is evicted.
         dtype_bytes: bytes of a key or value: 4 in float32, 2 in bfloat16.
     """
     L = sleep.window or 64
-    if isinstance(model, HybridConfig):
+    if not isinstance(model, nn.Module):
         with torch.device("meta"):
-            model = HybridLM(model)
+            model = build(model).to("meta")  # also what the context did not catch
     # On "meta" shapes are computed and numbers are not: a model of any size is counted in milliseconds.
     tokens = torch.zeros(1, L, dtype=torch.int64, device="meta")
     empty = model.initial_state(1)

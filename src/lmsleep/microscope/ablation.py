@@ -7,11 +7,12 @@ from typing import Any, Literal
 
 import torch
 
-from lmsleep.evaluation import Score, read_batch
+from lmsleep.evaluation import Score
 from lmsleep.microscope.seen import Row
 from lmsleep.microscope.subject import Subject
 from lmsleep.sleep import Hard, SleepConfig
 from lmsleep.state import Memory
+from lmsleep.tasks.reading import read_batch
 
 How = Literal["zero", "swap"]
 Head = tuple[int, int]

@@ -11,14 +11,14 @@ from typing import Any, Literal
 import torch
 from tyro.conf import Positional
 
-from lmsleep.evaluation import read_batch
+from lmsleep.backbones import build, kind_of
 from lmsleep.files import write_atomic
-from lmsleep.hf.finetune import FineTune
 from lmsleep.reproduce.figure import draw
 from lmsleep.reproduce.recipe import Cell, Recipe, Scale
 from lmsleep.reproduce.recipes import RECIPES
 from lmsleep.reproduce.results import Row, collect, table, time_steps, write_data
 from lmsleep.tasks import batch_rng
+from lmsleep.tasks.reading import read_batch
 from lmsleep.training import (
     Job,
     RunConfig,
@@ -30,7 +30,6 @@ from lmsleep.training import (
     run_all,
     training_flops,
 )
-from lmsleep.training.models import build
 
 FEW = 8  # samples in a batch of a run that only tries the mechanics
 PROBE_SECONDS = 1.0  # so many samples that the products, not the calls, take the time
@@ -129,7 +128,7 @@ def _chain(cell: Cell, seed: int, folder: Path) -> list[Job]:
     """The run of a cell, after those that it starts from."""
     before = [] if cell.start is None else _chain(cell.start, seed, folder)
     config = cell.with_seed(seed)
-    if before and isinstance(config.model, FineTune):
+    if before and kind_of(config.model).source(config.model) is not None:
         model = replace(config.model, folder=RunFolder(before[-1].path).exported.resolve())
         config = replace(config, model=model)
     elif before:

@@ -1,24 +1,22 @@
 """Training: configuration, optimizers, run folders, the loop."""
 
 from lmsleep.training.baselines import BASELINES, baseline, equal_compute
+from lmsleep.training.compute import flops_per_step, training_flops
 from lmsleep.training.config import RunConfig, TrainConfig
+from lmsleep.training.device import choose_device
 from lmsleep.training.jobs import Job, default_workers, run_all
+from lmsleep.training.loop import Diverged, Interrupted, Trainer
+from lmsleep.training.objective import Objective
 from lmsleep.training.runs import RunFolder, provenance
 from lmsleep.training.stages import two_stages
-from lmsleep.training.trainer import (
-    Diverged,
-    Interrupted,
-    Trainer,
-    choose_device,
-    flops_per_step,
-    training_flops,
-)
+from lmsleep.training.step import take_step
 
 __all__ = [
     "BASELINES",
     "Diverged",
     "Interrupted",
     "Job",
+    "Objective",
     "RunConfig",
     "RunFolder",
     "TrainConfig",
@@ -30,6 +28,7 @@ __all__ = [
     "flops_per_step",
     "provenance",
     "run_all",
+    "take_step",
     "training_flops",
     "two_stages",
 ]

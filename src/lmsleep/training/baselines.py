@@ -8,8 +8,8 @@ from typing import Any
 
 from lmsleep.models import BlockKind, HybridConfig
 from lmsleep.sleep import GradientSteps, Hard, Passes, SleepConfig, Sliding
+from lmsleep.training.compute import flops_per_step, training_flops
 from lmsleep.training.config import RunConfig
-from lmsleep.training.trainer import flops_per_step, training_flops
 
 
 def baseline(name: str, run: RunConfig) -> RunConfig:

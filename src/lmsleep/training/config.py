@@ -1,12 +1,15 @@
 """A run as plain data: task, model, sleep, training."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self, get_args, get_type_hints
+from typing import Any, Literal, Self
 
-from lmsleep.hf.finetune import FineTune
+from lmsleep import backbones
+from lmsleep.backbones import kind_of
+from lmsleep.backbones.hybrid import hybrid_options
 from lmsleep.models import HybridConfig
+from lmsleep.plain import from_plain, to_plain
 from lmsleep.sleep import GradientSteps, Hard, SleepConfig
 from lmsleep.sleep.config import TRAINING
 from lmsleep.tasks import Task, find_task, task_name
@@ -114,35 +117,19 @@ class RunConfig:
     """Everything that determines a run."""
 
     task: Task
-    model: HybridConfig | FineTune
-    """One with random weights, or a pretrained one."""
+    model: Any
+    """Options of a backbone of any kind (`lmsleep.backbones`): `HybridConfig`, `FineTune`, one's own."""
     sleep: SleepConfig
     train: TrainConfig
 
     def __post_init__(self) -> None:
         self._check_window()
         self._check_backward()
-        if isinstance(self.model, HybridConfig):
-            self._check_architecture(self.model)
-        elif self.train.start is not None:
-            raise ValueError("start is for models trained from scratch; a fine-tuned one starts from folder")
-        elif isinstance(self.sleep.consolidator, GradientSteps):
-            raise ValueError("gradient-steps train layers of models trained from scratch (trained_mlp)")
-
-    def _check_architecture(self, model: HybridConfig) -> None:
-        if model.vocab_size != self.task.vocab_size:
-            object.__setattr__(self, "model", replace(model, vocab_size=self.task.vocab_size))
-        self.sleep.consolidator.check(
-            [kind != "attention" or model.for_block(i).trained_mlp for i, kind in enumerate(model.blocks)]
-        )
-        if unknown := set(self.train.inserted) - set(range(len(model.blocks))):
-            raise ValueError(f"inserted: no block {min(unknown)} among {len(model.blocks)} blocks")
-        if isinstance(self.sleep.consolidator, GradientSteps) and set(model.blocks) != {"attention"}:
-            raise ValueError(
-                "gradient-steps train S by gradients of gradients, which the recurrences of fast-weight "
-                "blocks do not have: use attention blocks, some with trained_mlp (see --baseline "
-                "test-time-training)"
-            )
+        kind = kind_of(self.model)
+        object.__setattr__(self, "model", kind.fitted(self.model, self.task.vocab_size))
+        kind.check(self.model, self.sleep)
+        if self.train.start is not None:
+            kind.check_start(self.model, self.train.inserted)
 
     def _check_backward(self) -> None:
         """Refuse ways of going backward through passes where there are no such passes."""
@@ -164,25 +151,12 @@ class RunConfig:
 
     @property
     def architecture(self) -> HybridConfig:
-        """The model, where it must be one that is trained from scratch.
+        """The model, where it must be a hybrid.
 
         Raises:
             ValueError: if it is not.
         """
-        if isinstance(self.model, HybridConfig):
-            return self.model
-        raise ValueError(f"model: {self.model.folder} is pretrained; this is for models trained from scratch")
-
-    @property
-    def pretrained(self) -> FineTune:
-        """The model, where it must be a pretrained one.
-
-        Raises:
-            ValueError: if it is not.
-        """
-        if isinstance(self.model, FineTune):
-            return self.model
-        raise ValueError("model: this is for pretrained models (FineTune), not for one trained from scratch")
+        return hybrid_options(self.model)
 
     @property
     def task_name(self) -> str:
@@ -196,12 +170,10 @@ class RunConfig:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form, read back by `from_dict`; paths are absolute."""
         return {
-            "task": {"name": self.task_name, **_plain_dict(self.task)},
-            "model": self.model.to_dict()
-            if isinstance(self.model, HybridConfig)
-            else _plain_dict(self.model),
+            "task": {"name": self.task_name, **to_plain(self.task)},
+            "model": kind_of(self.model).to_dict(self.model),
             "sleep": self.sleep.to_dict(),
-            "train": _plain_dict(self.train),
+            "train": to_plain(self.train),
         }
 
     @classmethod
@@ -214,46 +186,13 @@ class RunConfig:
         try:
             task = dict(data["task"])
             name = task.pop("name")
-            cls_of_task = find_task(name)
             # What runs before 0.2 said of the backward pass stood with the sleep.
             training = {k: data["sleep"][k] for k in TRAINING if k in data["sleep"]}
             return cls(
-                task=cls_of_task(**_options(cls_of_task, task)),
-                model=_model(data["model"]),
+                task=from_plain(find_task(name), task),
+                model=backbones.from_dict(data["model"]),
                 sleep=SleepConfig.from_dict(data["sleep"]),
-                train=TrainConfig(**_options(TrainConfig, {**training, **data["train"]})),
+                train=from_plain(TrainConfig, {**training, **data["train"]}),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a run configuration: {error}") from error
-
-
-def _model(data: Mapping[str, Any]) -> HybridConfig | FineTune:
-    return FineTune(**_options(FineTune, data)) if "folder" in data else HybridConfig.from_dict(data)
-
-
-def _plain_dict(options: Any) -> dict[str, Any]:
-    return {k: _plain(v) for k, v in asdict(options).items()}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Path):
-        return str(value.resolve())
-    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
-
-
-def _options(cls: type, data: Mapping[str, Any]) -> dict[str, Any]:
-    """`data` with JSON's lists as tuples and paths as paths; unknown fields are named."""
-    if unknown := set(data) - {f.name for f in fields(cls)}:
-        raise ValueError(f"unknown field {', '.join(sorted(unknown))} of {cls.__name__}")
-    hints = get_type_hints(cls)
-    return {k: _restored(v, _mentions(hints[k], Path)) for k, v in data.items()}
-
-
-def _restored(value: Any, is_path: bool) -> Any:
-    if isinstance(value, list):
-        return tuple(_restored(v, is_path) for v in value)
-    return Path(value) if is_path and isinstance(value, str) else value
-
-
-def _mentions(hint: Any, cls: type) -> bool:
-    return hint is cls or any(_mentions(inner, cls) for inner in get_args(hint))

@@ -17,8 +17,8 @@ import torch
 from tqdm import tqdm
 
 from lmsleep.training.config import RunConfig
+from lmsleep.training.loop import Interrupted, Trainer
 from lmsleep.training.runs import RunFolder
-from lmsleep.training.trainer import Interrupted, Trainer
 from lmsleep.training.workers import leave_with_parent
 
 

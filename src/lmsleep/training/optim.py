@@ -1,10 +1,14 @@
-"""Muon for the matrices inside the blocks, AdamW for the rest (the paper's recipe), and the schedule."""
+"""Muon for the matrices inside the blocks, AdamW for the rest (the paper's recipe), and all schedules."""
 
+from collections.abc import Sequence
+
+import numpy as np
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
+from lmsleep.backbones import Model
+from lmsleep.sleep import SleepConfig
 from lmsleep.training.config import TrainConfig
-from lmsleep.training.models import Model
 from lmsleep.training.muon import Muon
 
 # Rows of these few-row projections are independent gates, not a map to be orthogonalised.
@@ -31,9 +35,14 @@ def optimizers(model: Model, config: TrainConfig) -> list[Optimizer]:
     return [Muon(matrices, lr=config.lr, weight_decay=config.weight_decay), adam]
 
 
-def learning_rate(optimizer: Optimizer, config: TrainConfig) -> float:
-    """The largest learning rate of one of the `optimizers`."""
-    return config.lr if isinstance(optimizer, Muon) else config.adam_lr
+def set_rates(optimizers: Sequence[Optimizer], step: int, config: TrainConfig) -> float:
+    """Set the learning rates of a step; return their factor on the largest ones."""
+    factor = schedule(step, config)
+    for optimizer in optimizers:
+        largest = config.lr if isinstance(optimizer, Muon) else config.adam_lr
+        for group in optimizer.param_groups:
+            group["lr"] = largest * factor
+    return factor
 
 
 def schedule(step: int, config: TrainConfig) -> float:
@@ -50,3 +59,13 @@ def schedule(step: int, config: TrainConfig) -> float:
 def level(step: int, config: TrainConfig) -> float:
     """Difficulty level in (0, 1] at `step`: the curriculum."""
     return min(1.0, (step + 1) / config.curriculum) if config.curriculum else 1.0
+
+
+def sleep_at(step: int, sleep: SleepConfig, config: TrainConfig) -> SleepConfig:
+    """Return the sleep of a step: that of the run, `sleep`, with the passes that are due or drawn."""
+    if step < config.early_steps:
+        sleep = sleep.with_passes(min(config.early_passes, sleep.passes))
+    if not config.random_passes:
+        return sleep
+    passes = int(np.random.default_rng((config.seed, step)).integers(1, sleep.passes + 1))
+    return sleep.with_passes(passes)

@@ -14,17 +14,15 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from lmsleep.backbones import Model, kind_of, load
 from lmsleep.files import write_atomic
-from lmsleep.hf.finetune import FineTune
-from lmsleep.training import models
 from lmsleep.training.config import RunConfig
-from lmsleep.training.models import Model
 from lmsleep.version import __version__
 
 KEEP = 2  # checkpoints
@@ -125,13 +123,22 @@ class RunFolder:
         lines = [json.dumps(m) + "\n" for m in self.metrics() if m["step"] <= step]
         write_atomic(self.path / "metrics.jsonl", "".join(lines).encode())
 
-    def save_checkpoint(self, step: int, model: Model, trainer: dict[str, Any], name: str = "step") -> Path:
-        """Write a checkpoint beside the others, complete or not at all; keep the newest two."""
+    def save_checkpoint(
+        self, step: int, write_model: Callable[[Path], None], trainer: dict[str, Any], name: str = "step"
+    ) -> Path:
+        """Write a checkpoint beside the others, complete or not at all; keep the newest two.
+
+        Args:
+            step: steps taken.
+            write_model: writes the model into a folder, which it makes.
+            trainer: all else that goes on, for `torch.save`.
+            name: before the step in the name of the checkpoint.
+        """
         root = self.path / "checkpoints"
         root.mkdir(exist_ok=True)
         final, partial = root / f"{name}-{step:08d}", root / ".partial"
         shutil.rmtree(partial, ignore_errors=True)
-        models.save(model, partial)
+        write_model(partial)
         with (partial / "trainer.pt").open("wb") as file:
             torch.save(trainer, file)
             file.flush()
@@ -160,7 +167,7 @@ class RunFolder:
 
     def model(self, device: torch.device | str = "cpu", config: RunConfig | None = None) -> Model:
         """The model of the newest checkpoint; `config`: the run's, if it has been read."""
-        return models.load((config or self.config()).model, self.latest(), device).eval()
+        return load((config or self.config()).model, self.latest(), device).eval()
 
     @property
     def exported(self) -> Path:
@@ -170,12 +177,11 @@ class RunFolder:
     def source(self) -> "RunFolder | None":
         """The run that exports the pretrained model of this one, if it was not finished yet."""
         model = self.config().model
-        if not isinstance(model, FineTune) or model.folder.exists():
+        folder = kind_of(model).source(model)
+        if folder is None or folder.exists():
             return None
-        run = RunFolder(model.folder.parent)
-        return (
-            run if model.folder.name == run.exported.name and (run.path / "config.json").is_file() else None
-        )
+        run = RunFolder(folder.parent)
+        return run if folder.name == run.exported.name and (run.path / "config.json").is_file() else None
 
     def report(self) -> dict[str, Any] | None:
         """The final report, if the run has ended."""

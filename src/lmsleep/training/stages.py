@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+from lmsleep.backbones import kind_of
 from lmsleep.sleep import Hard
 from lmsleep.training.config import RunConfig
 from lmsleep.training.runs import RunFolder
@@ -21,7 +22,9 @@ def two_stages(run: RunConfig, first: Path) -> tuple[RunConfig, RunConfig]:
     Raises:
         ValueError: for a run that does not fine-tune a pretrained model.
     """
-    model, sleep, train = run.pretrained, run.sleep, run.train
+    model, sleep, train = run.model, run.sleep, run.train
+    if kind_of(model).source(model) is None:
+        raise ValueError("model: this is for a pretrained model (FineTune), not for one trained from scratch")
     alone = replace(
         run,
         model=replace(model, train="memory", targets=()),

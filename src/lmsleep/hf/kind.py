@@ -1,0 +1,73 @@
+"""Models of `transformers` as a kind of backbone."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lmsleep.backbones import Kind, Model
+from lmsleep.hf.backbone import HFBackbone
+from lmsleep.hf.finetune import FineTune, export, load_trained, pretrained_backbone, save_trained
+from lmsleep.hf.loading import has_tokenizer, load_pretrained
+from lmsleep.hf.trial import adapt
+from lmsleep.sleep import GradientSteps, SleepConfig
+
+
+class Pretrained(Kind):
+    """A pretrained model, of which some weights are trained."""
+
+    def check(self, options: FineTune, sleep: SleepConfig) -> None:
+        """Refuse sleeps that these models cannot have, and those that no session could go on with."""
+        if isinstance(sleep.consolidator, GradientSteps):
+            raise ValueError("gradient-steps train layers of models trained from scratch (trained_mlp)")
+        if sleep.wake_passes != 1:
+            raise ValueError(f"wake_passes={sleep.wake_passes}: a pretrained model wakes in one pass only")
+
+    def check_start(self, options: FineTune, inserted: tuple[int, ...]) -> None:
+        """Refuse: the folder is the start."""
+        raise ValueError("start is for models trained from scratch; a fine-tuned one starts from folder")
+
+    def build(self, options: FineTune, *, bfloat16: bool = False) -> HFBackbone:
+        """Load the pretrained model; arguments and errors as for `pretrained_backbone`."""
+        return pretrained_backbone(options, bfloat16=bfloat16)
+
+    def save(self, model: Model, options: FineTune, folder: Path) -> None:
+        """Write what is trained of the model."""
+        assert isinstance(model, HFBackbone)
+        save_trained(model, folder)
+
+    def load(
+        self, options: FineTune, folder: Path, device: torch.device | str = "cpu", *, bfloat16: bool = False
+    ) -> HFBackbone:
+        """Return the pretrained model with what `save` wrote; errors as for `Kind.load`."""
+        model = pretrained_backbone(options, bfloat16=bfloat16)
+        load_trained(model, folder)
+        return model.to(device)
+
+    def recognises(self, found: Mapping[str, Any]) -> bool:
+        """Say whether config.json is that of a model of `transformers`."""
+        return "model_type" in found
+
+    def open(self, folder: Path, device: torch.device | str) -> tuple[Model, SleepConfig]:
+        """Return the model of a folder of `transformers`, and the sleep that it was exported with."""
+        loaded = load_pretrained(folder).to(device)
+        from lmsleep.hf.sleeping import saved_sleep  # which imports transformers
+
+        told = saved_sleep(loaded.config, folder)
+        return adapt(loaded), told or SleepConfig(window=512, passes=4, loop="middle")
+
+    def tokenizer(self, folder: Path) -> str:
+        """Return the folder itself, which holds the tokenizer too."""
+        if not has_tokenizer(folder):
+            raise ValueError(f"{folder} holds no tokenizer; pass --tokenizer FOLDER (or bytes)")
+        return str(folder)
+
+    def source(self, options: FineTune) -> Path:
+        """Return the folder that is fine-tuned."""
+        return options.folder
+
+    def export(self, model: Model, options: FineTune, sleep: SleepConfig, folder: Path) -> None:
+        """Write a folder of `transformers`, complete or not at all."""
+        assert isinstance(model, HFBackbone)
+        export(model, options, sleep, folder)

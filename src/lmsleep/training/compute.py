@@ -1,0 +1,76 @@
+"""FLOPs of training, counted by PyTorch's counter on real passes."""
+
+from dataclasses import replace
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from lmsleep.backbones import build
+from lmsleep.sleep import SleepConfig
+from lmsleep.tasks import Batch
+from lmsleep.training.batches import draw
+from lmsleep.training.config import RunConfig
+from lmsleep.training.objective import Objective
+
+
+def count_flops(objective: Objective, batch: Batch, sleep: SleepConfig) -> int:
+    """Return the FLOPs of a forward and backward pass over a batch; gradients are dropped."""
+    with FlopCounterMode(display=False) as counter:
+        loss = objective(batch, sleep)
+        if loss.requires_grad:
+            loss.backward()
+    objective.zero_grad()
+    return counter.get_total_flops()
+
+
+class StepFlops:
+    """FLOPs of the steps of a run, counted once for each shape of a batch.
+
+    They are counted in a pass of its own: under the counter PyTorch picks other kernels, and a run must not
+    round differently in the step where it happens to count. Padding counts, and rows of other lengths count
+    like those of the first batch of their shape.
+    """
+
+    def __init__(self, objective: Objective) -> None:
+        self.objective = objective
+        self._counted: dict[tuple[torch.Size, torch.Size | None, int], int] = {}
+
+    def __call__(self, batch: Batch, sleep: SleepConfig) -> int:
+        """Return the FLOPs of a forward and backward pass over a batch of this shape."""
+        key = (batch.tokens.shape, None if batch.context is None else batch.context.shape, sleep.passes)
+        if key not in self._counted:
+            self._counted[key] = count_flops(self.objective, batch, sleep)
+        return self._counted[key]
+
+
+def flops_per_step(config: RunConfig) -> int:
+    """FLOPs of the forward and backward pass of one training step (its first batch, all N passes).
+
+    Samples without padding cost the same, so one of them is counted for all.
+    """
+    whole = replace(config, train=replace(config.train, curriculum=0))
+    objective, batch = Objective(build(config.model), config.train), draw(whole, 0)
+    if batch.lengths is not None or batch.context_lengths is not None:
+        parts = batch.parts(config.train.accumulate)
+        return sum(count_flops(objective, part, config.sleep) for part in parts)
+    samples = batch.parts(config.train.batch_size)
+    one = samples[0]  # with loss in all windows where any has some
+    one = replace(one, loss_mask=one.loss_mask | batch.loss_mask.any(dim=0))
+    return len(samples) * count_flops(objective, one, config.sleep)
+
+
+def training_flops(config: RunConfig) -> int:
+    """FLOPs of a whole training run, all its steps like the first one with so many passes.
+
+    Where passes are drawn, each number counts equally often.
+    """
+    train, sleep = config.train, config.sleep
+    early = min(train.early_steps, train.steps)
+
+    def of_a_step(most: int) -> int:
+        drawn = range(1, most + 1) if train.random_passes else (most,)
+        counted = [flops_per_step(replace(config, sleep=sleep.with_passes(n))) for n in drawn]
+        return sum(counted) // len(counted)
+
+    few = of_a_step(min(train.early_passes, sleep.passes)) if early else 0
+    return early * few + (train.steps - early) * of_a_step(sleep.passes)

@@ -1,0 +1,232 @@
+"""The loop of training: when to take a step, log, evaluate, save and stop."""
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, nullcontext
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from lmsleep.backbones import Model, kind_of, load
+from lmsleep.evaluation import Score, evaluate
+from lmsleep.tasks import batch_rng
+from lmsleep.training.batches import Batches
+from lmsleep.training.compute import StepFlops
+from lmsleep.training.config import RunConfig
+from lmsleep.training.device import autocast, choose_device, in_bfloat16
+from lmsleep.training.objective import Objective
+from lmsleep.training.optim import optimizers, set_rates, sleep_at
+from lmsleep.training.runs import RunFolder
+from lmsleep.training.start import first_model
+from lmsleep.training.step import take_step
+from lmsleep.training.tracking import Events, installed
+
+
+class Diverged(RuntimeError):
+    """The loss or a gradient became non-finite; the state before that step was saved."""
+
+
+class Interrupted(RuntimeError):
+    """A signal asked the run to stop; it was saved first."""
+
+    def __init__(self, signum: int, message: str) -> None:
+        super().__init__(message)
+        self.signum = signum
+
+
+class Trainer:
+    """Trains one run in its folder. The state after step `i` is a function of the configuration alone.
+
+    Attributes:
+        log_every: steps between lines of the metrics.
+        objective: the loss as a module, around `model`.
+        step: steps taken; `tokens`, `flops` and `seconds` are what they took.
+    """
+
+    log_every = 10
+
+    def __init__(self, folder: RunFolder, config: RunConfig, model: Model | None = None) -> None:
+        """Train `model`, by default what the run begins with (raises ValueError or OSError if it cannot)."""
+        self.folder, self.config = folder, config
+        train = config.train
+        self.device = choose_device(train.device)
+        if train.tensorboard and not installed():
+            raise ValueError("tensorboard=True needs TensorBoard: pip install 'lmsleep[track]'")
+        if train.threads:
+            torch.set_num_threads(train.threads)
+        torch.manual_seed(train.seed)
+        bfloat16 = in_bfloat16(train, self.device)
+        self.model = (model or first_model(config, bfloat16=bfloat16)).to(self.device).train()
+        if train.only_inserted:
+            for i, block in enumerate(self.model.requires_grad_(False).blocks):
+                block.requires_grad_(i in train.inserted)
+        self.objective = Objective(self.model, train, bfloat16=bfloat16)
+        self.optimizers = optimizers(self.model, train)
+        self.step, self.tokens, self.flops, self.seconds = 0, 0, 0, 0.0
+        self.batches = Batches(config)
+        self._flops = StepFlops(self.objective)
+
+    @classmethod
+    def resume(
+        cls, folder: RunFolder, checkpoint: Path | None = None, config: RunConfig | None = None
+    ) -> "Trainer":
+        """Continue from the newest (or another) checkpoint exactly as if there had been no stop.
+
+        Raises:
+            FileNotFoundError: if there is no checkpoint.
+            ValueError: if it is damaged or belongs to another configuration.
+        """
+        config = config or folder.config()
+        path = checkpoint or folder.latest()
+        bfloat16 = in_bfloat16(config.train, choose_device(config.train.device))
+        trainer = cls(folder, config, load(config.model, path, bfloat16=bfloat16))
+        try:
+            saved = torch.load(path / "trainer.pt", map_location=trainer.device, weights_only=True)
+            for optimizer, state in zip(trainer.optimizers, saved["optimizers"], strict=True):
+                optimizer.load_state_dict(state)
+            for name in ("step", "tokens", "flops", "seconds"):
+                setattr(trainer, name, saved[name])
+        except (
+            OSError,
+            RuntimeError,
+            AttributeError,
+            LookupError,
+            TypeError,
+            ValueError,
+            EOFError,
+            UnpicklingError,
+        ) as error:
+            raise ValueError(f"{path / 'trainer.pt'} is damaged or foreign: {error}") from error
+        folder.rewind(trainer.step)
+        return trainer
+
+    @classmethod
+    def take_up(cls, folder: RunFolder) -> "Trainer":
+        """Continue a run; one that was stopped before its first checkpoint begins again."""
+        if folder.checkpoints():
+            return cls.resume(folder)
+        trainer = cls(folder, folder.config())
+        folder.rewind(0)
+        return trainer
+
+    def fit(self, until: int | None = None, *, position: int | None = None) -> Score | None:
+        """Train up to step `until` (default: the end, with a final evaluation and report).
+
+        `position` is the line of the progress bar, for runs side by side.
+
+        Raises:
+            Diverged: if the loss or a gradient became non-finite.
+            Interrupted: after SIGINT or SIGTERM.
+        """
+        train = self.config.train
+        last = train.steps if until is None else min(until, train.steps)
+        name = self.folder.path.name
+        bar = tqdm(
+            total=last, initial=self.step, desc=name, unit="step", disable=None,
+            position=position, leave=position is None,
+        )  # fmt: skip
+        tracked = Events(self.folder.path, self.step) if train.tensorboard else nullcontext()
+        with _signals() as caught, bar, closing(self.batches), tracked as events:
+
+            def log(record: dict[str, Any]) -> None:
+                self.folder.log(record)
+                if events is not None:
+                    events.log(record)
+
+            while self.step < last:
+                record = self.train_step()
+                bar.update()
+                bar.set_postfix(loss=f"{record['loss']:.3f}", refresh=False)
+                if self.step % self.log_every == 0 or self.step == train.steps:
+                    log(record)
+                if self.step % train.eval_every == 0 or self.step == train.steps:
+                    score = self.evaluate(train.eval_batches)
+                    log({**self._position(), "eval": score.to_dict()})
+                if self.step % train.save_every == 0 or self.step == train.steps or caught:
+                    self.save()
+                if caught and self.step < last:
+                    resume = f"lmsleep train --resume {self.folder.path}"
+                    raise Interrupted(caught[0], f"stopped after step {self.step}; to go on: {resume}")
+        return self._finish() if self.step == train.steps else None
+
+    def _finish(self) -> Score:
+        score = self.evaluate(4 * self.config.train.eval_batches)
+        floors = self.config.task.floors()
+        kind = kind_of(self.config.model)
+        kind.export(self.model, self.config.model, self.config.sleep, self.folder.exported)
+        self.folder.write_report({**self._position(), "eval": score.to_dict(), "floors": floors})
+        return score
+
+    def evaluate(self, batches: int) -> Score:
+        """Score on held-out samples with the run's own sleep."""
+        self.model.eval()
+        with autocast(self.device, self.objective.in_bfloat16):
+            score = evaluate(
+                self.model, self.config.task, self.config.sleep, batches=batches, device=self.device,
+                batch_size=self.config.train.batch_size, parts=self.config.train.accumulate,
+            )  # fmt: skip
+        self.model.train()
+        return score
+
+    def save(self, name: str = "step") -> Path:
+        """Write a checkpoint."""
+        state = {
+            **self._position(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+        }
+
+        def write(folder: Path) -> None:
+            kind_of(self.config.model).save(self.model, self.config.model, folder)
+
+        return self.folder.save_checkpoint(self.step, write, state, name)
+
+    def train_step(self) -> dict[str, Any]:
+        """Take one step; return the record of it that is logged.
+
+        Raises:
+            Diverged: if the loss or a gradient became non-finite.
+        """
+        train, batch = self.config.train, self.batches[self.step]
+        sleep = sleep_at(self.step, self.config.sleep, train)
+        parts = [part.to(self.device) for part in batch.parts(train.accumulate)]
+        flops = sum(self._flops(part, sleep) for part in parts)
+        started = time.perf_counter()
+        factor = set_rates(self.optimizers, self.step, train)
+        torch.manual_seed(batch_rng(train.seed, "train", self.step).integers(2**63).item())  # of dropout
+        metrics = take_step(self.objective, parts, sleep, self.optimizers, clip=train.clip)
+        if not metrics.finite:
+            path = self.save("diverged")
+            raise Diverged(
+                f"step {self.step}: loss {metrics.loss}, gradient norm {metrics.grad_norm}; the state before "
+                f"it is in {path}. A lower lr or adam_lr, a smaller clip or a longer warmup usually helps"
+            )
+        self.step += 1
+        self.tokens += batch.num_tokens
+        self.flops += flops
+        self.seconds += time.perf_counter() - started
+        loss = {"loss": metrics.loss, "grad_norm": metrics.grad_norm}
+        return {**self._position(), **loss, "lr_factor": factor}
+
+    def _position(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "tokens": self.tokens,
+            "flops": self.flops,
+            "seconds": round(self.seconds, 3),
+        }
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM while a step is under way, so that the state can be saved after it."""
+    caught: list[int] = []
+    before = {s: signal.signal(s, lambda n, _: caught.append(n)) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)

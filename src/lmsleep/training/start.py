@@ -1,0 +1,30 @@
+"""What a run begins with."""
+
+from lmsleep.backbones import Model, build, kind_in, kind_of
+from lmsleep.training.config import RunConfig
+from lmsleep.training.runs import RunFolder
+
+
+def first_model(config: RunConfig, *, bfloat16: bool = False) -> Model:
+    """Build the model of a run: random weights, those of another run or model, or a pretrained model.
+
+    Args:
+        config: the run.
+        bfloat16: the model will run under autocast to bfloat16.
+
+    Raises:
+        FileNotFoundError: if there is no model at `config.train.start`, or no pretrained one.
+        ValueError: if it does not fit.
+    """
+    model, start = build(config.model, bfloat16=bfloat16), config.train.start
+    if config.task.vocab_size > model.vocab_size:
+        raise ValueError(
+            f"{config.task_name} has {config.task.vocab_size} tokens, the model only {model.vocab_size}; "
+            "use the model's own tokenizer (--tokenizer)"
+        )
+    config.sleep.check(model.initial_state(1).memory)
+    if start is not None:
+        folder = RunFolder(start)
+        source = folder.model() if folder.is_run() else kind_in(start).open(start, "cpu")[0]
+        kind_of(config.model).take_weights(model, source, config.train.inserted)
+    return model
