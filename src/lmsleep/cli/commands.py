@@ -23,17 +23,17 @@ from lmsleep.cli.options import (
     sleep_fields,
     task_field,
 )
-from lmsleep.cli.presets import PRESETS, preset
-from lmsleep.demo import command as demo_command
 from lmsleep.evaluation import Score, evaluate, wilson
 from lmsleep.evaluation.around_sleep import MOMENTS, Adaptation, Shifting, adaptation
 from lmsleep.evaluation.cost import cost
 from lmsleep.hf.loading import is_pretrained
 from lmsleep.models import HybridConfig
 from lmsleep.opening import open_backbone
-from lmsleep.plots import plot_runs
-from lmsleep.reproduce import RECIPES
-from lmsleep.reproduce import command as reproduce_command
+from lmsleep.recipes import RECIPES
+from lmsleep.recipes import demo as demo_command
+from lmsleep.recipes import run as reproduce_command
+from lmsleep.recipes.figure import plot_runs
+from lmsleep.recipes.settings import PRESETS, preset
 from lmsleep.sleep import Backbone, SleepConfig
 from lmsleep.tasks import Task, Text, find_task
 from lmsleep.training import (

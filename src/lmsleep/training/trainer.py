@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
 from lmsleep.evaluation import Score, evaluate, read_batch
 from lmsleep.hf import HFBackbone
@@ -27,6 +26,7 @@ from lmsleep.training.batches import Batches, draw
 from lmsleep.training.config import RunConfig, TrainConfig
 from lmsleep.training.models import Model, build, export, load
 from lmsleep.training.optim import learning_rate, optimizers, schedule
+from lmsleep.training.progress import progress
 from lmsleep.training.runs import RunFolder
 from lmsleep.training.tracking import Events, installed
 
@@ -207,10 +207,9 @@ class Trainer:
         train = self.config.train
         last = train.steps if until is None else min(until, train.steps)
         name = self.folder.path.name
-        bar = tqdm(
-            total=last, initial=self.step, desc=name, unit="step", disable=None,
-            position=position, leave=position is None,
-        )  # fmt: skip
+        bar = progress(
+            total=last, initial=self.step, desc=name, unit="step", position=position, leave=position is None
+        )
         tracked = Events(self.folder.path, self.step) if train.tensorboard else nullcontext()
         with _signals() as caught, bar, closing(self.batches), tracked as events:
 
