@@ -32,12 +32,12 @@ def blocks() -> dict[str, str]:
 
 
 def summary(result: Result) -> str:
-    """Accuracy at the hardest and over all difficulties, for every N, at equal tokens and at equal compute."""
+    """For every N accuracy at the hardest and over all difficulties, at equal tokens and at equal compute."""
     hardest = max(result.difficulties)
     lines = [["", *(f"{what}, equal {budget}" for what in (f"{result.key} = {hardest}", "all hops")
                     for budget in ("tokens", "compute"))]]  # fmt: skip
     for passes in sorted({row["passes"] for row in result.rows}):
-        cell = [row for row in result.own(cell=f"hybrid, N = {passes}")]
+        cell = result.own(cell=f"hybrid, N = {passes}")
         hard = [row for row in cell if row["difficulty"] == hardest]
         cells = [
             interval([row for row in rows if row["budget"] in (budget, "both")])

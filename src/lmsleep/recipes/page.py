@@ -12,13 +12,16 @@ from lmsleep.recipes.table import Lines
 def result_section(result: Result, picture: Path, whose: str) -> str:
     """A result as HTML, its picture inside; `whose` it is stands in the heading."""
     data = base64.b64encode(picture.read_bytes()).decode()
-    title, said = html.escape(result.recipe.title), (result.recipe.caution, result.made_by.replace("`", ""))
-    return "\n".join([
-        f"<h2>{title} ({html.escape(whose)}, {'one seed' if result.seeds == 1 else f'{result.seeds} seeds'})</h2>",
-        *(f"<p>{html.escape(text)}</p>" for text in said if text),
-        f'<img alt="{title}" src="data:image/png;base64,{data}">',
+    title, made_by = result.recipe.title, result.made_by.replace("`", "")
+    seeds = "one seed" if result.seeds == 1 else f"{result.seeds} seeds"
+    texts = [text for text in (result.recipe.caution, made_by) if text]
+    lines = [
+        f"<h2>{html.escape(f'{title} ({whose}, {seeds})')}</h2>",
+        *(f"<p>{html.escape(text)}</p>" for text in texts),
+        f'<img alt="{html.escape(title)}" src="data:image/png;base64,{data}">',
         table(result.lines()),
-    ])  # fmt: skip
+    ]
+    return "\n".join(lines)
 
 
 def table(lines: Lines) -> str:

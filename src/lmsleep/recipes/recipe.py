@@ -63,9 +63,9 @@ class Recipe:
         title: what is plotted.
         expects: what the paper reports, or the question where the paper has no such figure.
         cells: the runs at a scale; raises ValueError where a scale needs what is not at hand.
-        panels: left to right: learning curves against "tokens" or "flops"; the value by "difficulty", along the
-            "axis", or at the end ("final", a bar each); heat maps: the "grid" of axis by difficulty, one for each
-            N, and how the largest N answers when it is "read" with other passes.
+        panels: left to right: learning curves against "tokens" or "flops"; the value by "difficulty", along
+            the "axis", or at the end ("final", a bar each); heat maps: the "grid" of axis by difficulty, one
+            for each N, and how the largest N answers when it is "read" with other passes.
         axis: what the axis counts.
         read: the ways a trained run is read, by their place on the axis; by default its own.
         value: what is measured: accuracy after training, or the speed of a few training steps.

@@ -193,8 +193,8 @@ def time_steps(recipe: Recipe, cells: Sequence[Cell], repeats: int) -> Result:
 def interval(rows: Sequence[Row]) -> str:
     """The mean of an accuracy over seeds, and a 95 % interval that says what it can.
 
-    Three seeds or more have an interval over seeds (Student's t), two are shown as they are, since an interval
-    of two says nothing, and one has that of its own answers (Wilson). Several difficulties are taken together.
+    Three seeds or more have an interval over seeds (Student's t); two are shown as they are, since an
+    interval of two says nothing; one has that of its own answers (Wilson). Difficulties are taken together.
     """
     right: dict[int, float] = {}
     answers: dict[int, int] = {}

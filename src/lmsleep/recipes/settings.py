@@ -1,7 +1,7 @@
-"""Settings of runs, each said once: the demo's (tuned), harder ones, the paper's, and those of `lmsleep train`.
+"""Settings of runs, each said once: the demo's, harder ones, the paper's, and those of `lmsleep train`.
 
-How the demo's were found: `tools/tune.py`; what else was tried: docs/demo.md. Where the paper leaves a choice:
-docs/fidelity.md.
+How the demo's were found: `tools/tune.py`; what else was tried: docs/demo.md. Where the paper leaves a
+choice: docs/fidelity.md.
 """
 
 from dataclasses import replace
