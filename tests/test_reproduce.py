@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from lmsleep.cli import main
 from lmsleep.recipes import RECIPES, catalogue, results
 from lmsleep.recipes import run as command
 from lmsleep.recipes.estimate import estimate, side_by_side

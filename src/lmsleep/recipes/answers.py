@@ -15,8 +15,8 @@ from lmsleep.training import RunFolder
 SHIPPED = ("depo-N1", "depo-N4")
 BATCHES, SIZE, QUESTIONS = 8, 64, 8  # batches, graphs in each, questions about each
 ABOUT = (
-    f"{SHIPPED[0]} was trained with one pass a sleep, {SHIPPED[1]} with four: the same model, for the same "
-    "training compute.\nEach reads a hidden cycle of 8 nodes as 8 shuffled edges, sleeps as it was trained to,"
+    "depo-N1 was trained with one pass a sleep, depo-N4 with four: the same model, for the same "
+    "depo-N1 was trained with one pass a sleep, depo-N4 with four: the same model, for the same "
     "\nand forgets the text; then it is asked where a node leads after k hops."
 )
 
