@@ -77,7 +77,7 @@ def test_a_figure_writes_data_table_and_picture(here, capsys):
     report = RunFolder.open("runs/reproduce/passes-demo-2-steps/N---2-seed1").report()
     assert report is not None and own["accuracy"] == report["eval"]["per_difficulty"]["3"]
     page = (out / "README.md").read_text()
-    assert "chance" in page and "torch" in page and "Mean over 2 seeds" in page
+    assert "chance" in page and "torch" in page and "Both seeds." in page
     assert (out / "figure.png").stat().st_size > 10_000
 
     before = (out / "results.jsonl").read_bytes()

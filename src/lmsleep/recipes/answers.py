@@ -15,9 +15,9 @@ from lmsleep.training import RunFolder
 SHIPPED = ("depo-N1", "depo-N4")
 BATCHES, SIZE, QUESTIONS = 8, 64, 8  # batches, graphs in each, questions about each
 ABOUT = (
-    "depo-N1 was trained with one pass a sleep, depo-N4 with four: the same model, for the same "
-    "depo-N1 was trained with one pass a sleep, depo-N4 with four: the same model, for the same "
-    "\nand forgets the text; then it is asked where a node leads after k hops."
+    "depo-N1 was trained with one pass a sleep, depo-N4 with four: the same model, for the same compute.\n"
+    "Each reads a hidden cycle of 8 nodes as 8 shuffled edges, sleeps as it was trained to, and forgets the\n"
+    "text; then it is asked where a node leads after k hops."
 )
 
 
