@@ -9,6 +9,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from lmsleep.files import write_atomic
 from lmsleep.recipes import figure
 from lmsleep.recipes.answers import ABOUT, Answers
@@ -55,6 +57,7 @@ def run(options: DemoOptions) -> None:
     if not options.full and options.tasks != ("depo",):
         raise ValueError(f"tasks={options.tasks}: only depo is trained without --full")
     say = sys.stderr.write if options.json else sys.stdout.write
+    torch.set_num_threads(1)  # products are small: more threads wait for each other
     answers = Answers.drawn(secrets.randbelow(2**31))
     say(f"{answers.text()}\n")
     sys.stdout.flush()
