@@ -56,7 +56,7 @@ notebooks: $(VENV)/.dev
 	$(BIN)/python docs/hooks/notebooks.py
 
 release: $(VENV)/.dev
-	$(BIN)/python experiments/release.py $(CONSTRAINTS)
+	$(BIN)/python tools/release.py $(CONSTRAINTS)
 
 clean:
 	rm -rf $(VENV) dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

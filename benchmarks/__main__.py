@@ -12,8 +12,9 @@ import torch
 
 from benchmarks import data, floors, recurrence, rules, sessions, step, window
 from benchmarks.processor import Processor
-from benchmarks.table import Table, as_text, with_tables
+from benchmarks.table import Table, as_page
 from lmsleep.files import write_atomic
+from lmsleep.recipes.table import published
 from lmsleep.training import choose_device
 from lmsleep.training.runs import provenance
 
@@ -66,7 +67,7 @@ def main(argv: list[str], prog: str = "python -m benchmarks") -> None:
         if options.publish:
             publish(result, {name: results[name]})
         if not options.json:
-            print(as_text(results[name]))
+            print(f"{as_page(results[name])}\n")
     if options.json:
         print(json.dumps(results, indent=2))
 
@@ -77,9 +78,10 @@ def publish(name: str, results: dict[str, Any], root: Path = ROOT) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = json.loads(path.read_text()) if path.exists() else {}
     write_atomic(path, (json.dumps({**kept, **results}, indent=1) + "\n").encode())
+    blocks = {f"benchmark:{name}.{table}": as_page(result) for table, result in results.items()}
     for page in sorted((root / "docs").glob("*.md")):
         text = page.read_text()
-        if (new := with_tables(text, name, results)) != text:
+        if (new := published(text, blocks)) != text:
             write_atomic(page, new.encode())
 
 

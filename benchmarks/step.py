@@ -13,14 +13,14 @@ from benchmarks.processor import Processor
 from benchmarks.table import Cell, Table
 from benchmarks.timing import Times, flops, ms, peak_bytes, ratio, take_turns
 from lmsleep import HybridConfig, HybridLM, SleepConfig
-from lmsleep.tasks import Batch, Depo, Rule110, Task, batch_rng
+from lmsleep.recipes.settings import PAIR, depo, rule110
+from lmsleep.tasks import Batch, Rule110, Task, batch_rng
 from lmsleep.tasks.reading import read_batch
-from lmsleep.training import TrainConfig
+from lmsleep.training import RunConfig, TrainConfig
 from lmsleep.training.muon import Muon
 from lmsleep.training.optim import optimizers
 
 PASSES = (1, 2, 4)
-HYBRID = ("attention", "gated_delta_net")
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,17 @@ class Setting:
         return model
 
 
+def of_the_paper(run: RunConfig, batch: int) -> Setting:
+    """Task, model and window of one of the paper's runs."""
+    assert run.sleep.window is not None
+    return Setting(run.task, run.architecture, run.sleep.window, batch)
+
+
 # The paper's batches are 512 and 128. On a CPU activations of the first would take 26 GB at N = 4, a step of
 # the second many minutes; FLOPs go with the batch, all but the optimizer's.
-AUTOMATON = Setting(Rule110(), HybridConfig(d_model=256, num_heads=4, blocks=HYBRID * 2), 24, 64)
-DEPO = Setting(Depo(), HybridConfig(d_model=512, num_heads=8, blocks=HYBRID * 5), 75, 8)
-TINY = Setting(Rule110(width=4, states=2), HybridConfig(d_model=16, num_heads=2, blocks=HYBRID), 4, 4)
+AUTOMATON = of_the_paper(rule110("paper", 4), batch=64)
+DEPO = of_the_paper(depo("paper", 4), batch=8)
+TINY = Setting(Rule110(width=4, states=2), HybridConfig(d_model=16, num_heads=2, blocks=PAIR), 4, 4)
 ON_A_GPU = replace(AUTOMATON, batch=512), replace(DEPO, batch=32)  # 128 of Depo would take 100 GB
 
 

@@ -12,13 +12,14 @@ from benchmarks import recurrence, step, window
 from benchmarks.peer import Composed
 from benchmarks.processor import Processor
 from benchmarks.sessions import SMALL, memories, size, stream
-from benchmarks.table import as_markdown, with_tables
+from benchmarks.table import as_page
 from benchmarks.timing import Times, peak_bytes, take_turns
 from conftest import close
 
 from lmsleep import SleepConfig, sleep_forward
 from lmsleep.cli import bench, main
 from lmsleep.evaluation.cost import cost
+from lmsleep.recipes.table import published
 
 ROOT = Path(__file__).parents[1]
 
@@ -131,10 +132,10 @@ def test_publishing_writes_json_and_the_tables_into_the_pages(tiny, tmp_path):
     (tmp_path / "docs/a.md").write_text(page)
     benchmarks.publish("sessions", tiny, tmp_path)
     new = (tmp_path / "docs/a.md").read_text()
-    assert new.startswith("before\n") and as_markdown(rows(tiny, "size")) in new and new.count("old") == 1
+    assert new.startswith("before\n") and as_page(tiny["size"]) in new and new.count("old") == 1
     assert json.loads((tmp_path / "benchmarks/results/sessions.json").read_text()) == tiny
     benchmarks.publish("sessions", {"size": tiny["merge"]}, tmp_path)  # one table alone
-    assert as_markdown(rows(tiny, "merge")) in (tmp_path / "docs/a.md").read_text()
+    assert as_page(tiny["merge"]) in (tmp_path / "docs/a.md").read_text()
     kept = json.loads((tmp_path / "benchmarks/results/sessions.json").read_text())
     assert kept == {**tiny, "size": tiny["merge"]}
     assert "python -m benchmarks sessions --tiny --repeats 1`" in new
@@ -146,7 +147,9 @@ def test_the_documentation_shows_the_committed_results():
         for page in sorted((ROOT / "docs").glob("*.md")):
             text = page.read_text()
             seen += text.count(f"<!-- benchmark:{result.stem}.")
-            assert with_tables(text, result.stem, json.loads(result.read_text())) == text
+            tables = json.loads(result.read_text())
+            blocks = {f"benchmark:{result.stem}.{name}": as_page(table) for name, table in tables.items()}
+            assert published(text, blocks) == text
     assert seen == 18
 
 

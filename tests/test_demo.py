@@ -1,48 +1,67 @@
 import json
 import re
-import runpy
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tools import publish
 
+from lmsleep import pretrained
 from lmsleep.cli import main
-from lmsleep.demo import settings
-from lmsleep.demo.command import committed_result
-from lmsleep.demo.report import as_text, table
-from lmsleep.demo.runs import PASSES, demo_jobs, equal_steps
-from lmsleep.training import Job, RunConfig, RunFolder, Trainer, flops_per_step, run_all
+from lmsleep.recipes import RECIPES, figure, settings
+from lmsleep.recipes import run as command
+from lmsleep.recipes.answers import Answers
+from lmsleep.recipes.catalogue import LIVE
+from lmsleep.recipes.demo import committed
+from lmsleep.recipes.results import Result
+from lmsleep.recipes.table import published
+from lmsleep.training import Job, RunFolder, Trainer, run_all, training_flops
+
+FULL = ("--full", "--seeds", "0", "1", "--scale", "0.004")
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo")
-    main(["demo", "--out", str(out), "--scale", "0.004", "--workers", "2"])
+    main(["demo", *FULL, "--out", str(out), "--workers", "2"])
     return out
 
 
-@pytest.mark.parametrize("make", [settings.depo, settings.rule110])
-def test_equal_compute_is_equal_to_within_a_step(make):
-    budget = 100 * flops_per_step(make(4, 0, 1))
-    for passes in PASSES:
-        spent = equal_steps(make, passes, 100) * flops_per_step(make(passes, 0, 1))
-        assert 0 <= budget - spent < flops_per_step(make(passes, 0, 1))
+@pytest.mark.parametrize("cells", [RECIPES["depo"].cells, RECIPES["rule110"].cells, LIVE.cells])
+def test_equal_compute_is_equal_to_within_a_step(cells):
+    runs = [cell.config for cell in cells("demo") if cell.budget in (None, "compute", "both")]
+    (budget,) = (training_flops(run) for run in runs if run.sleep.passes == 4)
+    for run in runs:
+        spent = training_flops(run)
+        assert 0 <= budget - spent < spent / run.train.steps
 
 
-def test_models_differ_in_their_passes_and_tuned_settings_alone(tmp_path):
-    jobs = {j.path.name: j for j in demo_jobs(tmp_path, [0, 1], ["depo"])}
-    assert {"depo-N1-seed0", "depo-N2-seed1", "depo-N4-seed0", "depo-transformer-cached-seed0"} <= jobs.keys()
-    four, one = jobs["depo-N4-seed0"].config, jobs["depo-N1-seed0"]
-    assert one.shorter is not None and one.shorter.config.train.steps == four.train.steps
-    assert (one.config.task, one.config.model) == (four.task, four.model)
-    assert one.config.sleep == replace(four.sleep, passes=1)
+def test_models_differ_in_their_passes_and_tuned_settings_alone():
+    cells = RECIPES["depo"].cells("demo")
+    assert [cell.folder_for(1) for cell in cells] == [
+        "depo-N1-tokens-seed1", "depo-N1-seed1", "depo-N2-tokens-seed1", "depo-N2-seed1", "depo-N4-seed1",
+        "depo-transformer-evicted-seed1", "depo-transformer-cached-seed1",
+    ]  # fmt: skip
+    tokens, one, four = cells[0].config, cells[1].config, cells[4].config
+    assert cells[1].shorter == cells[0] and tokens.train.steps == four.train.steps < one.train.steps
+    assert (one.task, one.model, one.sleep) == (four.task, four.model, four.sleep.with_passes(1))
     tuned = set().union(*settings.DEPO_TUNED.values())
-    same = {k: v for k, v in vars(one.config.train).items() if k not in {"steps", *tuned}}
+    same = {k: v for k, v in vars(one.train).items() if k not in {"steps", *tuned}}
     assert same == {k: v for k, v in vars(four.train).items() if k in same}
 
 
+def test_the_live_runs_are_the_demo_s_cut_short_alike():
+    one, four = (cell.config for cell in LIVE.cells("demo"))
+    whole = settings.depo("demo", 4)
+    assert (one.task, one.model, one.sleep) == (whole.task, whole.model, whole.sleep.with_passes(1))
+    share = four.train.steps / whole.train.steps
+    assert share == one.train.curriculum / settings.DEPO_TUNED[1]["curriculum"] < 1
+    changed = {"steps": whole.train.steps, "curriculum": whole.train.curriculum, "save_every": 250}
+    assert replace(four, train=replace(four.train, **changed)) == whole
+
+
 def test_a_shorter_run_that_shares_its_start_equals_one_trained_alone(tmp_path):
-    config = settings.depo(2, 0, 20, curriculum=10, eval_every=5)
+    config = settings.depo("demo", 2, steps=20, curriculum=10, eval_every=5)
     short = replace(config, train=replace(config.train, steps=10))
     run_all([Job(tmp_path / "long", config, Job(tmp_path / "short", short))], workers=1)
     alone = Trainer(RunFolder.create(tmp_path / "alone", short), short)
@@ -56,7 +75,7 @@ def test_a_shorter_run_that_shares_its_start_equals_one_trained_alone(tmp_path):
 
 
 def test_a_branch_of_another_configuration_is_refused(tmp_path):
-    config = settings.depo(2, 0, 20)
+    config = settings.depo("demo", 2, steps=20)
     other = replace(config, train=replace(config.train, steps=10, lr=0.5))
     with pytest.raises(RuntimeError, match=r"must differ from .* in its steps alone"):
         run_all([Job(tmp_path / "long", config, Job(tmp_path / "short", other))], workers=1)
@@ -64,49 +83,90 @@ def test_a_branch_of_another_configuration_is_refused(tmp_path):
 
 def test_finished_runs_are_not_repeated_and_foreign_ones_refused(demo, capsys):
     before = {p: p.stat().st_mtime_ns for p in demo.rglob("report.json")}
-    main(["demo", "--out", str(demo), "--scale", "0.004", "--json"])
+    assert len(before) == 2 * 5 + 2  # the bounds once
+    main(["demo", *FULL, "--out", str(demo), "--json"])
     assert before == {p: p.stat().st_mtime_ns for p in demo.rglob("report.json")}
-    assert json.loads(capsys.readouterr().out)["depo"]["seeds"] == [0, 1]
+    said = json.loads(capsys.readouterr().out)
+    assert {row["seed"] for row in said["trained"]["depo"]} == {0, 1}
     with pytest.raises(SystemExit) as leaving:
-        main(["demo", "--out", str(demo), "--scale", "0.005"])
+        main(["demo", *FULL[:-1], "0.005", "--out", str(demo)])
     assert leaving.value.code == 2 and "another configuration" in capsys.readouterr().err
 
 
-def test_page_and_table_hold_every_row(demo):
-    result = json.loads((demo / "results.json").read_text())
-    lines = table(result, "depo")
-    assert [line[:2] for line in lines[1:]] == [
-        *(["tokens", f"hybrid, N = {n}"] for n in PASSES),
-        ["tokens", "transformer, cache evicted"],
-        ["tokens", "transformer, cache kept"],
-        *(["compute", f"hybrid, N = {n}"] for n in PASSES),
-        ["", "chance"],
-        ["", "best constant answer"],
-    ]
-    assert len(as_text(lines).splitlines()) == len(lines) + 1
+def test_rows_are_those_of_the_reports_and_of_other_readings(demo):
+    result = Result.load(RECIPES["depo"], demo / "depo")
+    report = RunFolder.open(demo / "depo-N2-tokens-seed1").report()
+    (row,) = result.own(cell="hybrid, N = 2", budget="tokens", seed=1, difficulty=3)
+    assert report is not None and row["accuracy"] == report["eval"]["per_difficulty"]["3"]
+    assert {r["passes_read"] for r in result.rows if r["passes"] == 4} == {1, 2, 3, 4, 6}
+    assert all(r["passes_read"] == r["passes"] for r in result.rows if r["passes"] != 4)
+    assert {curve["cell"] for curve in result.curves} == {f"hybrid, N = {n}" for n in (1, 2, 4)}
+    assert {len(line) for line in result.lines()} == {4 + 4 + 1}
+    figure.draw(result)
+
+
+def test_the_page_holds_every_row_and_needs_no_network(demo):
     page = (demo / "demo.html").read_text()
     # The letters of a picture in base64 spell anything by chance, so the text is looked at without them.
     text, pictures = re.subn(r"data:image/png;base64,[A-Za-z0-9+/=]+", "", page)
-    assert pictures > 0 and "http" not in text
-    assert page.count("<tr>") >= len(lines)
+    assert pictures == 3 and "http" not in text  # this run and the committed results
+    tables = [Result.load(RECIPES["depo"], demo / "depo"), committed("depo"), committed("rule110")]
+    assert page.count("<tr>") == 5 + sum(len(result.lines()) for result in tables)
+
+
+def test_the_shipped_models_answer_and_two_are_trained(tmp_path, monkeypatch, capsys):
+    def train_here(jobs, workers):
+        for job in jobs:
+            if not job.path.exists():
+                Trainer(RunFolder.create(job.path, job.config), job.config).fit()
+
+    monkeypatch.setattr(command, "run_all", train_here)
+    main(["demo", "--out", str(tmp_path), "--scale", "0.004"])
+    said = capsys.readouterr().out
+    assert said.index("HOP_4") < said.index("side by side") < said.index("demo.html")
+    assert {p.name for p in tmp_path.iterdir() if (p / "config.json").exists()} == {
+        "depo-live-N1-seed0", "depo-live-N4-seed0",
+    }  # fmt: skip
+    assert [line[0] for line in Result.load(LIVE, tmp_path / "live").lines()] == [
+        "model", "N = 1", "N = 4", "chance", "constant",
+    ]  # fmt: skip
+    main(["demo", "--out", str(tmp_path), "--scale", "0.004", "--json"])
+    out, err = capsys.readouterr()
+    again = json.loads(out)
+    assert "HOP_4" in err and len(again["trained"]["live"]) == 2 * 4
+
+
+def test_the_answers_are_those_of_each_model_about_graphs_it_never_saw():
+    answers = Answers.drawn(11)
+    edges = dict(zip(answers.graph.split()[::2], answers.graph.split()[1::2], strict=True))
+    node = start = answers.graph.split()[0]
+    for k, (question, right, _, by_four) in enumerate(answers.asked, start=1):
+        node = edges[node]
+        assert (question, right) == (f"HOP_{k} {start}", node) and by_four in edges
+    for name, score in answers.scores.items():
+        said = RunFolder.open(pretrained.find(name)).report()["eval"]
+        assert sum(score.total.values()) == 8 * 64 * 8
+        assert score.accuracy == pytest.approx(said["accuracy"], abs=0.03)
+    assert answers.scores["depo-N4"].per_difficulty[4] - answers.scores["depo-N1"].per_difficulty[4] > 0.5
+    assert Answers.drawn(12).graph != answers.graph
 
 
 def test_the_committed_result_was_made_with_these_settings():
-    result = committed_result()
-    assert "depo" in result
-    for task, part in result.items():
-        make = getattr(settings, task)
-        steps = part["config"]["train"]["steps"]
-        assert RunConfig.from_dict(part["config"]) == make(4, 0, steps)
-        assert part["tuned"] == {str(n): t for n, t in getattr(settings, f"{task.upper()}_TUNED").items()}
-        seeds = {r["seed"] for r in part["rows"] if r["label"] == "hybrid, N = 4"}
-        assert len(seeds) >= 5
+    for name in ("depo", "rule110"):
+        result, cells = committed(name), RECIPES[name].cells("demo")
+        steps = {r["cell"]: r["step"] for r in result.rows if r["budget"] in ("both", "tokens")}
+        assert steps == {c.label: c.config.train.steps for c in cells if c.budget in ("both", "tokens")}
+        longer = {r["cell"]: r["step"] for r in result.rows if r["budget"] == "compute"}
+        for cell in cells:
+            if cell.budget == "compute":  # what else than products is counted has changed since
+                assert longer[cell.label] == pytest.approx(cell.config.train.steps, rel=0.01)
+        assert {row["seed"] for row in result.rows} == {0, 1, 2, 3, 4}
 
 
 def test_the_tables_in_the_documentation_are_those_of_the_committed_result():
-    root = Path(__file__).parents[1]
-    publish = runpy.run_path(str(root / "experiments/publish.py"))
-    for page in publish["PAGES"]:
-        text = page.read_text()
-        assert "<!-- table:depo -->" in text
-        assert publish["with_tables"](text, committed_result()) == text
+    blocks = publish.blocks()
+    texts = [page.read_text() for page in publish.PAGES]
+    assert all(any(f"<!-- {name} -->" in text for text in texts) for name in blocks)
+    assert all(published(text, blocks) == text for text in texts)
+    for name in ("depo", "rule110"):
+        assert committed(name).page() in (Path(publish.COMMITTED) / name / "README.md").read_text()

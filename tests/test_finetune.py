@@ -15,8 +15,8 @@ from lmsleep.cli.opening import SleepOptions, new_session
 from lmsleep.hf import load_pretrained
 from lmsleep.hf.finetune import FineTune, memory_layers, merged, pretrained_backbone
 from lmsleep.hf.jet_nemotron import JetNemotronConfig, JetNemotronForCausalLM
-from lmsleep.reproduce import RECIPES, recipes
-from lmsleep.reproduce.command import _chain
+from lmsleep.recipes import RECIPES, catalogue
+from lmsleep.recipes.run import _chain
 from lmsleep.sleep import Hard, Sliding
 from lmsleep.tasks import MQAR
 from lmsleep.tasks.gsm_infinite.language import tokenizer
@@ -306,8 +306,8 @@ def test_a_figure_is_made_from_weights(with_words, tmp_path, monkeypatch, capsys
     monkeypatch.chdir(tmp_path)
     sizes = {"ops": (1, 1), "length": (0, 200), "hard": 64, "sliding": 64}
     train = TrainConfig(batch_size=2, eval_batches=1, threads=1)
-    monkeypatch.setitem(recipes.GSM_SIZES, "small", sizes)
-    monkeypatch.setitem(recipes.GSM_TRAIN, "small", train)
+    monkeypatch.setitem(catalogue.GSM_SIZES, "small", sizes)
+    monkeypatch.setitem(catalogue.GSM_TRAIN, "small", train)
     small = ["4a", "--scale", "small", "--steps", 1, "--seeds", 1, "--workers", 1]
     code, said, errors = run_command(capsys, "reproduce", *small, "--weights", with_words["jet_nemotron"])
     assert code == 0, errors

@@ -3,7 +3,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from experiments import release
+from tools import release
 
 from lmsleep import __version__
 

@@ -6,12 +6,17 @@ from pathlib import Path
 import pytest
 
 from lmsleep.cli import main
-from lmsleep.reproduce import RECIPES, command, recipes, results
-from lmsleep.reproduce.command import _chain, estimate, side_by_side
-from lmsleep.reproduce.figure import draw
-from lmsleep.reproduce.results import table
+from lmsleep.recipes import RECIPES, catalogue, results
+from lmsleep.recipes import run as command
+from lmsleep.recipes.estimate import estimate, side_by_side
+from lmsleep.recipes.figure import draw
+from lmsleep.recipes.results import Result, interval
+from lmsleep.recipes.run import _chain
+from lmsleep.recipes.table import as_markdown
 from lmsleep.sleep import Hard, Sliding
 from lmsleep.training import RunFolder, Trainer, compute
+
+BOTH = ("depo", "rule110")  # at equal tokens and at equal compute
 
 
 def reproduce(*argv: str) -> None:
@@ -37,14 +42,14 @@ def here(tmp_path, monkeypatch):
 @pytest.mark.parametrize("figure", RECIPES)
 @pytest.mark.parametrize("scale", ["demo", "small", "paper"])
 def test_the_cells_of_a_figure_differ_in_name_and_run(figure, scale):
-    if scale == "paper" and figure.startswith("compute-matched"):
+    if scale == "paper" and figure in (*BOTH, "compute-matched", "compute-matched-depo"):
         pytest.skip("builds many large models")
     if scale != "demo" and figure in ("4a", "4b", "5"):
         with pytest.raises(ValueError, match=rf"^figure {figure} at scale={scale} needs pretrained weights"):
             RECIPES[figure].cells(scale)
         return
     cells = RECIPES[figure].cells(scale)
-    assert len({cell.label for cell in cells}) == len(cells) > 1
+    assert len({cell.folder_for(0) for cell in cells}) == len(cells) > 1
     assert len({json.dumps(cell.config.to_dict()) for cell in cells}) == len(cells)
     assert cells[0].with_seed(3).train.seed == 3
 
@@ -72,7 +77,7 @@ def test_a_figure_writes_data_table_and_picture(here, capsys):
     report = RunFolder.open("runs/reproduce/passes-demo-2-steps/N---2-seed1").report()
     assert report is not None and own["accuracy"] == report["eval"]["per_difficulty"]["3"]
     page = (out / "README.md").read_text()
-    assert "chance" in page and "torch" in page and "Mean over 2 seeds" in page
+    assert "chance" in page and "torch" in page and "Both seeds." in page
     assert (out / "figure.png").stat().st_size > 10_000
 
     before = (out / "results.jsonl").read_bytes()
@@ -84,13 +89,14 @@ def test_a_figure_writes_data_table_and_picture(here, capsys):
 def train_here(jobs, workers):
     # What run_all does (test_training.py), without a new process for each recipe.
     for job in jobs:
-        if not job.path.exists():
-            Trainer(RunFolder.create(job.path, job.config), job.config).fit()
+        for each in (job.shorter, job):
+            if each is not None and not each.path.exists():
+                Trainer(RunFolder.create(each.path, each.config), each.config).fit()
 
 
 @pytest.mark.parametrize("figure", sorted(set(RECIPES) - {"passes"}))
 def test_every_recipe_runs_to_its_end(here, figure, monkeypatch, capsys):
-    monkeypatch.setattr(recipes, "SLEEPS", (1, 4, 12))
+    monkeypatch.setattr(catalogue, "SLEEPS", (1, 4, 12))
     monkeypatch.setattr(results, "TIMED_STEPS", 1)
     monkeypatch.setattr(command, "run_all", train_here)
     reproduce(figure, "--steps", "1", "--seeds", "1", "--out", "here")
@@ -141,7 +147,7 @@ def test_colour_is_accuracy_above_chance():
         for key in (1, 2)
         for seed, accuracy in ((0, 1.0), (1, chance))
     ]  # fmt: skip
-    (ax,) = draw(RECIPES["grid"], rows, [], "k").axes
+    (ax,) = draw(Result(RECIPES["grid"], "k", rows, [], "")).axes
     assert ax.images[0].get_array().tolist() == [[0.5, 0.5], [0.5, 0.5]]
     assert [text.get_text() for text in ax.texts] == 4 * ["0.50"]
 
@@ -161,15 +167,60 @@ def test_memory_is_read_after_more_and_more_sleeps(scale):
 def test_floors_are_given_for_each_difficulty_and_for_each_cell_where_they_differ():
     spent = {"step": 1, "flops": 1e12, "passes": 1, "passes_read": 1, "seed": 0, "at": None, "accuracy": 0.75}
     rows = [
-        {"cell": cell, "difficulty": key, "chance": 0.125, "constant": constant + key / 100, **spent}
+        {"cell": cell, "difficulty": key, "answers": 100, "chance": 0.125, "constant": constant + key / 100}
+        | spent
         for cell, constant in (("one", 0.2), ("two", 0.3))
         for key in (1, 2)
     ]
-    lines = table(RECIPES["3"], rows, "k").splitlines()
-    assert "One seed, hence no interval." in lines
-    assert "| chance |  |  | 0.125 | 0.125 |" in lines
-    assert "| constant, one |  |  | 0.210 | 0.220 |" in lines
-    assert "| constant, two |  |  | 0.310 | 0.320 |" in lines
+    page = Result(RECIPES["3"], "k", rows, [], "`made`").page().splitlines()
+    assert "One seed [95 % interval of its answers]." in page
+    assert "| chance |  |  | 0.125 | 0.125 |" in page
+    assert "| constant, one |  |  | 0.210 | 0.220 |" in page
+    assert "| constant, two |  |  | 0.310 | 0.320 |" in page
+
+
+def test_an_interval_says_what_its_seeds_can():
+    def rows(*accuracies):
+        return [{"seed": s, "accuracy": a, "answers": 100} for s, a in enumerate(accuracies)]
+
+    assert interval(rows(0.5)) == "0.500 [0.404, 0.596]"  # Wilson's, of 50 in 100
+    assert interval(rows(0.5, 0.7)) == "0.500 0.700"
+    assert interval(rows(0.5, 0.6, 0.7)) == "0.600 [0.352, 0.848]"  # Student's, 4.303 * .1 / sqrt(3)
+    more = [{"seed": 0, "accuracy": 1.0, "answers": 300}]
+    assert interval([*rows(0.2), *more]).startswith("0.800 ")  # difficulties by their answers
+
+
+def test_one_run_at_both_budgets_stands_in_both_blocks():
+    spent = {"step": 1, "flops": 1e12, "seed": 0, "at": None, "answers": 10, "chance": 0.1, "constant": 0.1}
+    rows = [
+        {
+            "cell": f"N = {n}",
+            "passes": n,
+            "passes_read": read,
+            "budget": budget,
+            "difficulty": 1,
+            "accuracy": read / 10,
+        }
+        | spent
+        for n, read, budget in ((1, 1, "tokens"), (1, 1, "compute"), (4, 4, "both"), (4, 2, "both"))
+    ]
+    lines = Result(RECIPES["rule110"], "t", rows, [], "").lines()
+    assert [line[:2] for line in lines] == [
+        ["at equal", "model"], ["tokens", "N = 1"], ["tokens", "N = 4"], ["compute", "N = 1"],
+        ["compute", "N = 4"], ["", "chance"], ["", "constant"],
+    ]  # fmt: skip
+    assert lines[2][-1].startswith("0.400 ")  # not as it is read with other passes
+
+
+@pytest.mark.parametrize(
+    "folder", sorted((Path(__file__).parents[1] / "results").iterdir()), ids=lambda p: p.name
+)
+def test_committed_results_are_those_of_their_rows(folder, tmp_path):
+    result = Result.load(RECIPES[folder.name.rpartition("-")[0]], folder)
+    result.save(tmp_path)
+    for path in tmp_path.iterdir():
+        assert path.read_bytes() == (folder / path.name).read_bytes()
+    assert as_markdown(result.lines()) in (folder / "README.md").read_text()
 
 
 def test_a_dry_run_trains_nothing(here, capsys):

@@ -9,8 +9,8 @@ import pytest
 import torch
 from conftest import run_command
 
-from lmsleep.demo import settings
 from lmsleep.evaluation import EVAL_SEED
+from lmsleep.recipes import settings
 from lmsleep.tasks import TASKS, Batch, Depo, Rule110, Text, batch_rng
 from lmsleep.tasks.samples import EVICTED, records, show
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from conftest import run_command
-from experiments import ship
+from tools import ship
 
 from lmsleep import HybridLM, shipped
 from lmsleep.cli import main

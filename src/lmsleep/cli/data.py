@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lmsleep.cli.options import listed_tasks, parse, task_field
-from lmsleep.cli.presets import preset
 from lmsleep.evaluation import EVAL_SEED
 from lmsleep.files import write_atomic
+from lmsleep.recipes.settings import preset
 from lmsleep.tasks import batch_rng, find_task
 from lmsleep.tasks.samples import records, show
 

@@ -1,7 +1,7 @@
 """`lmsleep demo`: what longer sleep buys."""
 
 from lmsleep.cli.options import parse
-from lmsleep.demo import command as demo_command
+from lmsleep.recipes import demo as demo_command
 
 
 def demo(argv: list[str]) -> None:

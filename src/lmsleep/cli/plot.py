@@ -8,7 +8,7 @@ from typing import Literal
 from tyro.conf import Positional
 
 from lmsleep.cli.options import parse
-from lmsleep.plots import plot_runs
+from lmsleep.recipes.figure import plot_runs
 from lmsleep.training import RunFolder
 
 

@@ -1,8 +1,8 @@
 """`lmsleep reproduce`: the runs behind a figure."""
 
 from lmsleep.cli.options import parse
-from lmsleep.reproduce import RECIPES
-from lmsleep.reproduce import command as reproduce_command
+from lmsleep.recipes import RECIPES
+from lmsleep.recipes import run as reproduce_command
 
 
 def reproduce(argv: list[str]) -> None:

@@ -18,8 +18,8 @@ from lmsleep.cli.options import (
     sleep_fields,
     task_field,
 )
-from lmsleep.cli.presets import PRESETS, preset
 from lmsleep.cli.scores import bits_text, floor_text
+from lmsleep.recipes.settings import PRESETS, preset
 from lmsleep.tasks import Text, find_task
 from lmsleep.training import (
     BASELINES,

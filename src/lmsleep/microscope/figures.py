@@ -7,6 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from lmsleep.heatmap import heat_map
 from lmsleep.microscope.seen import Row, Seen
 
 AWAKE, ASLEEP = "#1b7837", "#762a83"
@@ -160,17 +161,10 @@ def probe(rows: list[Row]) -> Figure:
         for ax, window in zip(panels, windows, strict=True):
             mine = {(r["pass"], r["steps"]): r for r in rows if r["window"] == window}
             grid = np.array([[mine[n, j]["accuracy"] for j in steps] for n in passes])
-            ax.imshow(grid, vmin=0, vmax=1, cmap="Greens", aspect="auto")
             # Numbers in more cells would overlap.
-            if grid.size <= 150:
-                for (i, j), value in np.ndenumerate(grid):
-                    colour = "white" if value > 0.6 else "black"
-                    ax.text(j, i, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=8)
+            heat_map(ax, grid, ["embedding", *passes[1:]], steps, numbers=grid.size <= 150)
             constant = np.mean([r["constant"] for r in mine.values()])
-            ax.set(title=f"window {window} (best constant {constant:.2f})", xlabel="steps ahead",
-                   xticks=range(len(steps)), yticks=range(len(passes)))  # fmt: skip
-            ax.set_xticklabels(map(str, steps))
-            ax.set_yticklabels(["embedding", *map(str, passes[1:])])
+            ax.set(title=f"window {window} (best constant {constant:.2f})", xlabel="steps ahead")
         panels[0].set(ylabel="h after pass")
     return figure
 

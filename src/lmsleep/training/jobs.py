@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from lmsleep.training.config import RunConfig
 from lmsleep.training.loop import Interrupted, Trainer
+from lmsleep.training.progress import progress
 from lmsleep.training.runs import RunFolder
 from lmsleep.training.workers import leave_with_parent
 
@@ -73,7 +74,7 @@ def run_all(jobs: Sequence[Job], workers: int | None = None) -> None:
     started: dict[str, Any] = {"initializer": _start, "initargs": (lock, numbers, workers)}
     with (
         ProcessPoolExecutor(workers, context, **started) as pool,
-        tqdm(total=len(jobs), initial=len(jobs) - len(todo), desc="runs", unit="run", position=0) as bar,
+        progress(total=len(jobs), initial=len(jobs) - len(todo), desc="runs", unit="run", position=0) as bar,
         _raising_interrupted(),
     ):
         try:

@@ -9,7 +9,6 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from lmsleep.backbones import Model, kind_of, load
 from lmsleep.evaluation import Score, evaluate
@@ -20,6 +19,7 @@ from lmsleep.training.config import RunConfig
 from lmsleep.training.device import autocast, choose_device, in_bfloat16
 from lmsleep.training.objective import Objective
 from lmsleep.training.optim import optimizers, set_rates, sleep_at
+from lmsleep.training.progress import progress
 from lmsleep.training.runs import RunFolder
 from lmsleep.training.start import first_model
 from lmsleep.training.step import take_step
@@ -125,10 +125,9 @@ class Trainer:
         train = self.config.train
         last = train.steps if until is None else min(until, train.steps)
         name = self.folder.path.name
-        bar = tqdm(
-            total=last, initial=self.step, desc=name, unit="step", disable=None,
-            position=position, leave=position is None,
-        )  # fmt: skip
+        bar = progress(
+            total=last, initial=self.step, desc=name, unit="step", position=position, leave=position is None
+        )
         tracked = Events(self.folder.path, self.step) if train.tensorboard else nullcontext()
         with _signals() as caught, bar, closing(self.batches), tracked as events:
 

@@ -1,6 +1,6 @@
 """How long each recipe takes on this machine, as the Markdown table of docs/experiments.md.
 
-python experiments/estimates.py [FIGURE ...] [--scales demo small paper]
+python tools/estimates.py [FIGURE ...] [--scales demo small paper]
 
 With the default seeds of each scale. FLOPs are counted, and seconds follow from the rate of a short pass
 (`lmsleep reproduce FIGURE --dry-run` shows both run by run). Evaluation is left out.
@@ -12,8 +12,10 @@ from typing import get_args
 
 import torch
 
-from lmsleep.reproduce import RECIPES, Scale
-from lmsleep.reproduce.command import default_seeds, estimate, side_by_side
+from lmsleep.recipes import RECIPES, Scale
+from lmsleep.recipes.estimate import estimate, side_by_side
+from lmsleep.recipes.run import default_seeds
+from lmsleep.recipes.table import source
 from lmsleep.training import default_workers, provenance
 
 TOO_LARGE = {("6", "paper"): "1.4 billion parameters: on a GPU"}  # a single pass would take hours on a CPU
@@ -40,7 +42,6 @@ def main() -> None:
     parser.add_argument("figures", nargs="*", default=[*RECIPES])
     parser.add_argument("--scales", nargs="+", choices=get_args(Scale), default=get_args(Scale))
     options = parser.parse_args()
-    torch.set_num_threads(1)
     lines = [["figure", *options.scales], ["---"] * (1 + len(options.scales))]
     for line in lines:
         sys.stdout.write(f"| {' | '.join(line)} |\n")
@@ -49,8 +50,7 @@ def main() -> None:
         sys.stdout.write(f"| `{figure}` | {' | '.join(cells)} |\n")
         sys.stdout.flush()
     made = provenance()
-    where = f"{made['hardware']}, torch {made['torch']}, commit {made['commit']}"
-    sys.stdout.write(f"\n{default_workers()} runs at a time; `{made['command']}`, {where}\n")
+    sys.stdout.write(f"\n{default_workers()} runs at a time; `{made['command']}`, {source(made)}\n")
 
 
 if __name__ == "__main__":

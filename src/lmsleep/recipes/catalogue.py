@@ -10,16 +10,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lmsleep.demo import settings
 from lmsleep.hf.finetune import FineTune
 from lmsleep.models import BlockKind, HybridConfig
-from lmsleep.reproduce.recipe import Cell, Recipe, Scale
-from lmsleep.reproduce.results import TIMED_STEPS
+from lmsleep.recipes import settings
+from lmsleep.recipes.recipe import Cell, Recipe
+from lmsleep.recipes.results import TIMED_STEPS
+from lmsleep.recipes.settings import PAIR, Scale, depo, rule110
 from lmsleep.sleep import Hard, Passes, SleepConfig
-from lmsleep.tasks import MQAR, Depo, GSMInfinite, Rule110
+from lmsleep.tasks import MQAR, GSMInfinite
 from lmsleep.training import BASELINES, RunConfig, TrainConfig, baseline, equal_compute, two_stages
 
-ALTERNATING: tuple[BlockKind, ...] = ("attention", "gated_delta_net", "attention", "gated_delta_net")
 PRETRAINED = {
     "4a": "jet-ai/Jet-Nemotron-2B",
     "4b": "ByteDance/Ouro-1.4B",
@@ -51,49 +51,8 @@ ON_THE_SPOT = (
     "nothing about the paper's models."
 )
 Make = Callable[[Scale, int], RunConfig]  # the run with N passes at a scale
+LIVE_SHARE = 0.6
 SLEEPS = (1, 4, 10, 100, 1000)  # windows of filler, four of them in training
-RATES: dict[str, Any] = {"lr": 2e-3, "adam_lr": 5e-5, "eval_every": 1000, "save_every": 1000}
-
-
-def rule110(scale: Scale, passes: int, t: int | None = None) -> RunConfig:
-    """Rule 110 read with N passes; `t` updates, by default those of the paper's figure 2b."""
-    if scale == "paper":
-        return RunConfig(
-            task=Rule110(t=t or 32),
-            model=HybridConfig(d_model=256, num_heads=4, blocks=ALTERNATING),
-            sleep=SleepConfig(window=24, passes=passes),
-            train=TrainConfig(batch_size=512, steps=97_000, **RATES),
-        )
-    tuned = passes if passes in settings.RULE110_TUNED else 4  # N = 3 takes the rates of N = 4
-    run, small = settings.rule110(tuned, 0), scale == "small"
-    task = replace(settings.RULE110, t=t or (8 if small else settings.RULE110.t))
-    run = replace(run, task=task, sleep=run.sleep.with_passes(passes))
-    return _small(run) if small else run
-
-
-def depo(scale: Scale, passes: int) -> RunConfig:
-    """Depo read with N passes."""
-    if scale == "paper":
-        task = Depo()
-        return RunConfig(
-            task=task,
-            model=HybridConfig(d_model=512, num_heads=8, blocks=ALTERNATING),
-            sleep=SleepConfig(window=task.context_length // 4, passes=passes),
-            train=TrainConfig(batch_size=128, steps=100_000, **RATES),
-        )
-    run = settings.depo(passes, 0, settings.DEPO_STEPS)
-    if scale == "demo":
-        return run
-    task = replace(settings.DEPO, nodes=12, names=12, hops=6)
-    run = _small(replace(run, task=task, sleep=replace(run.sleep, window=task.context_length // 2)))
-    return replace(run, train=replace(run.train, curriculum=run.train.steps // 3))
-
-
-def _small(run: RunConfig) -> RunConfig:
-    """A run of the demo with a model twice as wide and deep (and feed-forward layers) and more steps."""
-    model = HybridConfig(d_model=128, num_heads=4, blocks=ALTERNATING, forget=settings.DEPO_MODEL.forget)
-    train = replace(run.train, steps=2000, lr=0.01, adam_lr=0.01, eval_every=250)
-    return replace(run, model=model, train=train)
 
 
 def retention(scale: Scale, passes: int) -> RunConfig:
@@ -195,7 +154,7 @@ def _gsm(blocks: tuple[BlockKind, ...], sleep: SleepConfig, **train: Any) -> Run
     """A tiny run on GSM-Infinite; fast-weight blocks have no feed-forward layer, as in the paper."""
     bare = {i: {"mlp_dim": 0} for i, kind in enumerate(blocks) if kind != "attention"}
     return RunConfig(
-        task=GSMInfinite(subset="medium", mode="forward", ops=(2, 3), length=(0, 128)),
+        task=settings.SHORT_GSM,
         model=HybridConfig(d_model=64, num_heads=4, blocks=blocks, overrides=bare),
         sleep=sleep,
         train=TrainConfig(batch_size=16, lr=5e-3, adam_lr=5e-3, threads=1, **{"steps": 300, **train}),
@@ -203,9 +162,9 @@ def _gsm(blocks: tuple[BlockKind, ...], sleep: SleepConfig, **train: Any) -> Run
 
 
 def _looped_in_the_middle(passes: int, eviction: str) -> Cell:
-    start = Cell("start: hybrid, nothing evicted", _gsm(ALTERNATING, SleepConfig()))
+    start = Cell("start: hybrid, nothing evicted", _gsm(2 * PAIR, SleepConfig()))
     sleep = SleepConfig(window=64, passes=passes, eviction=eviction, loop=(1, 3))
-    return Cell(f"N = {passes}", _gsm(ALTERNATING, sleep), start=start)
+    return Cell(f"N = {passes}", _gsm(2 * PAIR, sleep), start=start)
 
 
 def _with_memory_blocks(passes: int, eviction: str) -> Cell:
@@ -227,7 +186,7 @@ def _with_memory_blocks(passes: int, eviction: str) -> Cell:
 
 def _speed(scale: Scale) -> list[Cell]:
     """Training steps on one long context in windows of three sizes, activations recomputed."""
-    blocks = ALTERNATING
+    blocks = 2 * PAIR
     T, windows, batch, width = {
         "demo": (384, (32, 64, 128), 2, 64),
         "small": (3072, (256, 512, 1024), 4, 256),
@@ -255,6 +214,45 @@ def _by_passes(make: Make, passes: Sequence[int]) -> Callable[[Scale], list[Cell
 def _by_steps(scale: Scale) -> list[Cell]:
     times = {"demo": (1, 2, 3, 4), "small": (2, 4, 6, 8), "paper": (4, 8, 10, 12, 14, 16)}[scale]
     return [Cell(f"t = {t}", rule110(scale, 1, t)) for t in times]
+
+
+def _at_both_budgets(make: Make, bounds: Sequence[str] = ()) -> Callable[[Scale], list[Cell]]:
+    """N = 1, 2 and 4 at the tokens of N = 4 and at its training FLOPs; transformers at its tokens."""
+
+    def cells(scale: Scale) -> list[Cell]:
+        asleep, made = make(scale, 4), list[Cell]()
+        name = asleep.task_name
+        for n in (1, 2):
+            label, run = f"hybrid, N = {n}", make(scale, n)
+            tokens = Cell(label, run, budget="tokens", folder=f"{name}-N{n}-tokens")
+            longer = equal_compute(run, asleep)
+            made += [tokens, Cell(label, longer, budget="compute", folder=f"{name}-N{n}", shorter=tokens)]
+        made.append(Cell("hybrid, N = 4", asleep, budget="both", folder=f"{name}-N4"))
+        for bound in bounds:  # not contestants, so one seed tells enough
+            run, cache = baseline(bound, make(scale, 1)), bound.removeprefix("transformer-")
+            label = f"transformer, cache {'kept' if cache == 'cached' else cache}"
+            made.append(Cell(label, run, budget="tokens", folder=f"{name}-{bound}", once=True))
+        return made
+
+    return cells
+
+
+def _four_with_other_passes(run: RunConfig) -> dict[int, RunConfig]:
+    """A run with N = 4, read with 1 ... 6 passes; the others as they are."""
+    passes = (1, 2, 3, 4, 6) if run.sleep.passes == 4 else (run.sleep.passes,)
+    return {n: replace(run, sleep=run.sleep.with_passes(n)) for n in passes}
+
+
+def _live(scale: Scale) -> list[Cell]:
+    """N = 1 and N = 4 in minutes on two cores: `LIVE_SHARE` of the steps, for the same training FLOPs."""
+
+    def shorter(passes: int) -> RunConfig:
+        train = depo(scale, passes).train
+        steps, curriculum = (round(LIVE_SHARE * n) for n in (train.steps, train.curriculum))
+        return depo(scale, passes, steps=steps, curriculum=curriculum, save_every=50)
+
+    asleep = shorter(4)
+    return [Cell(f"N = {n}", equal_compute(shorter(n), asleep), folder=f"depo-live-N{n}") for n in (1, 4)]
 
 
 def _compute_matched(make: Make) -> Callable[[Scale], list[Cell]]:
@@ -321,7 +319,31 @@ def _state_sizes(scale: Scale) -> list[Cell]:
     return cells
 
 
+BOTH_BUDGETS = (
+    "Not in the paper, which compares at equal tokens: N at equal tokens and at equal training FLOPs."
+)
+LIVE = Recipe(
+    "Pointer chase: where is a node after k hops, once the graph is out of sight?",
+    "One model, trained with one and with four passes a sleep, for the same training FLOPs.",
+    _live,
+    ("flops", "difficulty"),
+    caution="Six tenths of the training behind the committed result, and seeds differ. N is compared at one "
+    "model: a model with twice the blocks does as well in one pass at four hops.",
+)
 RECIPES: dict[str, Recipe] = {
+    "depo": Recipe(
+        "Pointer chase: where is a node after k hops, once the graph is out of sight?",
+        BOTH_BUDGETS,
+        _at_both_budgets(depo, ("transformer-evicted", "transformer-cached")),
+        ("tokens", "flops", "difficulty", "read"),
+        read=_four_with_other_passes,
+    ),
+    "rule110": Recipe(
+        "Rule 110: what are the cells after t steps, once the state is out of sight?",
+        BOTH_BUDGETS,
+        _at_both_budgets(rule110),
+        ("tokens", "flops", "final"),
+    ),
     "2a": Recipe(
         "Rule 110, one pass, more and more updates",
         "Paper: with N = 1 accuracy falls sharply as t grows.",

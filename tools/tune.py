@@ -1,11 +1,11 @@
-"""Learning rate and protocol for each N on the demo's tasks: the sweep behind demo/settings.py.
+"""Learning rate and protocol for each N on the demo's tasks: the sweep behind recipes/settings.py.
 
-    python experiments/tune.py depo --out runs/tune-depo            (prints a table, best first)
-    python experiments/tune.py depo-curriculum --out runs/tune-depo-curriculum
-    python experiments/tune.py depo-heads --out runs/tune-depo-heads
-    python experiments/tune.py rule110 --out runs/tune-rule110
-    python experiments/tune.py depo-variants --out runs/variants    (what else was tried, N = 4)
-    python experiments/tune.py rule110-variants --out runs/variants
+    python tools/tune.py depo --out runs/tune-depo            (prints a table, best first)
+    python tools/tune.py depo-curriculum --out runs/tune-depo-curriculum
+    python tools/tune.py depo-heads --out runs/tune-depo-heads
+    python tools/tune.py rule110 --out runs/tune-rule110
+    python tools/tune.py depo-variants --out runs/variants    (what else was tried, N = 4)
+    python tools/tune.py rule110-variants --out runs/variants
 
 Every N gets the same grid, the same seed (none of the demo's) and the same training compute.
 """
@@ -17,23 +17,31 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lmsleep.demo import settings
-from lmsleep.demo.runs import PASSES, equal_steps
-from lmsleep.training import Job, RunConfig, RunFolder, run_all
+from lmsleep.recipes import settings
+from lmsleep.training import Job, RunConfig, RunFolder, equal_compute, run_all
 
 SEED = 100
+PASSES = (4, 2, 1)  # longest steps first
 
 Grid = list[tuple[str, RunConfig]]
+Make = Callable[..., RunConfig]  # settings.depo or settings.rule110
+
+
+def equal_steps(make: Make, passes: int, steps: int) -> int:
+    """Steps that cost as many training FLOPs as `steps` steps with N = 4."""
+    return equal_compute(make("demo", passes, steps=steps), make("demo", 4, steps=steps)).train.steps
 
 
 def depo(steps: int) -> Grid:
     """Muon's rate with the curriculum over hops, then the middle rate without it."""
     grid = []
-    for passes in reversed(PASSES):
+    for passes in PASSES:
         length = equal_steps(settings.depo, passes, steps)
         protocols = [(0.0075, 350), (0.015, 350), (0.03, 350), (0.015, 0)]
         for lr, curriculum in protocols:
-            config = settings.depo(passes, SEED, length, lr=lr, adam_lr=0.02, curriculum=curriculum)
+            config = settings.depo(
+                "demo", passes, seed=SEED, steps=length, lr=lr, adam_lr=0.02, curriculum=curriculum
+            )
             grid.append((f"depo-N{passes}-lr{lr}-curriculum{curriculum}", config))
     return grid
 
@@ -41,11 +49,11 @@ def depo(steps: int) -> Grid:
 def depo_curriculum(steps: int) -> Grid:
     """The chosen rates with a long and a short curriculum, two seeds each."""
     grid = []
-    for passes in reversed(PASSES):
+    for passes in PASSES:
         length = equal_steps(settings.depo, passes, steps)
         for curriculum in (350, 600):
             for seed in (200, 201):
-                config = settings.depo(passes, seed, length, curriculum=curriculum)
+                config = settings.depo("demo", passes, seed=seed, steps=length, curriculum=curriculum)
                 grid.append((f"depo-N{passes}-curriculum{curriculum}-seed{seed}", config))
     return grid
 
@@ -61,7 +69,7 @@ def depo_heads() -> Grid:
         (4, 32, 900),
         (8, 16, 1300),
     ):
-        config = settings.depo(4, 300, steps, lr=0.02)
+        config = settings.depo("demo", 4, seed=300, steps=steps, lr=0.02)
         model = replace(config.architecture, num_heads=heads, head_dim=size)
         grid.append((f"depo-{heads}-heads-of-{size}-{steps}-steps", replace(config, model=model)))
     return grid
@@ -70,17 +78,17 @@ def depo_heads() -> Grid:
 def rule110(steps: int) -> Grid:
     """Muon's rate, then one of them with a curriculum over t."""
     grid = []
-    for passes in reversed(PASSES):
+    for passes in PASSES:
         length = equal_steps(settings.rule110, passes, steps)
         for lr, curriculum in ((0.005, 0), (0.01, 0), (0.02, 0), (0.04, 0), (0.02, 200)):
-            config = settings.rule110(passes, SEED, length, lr=lr, curriculum=curriculum)
+            config = settings.rule110("demo", passes, seed=SEED, steps=length, lr=lr, curriculum=curriculum)
             grid.append((f"rule110-N{passes}-lr{lr}-curriculum{curriculum}", config))
     return grid
 
 
-def variants(task: str, make: Callable[..., RunConfig], steps: int, level: int) -> Grid:
+def variants(task: str, make: Make, steps: int, level: int) -> Grid:
     """N = 4 with one thing changed at a time."""
-    base = make(4, SEED, steps)
+    base = make("demo", 4, seed=SEED, steps=steps)
     other_size = 16 if base.architecture.key_dim == 32 else 32
     changes: dict[str, dict[str, dict[str, Any]]] = {
         "as chosen": {},

@@ -1,7 +1,7 @@
 """Make runs the shipped ones: configuration, report and newest model as package data, and the data card.
 
-lmsleep demo --seeds 0 1 2 3 4 --out runs/committed
-python experiments/ship.py runs/committed/depo-N1-seed0 runs/committed/depo-N4-seed0
+lmsleep demo --full --out runs/committed
+python tools/ship.py runs/committed/depo-N1-seed0 runs/committed/depo-N4-seed0
 """
 
 import json
@@ -13,7 +13,7 @@ from lmsleep.training import RunFolder
 
 CARD = """# The shipped models
 
-Made by `python experiments/ship.py`; this page too.
+Made by `python tools/ship.py`; this page too.
 
 {rows}
 

@@ -1,6 +1,6 @@
 """The distributions of the GSM-Infinite generator, as the Markdown tables of docs/tasks.md.
 
-python experiments/gsm_infinite.py [PROBLEMS per op, default 1000]
+python tools/gsm_infinite.py [PROBLEMS per op, default 1000]
 """
 
 import sys

@@ -5,10 +5,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from lmsleep.training import RunConfig
+from lmsleep.recipes.settings import Scale
+from lmsleep.training import RunConfig, TrainConfig
 
-Scale = Literal["demo", "small", "paper"]
-Panel = Literal["tokens", "flops", "difficulty", "axis", "final", "grid"]
+Budget = Literal["tokens", "compute", "both"]
+Panel = Literal["tokens", "flops", "difficulty", "axis", "final", "grid", "read"]
 Value = Literal["accuracy", "tokens_per_second"]
 
 
@@ -22,6 +23,10 @@ class Cell:
         at: its place on the recipe's axis, if cells make that axis.
         start: the run whose weights it begins with.
         line: the line that it is a point of; its own by default.
+        budget: what its run has in common with the run it is compared with, where a recipe holds both.
+        shorter: the cell whose run makes the same first steps and leaves early; it is not trained by itself.
+        folder: the name of its run's folder, before the seed; by default made from the label.
+        once: whether one seed tells enough.
     """
 
     label: str
@@ -29,10 +34,25 @@ class Cell:
     at: int | None = None
     start: "Cell | None" = None
     line: str | None = None
+    budget: Budget | None = None
+    shorter: "Cell | None" = None
+    folder: str | None = None
+    once: bool = False
 
     def with_seed(self, seed: int) -> RunConfig:
         """The run for another seed: other initial weights and other data, the same for every cell."""
         return replace(self.config, train=replace(self.config.train, seed=seed))
+
+    def with_train(self, change: Callable[[TrainConfig], TrainConfig]) -> "Cell":
+        """The cell with other options of training, and so the cells that its run begins with or shares."""
+        start, shorter = (each and each.with_train(change) for each in (self.start, self.shorter))
+        config = replace(self.config, train=change(self.config.train))
+        return replace(self, config=config, start=start, shorter=shorter)
+
+    def folder_for(self, seed: int) -> str:
+        """The name of the folder of the run with that seed."""
+        slug = "".join(c if c.isalnum() else "-" for c in self.label).strip("-")
+        return f"{self.folder or slug}-seed{seed}"
 
 
 @dataclass(frozen=True)
@@ -43,8 +63,9 @@ class Recipe:
         title: what is plotted.
         expects: what the paper reports, or the question where the paper has no such figure.
         cells: the runs at a scale; raises ValueError where a scale needs what is not at hand.
-        panels: left to right: learning curves against "tokens" or "flops", the value by "difficulty", along
-            the "axis", or at the end ("final", a bar each); "grid": a heat map of axis by difficulty, per N.
+        panels: left to right: learning curves against "tokens" or "flops"; the value by "difficulty", along
+            the "axis", or at the end ("final", a bar each); heat maps: the "grid" of axis by difficulty, one
+            for each N, and how the largest N answers when it is "read" with other passes.
         axis: what the axis counts.
         read: the ways a trained run is read, by their place on the axis; by default its own.
         value: what is measured: accuracy after training, or the speed of a few training steps.

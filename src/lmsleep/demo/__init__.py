@@ -1,1 +1,0 @@
-"""The demo: what longer sleep buys, shown on a laptop."""

@@ -1,0 +1,166 @@
+"""From rows to the figure of a recipe: seeds as a band (lowest to highest) around their mean."""
+
+from collections.abc import Sequence
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from lmsleep.evaluation import mean_interval
+from lmsleep.heatmap import heat_map
+from lmsleep.recipes.results import Result, Row
+from lmsleep.training import RunFolder
+
+AXES = {"tokens": (1e6, "training tokens (millions)"), "flops": (1e12, "training compute (TFLOP)")}
+LABELS = {"accuracy": "held-out accuracy", "tokens_per_second": "training tokens a second"}
+IN_A_ROW = 3  # panels
+
+
+def draw(result: Result) -> Figure:
+    """The figure of a result, one panel each; a "grid" takes one for every N."""
+    recipe = result.recipe
+    passes = sorted({row["passes"] for row in result.rows})
+    panels = [(p, n) for p in recipe.panels for n in (passes if p == "grid" else [0])]
+    down = ceil(len(panels) / IN_A_ROW)
+    right = ceil(len(panels) / down)
+    figure = Figure(figsize=(6 * right, 4.5 * down), layout="constrained")
+    axes = np.atleast_1d(figure.subplots(down, right)).flat
+    for ax, (panel, n) in zip(axes, panels, strict=False):
+        if panel in AXES:
+            _curves(ax, panel, result)
+        elif panel == "grid":
+            _grid(ax, result, n)
+        elif panel == "read":
+            _read(ax, result)
+        elif panel == "final":
+            _ends(ax, result)
+        else:
+            _lines(ax, panel, result)
+        if panel not in ("final", "grid", "read"):
+            ax.legend(fontsize=8)
+            if recipe.value == "accuracy":
+                ax.axhline(result.rows[0]["chance"], color="#999999", ls=":", lw=1)
+                ax.set_ylim(-0.02, 1.02)
+    figure.suptitle(recipe.title)
+    return figure
+
+
+def save(result: Result, path: Path) -> None:
+    """Draw a result into a file."""
+    draw(result).savefig(path, dpi=130)
+
+
+def plot_runs(runs: Sequence[RunFolder], path: Path, x: str = "tokens") -> None:
+    """Draw loss and accuracy of runs against tokens, flops, seconds or steps.
+
+    Raises:
+        ValueError: if a run has no metrics yet.
+    """
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for run in runs:
+        metrics = list(run.metrics())
+        losses = [m for m in metrics if "loss" in m]
+        scores = [m for m in metrics if "eval" in m]
+        if not losses:
+            raise ValueError(f"{run.path} has no metrics yet")
+        left.plot([m[x] for m in losses], [m["loss"] for m in losses], lw=1, label=run.path.name)
+        right.plot([m[x] for m in scores], [m["eval"]["accuracy"] for m in scores], label=run.path.name)
+    left.set(xlabel=x, ylabel="training loss (nats)")
+    right.set(xlabel=x, ylabel="held-out accuracy")
+    left.legend(fontsize=8)
+    figure.savefig(path, dpi=130)
+
+
+def _curves(ax: Axes, panel: str, result: Result) -> None:
+    unit, label = AXES[panel]
+    for cell, rows in _groups(result.curves, "cell"):
+        points = [(r["step"], r[panel] / unit, next(reversed(r["per_difficulty"].values()))) for r in rows]
+        _band(ax, cell, points)
+    ax.set(xlabel=label, ylabel=f"held-out accuracy, hardest {result.key}")
+
+
+def _lines(ax: Axes, panel: str, result: Result) -> None:
+    """The value against the difficulty, or at the hardest against the recipe's axis."""
+    recipe = result.recipe
+    key = "difficulty" if panel == "difficulty" else "at"
+    hardest = max(result.difficulties, default=0)
+    rows = _at_most_compute(result) if key == "difficulty" else result.rows
+    for line, mine in _groups(rows, "line"):
+        points = [r for r in mine if key == "difficulty" or r.get("difficulty", 0) == hardest]
+        _band(ax, line, [(r[key], r[key], r[recipe.value]) for r in points], marker="o")
+    places = [row[key] for row in result.rows]
+    if max(places) > 20 * max(min(places), 1):
+        ax.set_xscale("log")
+    else:
+        ax.locator_params(axis="x", integer=True)
+    ax.set(xlabel=result.key if key == "difficulty" else recipe.axis, ylabel=LABELS[recipe.value])
+
+
+def _at_most_compute(result: Result) -> list[Row]:
+    """Own readings; of what was trained at equal tokens and at equal compute, the latter."""
+    rows = result.own()
+    longer = {row["line"] for row in rows if row.get("budget") == "compute"}
+    return [r for r in rows if r.get("budget") != "tokens" or r["line"] not in longer]
+
+
+def _grid(ax: Axes, result: Result, passes: int) -> None:
+    """Mean accuracy above chance, as a share of what there is above chance; axis times difficulty."""
+    rows = [row for row in result.rows if row["passes"] == passes]
+    down, right = (sorted({row[key] for row in rows}) for key in ("at", "difficulty"))
+    heat_map(ax, _means(rows, "at", down, right, above_chance=True), down, right, size=10)
+    ax.set(xlabel=result.key, ylabel=f"{result.recipe.axis} (colour: accuracy above chance)")
+    ax.set_title(f"N = {passes}")
+
+
+def _read(ax: Axes, result: Result) -> None:
+    """Accuracy of the runs with most passes, read with fewer and more."""
+    most = max(row["passes"] for row in result.rows)
+    rows = [row for row in result.rows if row["passes"] == most]
+    down = sorted({row["passes_read"] for row in rows})
+    heat_map(ax, _means(rows, "passes_read", down, result.difficulties), down, result.difficulties, size=10)
+    ax.set(xlabel=result.key, ylabel="N when read", title=f"trained with N = {most}: accuracy")
+
+
+def _means(
+    rows: Sequence[Row], key: str, down: Sequence[int], right: Sequence[int], *, above_chance: bool = False
+) -> list[list[float]]:
+    def value(row: Row) -> float:
+        return (row["accuracy"] - row["chance"]) / (1 - row["chance"]) if above_chance else row["accuracy"]
+
+    found = [[[value(r) for r in rows if (r[key], r["difficulty"]) == (i, j)] for j in right] for i in down]
+    return [[float(np.mean(values)) if values else np.nan for values in line] for line in found]
+
+
+def _ends(ax: Axes, result: Result) -> None:
+    rows, hardest = _at_most_compute(result), max(result.difficulties)
+    cells = _groups(rows, "cell")
+    for place, (_, mine) in enumerate(cells):
+        # the hardest of the cell's own: a figure over t has another in each
+        own = hardest if any(r["difficulty"] == hardest for r in mine) else max(r["difficulty"] for r in mine)
+        values = [r["accuracy"] for r in mine if r["difficulty"] == own]
+        mean, low, high = mean_interval(values)
+        error = None if np.isnan(low) else [[mean - max(low, 0)], [min(high, 1) - mean]]
+        ax.barh(place, mean, xerr=error, color="#1b7837", alpha=0.7)
+        ax.plot(values, [place] * len(values), "k.", ms=4)
+    ax.set(yticks=range(len(cells)), xlabel="final accuracy at the hardest (bar: mean, dots: seeds)")
+    ax.set_yticklabels([cell for cell, _ in cells])
+    ax.invert_yaxis()
+    ax.axvline(result.rows[0]["chance"], color="#999999", ls=":", lw=1)
+    ax.set_xlim(0, 1.02)
+
+
+def _groups(rows: Sequence[Row], key: str) -> list[tuple[str, list[Row]]]:
+    return [(name, [r for r in rows if r[key] == name]) for name in dict.fromkeys(r[key] for r in rows)]
+
+
+def _band(ax: Axes, label: str, points: Sequence[tuple[int, float, float]], **style: Any) -> None:
+    """`points`: (what to group seeds by, x, y)."""
+    groups = [[p for p in points if p[0] == key] for key in sorted({p[0] for p in points})]
+    x = [group[0][1] for group in groups]
+    y = [[value for _, _, value in group] for group in groups]
+    (line,) = ax.plot(x, [np.mean(v) for v in y], label=label, **style)
+    ax.fill_between(x, [min(v) for v in y], [max(v) for v in y], color=line.get_color(), alpha=0.15, lw=0)

@@ -1,0 +1,232 @@
+"""From finished runs to rows, and from rows to the table: the result of a recipe is a folder of its own."""
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import isnan, nan
+from pathlib import Path
+from typing import Any
+
+from lmsleep.evaluation import evaluate, mean_interval, wilson
+from lmsleep.files import write_atomic
+from lmsleep.recipes.recipe import Cell, Recipe
+from lmsleep.recipes.table import as_markdown, source
+from lmsleep.training import Job, RunConfig, RunFolder, Trainer, choose_device, provenance
+
+Row = dict[str, Any]
+FLOORS = ("chance", "constant")
+SPENT = ("step", "tokens", "flops", "seconds")
+TIMED_STEPS = 3  # after one to warm up
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of a recipe.
+
+    Attributes:
+        recipe: what was trained.
+        key: the name of the difficulty.
+        rows: one for each cell, seed, reading and difficulty.
+        curves: one for each evaluation on the way.
+        made_by: the command and where it ran, as Markdown.
+    """
+
+    recipe: Recipe
+    key: str
+    rows: list[Row]
+    curves: list[Row]
+    made_by: str
+
+    @property
+    def seeds(self) -> int:
+        """How many seeds were trained."""
+        return len({row["seed"] for row in self.rows})
+
+    @property
+    def difficulties(self) -> list[int]:
+        """The difficulties that were asked for, rising; none where speed was measured."""
+        return sorted({row["difficulty"] for row in self.rows if "difficulty" in row})
+
+    def own(self, **where: Any) -> list[Row]:
+        """Rows of runs that were read as they were trained, with these values."""
+        return [
+            r for r in self.rows
+            if r["passes_read"] == r["passes"] and all(r[key] == value for key, value in where.items())
+        ]  # fmt: skip
+
+    def lines(self) -> list[list[str]]:
+        """The table: mean over seeds with its 95 % interval, a line per cell and reading, then the floors."""
+        recipe, keys = self.recipe, self.difficulties
+        budgets = ["tokens", "compute"] if "budget" in self.rows[0] else [None]
+        before = ["at equal"] if budgets[0] else []
+        axis = [] if recipe.axis is None else [recipe.axis]
+        columns = [f"{self.key} = {key}" for key in keys] or ["tokens a second"]
+        whole = before and len(keys) > 1
+        lines = [[*before, "model", *axis, "steps", "TFLOP", *columns, *(["all"] if whole else [])]]
+        rows = self.rows if axis else self.own()
+        for budget in budgets:
+            due = [r for r in rows if budget is None or r["budget"] in (budget, "both")]
+            for cell, at in dict.fromkeys((r["cell"], r["at"]) for r in due):
+                mine = [r for r in due if (r["cell"], r["at"]) == (cell, at)]
+                figures = [interval([r for r in mine if r["difficulty"] == key]) for key in keys]
+                figures = figures or [_mean([r["tokens_per_second"] for r in mine], digits=0)]
+                named = [*([budget] if budget else []), cell, *([str(at)] if axis else [])]
+                spent = [str(mine[0]["step"]), f"{mine[0]['flops'] / 1e12:.3g}"]
+                lines.append([*named, *spent, *figures, *([interval(mine)] if whole else [])])
+        for label, floors in _floors(self.rows, keys):
+            over_all = floors[0] if len({*floors}) == 1 else nan
+            figures = ["" if isnan(f) else f"{f:.3f}" for f in (*floors, *([over_all] if whole else []))]
+            lines.append([*("" for _ in before), label, *("" for _ in axis), "", "", *figures])
+        return lines
+
+    def page(self) -> str:
+        """The result as Markdown: what was asked, the table, and what made it."""
+        said = "\n\n".join(text for text in (self.recipe.expects, self.recipe.caution) if text)
+        mean = f"Mean over {self.seeds} seeds [95 % interval]."
+        if self.seeds < 3:
+            mean = ("One seed [95 % interval of its answers].", "Both seeds.")[self.seeds - 1]
+        if self.recipe.value != "accuracy" and self.seeds < 2:
+            mean = "One measurement, hence no interval."
+        return f"# {self.recipe.title}\n\n{said}\n\n{mean}\n\n{as_markdown(self.lines())}\n\n{self.made_by}\n"
+
+    def save(self, folder: Path) -> None:
+        """Write `README.md`, `results.jsonl`, `results.csv` and `curves.jsonl`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, rows in (("results", self.rows), ("curves", self.curves)):
+            write_atomic(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(self.rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_atomic(folder / "results.csv", text.getvalue().encode())
+        write_atomic(folder / "README.md", f"{self.page()}\n![figure](figure.png)\n".encode())
+
+    @classmethod
+    def load(cls, recipe: Recipe, folder: Path) -> "Result":
+        """What `save` wrote."""
+        rows, curves = (
+            [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+            for name in ("results", "curves")
+        )
+        page = (folder / "README.md").read_text().splitlines()
+        made_by = next(line for line in page if line.startswith("`"))
+        return cls(recipe, _key(page), rows, curves, made_by)
+
+
+def _key(page: Sequence[str]) -> str:
+    """The name of the difficulty, out of the header of a table with columns "k = 1"."""
+    header = next(line for line in page if line.startswith("| "))
+    return next((cell.split(" = ")[0] for cell in header.split(" | ") if " = " in cell), "")
+
+
+def collect(recipe: Recipe, jobs: Sequence[tuple[Cell, Job]]) -> Result:
+    """The result of finished runs: their reports, their curves, and how they answer when read otherwise."""
+    rows, curves = list[Row](), list[Row]()
+    for cell, job in jobs:
+        run, config = RunFolder.open(job.path), job.config
+        report = run.report()
+        assert report is not None, f"{job.path} is not finished"
+        who = _who(cell, config)
+        spent = {key: report[key] for key in SPENT}
+        readings = {cell.at: config} if recipe.read is None else recipe.read(config)
+        for at, reading in readings.items():
+            score = report["eval"] if reading == config else _read(run, reading)
+            where = {"at": at, "passes_read": reading.sleep.passes}
+            floors, name = reading.task.floors(), reading.task.difficulty_name
+            for key, accuracy in score["per_difficulty"].items():
+                answers = score["answers"][key]
+                found = {"difficulty": int(key), "accuracy": accuracy, "answers": answers}
+                own = {floor: floors.get(f"{floor} {name}={key}", floors[floor]) for floor in FLOORS}
+                rows.append({**who, **where, **found, **own, **spent})
+        if cell.budget == "tokens":
+            continue  # its curve is the start of a longer run's, or none of the contestants'
+        for point in run.metrics():
+            if "eval" in point:
+                at_step = {key: point[key] for key in SPENT}
+                curves.append({**who, **at_step, "per_difficulty": point["eval"]["per_difficulty"]})
+    made = [RunFolder.open(job.path).made_by() for _, job in jobs]
+    return Result(recipe, jobs[0][1].config.task.difficulty_name, rows, curves, made_by(made))
+
+
+def made_by(made: Sequence[Mapping[str, Any]]) -> str:
+    """This command, and where its runs were made (perhaps by several, if it was stopped in between)."""
+    return f"`{provenance()['command']}`, {'; '.join(dict.fromkeys(map(source, made)))}"
+
+
+def _who(cell: Cell, config: RunConfig) -> Row:
+    return {
+        "cell": cell.label,
+        "line": cell.line or cell.label,
+        "seed": config.train.seed,
+        "passes": config.sleep.passes,
+        **({"budget": cell.budget} if cell.budget else {}),
+    }
+
+
+def _read(run: RunFolder, reading: RunConfig) -> Row:
+    train, device = reading.train, choose_device(reading.train.device)
+    how: dict[str, Any] = {"batches": 2 * train.eval_batches, "batch_size": train.batch_size}
+    how |= {"parts": train.accumulate, "device": device}
+    return evaluate(run.model(device), reading.task, reading.sleep, **how).to_dict()
+
+
+def time_steps(recipe: Recipe, cells: Sequence[Cell], repeats: int) -> Result:
+    """Tokens a second of training steps of each cell, a row a repeat; one after the other, nothing saved."""
+    rows = []
+    for repeat in range(repeats):
+        for cell in cells:
+            config = cell.with_seed(repeat)
+            trainer = Trainer(RunFolder("unused"), config)
+            trainer.train_step()
+            tokens, seconds = trainer.tokens, trainer.seconds
+            for _ in range(TIMED_STEPS):
+                trainer.train_step()
+            speed = (trainer.tokens - tokens) / (trainer.seconds - seconds)
+            where = {"at": cell.at, "passes_read": config.sleep.passes}
+            spent = {"step": trainer.step, "tokens": trainer.tokens, "flops": trainer.flops}
+            rows.append({**_who(cell, config), **where, "tokens_per_second": speed, **spent})
+    return Result(recipe, "", rows, [], made_by([provenance()]))
+
+
+def interval(rows: Sequence[Row]) -> str:
+    """The mean of an accuracy over seeds, and a 95 % interval that says what it can.
+
+    Three seeds or more have an interval over seeds (Student's t); two are shown as they are, since an
+    interval of two says nothing; one has that of its own answers (Wilson). Difficulties are taken together.
+    """
+    right: dict[int, float] = {}
+    answers: dict[int, int] = {}
+    for row in rows:
+        seed, count = row["seed"], row["answers"]
+        right[seed] = right.get(seed, 0) + row["accuracy"] * count
+        answers[seed] = answers.get(seed, 0) + count
+    values = [right[seed] / answers[seed] for seed in right]
+    if len(values) == 1:
+        (seed,) = right
+        low, high = wilson(round(right[seed]), answers[seed])
+        return f"{values[0]:.3f} [{low:.3f}, {high:.3f}]"
+    return _mean(values)
+
+
+def _mean(values: Sequence[float], digits: int = 3) -> str:
+    if len(values) < 3:
+        return " ".join(f"{value:.{digits}f}" for value in values)
+    mean, low, high = mean_interval(values)
+    top = 1.0 if digits else float("inf")  # of an accuracy
+    return f"{mean:.{digits}f} [{max(low, 0):.{digits}f}, {min(high, top):.{digits}f}]"
+
+
+def _floors(rows: Sequence[Row], keys: Sequence[int]) -> Iterator[tuple[str, list[float]]]:
+    """Chance and best constant answer for each difficulty; for each cell where they differ between cells."""
+    for name in FLOORS:
+        per_cell: dict[str, dict[int, float]] = {}
+        for row in rows:
+            if name in row:
+                per_cell.setdefault(row["cell"], {})[row["difficulty"]] = row[name]
+        found = [(cell, [own.get(key, nan) for key in keys]) for cell, own in per_cell.items()]
+        if len({tuple(values) for _, values in found}) == 1:
+            yield name, found[0][1]
+        else:
+            yield from ((f"{name}, {cell}", values) for cell, values in found)

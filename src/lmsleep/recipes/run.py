@@ -1,0 +1,133 @@
+"""`lmsleep reproduce`: train the runs of a recipe, then write its data, table and figure."""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from tyro.conf import Positional
+
+from lmsleep.backbones import kind_of
+from lmsleep.recipes import figure
+from lmsleep.recipes.catalogue import RECIPES
+from lmsleep.recipes.estimate import estimate, estimated
+from lmsleep.recipes.recipe import Cell, Recipe
+from lmsleep.recipes.results import Result, collect, time_steps
+from lmsleep.recipes.settings import Scale
+from lmsleep.training import Job, RunFolder, TrainConfig, default_workers, run_all
+
+FEW = 8  # samples in a batch of a run that only tries the mechanics
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReproduceOptions:
+    """Train the runs behind a figure and write its data, table and picture.
+
+    Stop it when you like: the same command goes on where it was.
+    """
+
+    figure: Positional[Literal[tuple(RECIPES)]]  # type: ignore[valid-type]
+    """2a to 6: figures of the paper; the others are comparisons it left out (lmsleep reproduce --help)."""
+    scale: Scale = "demo"
+    """demo: minutes a seed on two cores; small: hours; paper: the paper's own setting, for a GPU."""
+    weights: Path | None = None
+    """Figures 4a, 4b and 5 at the scales small and paper: the folder of the pretrained model."""
+    seeds: int | None = None
+    """Seeds 0 ... K - 1; default one for a first look at the scale demo, three otherwise."""
+    out: Path | None = None
+    """Folder for results; default results/FIGURE-SCALE. The runs go to runs/reproduce/FIGURE-SCALE."""
+    workers: int | None = None
+    """Runs at a time; default one for each GPU, or without one for each core."""
+    dry_run: bool = False
+    """Say what would be trained, and for how long, instead of doing it."""
+    steps: int | None = None
+    """Train every run for so many steps of few samples instead, and evaluate on little, in folders of its own
+    (to try the mechanics)."""
+    json: bool = False
+    """Print one JSON document instead of a table."""
+
+
+def run(options: ReproduceOptions) -> None:
+    """Train (or time), collect, write, report."""
+    seeds = default_seeds(options.scale) if options.seeds is None else options.seeds
+    if seeds < 1:
+        raise ValueError(f"seeds must be at least 1, got {seeds}")
+    recipe, name = RECIPES[options.figure], f"{options.figure}-{options.scale}"
+    if options.weights is None:
+        cells = recipe.cells(options.scale)
+    else:
+        recipe, cells = _with_weights(recipe, options.scale, options.weights)
+        name += f"-{options.weights.resolve().name}"
+    if options.steps is not None:
+        name += f"-{options.steps}-steps"
+        cells = [cell.with_train(partial(_few, steps=options.steps)) for cell in cells]
+    if options.dry_run:
+        rows = estimate(cells, seeds)
+        workers = options.workers or default_workers()
+        sys.stdout.write(json.dumps(rows) + "\n" if options.json else estimated(recipe, rows, workers))
+        return
+    if recipe.value == "tokens_per_second":
+        result = time_steps(recipe, cells, seeds)
+    else:
+        result = train(recipe, cells, range(seeds), options.workers, Path("runs/reproduce") / name)
+    out = options.out or Path("results") / name
+    result.save(out)
+    figure.save(result, out / "figure.png")
+    said = json.dumps(result.rows) if options.json else f"{result.page()}\n{out / 'README.md'}"
+    sys.stdout.write(f"{said}\n")
+
+
+def default_seeds(scale: Scale) -> int:
+    """One for a first look, else three."""
+    return 1 if scale == "demo" else 3
+
+
+def _with_weights(recipe: Recipe, scale: Scale, weights: Path) -> tuple[Recipe, list[Cell]]:
+    """The recipe for a pretrained model, and its cells."""
+    if recipe.fine_tuned is None:
+        raise ValueError("weights: only figures 4a, 4b and 5 begin with a pretrained model")
+    if not weights.is_dir():
+        raise FileNotFoundError(f"weights: there is no folder {weights}; nothing is downloaded")
+    caution = f"Fine-tuned from `{weights.resolve().name}`."
+    if scale == "small":
+        caution += " Adapters on shorter problems than the paper's, with fewer operations; nothing is tuned."
+    return replace(recipe, caution=caution), recipe.fine_tuned(scale, weights)
+
+
+def train(
+    recipe: Recipe, cells: Sequence[Cell], seeds: Sequence[int], workers: int | None, folder: Path
+) -> Result:
+    """Train what is not trained yet, runs that others start from first, and collect the result."""
+    chains = [
+        (cell, _chain(cell, seed, folder))
+        for seed in seeds
+        for cell in cells
+        if seed == seeds[0] or not cell.once
+    ]
+    # A run that a longer one shares its start with is trained on the way.
+    shared = {job.shorter.path for _, chain in chains for job in chain if job.shorter is not None}
+    for stage in range(max(len(chain) for _, chain in chains)):
+        due = {chain[stage].path: chain[stage] for _, chain in chains if stage < len(chain)}
+        run_all([job for path, job in due.items() if path not in shared], workers)
+    return collect(recipe, [(cell, chain[-1]) for cell, chain in chains])
+
+
+def _chain(cell: Cell, seed: int, folder: Path) -> list[Job]:
+    """The run of a cell, after those that it starts from."""
+    before = [] if cell.start is None else _chain(cell.start, seed, folder)
+    config = cell.with_seed(seed)
+    if before and kind_of(config.model).source(config.model) is not None:
+        model = replace(config.model, folder=RunFolder(before[-1].path).exported.resolve())
+        config = replace(config, model=model)
+    elif before:
+        config = replace(config, train=replace(config.train, start=before[-1].path))
+    shorter = None if cell.shorter is None else _chain(cell.shorter, seed, folder)[-1]
+    return [*before, Job(folder / cell.folder_for(seed), config, shorter)]
+
+
+def _few(train: TrainConfig, steps: int) -> TrainConfig:
+    size, rise = min(train.batch_size, FEW), min(train.curriculum, steps)
+    return replace(train, steps=steps, batch_size=size, curriculum=rise, eval_batches=1)

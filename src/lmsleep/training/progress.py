@@ -1,0 +1,35 @@
+"""Progress bars; where there is no terminal, as lines at intervals."""
+
+import sys
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+EVERY = 10.0  # seconds between lines
+
+
+class _Lines:
+    """A stream that makes a line of every drawing of a bar, which otherwise overwrite each other."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, drawing: str) -> None:
+        """Write what is seen of it."""
+        if seen := drawing.strip():
+            self._stream.write(f"{seen}\n")
+
+    def flush(self) -> None:
+        """Flush the stream."""
+        self._stream.flush()
+
+
+def progress(**options: Any) -> Any:
+    """A bar of tqdm on standard error, with tqdm's options.
+
+    Where standard error is a file or a pipe, it is a line every `EVERY` seconds, and none before.
+    """
+    if sys.stderr.isatty():
+        return tqdm(**options)
+    lines = {"mininterval": EVERY, "delay": EVERY, "miniters": 1, "ncols": 100, "leave": False, "position": 0}
+    return tqdm(**{**options, **lines}, file=_Lines(sys.stderr), ascii=True)
