@@ -1,6 +1,6 @@
 """Build wheel and sdist into dist/, and try the wheel away from the checkout. Nothing is uploaded.
 
-python experiments/release.py CONSTRAINTS
+python tools/release.py CONSTRAINTS
 """
 
 import os
