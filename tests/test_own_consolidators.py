@@ -93,7 +93,12 @@ def test_a_rule_a_consolidator_and_a_task_of_ones_own_cross_every_process(files,
     (tmp_path / "text.txt").write_text("k1 v1 k2 v2 k3 v3 k1 v1 k2 v2 k3 v3")
     in_a_process_of_its_own(elsewhere, "read", run, tmp_path / "text.txt", "--memory", memory)
     in_a_process_of_its_own(elsewhere, "ask", run, "--memory", memory, "k1")
-    sleep = Session.load(memory, RunFolder.open(run).model()).sleep_config
+    folder = RunFolder.open(run)
+    with pytest.raises(
+        ValueError, match="its consolidator is code, .*own.py:Backwards; if you trust it, give a"
+    ):
+        Session.load(memory, folder.model())
+    sleep = Session.load(memory, folder.model(), sleep=folder.config().sleep).sleep_config
     assert sleep.consolidator.strength == 0.25 and sleep.to_dict() == saved["sleep"]
 
 

@@ -36,7 +36,7 @@ def here(tmp_path, monkeypatch):
     sys.modules.pop(str(tmp_path / "mine.py"), None)
 
 
-def test_only_going_on_with_a_memory_runs_the_file_that_its_sleep_names(here, capsys):
+def test_no_memory_file_runs_the_file_that_its_sleep_names(here, capsys):
     (here / "mine.py").write_text(SLEEP)
     model, ran = lively(tiny()), here / "was-run"
     session = Session(model, SleepConfig(window=4, consolidator="mine.py:Mine", passes=2))
@@ -46,8 +46,12 @@ def test_only_going_on_with_a_memory_runs_the_file_that_its_sleep_names(here, ca
     ran.unlink()
     Memory.load("a.mem", model)
     assert run_command(capsys, "memory", "show", "a.mem")[0] == 0 and not ran.exists()
-    Session.load("a.mem", model)
-    assert ran.exists()
+    for sleep in (None, SleepConfig(window=4, passes=2)):
+        with pytest.raises(ValueError, match=r"its consolidator is code, .*mine.py:Mine; if you trust it"):
+            Session.load("a.mem", model, sleep=sleep)
+    assert not ran.exists()
+    trusted = SleepConfig(window=4, consolidator="mine.py:Mine")
+    assert ran.exists() and Session.load("a.mem", model, sleep=trusted).sleep_config.passes == 2
 
 
 class Harmful:

@@ -34,7 +34,8 @@ def read(path: Path, model: Backbone, sleep: SleepConfig | None) -> tuple[State,
     """The state where the window began, what it is, its sleep (else `sleep`), and the tokens of the window.
 
     Raises:
-        ValueError: as `Memory.load`, or if the file holds a memory and no session.
+        ValueError: as `Memory.load`, if the file holds a memory and no session, or if its sleep names a Python
+            file that `sleep` does not name.
         OSError: if there is no such file.
     """
     saved = memory.read(path, model)
@@ -42,6 +43,7 @@ def read(path: Path, model: Backbone, sleep: SleepConfig | None) -> tuple[State,
         raise ValueError(f"{path} holds {saved.memory.batch_size} rows; a session has one")
     try:
         if "sleep" in saved.header:
+            _check_code(saved.header["sleep"], sleep)
             sleep = SleepConfig.from_dict(saved.header["sleep"])
         cache = _cache(saved.tensors, model.initial_state(1).cache)
     except (TypeError, ValueError, AttributeError, OverflowError, RuntimeError) as error:
@@ -53,6 +55,15 @@ def read(path: Path, model: Backbone, sleep: SleepConfig | None) -> tuple[State,
         raise ValueError(f"{path} holds no session: its open window is none")
     assert saved.memory.origin is not None
     return State(replace(saved.memory, origin=None), cache), saved.memory.origin, sleep, window
+
+
+def _check_code(said: Mapping[str, Any], sleep: SleepConfig | None) -> None:
+    """Refuse a sleep in a memory file that names code which the caller's `sleep` does not: data runs nothing."""
+    known = {} if sleep is None else sleep.to_dict()
+    for choice in ("consolidator", "eviction"):
+        name = said[choice].get("name", "") if isinstance(said.get(choice), Mapping) else said.get(choice)
+        if ".py:" in str(name) and name != known.get(choice, {}).get("name"):
+            raise ValueError(f"its {choice} is code, {name}; if you trust it, give a sleep that names it too")
 
 
 def _cache(tensors: Mapping[str, Tensor], empty: Cache) -> Cache:

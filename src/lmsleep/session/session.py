@@ -375,6 +375,7 @@ class Session(Owner):
             model: the model that wrote it.
             tokenizer: for text.
             sleep: window and passes for a file of `Memory.save`, which has none; else those of the file hold.
+                Python files that the file's sleep names are run only if this one names them too.
             history: as of a new session; nothing that was read before can be taken back.
 
         Raises:

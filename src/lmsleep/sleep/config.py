@@ -109,7 +109,7 @@ class SleepConfig:
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
         """Inverse of `to_dict`, also after a trip through JSON.
 
-        It reads the flat form of versions before 0.2 too, in which all options stood beside each other.
+        It reads the flat form too, in which all options once stood beside each other.
 
         Raises:
             ValueError: for an unknown field, or a value of another type.
