@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo   train the small models and show what longer sleep buys (10 to 25 minutes on 2 cores)"
+	@echo "make demo   what longer sleep buys: shipped models answer, then two are trained (minutes on 2 cores)"
 	@echo "make test   lint, types and tests"
 	@echo "make format rewrite the sources the way the linter wants them"
 	@echo "make site   the documentation as pages: site/index.html"

@@ -47,7 +47,7 @@ class Setting:
 
 
 def of_the_paper(run: RunConfig, batch: int) -> Setting:
-    """Task, model and window of one of the paper's runs."""
+    """Return task, model and window of one of the paper's runs."""
     assert run.sleep.window is not None
     return Setting(run.task, run.architecture, run.sleep.window, batch)
 

@@ -26,7 +26,7 @@ def _text(cell: Cell) -> str:
 
 
 def as_page(result: Mapping[str, Any]) -> str:
-    """The note, the table and what made it, as Markdown."""
+    """Return the note, the table and what made it, as Markdown."""
     rows = result["rows"]
     lines = as_markdown([[*rows[0]], *([_text(cell) for cell in row.values()] for row in rows)])
     made = result["made_by"]

@@ -30,7 +30,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "bench:bench",
         "speed of this machine: recurrences, training steps, sessions, against other libraries",
     ),
-    "demo": ("demo:demo", "what longer sleep buys, in minutes on two cores"),
+    "demo": ("demo:demo", "what longer sleep buys: shipped models answer, then two are trained"),
 }
 
 

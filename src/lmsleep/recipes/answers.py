@@ -62,7 +62,7 @@ class Answers:
         return cls(seed, graph, asked, scores)
 
     def lines(self) -> list[list[str]]:
-        """Accuracy by hops, with its 95 % interval."""
+        """Return accuracy by hops, with its 95 % interval."""
         lines = [["k", *self.scores]]
         for k in next(iter(self.scores.values())).per_difficulty:
             cells = [
@@ -73,7 +73,7 @@ class Answers:
         return lines
 
     def text(self) -> str:
-        """All of it for a terminal."""
+        """Return all of it for a terminal."""
         one = as_text([["question", "right", *self.scores], *self.asked])
         return f"""{ABOUT}
 
@@ -88,5 +88,5 @@ Accuracy on {BATCHES * SIZE} such cycles, {QUESTIONS} questions each, by hops [9
 """
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready figures."""
+        """Return JSON-ready figures."""
         return {"seed": self.seed, **{name: score.to_dict() for name, score in self.scores.items()}}

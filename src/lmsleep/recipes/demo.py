@@ -51,7 +51,7 @@ def run(options: DemoOptions) -> None:
     """Ask, train, report."""
     seeds = options.seeds or ((0, 1, 2, 3, 4) if options.full else (0,))
     if len(set(seeds)) != len(seeds):
-        raise ValueError(f"seeds must name each seed once, got {seeds}")
+        raise ValueError(f"seeds must be named each once, got {seeds}")
     if not 0 < options.scale <= 1:
         raise ValueError(f"scale must lie in (0, 1], got {options.scale}")
     if not options.full and options.tasks != ("depo",):
@@ -95,7 +95,7 @@ def _section(result: Result, folder: Path, whose: str) -> str:
 
 
 def committed(name: str) -> Result:
-    """The result of five seeds that the documentation quotes; it is shipped with the package."""
+    """Return the result of five seeds that the documentation quotes and the package carries."""
     return Result.load(RECIPES[name], Path(str(files("lmsleep.recipes"))) / "committed" / name)
 
 

@@ -17,7 +17,7 @@ PROBE_SECONDS = 1.0  # so many samples that the products, not the calls, take th
 
 
 def estimate(cells: Sequence[Cell], seeds: int) -> list[dict[str, Any]]:
-    """Per cell: runs, and training steps, tokens, FLOPs and seconds of one run on this machine.
+    """Return per cell: runs, and training steps, tokens, FLOPs and seconds of one run on this machine.
 
     The seconds are FLOPs at the rate of one pass, forward and backward, over as many samples as take
     `PROBE_SECONDS`: in CPU time of one thread, which busy neighbours do not lengthen, or on the GPU.
@@ -40,13 +40,13 @@ def estimate(cells: Sequence[Cell], seeds: int) -> list[dict[str, Any]]:
 
 
 def side_by_side(rows: Sequence[dict[str, Any]], workers: int) -> float:
-    """Seconds that the runs of an estimate take in so many workers: no less than the longest of them."""
+    """Return the seconds of an estimate in so many workers: no less than those of the longest run."""
     total = sum(row["runs"] * row["seconds"] for row in rows)
     return max(total / workers, *(row["seconds"] for row in rows))
 
 
 def _with_starts(cells: Sequence[Cell]) -> list[Cell]:
-    """The cells and those that they start from, each once; those that a longer run holds cost nothing."""
+    """Return the cells and their starts, each once; runs that share a longer one cost nothing."""
     found: dict[str, Cell] = {}
     shared = {cell.shorter.folder_for(0) for cell in cells if cell.shorter is not None}
     for cell in cells:
@@ -56,7 +56,7 @@ def _with_starts(cells: Sequence[Cell]) -> list[Cell]:
 
 
 def _probe(config: RunConfig) -> tuple[RunConfig, int, float]:
-    """The run with as many samples a step as take long enough, the tokens of a step, and its seconds."""
+    """Return the run with samples enough to be timed, the tokens of a step, and its seconds."""
     size, most = 1, config.train.batch_size
     while True:
         few = replace(config, train=replace(config.train, batch_size=size, accumulate=1))
@@ -67,7 +67,7 @@ def _probe(config: RunConfig) -> tuple[RunConfig, int, float]:
 
 
 def _timed(config: RunConfig) -> tuple[int, float]:
-    """Tokens and seconds of one forward and backward pass: the best of three."""
+    """Return tokens and seconds of one forward and backward pass: the best of three."""
     device, elapsed = choose_device(config.train.device), []
     model = build(config.model).to(device)
     batch = config.task.batch(batch_rng(0, "train", 0), config.train.batch_size, "train").to(device)
@@ -81,7 +81,7 @@ def _timed(config: RunConfig) -> tuple[int, float]:
 
 
 def _clock(device: torch.device) -> float:
-    """Seconds: of this thread on the CPU, or by the clock when the GPU has done its work."""
+    """Return seconds: of this thread on the CPU, or by the clock when the GPU has done its work."""
     if device.type == "cpu":
         return time.thread_time()
     torch.cuda.synchronize()
@@ -89,7 +89,7 @@ def _clock(device: torch.device) -> float:
 
 
 def estimated(recipe: Recipe, rows: Sequence[dict[str, Any]], workers: int) -> str:
-    """An estimate for a terminal."""
+    """Return an estimate for a terminal."""
     said = "\n".join(text for text in (recipe.title, recipe.expects, recipe.caution) if text)
     lines = [
         f"{row['runs']} x {row['cell']:<24} {row['steps']:>7,} steps  {row['tokens']:>15,} tokens  "

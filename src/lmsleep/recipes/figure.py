@@ -20,7 +20,7 @@ IN_A_ROW = 3  # panels
 
 
 def draw(result: Result) -> Figure:
-    """The figure of a result, one panel each; a "grid" takes one for every N."""
+    """Draw a result, panel by panel; a "grid" takes one for every N."""
     recipe = result.recipe
     passes = sorted({row["passes"] for row in result.rows})
     panels = [(p, n) for p in recipe.panels for n in (passes if p == "grid" else [0])]
@@ -84,7 +84,7 @@ def _curves(ax: Axes, panel: str, result: Result) -> None:
 
 
 def _lines(ax: Axes, panel: str, result: Result) -> None:
-    """The value against the difficulty, or at the hardest against the recipe's axis."""
+    """Draw the value against the difficulty, or at the hardest against the recipe's axis."""
     recipe = result.recipe
     key = "difficulty" if panel == "difficulty" else "at"
     hardest = max(result.difficulties, default=0)
@@ -101,14 +101,14 @@ def _lines(ax: Axes, panel: str, result: Result) -> None:
 
 
 def _at_most_compute(result: Result) -> list[Row]:
-    """Own readings; of what was trained at equal tokens and at equal compute, the latter."""
+    """Return own readings; of what was trained at equal tokens and at equal compute, the latter."""
     rows = result.own()
     longer = {row["line"] for row in rows if row.get("budget") == "compute"}
     return [r for r in rows if r.get("budget") != "tokens" or r["line"] not in longer]
 
 
 def _grid(ax: Axes, result: Result, passes: int) -> None:
-    """Mean accuracy above chance, as a share of what there is above chance; axis times difficulty."""
+    """Draw mean accuracy above chance, as a share of what there is above it; axis times difficulty."""
     rows = [row for row in result.rows if row["passes"] == passes]
     down, right = (sorted({row[key] for row in rows}) for key in ("at", "difficulty"))
     heat_map(ax, _means(rows, "at", down, right, above_chance=True), down, right, size=10)
@@ -117,7 +117,7 @@ def _grid(ax: Axes, result: Result, passes: int) -> None:
 
 
 def _read(ax: Axes, result: Result) -> None:
-    """Accuracy of the runs with most passes, read with fewer and more."""
+    """Draw the accuracy of the runs with most passes, read with fewer and more."""
     most = max(row["passes"] for row in result.rows)
     rows = [row for row in result.rows if row["passes"] == most]
     down = sorted({row["passes_read"] for row in rows})
@@ -158,7 +158,7 @@ def _groups(rows: Sequence[Row], key: str) -> list[tuple[str, list[Row]]]:
 
 
 def _band(ax: Axes, label: str, points: Sequence[tuple[int, float, float]], **style: Any) -> None:
-    """`points`: (what to group seeds by, x, y)."""
+    """Draw `points`: (what to group seeds by, x, y)."""
     groups = [[p for p in points if p[0] == key] for key in sorted({p[0] for p in points})]
     x = [group[0][1] for group in groups]
     y = [[value for _, _, value in group] for group in groups]

@@ -10,7 +10,7 @@ from lmsleep.recipes.table import Lines
 
 
 def result_section(result: Result, picture: Path, whose: str) -> str:
-    """A result as HTML, its picture inside; `whose` it is stands in the heading."""
+    """Return a result as HTML, its picture inside; `whose` it is stands in the heading."""
     data = base64.b64encode(picture.read_bytes()).decode()
     title, made_by = result.recipe.title, result.made_by.replace("`", "")
     seeds = "one seed" if result.seeds == 1 else f"{result.seeds} seeds"
@@ -25,7 +25,7 @@ def result_section(result: Result, picture: Path, whose: str) -> str:
 
 
 def table(lines: Lines) -> str:
-    """A table as HTML."""
+    """Return a table as HTML."""
     first, *rest = (
         "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in line)
         for tag, line in zip(["th"] + ["td"] * (len(lines) - 1), lines, strict=True)
@@ -34,5 +34,5 @@ def table(lines: Lines) -> str:
 
 
 def page(sections: list[str]) -> str:
-    """The whole page."""
+    """Return the whole page."""
     return framed("lmsleep demo", "\n".join(["<h1>What longer sleep buys</h1>", *sections]))

@@ -40,17 +40,17 @@ class Cell:
     once: bool = False
 
     def with_seed(self, seed: int) -> RunConfig:
-        """The run for another seed: other initial weights and other data, the same for every cell."""
+        """Return the run for another seed: other initial weights and other data, the same for every cell."""
         return replace(self.config, train=replace(self.config.train, seed=seed))
 
     def with_train(self, change: Callable[[TrainConfig], TrainConfig]) -> "Cell":
-        """The cell with other options of training, and so the cells that its run begins with or shares."""
+        """Change the options of training, also of the cells that this run begins with or shares."""
         start, shorter = (each and each.with_train(change) for each in (self.start, self.shorter))
         config = replace(self.config, train=change(self.config.train))
         return replace(self, config=config, start=start, shorter=shorter)
 
     def folder_for(self, seed: int) -> str:
-        """The name of the folder of the run with that seed."""
+        """Return the name of the folder of the run with that seed."""
         slug = "".join(c if c.isalnum() else "-" for c in self.label).strip("-")
         return f"{self.folder or slug}-seed{seed}"
 

@@ -41,23 +41,23 @@ class Result:
 
     @property
     def seeds(self) -> int:
-        """How many seeds were trained."""
+        """Count the seeds that were trained."""
         return len({row["seed"] for row in self.rows})
 
     @property
     def difficulties(self) -> list[int]:
-        """The difficulties that were asked for, rising; none where speed was measured."""
+        """Return the difficulties that were asked for, rising; none where speed was measured."""
         return sorted({row["difficulty"] for row in self.rows if "difficulty" in row})
 
     def own(self, **where: Any) -> list[Row]:
-        """Rows of runs that were read as they were trained, with these values."""
+        """Return the rows of runs that were read as they were trained, with these values."""
         return [
             r for r in self.rows
             if r["passes_read"] == r["passes"] and all(r[key] == value for key, value in where.items())
         ]  # fmt: skip
 
     def lines(self) -> list[list[str]]:
-        """The table: mean over seeds with its 95 % interval, a line per cell and reading, then the floors."""
+        """Return the table: a line for each cell and reading with its means (`interval`), then the floors."""
         recipe, keys = self.recipe, self.difficulties
         budgets = ["tokens", "compute"] if "budget" in self.rows[0] else [None]
         before = ["at equal"] if budgets[0] else []
@@ -82,7 +82,7 @@ class Result:
         return lines
 
     def page(self) -> str:
-        """The result as Markdown: what was asked, the table, and what made it."""
+        """Return the result as Markdown: what was asked, the table, and what made it."""
         said = "\n\n".join(text for text in (self.recipe.expects, self.recipe.caution) if text)
         mean = f"Mean over {self.seeds} seeds [95 % interval]."
         if self.seeds < 3:
@@ -105,7 +105,7 @@ class Result:
 
     @classmethod
     def load(cls, recipe: Recipe, folder: Path) -> "Result":
-        """What `save` wrote."""
+        """Read what `save` wrote."""
         rows, curves = (
             [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
             for name in ("results", "curves")
@@ -116,13 +116,13 @@ class Result:
 
 
 def _key(page: Sequence[str]) -> str:
-    """The name of the difficulty, out of the header of a table with columns "k = 1"."""
+    """Return the name of the difficulty, out of the header of a table with columns "k = 1"."""
     header = next(line for line in page if line.startswith("| "))
     return next((cell.split(" = ")[0] for cell in header.split(" | ") if " = " in cell), "")
 
 
 def collect(recipe: Recipe, jobs: Sequence[tuple[Cell, Job]]) -> Result:
-    """The result of finished runs: their reports, their curves, and how they answer when read otherwise."""
+    """Read the result off finished runs: reports, curves, and how they answer when read otherwise."""
     rows, curves = list[Row](), list[Row]()
     for cell, job in jobs:
         run, config = RunFolder.open(job.path), job.config
@@ -151,7 +151,7 @@ def collect(recipe: Recipe, jobs: Sequence[tuple[Cell, Job]]) -> Result:
 
 
 def made_by(made: Sequence[Mapping[str, Any]]) -> str:
-    """This command, and where its runs were made (perhaps by several, if it was stopped in between)."""
+    """Say this command, and where its runs were made (perhaps by several, if it was stopped)."""
     return f"`{provenance()['command']}`, {'; '.join(dict.fromkeys(map(source, made)))}"
 
 
@@ -173,7 +173,7 @@ def _read(run: RunFolder, reading: RunConfig) -> Row:
 
 
 def time_steps(recipe: Recipe, cells: Sequence[Cell], repeats: int) -> Result:
-    """Tokens a second of training steps of each cell, a row a repeat; one after the other, nothing saved."""
+    """Time training steps of each cell in tokens a second, one after the other; a row is a repeat."""
     rows = []
     for repeat in range(repeats):
         for cell in cells:
@@ -191,7 +191,7 @@ def time_steps(recipe: Recipe, cells: Sequence[Cell], repeats: int) -> Result:
 
 
 def interval(rows: Sequence[Row]) -> str:
-    """The mean of an accuracy over seeds, and a 95 % interval that says what it can.
+    """Write the mean of an accuracy over seeds, with a 95 % interval that says what it can.
 
     Three seeds or more have an interval over seeds (Student's t); two are shown as they are, since an
     interval of two says nothing; one has that of its own answers (Wilson). Difficulties are taken together.
@@ -219,7 +219,7 @@ def _mean(values: Sequence[float], digits: int = 3) -> str:
 
 
 def _floors(rows: Sequence[Row], keys: Sequence[int]) -> Iterator[tuple[str, list[float]]]:
-    """Chance and best constant answer for each difficulty; for each cell where they differ between cells."""
+    """Yield chance and best constant answer by difficulty; for each cell where cells differ in them."""
     for name in FLOORS:
         per_cell: dict[str, dict[int, float]] = {}
         for row in rows:

@@ -81,12 +81,12 @@ def run(options: ReproduceOptions) -> None:
 
 
 def default_seeds(scale: Scale) -> int:
-    """One for a first look, else three."""
+    """Return one for a first look, else three."""
     return 1 if scale == "demo" else 3
 
 
 def _with_weights(recipe: Recipe, scale: Scale, weights: Path) -> tuple[Recipe, list[Cell]]:
-    """The recipe for a pretrained model, and its cells."""
+    """Return the recipe for a pretrained model, and its cells."""
     if recipe.fine_tuned is None:
         raise ValueError("weights: only figures 4a, 4b and 5 begin with a pretrained model")
     if not weights.is_dir():
@@ -116,7 +116,7 @@ def train(
 
 
 def _chain(cell: Cell, seed: int, folder: Path) -> list[Job]:
-    """The run of a cell, after those that it starts from."""
+    """Return the run of a cell, after those that it starts from."""
     before = [] if cell.start is None else _chain(cell.start, seed, folder)
     config = cell.with_seed(seed)
     if before and kind_of(config.model).source(config.model) is not None:

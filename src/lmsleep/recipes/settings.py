@@ -48,7 +48,7 @@ SMALL_MODEL = HybridConfig(d_model=128, num_heads=4, blocks=2 * PAIR, forget=DEP
 
 
 def depo(scale: Scale, passes: int, **train: Any) -> RunConfig:
-    """A pointer-chase run that sleeps N passes; `train` replaces fields of its `TrainConfig`.
+    """Return a pointer-chase run that sleeps N passes; `train` replaces fields of its `TrainConfig`.
 
     At the demo's scale the graph is read in two windows, both evicted, then eight questions are asked.
     """
@@ -65,7 +65,7 @@ def depo(scale: Scale, passes: int, **train: Any) -> RunConfig:
 
 
 def rule110(scale: Scale, passes: int, t: int | None = None, **train: Any) -> RunConfig:
-    """An automaton run: a state is read and evicted, then cells are asked for after `t` updates.
+    """Return an automaton run: a state is read and evicted, then cells are asked for after `t` updates.
 
     By default `t` is that of the paper's figure 2b at its scale, 4 or 8 at ours.
     """
@@ -93,7 +93,7 @@ def _sections(config: RunConfig) -> dict[str, Any]:
 
 
 def _as_the_demo(task: Task, window: int, passes: int = 4, **train: Any) -> dict[str, Any]:
-    """The demo's model on another task; its learning rates are the demo's, not tuned for this one."""
+    """Return the demo's model on another task; its learning rates are the demo's, not tuned for this one."""
     defaults = {"steps": 2000, "lr": 0.01, "adam_lr": 0.02, "eval_every": 200, "curriculum": 500}
     return _sections(_run(task, DEPO_MODEL, window, passes, {**defaults, **train}))
 
@@ -135,7 +135,7 @@ OWN = {"demo": {key: part for key, part in _as_the_demo(MQAR(), window=16).items
 
 
 def preset(task: str, name: str) -> dict[str, Any]:
-    """The sections (task, model, sleep, train) of a preset; those of `OWN` for tasks that are not listed.
+    """Return the sections (task, model, sleep, train) of a preset; those of `OWN` for unlisted tasks.
 
     Raises:
         ValueError: if the task has no preset of that name.

@@ -8,26 +8,26 @@ Lines = Sequence[Sequence[str]]  # the header and the rows
 
 
 def as_markdown(lines: Lines) -> str:
-    """The table as Markdown."""
+    """Return the table as Markdown."""
     return "\n".join(
         "| " + " | ".join(line) + " |" for line in (lines[0], ["---"] * len(lines[0]), *lines[1:])
     )
 
 
 def as_text(lines: Lines) -> str:
-    """The table with aligned columns, for a terminal."""
+    """Return the table with aligned columns, for a terminal."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     rows = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
     return "\n".join([rows[0], "-" * len(rows[0]), *rows[1:]])
 
 
 def source(made: Mapping[str, Any]) -> str:
-    """Where a result was made: hardware, torch and commit, of `training.provenance`."""
+    """Say where a result was made: hardware, torch and commit, of `training.provenance`."""
     return f"{made['hardware']}, torch {made['torch']}, commit {made['commit']}"
 
 
 def published(page: str, blocks: Mapping[str, str]) -> str:
-    """`page` with every block `<!-- NAME -->...<!-- end -->` whose name is in `blocks` made anew."""
+    """Return `page` with every block `<!-- NAME -->...<!-- end -->` that `blocks` names made anew."""
 
     def block(match: re.Match[str]) -> str:
         name = match[1]
