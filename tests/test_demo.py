@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from tools import publish
 
-from lmsleep import pretrained
+from lmsleep import shipped
 from lmsleep.cli import main
 from lmsleep.recipes import RECIPES, figure, settings
 from lmsleep.recipes import run as command
@@ -144,7 +144,7 @@ def test_the_answers_are_those_of_each_model_about_graphs_it_never_saw():
         node = edges[node]
         assert (question, right) == (f"HOP_{k} {start}", node) and by_four in edges
     for name, score in answers.scores.items():
-        said = RunFolder.open(pretrained.find(name)).report()["eval"]
+        said = RunFolder.open(shipped.find(name)).report()["eval"]
         assert sum(score.total.values()) == 8 * 64 * 8
         assert score.accuracy == pytest.approx(said["accuracy"], abs=0.03)
     assert answers.scores["depo-N4"].per_difficulty[4] - answers.scores["depo-N1"].per_difficulty[4] > 0.5

@@ -95,7 +95,7 @@ def test_a_rule_a_consolidator_and_a_task_of_ones_own_cross_every_process(files,
     in_a_process_of_its_own(elsewhere, "ask", run, "--memory", memory, "k1")
     folder = RunFolder.open(run)
     with pytest.raises(
-        ValueError, match="its consolidator is code, .*own.py:Backwards; if you trust it, give a"
+        ValueError, match=r"its consolidator is code, .*own.py:Backwards; if you trust it, give a"
     ):
         Session.load(memory, folder.model())
     sleep = Session.load(memory, folder.model(), sleep=folder.config().sleep).sleep_config

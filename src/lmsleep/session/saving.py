@@ -34,8 +34,8 @@ def read(path: Path, model: Backbone, sleep: SleepConfig | None) -> tuple[State,
     """The state where the window began, what it is, its sleep (else `sleep`), and the tokens of the window.
 
     Raises:
-        ValueError: as `Memory.load`, if the file holds a memory and no session, or if its sleep names a Python
-            file that `sleep` does not name.
+        ValueError: as `Memory.load`, if the file holds a memory and no session, or if its sleep names a
+            Python file that `sleep` does not name.
         OSError: if there is no such file.
     """
     saved = memory.read(path, model)
@@ -58,7 +58,7 @@ def read(path: Path, model: Backbone, sleep: SleepConfig | None) -> tuple[State,
 
 
 def _check_code(said: Mapping[str, Any], sleep: SleepConfig | None) -> None:
-    """Refuse a sleep in a memory file that names code which the caller's `sleep` does not: data runs nothing."""
+    """Refuse a sleep in a file that names code which the caller's `sleep` does not: data runs nothing."""
     known = {} if sleep is None else sleep.to_dict()
     for choice in ("consolidator", "eviction"):
         name = said[choice].get("name", "") if isinstance(said.get(choice), Mapping) else said.get(choice)
