@@ -6,6 +6,7 @@ import torch
 import transformers as t
 
 from lmsleep.hf import insert_memory_layers
+from lmsleep.hf.cache_name import cache_name
 from lmsleep.hf.jet_nemotron import JetNemotronConfig, JetNemotronForCausalLM
 from lmsleep.hf.ouro import OuroConfig, OuroForCausalLM
 
@@ -197,3 +198,8 @@ def family(name: str, seed: int = 0) -> Any:
             elif p.ndim == 2 and "norm" not in key:
                 p.mul_(3.0)
     return model
+
+
+def held(out):
+    """The cache in an output of transformers, under the name of its version."""
+    return getattr(out, cache_name())

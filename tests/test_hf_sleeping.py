@@ -7,12 +7,13 @@ import pytest
 import torch
 import transformers
 from conftest import close, random_tokens
-from hf_models import VOCAB, family
+from hf_models import VOCAB, family, held
 from huggingface_hub import ModelCard
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from lmsleep import Session, SleepConfig, adapt, sleep_forward
 from lmsleep.hf import SleepCache, from_pretrained, load_pretrained, sleepify
+from lmsleep.hf.cache_name import named
 from lmsleep.hf.card import card
 
 L = 5
@@ -48,7 +49,7 @@ def test_greedy_generation_is_that_of_a_session(name, eviction):
     options = {"max_new_tokens": 2 * L, "return_dict_in_generate": True, "output_logits": True, **GREEDY}
     found = model.generate(x, **options)
     assert found.sequences[0, x.shape[1] :].tolist() == wanted
-    assert found.past_key_values.sessions[0].stats.sleeps == session.stats.sleeps == 4
+    assert held(found).sessions[0].stats.sleeps == session.stats.sleeps == 4
     awake = sleeping(name, SleepConfig(window=L, eviction=eviction)).generate(x, **options)
     assert not close(awake.logits[-1], found.logits[-1], 1e-3)
 
@@ -81,7 +82,7 @@ def test_a_text_without_cache_is_that_of_sleep_forward_with_gradients():
     out.loss.backward()
     assert torch.equal(out.logits, wanted.logits) and torch.equal(out.loss, wanted.loss)
     assert all(torch.equal(p.grad, gradients[n]) for n, p in model.named_parameters())
-    assert out.past_key_values is None
+    assert held(out) is None
     loss, logits = model(x, labels=x, return_dict=False, logits_to_keep=2)
     assert torch.equal(loss, out.loss) and torch.equal(logits, out.logits[:, -2:])
     model.gradient_checkpointing_enable()
@@ -106,8 +107,8 @@ def test_a_cache_is_read_on():
     with torch.no_grad():
         whole = model(x).logits
         first = model(x[:, :6], use_cache=True)
-        cache = first.past_key_values
-        second = model(x[:, 6:], past_key_values=cache, attention_mask=torch.ones(1, 17))
+        cache = held(first)
+        second = model(x[:, 6:], **named(cache), attention_mask=torch.ones(1, 17))
     assert close(torch.cat([first.logits, second.logits], dim=1), whole, 1e-5)
     assert cache.get_seq_length() == 17 and cache.batch_size == 1
     # What a session has read comes before the prompt.
@@ -115,13 +116,13 @@ def test_a_cache_is_read_on():
     session.read(x[0])
     wanted = session.fork().generate([3, 4], 6)
     found = model.generate(
-        torch.tensor([[3, 4]]), past_key_values=model.new_cache([session.fork()]), max_new_tokens=6, **GREEDY
+        torch.tensor([[3, 4]]), **named(model.new_cache([session.fork()])), max_new_tokens=6, **GREEDY
     )
     assert found[0, 2:].tolist() == wanted
     # A conversation: all of it is given, and what the cache has read is not read twice.
     chat = model.generate(x, max_new_tokens=4, return_dict_in_generate=True, **GREEDY)
     more = torch.cat([chat.sequences, text(1, 3, seed=2)], dim=1)
-    went_on = model.generate(more, past_key_values=chat.past_key_values, max_new_tokens=4, **GREEDY)
+    went_on = model.generate(more, **named(held(chat)), max_new_tokens=4, **GREEDY)
     assert torch.equal(went_on, model.generate(more, max_new_tokens=4, **GREEDY))
 
 
@@ -185,12 +186,12 @@ def test_what_would_go_wrong_is_refused():
         "attention_mask has padding among": {"attention_mask": torch.tensor([[1, 1, 0, 1, 1, 1, 1, 1]])},
         r"attention_mask must be \[B, T\]": {"attention_mask": torch.ones(1, 1, 8, 8)},
         "output_hidden_states: a model that sleeps": {"output_hidden_states": True},
-        "past_key_values=DynamicCache cannot sleep": {"past_key_values": transformers.DynamicCache()},
-        "memory of another model": {"past_key_values": sleeping().new_cache()},
+        "past_key_values=DynamicCache cannot sleep": named(transformers.DynamicCache()),
+        "memory of another model": named(sleeping().new_cache()),
         "input_ids must hold new tokens": {"input_ids": x[:, :0]},
         "attention_mask hides every token": {"attention_mask": torch.zeros(1, 8), "use_cache": True},
         "past_key_values holds 1 rows, input_ids has 2": {
-            "input_ids": x.view(2, 4), "past_key_values": model(x, use_cache=True).past_key_values,
+            "input_ids": x.view(2, 4), **named(held(model(x, use_cache=True))),
         },
     }.items():  # fmt: skip
         with pytest.raises(ValueError, match=message):
@@ -200,11 +201,11 @@ def test_what_would_go_wrong_is_refused():
     for speculation in ({"assistant_model": family("qwen3_5")}, {"prompt_lookup_num_tokens": 2}):
         with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
             model.generate(x, max_new_tokens=2, **speculation, **GREEDY)
-    cache = model(x, use_cache=True).past_key_values
+    cache = held(model(x, use_cache=True))
     with pytest.raises(ValueError, match="cannot be taken back"):
         cache.crop(-1)
     with pytest.raises(ValueError, match="sleepify first"):
-        family("qwen3_5")(x, past_key_values=cache)
+        family("qwen3_5")(x, **named(cache))
     with pytest.raises(ValueError, match="wake_passes=2"):
         sleeping(sleep=SleepConfig(window=L, wake_passes=2))
     with pytest.raises(ValueError, match=r"loop=\(0, 9\) reaches outside"):

@@ -4,10 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import close
-from hf_models import ATTENTION_ONLY, family, with_memory
+from hf_models import ATTENTION_ONLY, family, held, with_memory
 
 from lmsleep import Session, SleepConfig, adapt, sleep_forward
 from lmsleep.hf import insert_memory_layers, load_pretrained
+from lmsleep.hf.cache_name import named
 from lmsleep.hf.ouro import OuroConfig, OuroForCausalLM
 
 KINDS = pytest.mark.parametrize("kind", ["jet", "gated_delta_net"])
@@ -100,8 +101,8 @@ def test_the_cache_of_transformers_carries_it(name, kind):
     with torch.no_grad():
         whole = model(TOKENS).logits
         for piece in TOKENS.split([1, 1, 1, 4, 1, 3], dim=1):
-            out = model(piece, past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
+            out = model(piece, **named(cache), use_cache=True)
+            cache = held(out)
             parts.append(out.logits)
         assert close(torch.cat(parts, dim=1), whole, 1e-4)
         silent = family(name)(TOKENS).logits

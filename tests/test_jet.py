@@ -5,10 +5,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import close
-from hf_models import JET, family
+from hf_models import JET, family, held
 from transformers import DynamicCache
 
 from lmsleep.hf import load_pretrained
+from lmsleep.hf.cache_name import named
 from lmsleep.hf.jet_nemotron import JetNemotronConfig, JetNemotronForCausalLM, JetNemotronRMSNorm
 from lmsleep.layers import JetBlock
 
@@ -171,7 +172,7 @@ def test_the_cache_of_transformers_carries_it():
     with torch.no_grad():
         whole, cache, parts = model(x).logits, DynamicCache(config=model.config), []
         for piece in x.split([1, 2, 1, 4, 1, 2], dim=1):
-            parts.append(model(piece, past_key_values=cache, use_cache=True).logits)
+            parts.append(model(piece, **named(cache), use_cache=True).logits)
     assert close(torch.cat(parts, dim=1), whole, 1e-6)  # rotary positions are float32
 
 
@@ -185,9 +186,9 @@ def test_padding_in_front_of_a_row_changes_nothing():
     assert close(out.logits[:1, 3:], alone, 1e-6) and not close(out.logits[1:, 3:], alone, 1e-3)
     answers = model.generate(padded, attention_mask=mask, **options)[:, 11:]
     assert torch.equal(answers, model.generate(x, attention_mask=torch.ones_like(x), **options)[:, 8:])
-    cache = model(x, use_cache=True).past_key_values
+    cache = held(model(x, use_cache=True))
     with pytest.raises(ValueError, match=r"attention_mask hides tokens that follow on others"):
-        model(padded, attention_mask=torch.cat([torch.ones_like(x), mask], dim=1), past_key_values=cache)
+        model(padded, attention_mask=torch.cat([torch.ones_like(x), mask], dim=1), **named(cache))
 
 
 def test_the_norm_multiplies_before_it_rounds():

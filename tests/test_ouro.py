@@ -4,11 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import close
-from hf_models import family
+from hf_models import family, held
 from transformers import DynamicCache
 
 from lmsleep import adapt
 from lmsleep.hf import load_pretrained
+from lmsleep.hf.cache_name import named
 from lmsleep.hf.ouro import OuroConfig, OuroForCausalLM
 
 PUBLISHED = {
@@ -99,8 +100,8 @@ def test_every_step_has_keys_and_values_of_its_own(model, made):
     cache, parts = made(model.config), []
     with torch.no_grad():
         for piece in TOKENS.split([1, 3, 1, 4], dim=1):
-            out = model(piece, past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
+            out = model(piece, **named(cache), use_cache=True)
+            cache = held(out)
             parts.append(out.logits)
         assert close(torch.cat(parts, dim=1), model(TOKENS).logits, 1e-6)
     assert len(cache.layers) == 16 and all(layer.get_seq_length() == 9 for layer in cache.layers)

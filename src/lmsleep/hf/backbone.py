@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lmsleep.hf.cache import Carried, RunCache
+from lmsleep.hf.cache_name import named
 from lmsleep.hf.positions import Positions
 from lmsleep.state import Cache, Memory, State
 
@@ -233,8 +234,8 @@ def call_block(block: Any, h: Tensor, cache: RunCache, where: Positions, mask: T
         h,
         attention_mask=mask,
         position_ids=where.position_ids,
-        past_key_values=cache,
         use_cache=True,
+        **named(cache),
         **options,
     )
     # Some families return attention weights or the choices of a router beside h.

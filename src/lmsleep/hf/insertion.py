@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lmsleep.hf.cache import RunCache, cache_layers, through_cache
+from lmsleep.hf.cache_name import cache_name
 from lmsleep.layers import MemoryKind, MemoryLayer
 
 ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -118,7 +119,7 @@ def _with_memory(
 ) -> Any:
     """Add what a block's memory layer says to what the block says; `layer_idx` is its place in a cache."""
     h, *rest = output if isinstance(output, tuple) else (output,)
-    cache = options.get("past_key_values")
+    cache = options.get(cache_name())
     if cache is not None and not isinstance(cache, RunCache):
         # A cache of `transformers` has a layer a block; memory layers come behind them, when first needed.
         cache.layers.extend(cache_layers(config)[len(cache.layers) :])

@@ -19,6 +19,7 @@ from transformers.masking_utils import (
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RotaryEmbedding
 
 from lmsleep.hf.cache import through_cache
+from lmsleep.hf.cache_name import cache_name, named
 from lmsleep.layers import JetBlock
 
 LAYER_TYPES = {"jet": "linear_attention", "attn": "full_attention", "swa": "sliding_attention"}
@@ -130,17 +131,14 @@ class JetNemotronDecoderLayer(Qwen2DecoderLayer):
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
         **kwargs: Any,
     ) -> Tensor:
         """Map `h` `[B, T, d]` to the same shape."""
         if self.attention_type != "linear_attention":
-            h: Tensor = super().forward(
-                hidden_states, attention_mask=attention_mask, past_key_values=past_key_values, **kwargs
-            )
+            h: Tensor = super().forward(hidden_states, attention_mask=attention_mask, **kwargs)
             return h
-        x = self.input_layernorm(hidden_states)
-        h = hidden_states + through_cache(self.self_attn, x, past_key_values, self.layer_idx, attention_mask)
+        x, cache = self.input_layernorm(hidden_states), kwargs.get(cache_name())
+        h = hidden_states + through_cache(self.self_attn, x, cache, self.layer_idx, attention_mask)
         return h + self.mlp(self.post_attention_layernorm(h))
 
 
@@ -182,7 +180,6 @@ class JetNemotronModel(Qwen2Model):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | dict[str, Any] | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -195,7 +192,7 @@ class JetNemotronModel(Qwen2Model):
                 "config": self.config,
                 "inputs_embeds": inputs_embeds,
                 "attention_mask": attention_mask,
-                "past_key_values": past_key_values,
+                **named(kwargs.get(cache_name())),
                 "position_ids": position_ids,
             }
             attention_mask = {"linear_attention": create_recurrent_attention_mask(**asked)}
@@ -206,7 +203,6 @@ class JetNemotronModel(Qwen2Model):
         return super().forward(
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             **kwargs,
         )

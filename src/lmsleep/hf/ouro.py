@@ -21,6 +21,7 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
 
 from lmsleep.hf.cache import cache_layers
+from lmsleep.hf.cache_name import cache_name, named
 
 LAYERS = {"1.4B": 24, "2.6B": 48}
 
@@ -105,7 +106,6 @@ class OuroModel(LlamaModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Any,
@@ -113,21 +113,23 @@ class OuroModel(LlamaModel):
         """Run as `LlamaModel.forward`; step t of D layers has places `t D ... (t + 1) D - 1` of the cache."""
         h = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache()
+        whole = kwargs.pop(cache_name(), None)
+        if use_cache and whole is None:
+            whole = DynamicCache()
         states: list[Tensor] = []
-        for cache in self._steps(past_key_values):
+        for cache in self._steps(whole):
             out = super().forward(
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=cache,
                 inputs_embeds=h,
                 use_cache=use_cache,
+                **named(cache),
                 **kwargs,
             )
             h = out.last_hidden_state
             states.append(h)
-        out.last_hidden_state, out.past_key_values = self._left(states), past_key_values
+        out.last_hidden_state = self._left(states)
+        setattr(out, cache_name(), whole)
         return out
 
     def _steps(self, cache: Any) -> list[Any]:

@@ -30,6 +30,9 @@ class SleepCache(Cache):
 
     is_compileable = False
     is_croppable = False
+    # Of the one layer that it stands for: from 5.24 on `generate` skips what a cache has read only where some
+    # layer is not linear, and a cache without layers would count as linear.
+    is_linear = (False,)
 
     def __init__(self, model: Backbone, sleep: SleepConfig, sessions: Sequence[Session] = ()) -> None:
         super().__init__(layers=[])

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lmsleep.hf.backbone import HFBackbone
+from lmsleep.hf.cache_name import named
 from lmsleep.hf.card import write_card
 from lmsleep.hf.loading import load_pretrained
 from lmsleep.hf.sleep_cache import SleepCache
@@ -126,6 +127,7 @@ class _Sleeping:
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: SleepCache | None = None,
+        cache: SleepCache | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
@@ -143,7 +145,8 @@ class _Sleeping:
             attention_mask: `[B, T]`, 0 for padding, on either side of a row; with a cache `[B, t]`, of which
                 the last T count, and padding on the left only. Padding writes nothing and moves no window.
             position_ids: positions follow from the mask; only checked, for packed texts would share a memory.
-            past_key_values: what was read before.
+            past_key_values: what was read before, in the name of transformers up to 5.23.
+            cache: the same, in the name of transformers from 5.24 on.
             labels: `[B, T]`: `input_ids`, or -100 where a token is not to be predicted.
             use_cache: True: go on in a new cache if there is none.
             logits_to_keep: only the logits of so many last positions; 0: all.
@@ -167,7 +170,8 @@ class _Sleeping:
                 "is new, or what is new with an attention_mask over all"
             )
         valid = _valid(attention_mask, position_ids, input_ids)
-        cache = self.new_cache() if use_cache and past_key_values is None else past_key_values
+        cache = past_key_values if cache is None else cache
+        cache = self.new_cache() if use_cache and cache is None else cache
         if cache is None:
             loss, logits = self._whole(input_ids, valid, labels, num_items_in_batch)
             logits = None if logits is None else logits[:, -logits_to_keep:]
@@ -181,7 +185,7 @@ class _Sleeping:
             if cache.model is not self.backbone:
                 raise ValueError("past_key_values is the memory of another model; use model.new_cache()")
             loss, logits = None, cache.read(input_ids, valid, logits_to_keep or input_ids.shape[1])
-        out = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+        out = CausalLMOutputWithPast(loss=loss, logits=logits, **named(cache))
         return out.to_tuple() if return_dict is False else out
 
     def _whole(
@@ -213,8 +217,11 @@ class _Sleeping:
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate as `transformers` does, in a cache that sleeps unless given one or `use_cache=False`."""
-        if kwargs.get("past_key_values") is None and kwargs.get("use_cache") is not False:
-            kwargs |= {"past_key_values": self.new_cache(), "use_cache": True}
+        given = [kwargs.pop(name, None) for name in ("past_key_values", "cache")]
+        cache = next((one for one in given if one is not None), None)
+        if cache is None and kwargs.get("use_cache") is not False:
+            cache, kwargs["use_cache"] = self.new_cache(), True
+        kwargs |= {} if cache is None else named(cache)
         return super().generate(*args, **kwargs)  # type: ignore[misc]
 
     def save_pretrained(
