@@ -1,4 +1,4 @@
-"""What a sleeping model carries: fast weights (`Memory`), the window's working memory (`Cache`).
+"""Hold what a sleeping model carries: fast weights (`Memory`), the window's working memory (`Cache`).
 
 Pure data. Nothing here computes a model; every value is immutable and every operation returns a
 new one, so that a window can be checkpointed, forked or replayed without copies by hand.
