@@ -1,4 +1,4 @@
-"""Files that are either old or new, never half written."""
+"""Write files that are either old or new, never half written, and lock them."""
 
 import os
 import secrets
@@ -19,7 +19,7 @@ def write_atomic(path: Path, data: bytes) -> None:
     try:
         with name.open("wb") as file:
             file.write(data)
-            file.flush()
+            file.flush()  # out of Python's buffer, which fsync does not know
             # Without it a crash of the machine may leave the new name with no data behind it.
             os.fsync(file.fileno())
         name.replace(path)
@@ -41,6 +41,7 @@ def locked(path: Path) -> Iterator[None]:
     """
     import fcntl  # not on Windows, where everything else works
 
+    # Asked first, or the error would name the lock, of which the caller knows nothing.
     if not path.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {path.parent} to write {path.name} into")
     with (path.parent / f".{path.name}.lock").open("w") as file:

@@ -1,4 +1,4 @@
-"""A model by one name: a run (or a shipped one), a saved model, or a Hugging Face model."""
+"""Open a model by one name: a run (or a shipped one), a saved model, or a Hugging Face model."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,8 +41,9 @@ def open_model(path: str | Path, tokenizer: str | None = None, device: str = "au
         FileNotFoundError: if there is none.
     """
     place = find(path)
-    read = place.tokenizer(tokenizer)
+    read = place.tokenizer(tokenizer)  # before the weights: a wrong name should fail at once
     model, sleep = place.backbone(device)
+    # Fewer tokens than the model has are fine: every one of them has a row in the embedding.
     if read.vocab_size > model.vocab_size:
         raise ValueError(
             f"tokenizer has {read.vocab_size} tokens, {place.path} only {model.vocab_size}; "

@@ -1,4 +1,4 @@
-"""Options, dataclasses of plain values (numbers, strings, paths, tuples), to JSON and back."""
+"""Turn options, dataclasses of plain values (numbers, strings, paths, tuples), to JSON and back."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, fields
@@ -20,13 +20,14 @@ def from_plain(cls: type[Any], data: Mapping[str, Any]) -> Any:
     """
     if unknown := set(data) - {f.name for f in fields(cls)}:
         raise ValueError(f"unknown field {', '.join(sorted(unknown))} of {cls.__name__}")
+    # Fields may be annotated by strings, which this resolves. JSON has no paths: only the hint tells them.
     hints = get_type_hints(cls)
     return cls(**{k: _restored(v, _mentions(hints[k], Path)) for k, v in data.items()})
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Path):
-        return str(value.resolve())
+        return str(value.resolve())  # whoever reads it may stand in another folder
     return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
 
 
@@ -37,4 +38,5 @@ def _restored(value: Any, is_path: bool) -> Any:
 
 
 def _mentions(hint: Any, cls: type) -> bool:
+    # The class may stand within others: `Path | None`, `tuple[Path, ...]`.
     return hint is cls or any(_mentions(inner, cls) for inner in get_args(hint))

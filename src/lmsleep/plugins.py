@@ -1,4 +1,4 @@
-"""What users bring along: an object in a Python file, `FILE.py:NAME`, or the entry point of a package.
+"""Find what users bring along: an object in a Python file, `FILE.py:NAME`, or the entry point of a package.
 
 Such a name can be written into a configuration, so it finds the object again in every other process: in the
 workers that draw data, after `--resume`, in `eval` and in sessions.
@@ -47,12 +47,14 @@ class Plugin:
         return found
 
     def _brought_along(self, name: str, listed: Iterable[str]) -> Any:
+        # The last colon: a path may have one of its own (C:\).
         file, _, attribute = name.rpartition(":") if ".py:" in name else (name, "", "")
         if not file.endswith(".py"):
             return self._entry_point(name, listed)
         module = _module(Path(file).resolve())
         found = getattr(module, attribute, None) if attribute else None
         if found is None:
+            # Only what the file itself defines: what it imports is no answer to a wrong name.
             there = [k for k, v in vars(module).items() if self.is_one(v) and _is_of(v, module)]
             raise ValueError(
                 f"{file} has no {self.noun} {attribute!r}; call the {self.what} {file}:{self.noun.upper()}, "
@@ -67,7 +69,7 @@ class Plugin:
             raise ValueError(f"unknown {self.what} {name!r}; choose one of {known}")
         try:
             return points[name].load()
-        except Exception as error:
+        except Exception as error:  # the code of others runs here, and may raise anything
             raise ValueError(
                 f"the entry point {points[name].value} of {self.what} {name} fails: {error}"
             ) from error
@@ -82,9 +84,11 @@ class Plugin:
             if one is cls:
                 return name
         for point in entry_points(group=self.group):
+            # Blanks around the colon are allowed in a package's metadata.
             if point.value.replace(" ", "") == f"{cls.__module__}:{cls.__qualname__}":
                 return point.name
         file = getattr(sys.modules.get(cls.__module__), "__file__", None)
+        # A dot: the class stands in another class or in a function, where getattr on a module finds nothing.
         if file is None or "." in cls.__qualname__:
             raise ValueError(
                 f"{self.what} {cls.__qualname__} must stand at the top of a Python file, to be found again"
@@ -93,15 +97,20 @@ class Plugin:
 
 
 def absolute(name: str) -> str:
-    """`FILE.py:NAME` with the whole path of the file, which holds in any folder; other names as they are."""
+    """Return `FILE.py:NAME` with the whole path of the file, valid in any folder; other names as they are."""
     file, colon, attribute = name.rpartition(":")
     return f"{Path(file).resolve()}:{attribute}" if colon and file.endswith(".py") else name
 
 
 def _module(path: Path) -> ModuleType:
-    """The module of a file, imported once: it may be the script that runs."""
+    """Return the module of a file, imported once: it may be the script that runs.
+
+    A second copy would have classes of its own, which `isinstance` and `is` tell from those of the first.
+    """
+    # A list: asking a lazy module for an attribute may import others, and change the dict that is walked.
     for module in list(sys.modules.values()):
         file = getattr(module, "__file__", None)
+        # Names first, since resolving a path asks the disk, once for each module there is.
         if file is not None and Path(file).name == path.name and Path(file).resolve() == path:
             return module
     if not path.is_file():
@@ -113,7 +122,8 @@ def _module(path: Path) -> ModuleType:
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        del sys.modules[spec.name]
+        del sys.modules[spec.name]  # or the next call would find a module that ran only half
+        # The innermost line of the user's own file, not of the library in which it failed.
         lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
         where = f"{path}, line {lines[-1]}" if lines else path
         raise ValueError(f"{where}: {type(error).__name__}: {error}") from error
@@ -121,5 +131,5 @@ def _module(path: Path) -> ModuleType:
 
 
 def _is_of(value: Any, module: ModuleType) -> bool:
-    """Whether a module made `value`, if it is a class: those that it only imports are not its own."""
+    """Say whether a module made `value`, if it is a class: those that it only imports are not its own."""
     return not isinstance(value, type) or value.__module__ == module.__name__

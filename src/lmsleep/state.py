@@ -1,4 +1,4 @@
-"""What a sleeping model carries: fast weights (`Memory`), the window's working memory (`Cache`).
+"""Hold what a sleeping model carries: fast weights (`Memory`), the window's working memory (`Cache`).
 
 Pure data. Nothing here computes a model; every value is immutable and every operation returns a
 new one, so that a window can be checkpointed, forked or replayed without copies by hand.
@@ -24,7 +24,7 @@ Storage = Literal["float32", "bfloat16", "int8"]
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """Who wrote a memory, from how much, and what it descends from."""
+    """Says who wrote a memory, from how much, and what it descends from."""
 
     id: str = field(default_factory=lambda: uuid4().hex)
     """Names a line of reading; only a fork or a merge begins a new one."""
@@ -44,7 +44,7 @@ class Origin:
     """Whatever the user wants to remember."""
 
     def child(self, *others: "Origin") -> Self:
-        """The origin of a fork, or of a merge with `others`."""
+        """Return the origin of a fork, or of a merge with `others`."""
         return replace(self, id=uuid4().hex, parents=(self.id, *(other.id for other in others)))
 
 
@@ -54,10 +54,10 @@ class _Carries(Protocol):
 
 
 class Starts(Protocol):
-    """What a memory needs of a model: the layout of its fast weights, those of `initial_state`."""
+    """A model as a memory needs it: `initial_state` tells the layout of its fast weights."""
 
     def initial_state(self, batch_size: int) -> _Carries:
-        """`S = 0`, for `batch_size` rows."""
+        """Return `S = 0`, for `batch_size` rows."""
         ...
 
 
@@ -78,6 +78,7 @@ class Memory:
     origin: Origin | None = None
 
     def __post_init__(self) -> None:
+        # A frozen dataclass refuses plain assignment, to itself too.
         object.__setattr__(self, "layers", tuple(_layer(_parts(layer)) for layer in self.layers))
 
     @classmethod
@@ -89,7 +90,7 @@ class Memory:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> Self:
-        """`S = 0`, as every sequence begins (Algorithm 1).
+        """Return `S = 0`, as every sequence begins (Algorithm 1).
 
         Args:
             shapes: for each block the shape of its tensor without the rows, such as `(H, K, V)`; a sequence
@@ -102,7 +103,7 @@ class Memory:
         def zero(shape: Any) -> Layer:
             if shape is None:
                 return None
-            if all(isinstance(size, int) for size in shape):
+            if all(isinstance(size, int) for size in shape):  # one tensor; a scalar per row has the shape ()
                 return torch.zeros(batch_size, *shape, dtype=dtype, device=device)
             return tuple(torch.zeros(batch_size, *each, dtype=dtype, device=device) for each in shape)
 
@@ -110,55 +111,56 @@ class Memory:
 
     @property
     def parts(self) -> tuple[tuple[Tensor, ...], ...]:
-        """The same as `layers`, with a tuple of tensors for every block: none, one or several."""
+        """Return `layers` with a tuple of tensors for every block: none, one or several."""
         return tuple(map(_parts, self.layers))
 
     @property
     def S(self) -> tuple[Tensor | None, ...]:
-        """For each block its first tensor `[B, H, K, V]`, a matrix per head; None where there is none."""
+        """Return each block's first tensor `[B, H, K, V]`, a matrix per head; None where there is none."""
+        # Four dimensions are all that tells a matrix per head from what else a block may keep.
         return tuple(next((t for t in part if t.ndim == 4), None) for part in self.parts)
 
     @property
     def writes(self) -> tuple[bool, ...]:
-        """For each block, whether it has fast weights."""
+        """Tell for each block if it has fast weights."""
         return tuple(layer is not None for layer in self.layers)
 
     def tensors(self) -> Iterator[Tensor]:
-        """Every tensor, block by block."""
+        """Iterate over all tensors, block by block."""
         return (t for part in self.parts for t in part)
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> Self:
-        """A memory with `fn` applied to every tensor."""
+        """Return a memory with `fn` applied to every tensor, in the order of `tensors()`."""
         return replace(self, layers=tuple(tuple(fn(t) for t in part) for part in self.parts))
 
     def detach(self) -> Self:
-        """The same values, cut from the autograd graph."""
+        """Return the same values, cut from the autograd graph; they share their storage."""
         return self.map(Tensor.detach)
 
     def clone(self) -> Self:
-        """An independent copy (a snapshot)."""
+        """Return an independent copy (a snapshot)."""
         return self.map(Tensor.clone)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
-        """The same memory on another device or in another dtype."""
+        """Return the same memory on another device or in another dtype."""
         return self.map(lambda s: s.to(device=device, dtype=dtype))
 
     def __getitem__(self, rows: Rows) -> Self:
-        """Rows of the batch: a slice, a list or index tensor (repeats fork a row), or a bool mask."""
+        """Return rows of the batch: a slice, a list or index tensor (repeats fork a row), or a bool mask."""
         return self.map(lambda s: s[rows])
 
     @property
     def batch_size(self) -> int:
-        """Rows in the batch (0 if no block has fast weights)."""
+        """Count the rows of the batch (0 if no block has fast weights)."""
         return next((t.shape[0] for t in self.tensors()), 0)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all fast weights, all rows."""
+        """Count the bytes of all fast weights, all rows."""
         return sum(t.nbytes for t in self.tensors())
 
     def norms(self) -> Tensor:
-        """Frobenius norm of `S` per row, block that has one, and head: `[B, blocks, H]`.
+        """Return the Frobenius norm of `S` per row, block that has one, and head: `[B, blocks, H]`.
 
         Raises:
             ValueError: if there is no `S` (a matrix per head), or the blocks differ in their number of heads.
@@ -166,7 +168,7 @@ class Memory:
         return self._per_head(torch.linalg.matrix_norm)
 
     def effective_rank(self) -> Tensor:
-        """Effective rank of `S` per row, block that has one, and head: `[B, blocks, H]`.
+        """Return the effective rank of `S` per row, block that has one, and head: `[B, blocks, H]`.
 
         The exponential of the entropy of the normalised singular values (Roy and Vetterli, 2007): between 1
         and min(K, V), and 0 where `S = 0`.
@@ -178,6 +180,7 @@ class Memory:
         def rank(s: Tensor) -> Tensor:
             values = torch.linalg.svdvals(s)
             total = values.sum(-1, keepdim=True)
+            # `S = 0` would divide by zero; what comes of it has rank 1, which the factor below makes 0.
             share = values / total.clamp(min=torch.finfo(values.dtype).tiny)
             return torch.special.entr(share).sum(-1).exp() * (total[..., 0] > 0)
 
@@ -190,7 +193,7 @@ class Memory:
         return torch.stack(figures, dim=1)
 
     def like(self, template: "Memory", name: object = "memory") -> Self:
-        """The memory on the devices and in the dtypes of `template`, which has its layout and any rows.
+        """Return the memory on the devices and in the dtypes of `template`, of the same layout and any rows.
 
         Raises:
             ValueError: if the layout is another one.
@@ -198,6 +201,7 @@ class Memory:
         shapes, wanted = self._shapes(), template._shapes()
         if shapes != wanted:
             raise ValueError(f"{name} has fast weights {shapes}, the model {wanted}")
+        # `map` goes through the tensors in this order, so each meets its counterpart.
         place = iter([(t.device, t.dtype) for t in template.tensors()])
         return self.map(lambda t: t.to(*next(place)))
 
@@ -205,7 +209,7 @@ class Memory:
         return [[tuple(t.shape[1:]) for t in part] for part in self.parts]
 
     def diff(self, other: "Memory") -> Self:
-        """What this memory holds and `other` does not: the difference of their fast weights.
+        """Return what this memory holds and `other` does not: the difference of their fast weights.
 
         Raises:
             ValueError: if the two have not the same layout.
@@ -213,7 +217,7 @@ class Memory:
         return self._combined([other], [1.0, -1.0])
 
     def merge(self, others: Sequence["Memory"], weights: Sequence[float] | None = None) -> Self:
-        """The weighted sum of this memory and `others`; weights default to equal shares of 1.
+        """Return the weighted sum of this memory and `others`; weights default to equal shares of 1.
 
         Whether the sum remembers what its parts did depends on the task: see docs/sessions.md.
 
@@ -225,9 +229,11 @@ class Memory:
             raise ValueError(f"weights must be {1 + len(others)}, one a memory, got {len(weights)}")
         everyone: tuple[Memory, ...] = (self, *others)
         origins = [m.origin for m in everyone if m.origin is not None]
+        # An unknown model (None) may be any other one, so it is not merged with a known one.
         if len({origin.model for origin in origins}) > 1:
             raise ValueError("memories of different models cannot be merged")
         merged = self._combined(others, weights)
+        # With one parent unknown the counts and parents of the sum would be wrong: it gets no origin.
         if self.origin is None or len(origins) <= len(others):
             return merged
         origin = replace(
@@ -240,18 +246,20 @@ class Memory:
     def _combined(self, others: Sequence["Memory"], weights: Sequence[float]) -> Self:
         everyone: tuple[Memory, ...] = (self, *others)
         parts = [m.parts for m in everyone]
+        # Rows count too: sums would broadcast one row over many without a word.
         if len({tuple(tuple(t.shape for t in part) for part in each) for each in parts}) > 1:
             raise ValueError("memories must have the same blocks, heads and rows")
 
         def total(tensors: Sequence[Tensor]) -> Tensor:
             terms = [w * t for w, t in zip(weights, tensors, strict=True)]
-            return sum(terms[1:], terms[0])
+            return sum(terms[1:], terms[0])  # not from 0, which would be one more tensor
 
+        # Computed values were written by nobody: no origin is handed on.
         blocks = zip(*parts, strict=True)
         return type(self)(tuple(tuple(map(total, zip(*block, strict=True))) for block in blocks))
 
     def fork(self) -> Self:
-        """The same fast weights with an id of their own, whose parent is this one.
+        """Return the same fast weights with an id of their own, whose parent is this one.
 
         Raises:
             ValueError: if the memory has no origin.
@@ -300,7 +308,7 @@ class Memory:
 
     @staticmethod
     def log(path: str | Path) -> "list[tuple[Path | None, Origin]]":
-        """A memory file and all that it descends from, as far as it lies in the same folder, youngest first.
+        """List a memory file and all that it descends from, as far as it lies in its folder, youngest first.
 
         Raises:
             ValueError: as `load`.
@@ -309,18 +317,19 @@ class Memory:
         return list(import_module(_FILES).log(path))
 
 
+# A name and no import: `lmsleep.memory` imports this module.
 _FILES = "lmsleep.memory.saved"
 
 
 def _parts(layer: Layer) -> tuple[Tensor, ...]:
-    """The tensors of a block."""
+    """Return the tensors of a block: none, one or several."""
     if layer is None:
         return ()
     return (layer,) if isinstance(layer, Tensor) else tuple(layer)
 
 
 def _layer(parts: tuple[Tensor, ...]) -> Layer:
-    """Inverse of `_parts`: what is there once has one form."""
+    """Invert `_parts`: no tensor is None and a single one stands alone, so each layout has one form."""
     if not parts:
         return None
     return parts[0] if len(parts) == 1 else parts
@@ -342,52 +351,57 @@ class Cache:
     filled: Tensor | None = None
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> Self:
-        """A cache with `fn` applied to every tensor of its layers."""
+        """Return a cache with `fn` applied to every tensor of its layers; `filled` stays."""
         return replace(self, layers=tuple(tuple(fn(t) for t in layer) for layer in self.layers))
 
     @property
     def length(self) -> int:
-        """Positions of its longest tensor."""
+        """Count the positions of the longest tensor, padding included."""
+        # Tails of convolutions are shorter than keys and values; all end at the newest token.
         return max((t.shape[1] for layer in self.layers for t in layer), default=0)
 
     def counts(self, batch_size: int) -> Tensor:
-        """`[B]` int64: tokens that each of `batch_size` rows holds."""
+        """Return `[B]` int64: how many tokens each of `batch_size` rows holds."""
         if self.filled is not None:
             return self.filled
         device = next((t.device for layer in self.layers for t in layer), None)
         return torch.full((batch_size,), self.length, device=device)
 
     def last(self, tokens: int) -> Self:
-        """What is left after eviction down to the newest `tokens` positions (0: nothing)."""
+        """Return what is left after eviction down to the newest `tokens` positions (0: nothing)."""
         if tokens == 0:  # of what is evicted neither memory nor graph stays alive
             return replace(self.map(lambda t: t.new_empty(len(t), 0, *t.shape[2:])), filled=None)
+        # A tensor with fewer positions than that stays whole; padding is older, so it goes first.
         filled = None if self.filled is None else self.filled.clamp(max=tokens)
         return replace(self.map(lambda t: t[:, max(t.shape[1] - tokens, 0) :]), filled=filled)
 
     def keep(self, counts: Tensor) -> Self:
-        """Of row b the newest `counts[b]` positions; older ones become padding, or go if all rows agree."""
+        """Keep the newest `counts[b]` positions of row b; older ones are padding, or go if all rows agree."""
+        # No row can keep more tokens than it has: what is older in it is padding already.
         counts = counts if self.filled is None else torch.minimum(counts, self.filled)
         kept = replace(self.last(int(counts.max())), filled=None)
         if bool((counts >= kept.length).all()):
             return kept
 
         def blanked(t: Tensor) -> Tensor:
+            # Counted from the newest position (age 0), at which tensors of any length are aligned. Zeros,
+            # because convolutions read padding as inputs before the first token.
             age = torch.arange(t.shape[1] - 1, -1, -1, device=t.device)
             return t.masked_fill((age >= counts[:, None]).view(*t.shape[:2], *[1] * (t.ndim - 2)), 0)
 
         return replace(kept.map(blanked), filled=counts)
 
     def detach(self) -> Self:
-        """The same values, cut from the autograd graph."""
+        """Return the same values, cut from the autograd graph."""
         return self.map(Tensor.detach)
 
     def __getitem__(self, rows: Rows) -> Self:
-        """Rows of the batch, as for `Memory`."""
+        """Return rows of the batch, as for `Memory`."""
         return replace(self.map(lambda t: t[rows]), filled=None if self.filled is None else self.filled[rows])
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all cached tensors, all rows."""
+        """Count the bytes of all cached tensors, all rows, padding included."""
         return sum(t.nbytes for layer in self.layers for t in layer)
 
 
@@ -399,25 +413,26 @@ class State(NamedTuple):
 
     @property
     def batch_size(self) -> int:
-        """Rows in the batch (0 if it carries nothing)."""
+        """Count the rows of the batch (0 if it carries nothing)."""
         return next((t.shape[0] for t in self.tensors()), 0)
 
     def tensors(self) -> Iterator[Tensor]:
-        """Every tensor of both."""
+        """Iterate over the tensors of both, the memory first."""
         yield from self.memory.tensors()
         for layer in self.cache.layers:
             yield from layer
 
     def rows(self, rows: Rows) -> "State":
-        """Rows of the batch."""
+        """Return rows of the batch."""
         return State(self.memory[rows], self.cache[rows])
 
     def detach(self) -> "State":
-        """The same values, cut from the autograd graph."""
+        """Return the same values, cut from the autograd graph."""
         return State(self.memory.detach(), self.cache.detach())
 
     def replace(self, start: int, blocks: Sequence[tuple[Layer, tuple[Tensor, ...]]]) -> "State":
-        """The state with blocks `start, start + 1, ...` replaced by new (fast weights, cache)."""
+        """Return the state with blocks `start, start + 1, ...` replaced by new (fast weights, cache)."""
+        # The cache keeps its old `filled`, that of the beginning; `counted` brings it up to date.
         stop = start + len(blocks)
         memory, cache = self.memory.layers, self.cache.layers
         return State(
@@ -426,7 +441,8 @@ class State(NamedTuple):
         )
 
     def split(self) -> "list[State]":
-        """The rows, each as a batch of one without padding; they share no storage."""
+        """Return the rows, each as a batch of one without padding; they share no storage."""
+        # A list index copies. A slice would be a view, and one row would keep the whole batch alive.
         single = [self.rows([row]) for row in range(self.batch_size)]
         counts = self.cache.counts(self.batch_size).tolist()
         return [
@@ -435,7 +451,7 @@ class State(NamedTuple):
         ]
 
     def counted(self, began: Cache, tokens: int, valid: Tensor | None) -> "State":
-        """This state, that of a window of `tokens`, with the positions that are filled in each row.
+        """Return this state after a window of `tokens` with a count of the filled positions of each row.
 
         Args:
             began: the working memory that the window began with.
@@ -445,6 +461,7 @@ class State(NamedTuple):
         if valid is None and began.filled is None:
             return self
         counts = began.counts(self.batch_size) + (tokens if valid is None else valid.sum(dim=1))
+        # `filled` still counts the tokens before the window, and `keep` would cap the new counts by it.
         return State(self.memory, replace(self.cache, filled=None).keep(counts))
 
     @staticmethod
@@ -460,6 +477,8 @@ class State(NamedTuple):
 
         def aligned(tensors: Sequence[Tensor]) -> Tensor:
             longest = max(t.shape[1] for t in tensors)
+            # F.pad counts dimensions from the last; the pair that ends up last is that of time, dimension 1.
+            # Zeros go before the first position. Rows that need none are not copied for it.
             padding = [(0, 0) * (t.ndim - 2) + (longest - t.shape[1], 0) for t in tensors]
             return joined([F.pad(t, p) if p[-2] else t for t, p in zip(tensors, padding, strict=True)])
 
@@ -475,6 +494,7 @@ class State(NamedTuple):
                 for layers in zip(*(p.cache.layers for p in parts), strict=True)
             )
         )
+        # Only then is there padding; without it `filled` stays None, and no mask of padding is needed.
         if len({p.cache.length for p in parts}) > 1 or any(p.cache.filled is not None for p in parts):
             cache = cache.keep(joined([p.cache.counts(p.batch_size) for p in parts]))
         return State(Memory(memory), cache)

@@ -11,7 +11,7 @@ from lmsleep.ops import Backend
 
 
 class Writes(NamedTuple):
-    """With what each token reads and writes `S`.
+    """Holds the tensors that each token reads and writes `S` with.
 
     Attributes:
         q: queries `[B, T, H, K]`, of unit norm.
@@ -64,10 +64,12 @@ class FastWeights(nn.Module):
         self.v_proj = nn.Linear(d_model, vs, bias=False)
         self.g_proj = nn.Linear(d_model, vs, bias=False)  # gate of the output
         self.o_proj = nn.Linear(vs, d_model, bias=False)
+        # The gates bring parameters of their own, which are saved and trained as the layer's.
         gates = ops.find_rule(rule).gates
         gates.build(self, d_model)
+        # Queries, keys and values lie side by side: one convolution for all, one kernel a channel.
         self.conv = nn.Parameter(torch.empty(2 * qk + vs, conv_size)) if conv_size > 0 else None
-        self.norm = nn.RMSNorm(value_dim, eps=norm_eps)
+        self.norm = nn.RMSNorm(value_dim, eps=norm_eps)  # every head by itself, with the same weights
         self.reset_gates()
 
     @torch.no_grad()
@@ -75,16 +77,17 @@ class FastWeights(nn.Module):
         """Set the gates to what the rule begins with, and the convolution to the identity."""
         ops.find_rule(self.rule).gates.reset(self)
         if self.conv is not None:
+            # The last tap is that of the current token. From the identity, a loop starts as a refinement.
             self.conv.zero_()
             self.conv[:, -1] = 1.0
 
     @property
     def memory_shape(self) -> tuple[int, int, int]:
-        """Shape of `S` for one sequence: `(H, K, V)`, or `H` and what the rule says."""
+        """Return the shape of `S` for one sequence: `(H, K, V)`, or `H` and what the rule says."""
         return self.num_heads, *ops.find_rule(self.rule).sizes(self.key_dim, self.value_dim).state
 
     def empty_cache(self, batch_size: int) -> tuple[Tensor, ...]:
-        """The tail of the short convolution, before any token: `[B, 0, channels]`."""
+        """Return the tail of the short convolution before any token: `[B, 0, channels]`, no time steps."""
         if self.conv is None:
             return ()
         return (self.conv.new_empty(batch_size, 0, self.conv.shape[0]),)
@@ -98,26 +101,32 @@ class FastWeights(nn.Module):
         span: int | None,
         filled: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
-        """`x` `[B, T, d]`, `S` `[B, H, K, V]` -> the same; tokens that are not `valid` write nothing."""
+        """Map `x` `[B, T, d]` and `S` `[B, H, K, V]` to the next; tokens not `valid` write nothing."""
         del span, filled  # the state has no window, and convolutions read padding as the zeros it is
         writes, cache = self.writes(x, cache, valid)
         o, memory = ops.update(self.rule, *writes, initial_state=memory, backend=self.backend)
+        # Normed while heads are still apart (`[B, T, H, V]`), then gated and joined.
         o = self.norm(o).flatten(2) * F.silu(self.g_proj(x))
         return self.o_proj(o), memory, cache
 
     def writes(
         self, x: Tensor, cache: tuple[Tensor, ...], valid: Tensor | None
     ) -> tuple[Writes, tuple[Tensor, ...]]:
-        """What the tokens `x` `[B, T, d]` read and write with, and the next cache; arguments as `forward`."""
+        """Return what the tokens `x` `[B, T, d]` read and write with, and the next cache; see `forward`."""
         qkv = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
         if self.conv is not None:
+            # In the dtype of the projections: under autocast it is not that of the parameters, and a tail may
+            # have been left by a pass without autocast.
             qkv, tail = ops.short_conv(qkv, self.conv.to(qkv.dtype), cache[0].to(qkv.dtype), valid)
             cache = (tail,)
         qk, vs = self.num_heads * self.key_dim, self.num_heads * self.value_dim
         q, k, v = F.silu(qkv).split((qk, qk, vs), dim=-1)
+        # Keys of unit norm make the delta rule a contraction. The usual eps, 1e-12, is zero in float16,
+        # where a key of zeros would become NaN.
         q, k = (F.normalize(y.unflatten(-1, (-1, self.key_dim)), dim=-1, eps=1e-6) for y in (q, k))
         v = v.unflatten(-1, (-1, self.value_dim))
         g, beta = ops.find_rule(self.rule).gates(self, x)
         if valid is not None:
+            # No decay and no write leave `S` as it is, bit for bit.
             g, beta = (y * valid.view(*valid.shape, *[1] * (y.ndim - 2)) for y in (g, beta))
         return Writes(q, k, v, g, beta), cache

@@ -1,4 +1,4 @@
-"""The format of memory files: named tensors and a header in one safetensors file, checked when it is read.
+"""Read and write memory files: named tensors and a header in one safetensors file, checked when read.
 
 docs/sessions.md describes it. What the names mean is up to `memory.saved` and `session.saving`.
 """
@@ -24,8 +24,9 @@ _PLAIN = ("format", "version", "time", "sha256")  # values of the metadata that 
 
 
 def finite(tensor: Tensor) -> bool:
-    """Whether a tensor holds neither NaN nor infinity."""
-    # Its extremes tell, for NaN is one, and take a tenth of the time of looking at every number.
+    """Say whether a tensor holds neither NaN nor infinity."""
+    # Its extremes tell, since NaN passes for both of them, and take a tenth of the time of looking at every
+    # number.
     return not tensor.numel() or all(bool(extreme.isfinite()) for extreme in tensor.aminmax())
 
 
@@ -49,12 +50,13 @@ def write(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) 
     stored = {
         name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()
     }
+    # Twice: the checksum covers the index, which safetensors makes, and then goes into it.
     data = save(stored, meta)
     write_atomic(path, save(stored, {**meta, "sha256": _digest(*_parts(data))}))
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and header of a memory file.
+    """Read the tensors and the header of a memory file.
 
     Raises:
         ValueError: for a foreign, truncated or edited file, or a newer version of the format.
@@ -66,6 +68,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except ValueError as error:
         raise ValueError(f"{path} {error}") from None
     meta = index["__metadata__"]
+    # Before the checksum, which another version may compute in another way.
     if meta.get("version") != str(VERSION):
         raise ValueError(f"{path} has format version {meta.get('version')}; this lmsleep reads {VERSION}")
     if meta.get("sha256") != _digest(index, body):
@@ -79,10 +82,11 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def glance(path: Path) -> dict[str, Any] | None:
-    """The header from the first bytes of a file, unchecked; None if the file is no memory."""
+    """Read the header from the first bytes of a file, unchecked; None if the file is no memory."""
     try:
         with path.open("rb") as file:
             length = struct.unpack("<Q", file.read(8))[0]
+            # In a foreign file these bytes may be any number: never read more than a header can have.
             meta = json.loads(file.read(length) if length <= MAX_HEADER else b"")["__metadata__"]
         return {k: json.loads(v) for k, v in meta.items() if k not in _PLAIN}
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, struct.error):
@@ -90,9 +94,11 @@ def glance(path: Path) -> dict[str, Any] | None:
 
 
 def _parts(data: bytes) -> tuple[dict[str, Any], bytes]:
-    """The index (JSON) of a safetensors file, and the bytes that it describes."""
+    """Split a safetensors file into its index (JSON) and the bytes that it describes."""
     if not data:
         raise ValueError("is empty")
+    # Eight bytes say how long the index is. A file without them counts as cut short, as does one that ends
+    # right after them; any other index begins with a brace.
     length = struct.unpack("<Q", data[:8])[0] if len(data) >= 8 else MAX_HEADER
     if length > MAX_HEADER or data[8:9] not in (b"{", b""):
         raise ValueError("is not a memory file of lmsleep")
@@ -102,8 +108,10 @@ def _parts(data: bytes) -> tuple[dict[str, Any], bytes]:
         index = json.loads(data[8 : 8 + length])
         entries = [entry for name, entry in index.items() if name != "__metadata__"]
         ours = index["__metadata__"]["format"] == FORMAT
+        # Asked here although the checksum would not match either: the error should say what happened.
         end = max((entry["data_offsets"][1] for entry in entries), default=0)
         short = len(data) < 8 + length + end
+    # Any JSON may stand there: no mapping, no such keys, or nested too deep to be parsed.
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
         raise ValueError("is not a memory file of lmsleep") from None
     if not ours:
@@ -114,8 +122,9 @@ def _parts(data: bytes) -> tuple[dict[str, Any], bytes]:
 
 
 def _digest(index: Mapping[str, Any], body: bytes) -> str:
-    """SHA-256 of all that a file says, but for the checksum itself."""
+    """Compute the SHA-256 of all that a file says, but for the checksum itself."""
     meta = {key: value for key, value in index["__metadata__"].items() if key != "sha256"}
+    # The index as JSON with sorted keys, not its bytes: the order of keys and blanks says nothing.
     digest = hashlib.sha256(json.dumps({**index, "__metadata__": meta}, sort_keys=True).encode())
     digest.update(body)
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""Which model is this: a fingerprint of its slow weights and configuration, read once per model object."""
+"""Tell models apart by a fingerprint of slow weights and configuration, read once per model object."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def fingerprint(model: Any) -> str:
-    """SHA-256 over the slow weights and the configuration of a model, as 64 hex digits.
+    """Return the SHA-256 over the slow weights and the configuration of a model, as 64 hex digits.
 
     Sleep leaves it as it is: only the fast weights change. The weights of a model object are read once, and
     again after one of them was written or replaced; a write through `.data`, which PyTorch does not count, is
@@ -27,9 +27,11 @@ def fingerprint(model: Any) -> str:
     if not hasattr(model, "state_dict"):
         raise ValueError(f"{type(model).__name__} has no state_dict(), so a memory cannot be tied to it")
     config = json.dumps(_settings(getattr(model, "config", None)), sort_keys=True, default=_plain)
+    # Sorted, for the order in which modules were added says nothing.
     weights = sorted(model.state_dict().items())
     if any(tensor.is_inference() for _, tensor in weights):  # whose writes are not counted
         return _digest_of(config, weights)
+    # A weight that was replaced lies elsewhere, one that was written in place has another version.
     now = (config, tuple((name, t.data_ptr(), t._version, t.dtype, t.shape) for name, t in weights))
     before, digest = _identities.get(model, (None, ""))
     if before != now:
@@ -39,18 +41,21 @@ def fingerprint(model: Any) -> str:
 
 
 def model_identity(model: Any) -> str | None:
-    """The fingerprint of a model; None for one without a `state_dict()`, which nothing tells from others."""
+    """Return the fingerprint of a model; None without a `state_dict()`: nothing tells it from others."""
     return fingerprint(model) if hasattr(model, "state_dict") else None
 
 
 # Of each model object: its configuration with the storage and version of its weights, and its fingerprint.
+# Weak, so that a model is not kept alive by having been asked.
 _identities: WeakKeyDictionary[Any, tuple[Any, str]] = WeakKeyDictionary()
 
 
 def _digest_of(config: str, weights: Iterable[tuple[str, Tensor]]) -> str:
     digest = hashlib.sha256(config.encode())
     for name, tensor in weights:
+        # Names and shapes mark where a tensor ends: equal bytes, cut in another way, are another model.
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        # As bytes, for numpy has no bfloat16; flattened, for a scalar cannot be viewed in another size.
         raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
         digest.update(raw.data)
     return digest.hexdigest()
@@ -64,7 +69,7 @@ UNTOLD = {
 
 
 def _settings(config: Any) -> Any:
-    """What a configuration says; defaults of a dataclass left out, so that new options keep old memories."""
+    """Return what a configuration says, without a dataclass's defaults: new options keep old memories."""
     if not is_dataclass(config) or hasattr(config, "to_diff_dict"):  # those of transformers are both
         found = config.to_dict() if hasattr(config, "to_dict") else config
         return {k: v for k, v in found.items() if k not in UNTOLD} if isinstance(found, dict) else found
@@ -77,7 +82,7 @@ def _settings(config: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON can say of an object: its attributes, never its address."""
+    """Return what JSON can say of an object: its attributes, never its address, another in every process."""
     if hasattr(value, "__qualname__"):  # a class or a function
         return value.__qualname__
     return vars(value) if hasattr(value, "__dict__") else str(value)

@@ -1,4 +1,4 @@
-"""What a memory file says: fast weights by name, who wrote them, and their ancestors in the same folder."""
+"""Interpret memory files: fast weights by name, who wrote them, and their ancestors in the same folder."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -18,7 +18,7 @@ MAX_BLOCKS = 10_000
 
 @dataclass(frozen=True, eq=False)
 class Saved:
-    """What a memory file holds.
+    """The contents of a memory file.
 
     Attributes:
         memory: the fast weights; their origin counts the tokens before the open window.
@@ -34,7 +34,7 @@ class Saved:
 
     @property
     def window(self) -> Tensor:
-        """`[n]` int64: the tokens of the open window of a session, which are not in the memory yet."""
+        """Return `[n]` int64: the tokens of the open window of a session, which are not in the memory yet."""
         return self.tensors.get("window", torch.empty(0, dtype=torch.int64))
 
 
@@ -53,12 +53,15 @@ def read(path: str | Path, model: Starts | None = None) -> Saved:
         unread = len(saved.window)
         if unread > origin.tokens:
             raise ValueError(f"its open window has {unread} tokens, and it read {origin.tokens}")
+    # The checksum shows that nobody edited the file, not that what wrote it made sense.
     except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise ValueError(f"{path} is no memory: {error}") from None
     if model is not None:
         if origin.model != fingerprint(model):
             raise ValueError(f"{path} is the memory of another model (or of other weights of this one)")
+        # Only the layout and where tensors lie are asked of the one row; the memory may have any number.
         memory = memory.like(model.initial_state(1).memory, path)
+    # `S` is that of the beginning of the window, so its origin leaves out the tokens of the window.
     return replace(saved, memory=replace(memory, origin=replace(origin, tokens=origin.tokens - unread)))
 
 
@@ -104,7 +107,7 @@ def save(
 
 
 def log(path: str | Path) -> Iterator[tuple[Path | None, Origin]]:
-    """A memory and, as far as they lie in its folder, all that it descends from; the youngest first.
+    """Yield a memory and, as far as they lie in its folder, all that it descends from; the youngest first.
 
     Files that are no memories, or hidden (as what a killed write leaves), are passed over; an ancestor that
     is not there comes with no path.
@@ -124,7 +127,8 @@ def log(path: str | Path) -> Iterator[tuple[Path | None, Origin]]:
         except ValueError:
             continue
         if origin is not None:
-            found.setdefault(origin.id, (other, origin))
+            found.setdefault(origin.id, (other, origin))  # of copies with one id the first, or `path`
+    # Breadth first. Merges may share ancestors, and headers unchecked may go in circles: each id once.
     queue, seen = [begin.id], set[str]()
     while queue:
         name = queue.pop(0)
@@ -136,13 +140,14 @@ def log(path: str | Path) -> Iterator[tuple[Path | None, Origin]]:
 
 
 def origin_from(header: Mapping[str, Any]) -> Origin:
-    """The origin that a header names, after a trip through JSON; other keys are left out.
+    """Return the origin that a header names, after a trip through JSON; other keys are left out.
 
     Raises:
         ValueError: for a field that is missing or of another type.
     """
     try:
         known = {f.name: header[f.name] for f in fields(Origin)}
+        # JSON made lists of the tuples.
         origin = Origin(**{**known, "parents": tuple(known["parents"]), "rule": tuple(known["rule"])})
     except (KeyError, TypeError, OverflowError) as error:
         raise ValueError(f"the origin of the memory lacks a field: {error}") from None
@@ -152,6 +157,7 @@ def origin_from(header: Mapping[str, Any]) -> Origin:
     texts += [text for text in (origin.model, *origin.rule) if text is not None]
     counts = [origin.tokens, origin.sleeps]
     whole = counts if origin.passes is None else [*counts, origin.passes]
+    # By its type, since True is an int to isinstance.
     if not all(isinstance(text, str) for text in texts) or not all(type(n) is int for n in whole):
         raise ValueError("the origin of the memory has a field of another type")
     if min(counts) < 0:
@@ -160,12 +166,13 @@ def origin_from(header: Mapping[str, Any]) -> Origin:
 
 
 def _name(block: int, part: int) -> str:
+    """Return the name of a tensor in the file."""
     # A block's only tensor, or its first, has the name that all files had when a block kept one.
     return f"S.{block}" if part == 0 else f"S.{block}.{part}"
 
 
 def pack(memory: Memory, storage: Storage | None) -> dict[str, Tensor]:
-    """Fast weights as named tensors, in their own dtype unless `storage` names another.
+    """Return fast weights as named tensors, in their own dtype unless `storage` names another.
 
     `S.3` is the first tensor of block 3, `S.3.1` the next one. int8 keeps `round(127 S / s)`, with `s`
     (`S.3.scale`, float32) the largest magnitude in the head: in all numbers of the tensor that share row and
@@ -179,6 +186,7 @@ def pack(memory: Memory, storage: Storage | None) -> dict[str, Tensor]:
             name = _name(block, part)
             if storage == "int8":
                 scale = S.abs().reshape(*_heads(S), -1).amax(-1).view(_scale_shape(S)).float()
+                # A head that is zero has the scale 0; its shares are to be 0, not NaN.
                 share = S / scale.clamp(min=torch.finfo(scale.dtype).tiny)
                 packed[name] = (127 * share).round().to(torch.int8)
                 packed[f"{name}.scale"] = scale
@@ -188,24 +196,28 @@ def pack(memory: Memory, storage: Storage | None) -> dict[str, Tensor]:
 
 
 def _heads(S: Tensor) -> tuple[int, ...]:
+    """Return the dimensions that share a scale: row and head, or the row alone."""
     return tuple(S.shape[:2] if S.ndim > 2 else S.shape[:1])
 
 
 def _scale_shape(S: Tensor) -> tuple[int, ...]:
+    """Return the shape of the scales of `S`, with ones at the end so that they multiply it."""
     return (*_heads(S), *[1] * (S.ndim - len(_heads(S))))
 
 
 def unpack(tensors: Mapping[str, Tensor], blocks: int) -> tuple[tuple[Tensor, ...], ...]:
-    """The tensors of each block, out of what `pack` made of them, in float32 or float64.
+    """Return the tensors of each block, out of what `pack` made of them, in float32 or float64.
 
     Raises:
         ValueError: for a number of blocks that no model has, or a tensor of fast weights that is missing its
             scale, is no number or has no rows.
     """
+    # The number comes from the file, and the loop below must end soon whatever it says.
     if type(blocks) is not int or not 0 <= blocks <= MAX_BLOCKS:
         raise ValueError(f"blocks must lie in 0 ... {MAX_BLOCKS}, got {blocks!r}")
     names = [[*takewhile(tensors.__contains__, (_name(i, part) for part in count()))] for i in range(blocks)]
     known = {name for block in names for name in block}
+    # Names in a row only: behind a gap (`S.3`, `S.3.2`) a tensor would be lost without a word.
     strange = {name.removesuffix(".scale") for name in tensors if name.startswith("S.")} - known
     if strange:
         raise ValueError(f"{min(strange)} is the tensor of no block")
@@ -216,17 +228,19 @@ def unpack(tensors: Mapping[str, Tensor], blocks: int) -> tuple[tuple[Tensor, ..
 
 
 def _unpacked(tensors: Mapping[str, Tensor], name: str) -> Tensor:
+    """Return the fast weights called `name`, checked and, out of int8, scaled."""
     S = tensors[name]
     if not S.ndim or not S.numel() or S.is_complex() or not file.finite(S):
         raise ValueError(f"{name} holds no fast weights [B, ...] of finite numbers")
     if S.dtype != torch.int8:
-        return S.to(torch.promote_types(S.dtype, torch.float32))
+        return S.to(torch.promote_types(S.dtype, torch.float32))  # `S` lives in float32 or better
     if f"{name}.scale" not in tensors:
         raise ValueError(f"{name}.scale is missing")
     scale = tensors[f"{name}.scale"]
     if scale.shape != _scale_shape(S):
         raise ValueError(f"{name}.scale has shape {tuple(scale.shape)}, not {_scale_shape(S)}")
     S = S.float() * (scale / 127)
+    # Of the product: it tells of the scale as well, and of one so large that it overflows.
     if not file.finite(S):
         raise ValueError(f"{name}.scale holds NaN or infinity")
     return S

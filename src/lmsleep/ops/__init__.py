@@ -1,4 +1,4 @@
-"""Recurrences as pure functions: tensors and a state in, tensors and a state out."""
+"""Compute recurrences by pure functions: tensors and a state in, tensors and a state out."""
 
 from lmsleep.ops.align import right_align
 from lmsleep.ops.conv import short_conv

@@ -1,4 +1,4 @@
-"""Rows of different length, with their ends together."""
+"""Align rows of different length at their ends."""
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ def right_align(x: Tensor, valid: Tensor) -> Tensor:
         `[B, t, ...]`: each row's last valid position is the last one.
     """
     padding = (~valid).sum(dim=1)
+    # Position i of the result comes from i - padding. Negative ones have no source: any index will do, since
+    # they are zeroed afterwards.
     source = torch.arange(x.shape[1], device=x.device) - padding[:, None]
     index = source.clamp(min=0).view(*source.shape, *[1] * (x.ndim - 2)).expand_as(x)
     gone = (source < 0).view(*source.shape, *[1] * (x.ndim - 2))

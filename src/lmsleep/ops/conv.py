@@ -1,4 +1,4 @@
-"""Causal depthwise short convolution with a carried tail."""
+"""Convolve causally and depthwise over a few tokens, with a carried tail."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -26,8 +26,10 @@ def short_conv(x: Tensor, weight: Tensor, tail: Tensor, valid: Tensor | None = N
     """
     seen = torch.cat([tail, x], dim=1)
     y: Tensor = _Taps.apply(seen, weight, x.shape[1])  # type: ignore[no-untyped-call]
+    # Outputs of padding are never read, but as inputs it would lie between this window and the next one.
     if valid is not None:
         seen = right_align(seen, valid)
+    # Counted from the front: with W = 1 a slice from -0 would keep all.
     return y, seen[:, max(seen.shape[1] - (weight.shape[1] - 1), 0) :]
 
 
@@ -42,6 +44,7 @@ class _Taps(torch.autograd.Function):
         taps = weight.mT.contiguous()  # [W, C], newest last
         ctx.save_for_backward(seen, taps)
         ctx.T, past = T, seen.shape[1] - T
+        # The current token first, in a fresh tensor that the earlier inputs can then be added to in place.
         y = seen[:, past:] * taps[-1]
         for tap, first, inputs in _lags(len(taps), T, past):
             y[:, first:].addcmul_(seen[:, inputs], taps[tap])
@@ -52,6 +55,7 @@ class _Taps(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
         seen, taps = ctx.saved_tensors
         past = seen.shape[1] - ctx.T
+        # The tail gets gradients too: sliding windows hand it on, and so the graphs of two windows are one.
         dseen, dtaps = F.pad(dy * taps[-1], (0, 0, past, 0)), torch.zeros_like(taps)
         dtaps[-1] = (dy * seen[:, past:]).sum((0, 1))
         for tap, first, inputs in _lags(len(taps), ctx.T, past):
@@ -61,7 +65,8 @@ class _Taps(torch.autograd.Function):
 
 
 def _lags(W: int, T: int, past: int) -> Iterator[tuple[int, int, slice]]:
-    """For each earlier input: its tap, the first output that has it, and where the inputs lie."""
+    """Yield for each earlier input its tap, the first output that has it, and where the inputs lie."""
+    # A short tail has no input for the first outputs at long lags: these begin at `first`.
     for lag in range(1, min(W, past + T)):
         first = max(lag - past, 0)
         yield W - 1 - lag, first, slice(past + first - lag, past + T - lag)

@@ -1,4 +1,4 @@
-"""Causal depthwise convolution whose kernel is another for every token, with a carried tail."""
+"""Convolve causally and depthwise with another kernel for every token, and a carried tail."""
 
 import torch
 from torch import Tensor
@@ -33,5 +33,7 @@ def dynamic_conv(x: Tensor, kernels: Tensor, tail: Tensor) -> tuple[Tensor, Tens
     for lag in range(1, min(W, past + T)):
         first = max(lag - past, 0)  # the first token that has an input so long ago
         taps = kernels[:, first:, :, W - 1 - lag] * seen[:, past + first - lag : past + T - lag]
+        # Not in place: autograd makes the gradients here.
         y = y + (taps if first == 0 else torch.nn.functional.pad(taps, (0, 0, first, 0)))
+    # Counted from the front: with W = 1 a slice from -0 would keep all.
     return y, seen[:, max(past + T - (W - 1), 0) :]

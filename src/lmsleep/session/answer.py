@@ -1,4 +1,4 @@
-"""An answer as it grows: tokens, the text they are so far, and where it stops."""
+"""Follow an answer as it grows: tokens, the text they are so far, and where it stops."""
 
 import re
 from collections.abc import Sequence
@@ -9,7 +9,8 @@ from lmsleep.text.tokenizers import Tokenizer
 
 Piece = str | int
 
-# What may still become a character: the first bytes of one, as tokenizers show them.
+# What may still become a character: the first bytes of one, as tokenizers show them. UTF-8 has four at most,
+# so three may be waiting for the last.
 UNFINISHED = re.compile(r"(?:\\x[89a-f][0-9a-f]|\ufffd){1,3}$")
 
 
@@ -28,6 +29,7 @@ class Answer:
     def __init__(self, tokenizer: Tokenizer | None, stop: Sequence[Piece]) -> None:
         self.tokenizer, self.tokens, self.stopped = tokenizer, list[int](), False
         self.stop_tokens = {s for s in stop if isinstance(s, int)}
+        # Without the empty text, which occurs everywhere.
         self.stop_texts = [s for s in stop if isinstance(s, str) and s]
         if tokenizer is None and self.stop_texts:
             raise ValueError(f"stop={self.stop_texts[0]!r} is a text, and there is no tokenizer; give tokens")
@@ -36,29 +38,31 @@ class Answer:
     def copy(self) -> Self:
         """Return the same answer so far; what is added to one is not in the other."""
         other = copy(self)
-        other.tokens = list(self.tokens)
+        other.tokens = list(self.tokens)  # the only part that is changed in place
         return other
 
     def add(self, token: int) -> None:
-        """The next token."""
+        """Add the next token, or stop at it."""
         if token in self.stop_tokens:
             self.stopped = True
             return
         self.tokens.append(token)
         if self.stop_texts:
+            # All of the text, since a stop may begin in one token and end in another.
             self.stopped = any(s in self._decoded() for s in self.stop_texts)
 
     def whole(self) -> str | list[int]:
-        """The answer so far."""
+        """Return the answer so far: text, or tokens without a tokenizer."""
         return self.tokens if self.tokenizer is None else self._text()
 
     def pieces(self, *, last: bool) -> list[Piece]:
-        """What is new and settled since the last call; all the rest if nothing follows."""
+        """Return what is new and settled since the last call; all the rest if nothing follows."""
         begin = self._handed_out
         if self.tokenizer is None:
             self._handed_out = len(self.tokens)
             return list(self.tokens[begin:])
         text = self._text()
+        # Never back behind what was handed out, though more of the end may be unsettled now.
         self._handed_out = max(begin, len(text) - (0 if last or self.stopped else self._unsettled(text)))
         piece = text[begin : self._handed_out]
         return [piece] if piece else []
@@ -69,10 +73,12 @@ class Answer:
 
     def _text(self) -> str:
         text = self._decoded()
+        # Up to the earliest stop in the text, whichever of them it is.
         return text[: min((text.find(s) for s in self.stop_texts if s in text), default=len(text))]
 
     def _unsettled(self, text: str) -> int:
-        """Characters at the end that may become another character, or part of a stop."""
+        """Count the characters at the end that may become another character, or part of a stop."""
         unfinished = UNFINISHED.search(text)
+        # Beginnings of a stop that are not all of it: a whole one has ended the answer.
         begun = (k for s in self.stop_texts for k in range(1, len(s)) if text.endswith(s[:k]))
         return max(0 if unfinished is None else len(text) - unfinished.start(), max(begun, default=0))

@@ -1,4 +1,4 @@
-"""Sessions that read, sleep and write together."""
+"""Let sessions read, sleep and write together."""
 
 from collections.abc import Iterable, Sequence
 
@@ -29,9 +29,11 @@ class SessionBatch:
         self.sessions = list(sessions)
         if not self.sessions:
             raise ValueError("sessions must be at least one")
+        # Two rows of one session would both claim to be its stream after a step.
         if len({id(s) for s in self.sessions}) < len(self.sessions):
             raise ValueError("sessions must not hold one twice; fork it")
         first = self.sessions[0]
+        # The very same model: equal weights in two objects cannot share a pass.
         if any(s.model is not first.model or s.sleep_config != first.sleep_config for s in self.sessions):
             raise ValueError("sessions must have the same model and the same sleep")
         self.model, self.sleep_config = first.model, first.sleep_config
@@ -43,10 +45,11 @@ class SessionBatch:
             ValueError: as `Session.read`, before anything is read.
             BrokenSleep: if a sleep of some row left NaN or infinity; the other rows have read all of theirs.
         """
+        # All texts are tokens, checked, before the first of them is read.
         finish(self.sessions, [Row(stream=s.stream, unread=s.tokens(text)) for s, text in self._each(texts)])
 
     def read_with_logits(self, texts: Sequence[Readable]) -> list[Tensor]:
-        """Read a text on each row, as `read` does; the logits `[t, V]` after each of its t tokens.
+        """Read a text on each row, as `read` does, and return the logits `[t, V]` after its t tokens.
 
         Raises:
             ValueError: as `read`.
@@ -58,7 +61,7 @@ class SessionBatch:
         seen: list[list[Tensor]] = [[] for _ in rows]
         for stepped in proceed(self.sessions, rows):
             for found, row in zip(seen, stepped, strict=True):
-                if row.logits is not None:
+                if row.logits is not None:  # rows that are done step along without any
                     found.append(row.logits)
         nothing = torch.empty(0, self.model.vocab_size)
         return [torch.cat(found) if found else nothing for found in seen]

@@ -1,4 +1,4 @@
-"""Owners of rows: they let rows go on step by step, keep where these are, and what they were before."""
+"""Own rows: let them go on step by step, keep where they are, and what they were before."""
 
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
@@ -29,6 +29,7 @@ class Owner:
             raise ValueError(f"history must not be negative, got {history}")
         self.model, self.sleep_config, self.stream, self.history = model, sleep, begin, history
         self.seconds_awake = self.seconds_asleep = 0.0
+        # Streams are values, so the past needs no copies; the oldest one falls out by itself.
         self.past = deque[Stream](maxlen=history)
 
     def rewind(self) -> None:
@@ -50,8 +51,9 @@ class Owner:
 
     @property
     def history_bytes(self) -> int:
-        """The bytes that are held to take calls back, and for nothing else."""
+        """Count the bytes that are held to take calls back, and for nothing else."""
         now = {id(t) for t in _tensors(self.stream)}  # streams of one window share where it began
+        # By identity: streams of the past share tensors with each other too, and each counts once.
         held = {id(t): t.nbytes for stream in self.past for t in _tensors(stream)}
         return sum(size for name, size in held.items() if name not in now)
 
@@ -72,6 +74,7 @@ def proceed(owners: Sequence[Owner], rows: Sequence[Row]) -> Generator[list[Row]
     rows, began = list(rows), False
     while not all(row.done for row in rows):
         before, rows = rows, _step(owners, rows)
+        # After the step: one that raises, or a call without any, leaves nothing to take back.
         if not began:
             for owner, row in zip(owners, before, strict=True):
                 owner.past.append(row.stream)
@@ -79,6 +82,8 @@ def proceed(owners: Sequence[Owner], rows: Sequence[Row]) -> Generator[list[Row]
         try:
             yield rows
         except GeneratorExit:
+            # The last token was shown but is still unread, and a full window sleeps before it. If somebody
+            # else has gone on with the stream since, theirs is kept.
             rows = [replace(row, budget=0) for row in rows]
             while not all(row.done for row in rows) and not _astray(owners, rows):
                 rows = _step(owners, rows)
@@ -89,6 +94,7 @@ def proceed(owners: Sequence[Owner], rows: Sequence[Row]) -> Generator[list[Row]
 
 def finish(owners: Sequence[Owner], rows: Sequence[Row]) -> list[Row]:
     """Return the rows after `proceed` brought them to their end; its errors are raised here."""
+    # The last of the steps, or the rows themselves where there is none to take.
     last = deque([[*rows]], maxlen=1)
     last.extend(proceed(owners, rows))
     return last[0]
@@ -100,6 +106,7 @@ def _step(owners: Sequence[Owner], rows: Sequence[Row]) -> list[Row]:
     after = advance(owners[0].model, owners[0].sleep_config, rows)
     for owner, before, now in zip(owners, rows, after, strict=True):
         owner.stream = now.stream
+        # Differences: a row counts its own time, from zero or from where it was handed over.
         owner.seconds_awake += now.seconds_awake - before.seconds_awake
         owner.seconds_asleep += now.seconds_asleep - before.seconds_asleep
     return after
@@ -107,6 +114,7 @@ def _step(owners: Sequence[Owner], rows: Sequence[Row]) -> list[Row]:
 
 def _astray(owners: Sequence[Owner], rows: Sequence[Row]) -> bool:
     """Say whether some owner does not stand where its row does."""
+    # Every change makes a new stream, so the identity of the object is enough.
     return any(owner.stream is not row.stream for owner, row in zip(owners, rows, strict=True))
 
 

@@ -1,4 +1,4 @@
-"""Reading files into a session so that a kill costs nothing: the session is saved on the way and taken up."""
+"""Read files into a session so that a kill costs nothing: it is saved on the way and taken up again."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ TAG = "reading"  # of a memory file: which files it was reading, and how far it 
 
 @dataclass(frozen=True)
 class _Reading:
-    """Which files are read, from where on in the life of the session; kept among the tags of the memory."""
+    """Says which files are read, from where on in the life of the session; kept in the memory's tags."""
 
     files: list[str]
     """SHA-256 of each."""
@@ -45,7 +45,7 @@ class _Reading:
 
     @property
     def end(self) -> int:
-        """The tokens that the session has read once the files are."""
+        """Count the tokens that the session has read once the files are."""
         return self.begin + self.tokens
 
 
@@ -82,7 +82,7 @@ def read_files(
     """
     if not files:
         raise ValueError("files must name at least one file")
-    if not save_every >= 0:
+    if not save_every >= 0:  # so written, it refuses NaN as well
         raise ValueError(f"save_every must not be negative, got {save_every}")
     if TAG in (tags or {}):
         raise ValueError(f"tags: the key {TAG!r} is taken; it says which files were read")
@@ -97,11 +97,17 @@ def read_files(
             now = json.dumps(vars(replace(reading, saved=session.stream.tokens)))
             session.save(save, tags={**(tags or {}), TAG: now})
 
+    # A finished reading of these files has nothing left, though the session may have read on since.
     done = min(session.stream.tokens - reading.begin, len(tokens))
     row = Row(stream=session.stream, unread=tokens[done:])
-    saved = time.monotonic()
+    saved = time.monotonic()  # the clock on the wall may be set back
     with tqdm(
-        total=len(tokens), initial=done, unit="token", unit_scale=True, disable=None if progress else True
+        # None: no bar where standard error is no terminal.
+        total=len(tokens),
+        initial=done,
+        unit="token",
+        unit_scale=True,
+        disable=None if progress else True,
     ) as bar:
         try:
             for [stepped] in proceed([session], [row]):
@@ -110,6 +116,7 @@ def read_files(
                     write()
                     saved = time.monotonic()
         except (KeyboardInterrupt, BrokenSleep):
+            # The session stands at a whole step in both cases, so what was read since the last save is good.
             write()
             raise
     write()
@@ -122,9 +129,11 @@ def _tokens(files: Sequence[Path], tokenizer: Tokenizer) -> tuple[Tensor, list[s
         data = path.read_bytes()
         hashes.append(hashlib.sha256(data).hexdigest())
         if isinstance(tokenizer, Bytes):
+            # As they are, an eighth of int64; a step makes int64 of what it reads.
             tokens.append(np.frombuffer(data, dtype=np.uint8))
             continue
         try:
+            # Of an empty list numpy would make floats.
             tokens.append(np.array(tokenizer.encode(data.decode()), dtype=np.int64))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
@@ -134,6 +143,7 @@ def _tokens(files: Sequence[Path], tokenizer: Tokenizer) -> tuple[Tensor, list[s
 def _goes_on(session: Session, hashes: list[str], tokens: int) -> _Reading:
     """Return the reading that the session was stopped in, if it is one of these files, or else a new one."""
     before, now = _Reading.of(session), session.stream.tokens
+    # Stopped on the way: its tokens are counted from `begin`, so nothing else may have come between.
     if before is not None and before.saved < before.end:
         if before.saved != now:
             raise ValueError(
@@ -144,6 +154,7 @@ def _goes_on(session: Session, hashes: list[str], tokens: int) -> _Reading:
             raise ValueError(
                 "the memory was stopped while it read other files; read those to their end first"
             )
+    # Stopped in these files, or through with them: then there is nothing to read, and nothing is read twice.
     if before is not None and before.files == hashes and (before.saved < before.end or now >= before.end):
         return before
     return _Reading(files=hashes, tokens=tokens, begin=now, saved=now)

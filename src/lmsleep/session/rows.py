@@ -1,4 +1,4 @@
-"""Rows that advance one step together: each reads what it was given, answers, sleeps, and has ended.
+"""Advance rows one step together: each reads what it was given, answers, sleeps, and has ended.
 
 `advance` is a function of any set of rows to the same rows a step further. A row is a value, so rows may
 join and leave between two steps, be left out of one, or be gone back to: nothing but the caller's list says
@@ -26,7 +26,7 @@ class BrokenSleep(RuntimeError):
 
 
 class Turn(NamedTuple):
-    """What a row does in its next step.
+    """The next step of a row.
 
     Attributes:
         tokens: how many of its unread tokens it reads.
@@ -78,12 +78,14 @@ class Row:
     seconds_asleep: float = 0.0
 
     def __post_init__(self) -> None:
+        # A row that broke may well have an empty window.
         if self.budget and not len(self.unread) and not len(self.stream.window) and self.error is None:
             raise ValueError("prompt must have at least one token: the window is empty")
 
     @property
     def done(self) -> bool:
-        """Whether it has read, written and slept all, or broke."""
+        """Say whether it has read, written and slept all, or broke."""
+        # A nap on an empty window is none, as `Session.sleep` says.
         naps = self.nap and len(self.stream.window)
         return self.error is not None or not (len(self.unread) or self.budget or naps)
 
@@ -91,16 +93,18 @@ class Row:
         """Say what it would do in the next step, so that a scheduler can tell sleepers from the others."""
         n = len(self.unread)
         room = n if sleep.window is None else sleep.window - len(self.stream.window)
+        # A window that is just full (n == room) stays open: it sleeps when the next token comes.
         if n > room:  # the stream goes on after this window
             return Turn(room, sleep.passes, self.keep_logits)
         if self.budget and n > 1 and not self.keep_logits:  # the head is for the last token alone
             return Turn(n - 1, 0, False)
-        if self.nap and not self.budget:
+        if self.nap and not self.budget:  # the nap comes last, after the answer
             return Turn(n, self.nap, self.keep_logits)
         return Turn(n, 0, self.keep_logits or self.budget > 0)
 
     def drawn(self, logits: Tensor) -> Self:
         """Return the row with its next token, drawn from logits `[V]`, or with the error that this raised."""
+        # Both would be changed in place, and this row may be drawn from again: rows are values.
         answer, generator = self.answer.copy(), self.generator.clone_state()
         try:
             token = self.sampling.draw(logits, generator)
@@ -137,7 +141,7 @@ def advance(model: Backbone, sleep: SleepConfig, rows: Sequence[Row]) -> list[Ro
         As many rows, in the same order. One whose sleep left NaN or infinity, or whose draw or tokenizer
         raised, has it as its `error`; the others are not disturbed.
     """
-    after = [replace(row, logits=None, pieces=()) for row in rows]
+    after = [replace(row, logits=None, pieces=()) for row in rows]  # these tell of the last step alone
     groups, waiting = dict[tuple[int, bool], list[int]](), list[int]()
     for i, row in enumerate(rows):
         if row.done:
@@ -146,6 +150,7 @@ def advance(model: Backbone, sleep: SleepConfig, rows: Sequence[Row]) -> list[Ro
         if not turn.tokens and not turn.passes:  # no prompt: an answer goes on from the open window
             waiting.append(i)
         else:
+            # Those with as many passes, and as much need of the head, share every pass of this step.
             groups.setdefault((turn.passes, turn.logits), []).append(i)
     if waiting:
         known = stream.next_logits(model, sleep, [rows[i].stream for i in waiting])
@@ -163,6 +168,7 @@ def _read(
 ) -> Iterable[Row]:
     """Yield the rows after they took the same turn, but for how many tokens each of them reads."""
     counts = [row.turn(sleep).tokens for row in rows]
+    # Only now int64: `unread` may be a whole file, in uint8.
     new = [row.unread[:n].long() for row, n in zip(rows, counts, strict=True)]
     streams = [row.stream for row in rows]
     begin = time.perf_counter()
@@ -177,12 +183,14 @@ def _read(
             row,
             stream=step.streams[i],
             unread=row.unread[n:],
+            # A window that fills before all is read sleeps by itself; the nap is then still to come.
             nap=0 if n == len(row.unread) and passes else row.nap,
             logits=out[i] if row.keep_logits else None,
             error=_broken(step.streams[i]) if i in step.broken else None,
             seconds_awake=row.seconds_awake + (0.0 if passes else seconds),
             seconds_asleep=row.seconds_asleep + (seconds if passes else 0.0),
         )
+        # The prompt is read to its end: its last logits give the next token, in the same step.
         last = out[i]
         writes = read.budget and not len(read.unread) and read.error is None
         yield read.drawn(last[-1]) if writes and last is not None else read
@@ -193,6 +201,7 @@ def raise_first(rows: Sequence[Row]) -> None:
     failed = {i: row.error for i, row in enumerate(rows) if row.error is not None}
     if not failed:
         return
+    # What is no broken sleep goes first: it may be a fault of the caller, and says more as it is.
     others = [error for error in failed.values() if not isinstance(error, BrokenSleep)]
     if others or len(rows) == 1:
         raise (others or [*failed.values()])[0]

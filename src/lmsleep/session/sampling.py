@@ -1,4 +1,4 @@
-"""The next token, from logits."""
+"""Draw the next token from logits."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How the next token is drawn."""
+    """Says how the next token is drawn."""
 
     temperature: float = 0.0
     """0: always the likeliest token; 1: as the model says; more: flatter."""
@@ -26,7 +26,7 @@ class Sampling:
             raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
 
     def draw(self, logits: Tensor, generator: torch.Generator) -> int:
-        """A token from logits `[V]`; in float64 on the CPU, so that a seed means the same everywhere.
+        """Draw a token from logits `[V]`; in float64 on the CPU, so that a seed means the same everywhere.
 
         Raises:
             ValueError: for logits with NaN, which say nothing about the next token.
@@ -36,8 +36,12 @@ class Sampling:
             raise ValueError("logits are NaN, so no token can be drawn from what the open window holds")
         if self.temperature == 0:
             return int(logits.argmax())
+        # Stable, so that tokens of equal probability keep their order wherever this runs.
         p, token = (logits / self.temperature).softmax(-1).sort(descending=True, stable=True)
         p, token = p[: self.top_k], token[: self.top_k]
+        # The share that likelier tokens take already: 0 for the first, so one token is always left. top_p is
+        # a share of what top_k left.
         before = p.cumsum(-1) - p
         p = p.where(before < self.top_p * p.sum(), 0)
+        # It takes weights, which need not sum to 1.
         return int(token[torch.multinomial(p, 1, generator=generator)])

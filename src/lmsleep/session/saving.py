@@ -1,4 +1,4 @@
-"""A session as a memory file: fast weights where the window began, and the tokens of the window."""
+"""Keep a session as a memory file: fast weights where the window began, and the tokens of the window."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -23,15 +23,17 @@ def write(path: Path, stream: Stream, origin: Origin, sleep: SleepConfig, storag
     """
     if origin.model is None:
         raise ValueError(f"{path} is not written: a model without a state_dict() cannot be told from others")
+    # What the window has written so far is not saved: its tokens say it, and are read again by `load`.
     tensors = {"window": stream.window}
     for i, layer in enumerate(stream.start.cache.layers):
+        # Where the window began; under hard eviction all of it is empty.
         tensors |= {f"cache.{i}.{j}": t for j, t in enumerate(layer) if t.shape[1]}
     header = {"sleep": sleep.to_dict()}
     memory.write(path, stream.start.memory, origin, storage=storage, header=header, tensors=tensors)
 
 
 def read(path: Path, model: Backbone, sleep: SleepConfig | None) -> tuple[State, Origin, SleepConfig, Tensor]:
-    """The state where the window began, what it is, its sleep (else `sleep`), and the tokens of the window.
+    """Read the state where the window began, its origin, its sleep (else `sleep`), and the window's tokens.
 
     Raises:
         ValueError: as `Memory.load`, if the file holds a memory and no session, or if its sleep names a
@@ -43,6 +45,7 @@ def read(path: Path, model: Backbone, sleep: SleepConfig | None) -> tuple[State,
         raise ValueError(f"{path} holds {saved.memory.batch_size} rows; a session has one")
     try:
         if "sleep" in saved.header:
+            # First, for `from_dict` runs the file that a name is in.
             _check_code(saved.header["sleep"], sleep)
             sleep = SleepConfig.from_dict(saved.header["sleep"])
         cache = _cache(saved.tensors, model.initial_state(1).cache)
@@ -51,9 +54,11 @@ def read(path: Path, model: Backbone, sleep: SleepConfig | None) -> tuple[State,
     if sleep is None:
         raise ValueError(f"{path} holds a memory alone; pass the sleep to go on with")
     window = saved.window
+    # A window of more than L tokens would have been slept on. Without L it has any length.
     if window.dtype != torch.int64 or window.ndim != 1 or len(window) > (sleep.window or len(window)):
         raise ValueError(f"{path} holds no session: its open window is none")
     assert saved.memory.origin is not None
+    # The session keeps the origin, and gives it to the memories that it hands out.
     return State(replace(saved.memory, origin=None), cache), saved.memory.origin, sleep, window
 
 
@@ -67,8 +72,11 @@ def _check_code(said: Mapping[str, Any], sleep: SleepConfig | None) -> None:
 
 
 def _cache(tensors: Mapping[str, Tensor], empty: Cache) -> Cache:
+    """Return the stored working memory, of the layout of `empty`, which stands where nothing was stored."""
+
     def stored(name: str, template: Tensor) -> Tensor:
         t = tensors.get(name, template)
+        # Of one row, and of any length in time, which is dimension 1; all else is the model's.
         if t.ndim != template.ndim or (t.shape[0], *t.shape[2:]) != (1, *template.shape[2:]):
             raise ValueError(f"{name} has shape {tuple(t.shape)}")
         return t.to(template)

@@ -1,4 +1,4 @@
-"""A session: one unbounded stream with bounded memory, that is read, slept on, asked and saved."""
+"""Hold one unbounded stream with bounded memory: it is read, slept on, asked and saved."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
@@ -25,7 +25,7 @@ Readable = str | Sequence[int] | Tensor
 
 @dataclass(frozen=True)
 class Stats:
-    """What a session has done and what it holds."""
+    """Counts of what a session has done and what it holds."""
 
     tokens: int
     """Tokens read."""
@@ -83,10 +83,11 @@ class Session(Owner):
         state = model.initial_state(1)
         sleep.check(state.memory)
         if memory is not None:
-            if memory.batch_size not in (0, 1):
+            if memory.batch_size not in (0, 1):  # 0 where no block has fast weights
                 raise ValueError(
                     f"memory must have one row, got {memory.batch_size}; take one with memory[[0]]"
                 )
+            # Without the origin, which the session keeps and brings up to date.
             state = State(Memory(memory.like(state.memory).layers), state.cache)
             self.origin = memory.origin or self.origin
         begin = Stream.begin(state, tokens=self.origin.tokens, sleeps=self.origin.sleeps)
@@ -97,12 +98,12 @@ class Session(Owner):
 
     @property
     def working(self) -> Cache:
-        """Working memory: keys and values of the open window (and what sliding eviction kept)."""
+        """Return the working memory: keys and values of the open window (and what sliding eviction kept)."""
         return self.stream.state.cache
 
     @property
     def memory(self) -> Memory:
-        """Consolidated memory: the fast weights now, one row; within a window with what it wrote awake."""
+        """Return the fast weights now, one row; within a window with what it wrote awake."""
         memory = self.stream.state.memory
         origin = replace(
             self.origin,
@@ -116,13 +117,14 @@ class Session(Owner):
 
     @property
     def permanent(self) -> Mapping[str, Tensor]:
-        """Permanent memory: the slow weights, which no reading and no sleep changes."""
+        """Return the slow weights, which no reading and no sleep changes."""
+        # A `Backbone` need not be a module: one without a state_dict() has none that we know of.
         weights: Mapping[str, Tensor] = getattr(self.model, "state_dict", dict)()
         return weights
 
     @property
     def stats(self) -> Stats:
-        """Counts, times and bytes."""
+        """Return counts, times and bytes."""
         s = self.stream
         return Stats(
             tokens=s.tokens,
@@ -177,7 +179,8 @@ class Session(Owner):
         self.past.clear()
 
     def fork(self) -> "Session":
-        """A second session that has read the same; neither changes the other. Its parent is this one."""
+        """Return a second session that has read the same, a child of this one; neither changes the other."""
+        # Streams are immutable, so both may hold the same one.
         other = Session(self.model, self.sleep_config, self.tokenizer, history=self.history)
         other.stream, other.origin = self.stream, self.origin.child()
         other.past.extend(self.past)
@@ -271,12 +274,13 @@ class Session(Owner):
         )
 
     def _pieces(self, row: Row) -> Iterator[Piece]:
+        # Closed at once when the caller leaves early, not when it is collected: what was shown is to be read.
         with closing(proceed([self], [row])) as steps:
             for [written] in steps:
                 yield from written.pieces
 
     def logits(self, text: Readable) -> Tensor:
-        """Logits `[T, V]` after each token of `text`, were it read now; the session stays as it is.
+        """Return logits `[T, V]` after each token of `text`, were it read now; the session stays as it is.
 
         Raises:
             ValueError: as `read`, or for an empty text.
@@ -288,7 +292,7 @@ class Session(Owner):
         return torch.cat(list(self._foresee(tokens)))
 
     def score(self, text: Readable) -> float:
-        """Log-likelihood of `text` in nats, were it to come next; the session stays as it is.
+        """Return the log-likelihood of `text` in nats, were it to come next; the session stays as it is.
 
         Where the open window is empty (at the beginning, and after `sleep()`) nothing predicts the first
         token, and it is left out.
@@ -302,9 +306,12 @@ class Session(Owner):
         if len(self.stream.window):
             [before] = next_logits(self.model, self.sleep_config, [self.stream])
         for logits in self._foresee(tokens):
+            # Logits predict the token after theirs, so the last of a window lie a piece before their target.
+            # `seen[i]` predicts `targets[i]`, and the last of it waits for the next piece.
             seen = logits if before is None else torch.cat([before[None], logits])
             first = done if before is not None else 1
             targets = tokens[first : done + len(logits)].to(seen.device)
+            # In float32 or better: logits of low precision round away what a sum over a text adds up.
             log_p = seen.to(torch.promote_types(seen.dtype, torch.float32))[: len(targets)].log_softmax(-1)
             total += float(log_p.gather(1, targets[:, None]).sum())
             before, done = logits[-1], done + len(logits)
@@ -320,7 +327,7 @@ class Session(Owner):
                 yield logits
 
     def tokens(self, text: Readable) -> Tensor:
-        """`[n]` int64: the tokens of a text, or tokens checked against the vocabulary.
+        """Return `[n]` int64: the tokens of a text, or tokens checked against the vocabulary.
 
         Raises:
             ValueError: for text without a tokenizer, or tokens outside the vocabulary.
@@ -331,7 +338,7 @@ class Session(Owner):
             text = self.tokenizer.encode(text)
         tokens = torch.as_tensor(text, device="cpu")
         check_tokens(tokens, self.model.vocab_size)
-        return tokens.to(torch.int64, copy=True)
+        return tokens.to(torch.int64, copy=True)  # the caller may write into theirs later
 
     # Files
 
@@ -353,6 +360,7 @@ class Session(Owner):
             ValueError: for a model without a `state_dict()`, or a state with NaN or infinity.
             OSError: if the file cannot be written; an old one is untouched.
         """
+        # The tags stay with the session, for its next save and for its forks.
         self.origin = replace(self.origin, tags={**self.origin.tags, **(tags or {})})
         origin = self.memory.origin
         assert origin is not None
@@ -385,12 +393,12 @@ class Session(Owner):
         start, origin, sleep, window = saving.read(Path(path), model, sleep)
         session = cls(model, sleep, tokenizer, history=history)
         try:
-            window = session.tokens(window)
+            window = session.tokens(window)  # for the check: an embedding fails less kindly
         except ValueError as error:
             raise ValueError(f"{path}: its open window is damaged: {error}") from None
         session.origin = origin
         session.stream = Stream.begin(start, tokens=origin.tokens, sleeps=origin.sleeps)
-        if len(window):
+        if len(window):  # in one pass, which leaves what the pieces that it came in left, up to rounding
             session.stream = stream.awake(model, sleep, [session.stream], [window]).streams[0]
         return session
 
@@ -401,6 +409,7 @@ def check_tokens(tokens: Tensor, vocab_size: int) -> None:
     Raises:
         ValueError: naming the worst of them.
     """
+    # An empty list is a tensor of floats to PyTorch, and fine.
     if tokens.ndim != 1 or (len(tokens) and (tokens.is_floating_point() or tokens.is_complex())):
         raise ValueError(f"tokens must be one row of whole numbers, got {tokens.dtype} {[*tokens.shape]}")
     if len(tokens):

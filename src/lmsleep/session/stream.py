@@ -1,4 +1,4 @@
-"""A stream of tokens as a value, and what happens to streams: they are read awake, or slept on.
+"""Keep a stream of tokens as a value, and say what happens to streams: they are read awake, or slept on.
 
 Streams that stand at different places of their windows are read together: their working memories are joined
 with padding, which nothing sees. A sleep reads its window again from where the window began, all N passes of
@@ -17,13 +17,13 @@ from lmsleep.state import State
 
 
 def no_tokens() -> Tensor:
-    """`[0]` int64."""
+    """Return `[0]` int64."""
     return torch.empty(0, dtype=torch.int64)
 
 
 @dataclass(frozen=True, eq=False)
 class Stream:
-    """How far one stream is.
+    """Says how far one stream is.
 
     Attributes:
         start: fast weights and working memory where the open window began; one row.
@@ -43,11 +43,11 @@ class Stream:
 
     @classmethod
     def begin(cls, state: State, *, tokens: int = 0, sleeps: int = 0) -> Self:
-        """With an empty window."""
+        """Return a stream with an empty window, which begins with `state`."""
         return cls(state, state, tokens=tokens, sleeps=sleeps, peak_bytes=size(state))
 
     def reopened(self) -> Self:
-        """Back to where the window began: its tokens are not read."""
+        """Return the stream where its window began: the tokens of the window are not read."""
         return replace(self, state=self.start, window=no_tokens(), tokens=self.tokens - len(self.window))
 
 
@@ -66,7 +66,7 @@ class Step(NamedTuple):
 
 
 def size(state: State) -> int:
-    """Bytes of fast weights and working memory."""
+    """Count the bytes of fast weights and working memory."""
     return state.memory.nbytes + state.cache.nbytes
 
 
@@ -104,19 +104,25 @@ def asleep(
 ) -> Step:
     """Read `new` tokens of the open windows, then sleep on these windows and evict them."""
     windows = [torch.cat([stream.window, tokens]) for stream, tokens in zip(streams, new, strict=True)]
+    # Tokens read before were shown then: a sleep without new ones needs no head.
     logits = logits and any(map(len, new))
+    # From the beginning of the window, not from `state`: pass 1 of the sleep is its wake pass, and the tokens
+    # may have come in any portions.
     out, states = _pass(model, sleep, [s.start for s in streams], windows, passes, logits)
     after, broken = [], []
     for row, (stream, state, tokens) in enumerate(zip(streams, states, new, strict=True)):
         begin = state if sleep.window is None else evict(sleep.eviction, state, sleep.window)
+        # Of what stays: NaN in keys that are evicted harms nobody.
         if not all(bool(t.isfinite().all()) for t in begin.tensors()):
             broken.append(row)
             after.append(stream.reopened())
             continue
         read = stream.tokens + len(tokens)
         begun = Stream.begin(begin, tokens=read, sleeps=stream.sleeps + 1)
+        # The peak is that before the eviction, when the whole window was still held.
         after.append(replace(begun, peak_bytes=max(stream.peak_bytes, size(state))))
     if out is not None:
+        # Only the new ones; counted from the front, since x[-0:] would be all.
         out = [x[len(x) - len(tokens) :] for x, tokens in zip(out, new, strict=True)]
     return Step(after, out, broken)
 
@@ -130,10 +136,11 @@ def _pass(
     passes: int,
     logits: bool,
 ) -> tuple[list[Tensor] | None, list[State]]:
-    """`read_window` for rows of any length, each with a state of its own."""
+    """Call `read_window` for rows of any length, each with a state of its own."""
     lengths = [len(t) for t in tokens]
     ragged = len(set(lengths)) > 1
     padded = torch.nn.utils.rnn.pad_sequence(list(tokens), batch_first=True).to(model.device)
+    # Rows of one length need no mask, and take the shorter way through the layers.
     valid = torch.arange(padded.shape[1]) < torch.tensor(lengths)[:, None] if ragged else None
     out, state = read_window(
         model,
@@ -144,6 +151,7 @@ def _pass(
         valid=None if valid is None else valid.to(model.device),
         logits=logits,
     )
+    # `split` gives every row storage of its own, so that one stream does not keep the others alive.
     rows = None if out is None else [row[:n] for row, n in zip(out, lengths, strict=True)]
     return rows, state.split()
 
@@ -153,6 +161,7 @@ def next_logits(model: Backbone, sleep: SleepConfig, streams: Sequence[Stream]) 
 
     The streams stay as they are, and none may have an empty window.
     """
+    # Twice, since the head of the model is computed for all tokens of a pass or none, and one is wanted.
     begun = [stream.reopened() for stream in streams]
     read = awake(model, sleep, begun, [stream.window[:-1] for stream in streams]).streams
     out = awake(model, sleep, read, [stream.window[-1:] for stream in streams], logits=True).logits

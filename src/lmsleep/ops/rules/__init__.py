@@ -1,4 +1,4 @@
-"""The update rules of the fast weights, a file each, behind one signature.
+"""Offer the update rules of the fast weights, a file each, behind one signature.
 
 `backend="auto"` takes fla's Triton kernels for CUDA tensors where `flash-linear-attention` is installed, and
 elsewhere the chunk-parallel PyTorch form of a rule that has one.
@@ -36,11 +36,12 @@ RULE = Plugin(
 
 
 def find_rule(name: str) -> Rule:
-    """The update rule of that name in `RULES`, in a file (`FILE.py:NAME`) or of an entry point.
+    """Find the update rule of that name in `RULES`, in a file (`FILE.py:NAME`) or of an entry point.
 
     Raises:
         ValueError: if there is none.
     """
+    # The table is not cached: `register_rule` adds to it.
     return RULES[name] if name in RULES else _own_rule(name)
 
 
@@ -138,7 +139,7 @@ def update(
     initial_state: Tensor | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """The update rule that `find_rule` finds.
+    """Apply the update rule that `find_rule` finds.
 
     Arguments, result and errors as for `gated_delta_rule`, but for the shapes of `g`, `beta` and the state
     and for the default of `scale`, which are the rule's own (`Rule.sizes`, `Rule.scale`).
@@ -161,13 +162,15 @@ def update(
         q, k = q.to(v.dtype), k.to(v.dtype)
     with exact(q.device):  # S is summed over a whole stream
         o, state = form(q, k, v, g, beta, scale, state)
+    # `inputs` has v as it was given; `v` itself may have been cast.
     return o.to(inputs[2].dtype), state
 
 
 def _choose(name: str, rule: Rule, backend: Backend, q: Tensor) -> tuple[Recurrence, bool]:
-    """The form of the rule to use, and whether its inputs must be cast to the dtype of the state."""
+    """Choose the form of the rule, and say whether its inputs must be cast to the dtype of the state."""
     if backend not in get_args(Backend):
         raise ValueError(f"backend={backend!r} is unknown; choose one of {', '.join(get_args(Backend))}")
+    # Looked for, not imported: fla needs Triton to be imported, and only its kernels are wanted.
     usable = q.is_cuda and importlib.util.find_spec("fla") is not None
     if backend == "fla" and not usable:
         raise ValueError(
@@ -175,6 +178,8 @@ def _choose(name: str, rule: Rule, backend: Backend, q: Tensor) -> tuple[Recurre
             f"got tensors on {q.device.type!r}. Use backend='chunked'"
         )
     if backend == "auto":
+        # float64 is asked for to check something, and the kernels would sum it in float32; where there is no
+        # token at all, the PyTorch forms return the state as it is.
         kernels = rule.fla if usable and q.dtype != torch.float64 and q.shape[1] > 0 else None
         return kernels or rule.chunked or rule.reference, kernels is None
     form: Recurrence | None = getattr(rule, backend)

@@ -1,4 +1,4 @@
-"""Sums over earlier tokens where every channel of a head decays by itself, chunk by chunk, in plain PyTorch.
+"""Sum over earlier tokens where every channel of a head decays by itself, chunk by chunk, in plain PyTorch.
 
 Token s is seen by token t with the factor `e^{g_{s+1} + ... + g_t}`, another one for every channel, so no
 single `C x C` matrix holds the decays of a chunk of C tokens, and the textbook's `e^{G_t} e^{-G_s}` overflows
@@ -26,8 +26,10 @@ LONGEST = 32  # tokens of a chunk; longer ones have more levels, shorter ones mo
 
 
 def split(x: Tensor) -> Tensor:
-    """`[B, T, H, D]` -> `[n, B H, C, D]`: n chunks of C (a power of two) tokens, zeros at the end."""
+    """Split `[B, T, H, D]` into `[n, B H, C, D]`: n chunks of C (a power of two) tokens, zeros at the end."""
     B, T, H, D = x.shape
+    # The least power of two that holds T: a short sequence is one chunk, with few levels. Zeros at the end
+    # neither write nor forget, so the state behind them is that of the last token.
     C = min(LONGEST, 1 << (T - 1).bit_length())
     n = -(-T // C)
     padded = F.pad(x, (0, 0, 0, 0, 0, n * C - T))
@@ -35,7 +37,7 @@ def split(x: Tensor) -> Tensor:
 
 
 def join(x: Tensor, B: int, T: int) -> Tensor:
-    """`[n, B H, C, D]` -> `[B, T, H, D]`, the inverse of `split`."""
+    """Join `[n, B H, C, D]` to `[B, T, H, D]`, without the padding: the inverse of `split`."""
     return x.unflatten(1, (B, -1)).permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :T]
 
 
@@ -58,25 +60,27 @@ class Decays:
 
     @classmethod
     def of(cls, g: Tensor) -> "Decays":
-        """The decays of log decays."""
+        """Compute the decays of log decays `[..., C, K]`."""
         C = g.shape[-2]
         places = torch.arange(C, device=g.device)
         t, r = places[:, None], places
+        # A row for each level: half a stretch is 1, 2, 4, ... tokens; that of token t is halved at `middle`.
         half = 1 << torch.arange(C.bit_length() - 1, device=g.device)[:, None, None]
         middle = t // (2 * half) * 2 * half + half
         between = torch.where(t < middle, (t < r) & (r < middle), (middle <= r) & (r <= t))  # [levels, C, C]
+        # Detached: `products` and `sums` know the gradient of g from their own inputs and outputs.
         to_levels = _sums(between.flatten(0, 1), g.detach()).exp().unflatten(-2, (-1, C))
         start, end = _sums(torch.cat([r <= t, r > t]), g).exp().split(C, -2)
         return cls(g, start, end, to_levels)
 
 
 def _sums(which: Tensor, g: Tensor) -> Tensor:
-    """For each row of `which` `[R, C]` the sum of the `g` that it marks: `[..., C, K]` -> `[..., R, K]`."""
+    """Sum the `g` `[..., C, K]` that each row of `which` `[R, C]` marks: `[..., R, K]`."""
     return (g.mT @ which.mT.to(g.dtype)).mT  # in this order one product, not one per chunk
 
 
 def products(a: Tensor, b: Tensor, decays: Decays) -> Tensor:
-    """`P[t, s] = sum_c a_t[c] b_s[c] e^{g_{s+1}[c] + ... + g_t[c]}` for `s <= t`, else 0.
+    """Compute `P[t, s] = sum_c a_t[c] b_s[c] e^{g_{s+1}[c] + ... + g_t[c]}` for `s <= t`, else 0.
 
     `a` and `b` are `[..., C, K]`, the result `[..., C, C]`.
     """
@@ -85,7 +89,7 @@ def products(a: Tensor, b: Tensor, decays: Decays) -> Tensor:
 
 
 def sums(A: Tensor, b: Tensor, decays: Decays) -> Tensor:
-    """`y_t[c] = sum_{s <= t} A[t, s] b_s[c] e^{g_{s+1}[c] + ... + g_t[c]}`.
+    """Compute `y_t[c] = sum_{s <= t} A[t, s] b_s[c] e^{g_{s+1}[c] + ... + g_t[c]}`.
 
     `A` is `[..., C, C]`, `b` and the result `[..., C, K]`.
     """
@@ -98,6 +102,7 @@ class _Products(torch.autograd.Function):
     def forward(ctx: Any, a: Tensor, b: Tensor, g: Tensor, levels: Tensor) -> Tensor:
         ctx.save_for_backward(a, b, levels)
         P = a.new_zeros(*a.shape[:-1], a.shape[-2])
+        # A token meets itself without any decay; pairs of different tokens meet at one level each.
         P.diagonal(dim1=-2, dim2=-1).copy_((a * b).sum(-1))
         for level, factors in enumerate(levels.unbind(-3)):
             (b_first, _), (_, a_second) = _halves(b, level), _halves(a, level)
@@ -119,9 +124,10 @@ class _Products(torch.autograd.Function):
         for level, factors in enumerate(levels.unbind(-3)):
             (b_first, _), (_, a_second) = _halves(b, level), _halves(a, level)
             first, second = _halves(factors, level)
-            dX = _across(dP, level).contiguous()
+            dX = _across(dP, level).contiguous()  # for two products, each of which would copy the view
             _halves(da, level)[1].addcmul_(dX @ (b_first * first), second)
             _halves(db, level)[0].addcmul_(dX.mT @ (a_second * second), first)
+        # What reads has the factor e^{G_t}, what writes e^{-G_t}: hence the signs.
         return da, db, _from_ends(a * da - b * db), None
 
 
@@ -133,7 +139,7 @@ class _Sums(torch.autograd.Function):
             first, second = _halves(factors, level)
             read = _across(A, level).contiguous() @ (_halves(b, level)[0] * first)
             _halves(y, level)[1].addcmul_(read, second)
-        ctx.save_for_backward(A, b, levels, y)
+        ctx.save_for_backward(A, b, levels, y)  # y for the gradient of g
         return y
 
     @staticmethod
@@ -157,27 +163,28 @@ class _Sums(torch.autograd.Function):
 
 
 def _halves(x: Tensor, level: int) -> tuple[Tensor, Tensor]:
-    """Views of first and second halves of all stretches of 2^(level + 1) tokens, `[..., m, h, K]` each."""
+    """Return views of both halves of all stretches of 2^(level + 1) tokens, `[..., m, h, K]` each."""
     first, second = x.unflatten(-2, (-1, 2, 1 << level)).unbind(-3)
     return first, second
 
 
 def _across(P: Tensor, level: int) -> Tensor:
-    """View of `P` `[..., C, C]` where rows of second halves meet columns of first ones: `[..., m, h, h]`."""
+    """View `P` `[..., C, C]` where rows of second halves meet columns of first ones: `[..., m, h, h]`."""
     h = 1 << level
     stretches = P.unflatten(-1, (-1, 2, h)).unflatten(-4, (-1, 2, h))  # [..., m, 2, h, m, 2, h]
     return stretches[..., 1, :, :, 0, :].diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
 
 
 def _from_ends(dG: Tensor) -> Tensor:
-    """Gradient of every `g_t` from those of the `G_t`, its sums up to t."""
+    """Return the gradient of every `g_t` from those of the `G_t`, its sums up to t."""
+    # g_t is part of G_t and of all later ones: a sum from the end.
     return dG.flip(-2).cumsum(-2).flip(-2)
 
 
 def states(
     state: Tensor, decays: Decays, writes: Tensor, written: Callable[[int, Tensor], Tensor]
 ) -> tuple[Tensor, list[Tensor]]:
-    """The states `[B H, K, V]` that precede the chunks, and the last one, one chunk after the other.
+    """Compute the states `[B H, K, V]` that precede the chunks, and the last one, one chunk after the other.
 
     Args:
         state: the first.
@@ -189,6 +196,7 @@ def states(
         The states `[n + 1, B H, K, V]`, and the list of `u`.
     """
     S, starts, us = state, [state], []
+    # From before the chunk to its last token: the decay of the whole chunk.
     fading, ends = decays.start[..., -1, :, None], (writes * decays.end).mT
     for c in range(len(writes)):
         us.append(written(c, S))

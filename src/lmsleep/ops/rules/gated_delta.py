@@ -1,4 +1,4 @@
-"""The gated delta rule, `S = e^g (I - beta k k^T) S + beta k v^T`: the update of the paper's experiments.
+"""Compute the gated delta rule `S = e^g (I - beta k k^T) S + beta k v^T`: that of the paper's experiments.
 
 Source: Yang et al., "Gated Delta Networks", arXiv 2412.06464, eq. 10.
 """
@@ -13,10 +13,11 @@ from lmsleep.ops.rules.rule import Rule
 def by_token(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The definition: decay, error of what the key finds, write, read. Any dtype, no hidden casts."""
+    """Follow the definition: decay, error of what the key finds, write, read. Any dtype, no hidden casts."""
     S, outputs = state, []
     for t in range(q.shape[1]):
         S = g[:, t, :, None, None].exp() * S
+        # After the decay: the key finds what has faded already. The read comes last and sees this token too.
         error = v[:, t] - torch.einsum("bhkv,bhk->bhv", S, k[:, t])
         S = S + torch.einsum("bhk,bhv->bhkv", k[:, t], beta[:, t, :, None] * error)
         outputs.append(torch.einsum("bhkv,bhk->bhv", S, scale * q[:, t]))
@@ -26,14 +27,15 @@ def by_token(
 def by_chunk(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Chunk-parallel `by_token`; same arguments, same result."""
+    """Do what `by_token` does, chunk-parallel; same arguments, same result."""
     return in_chunks(q, k, v, g, beta, scale, state, delta=True)
 
 
 def by_kernel(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`by_token` by `fla.ops.gated_delta_rule.chunk_gated_delta_rule`."""
+    """Do what `by_token` does, by `fla.ops.gated_delta_rule.chunk_gated_delta_rule`."""
+    # Here and not above: fla needs Triton just to be imported.
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
     o, final = chunk_gated_delta_rule(

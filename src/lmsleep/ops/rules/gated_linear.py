@@ -1,4 +1,4 @@
-"""The gated Hebbian rule in its Mamba-2 form, `S = e^g S + beta k v^T`: the paper's eq. 3."""
+"""Compute the gated Hebbian rule in its Mamba-2 form, `S = e^g S + beta k v^T`: the paper's eq. 3."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from lmsleep.ops.rules.rule import Rule
 def by_token(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The definition: decay, write, read. Any dtype, no hidden casts."""
+    """Follow the definition: decay, write, read. Any dtype, no hidden casts."""
     S, outputs = state, []
     for t in range(q.shape[1]):
         S = g[:, t, :, None, None].exp() * S
@@ -22,20 +22,20 @@ def by_token(
 def by_chunk(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Chunk-parallel `by_token`; same arguments, same result."""
+    """Do what `by_token` does, chunk-parallel; same arguments, same result."""
     return in_chunks(q, k, v, g, beta, scale, state, delta=False)
 
 
 def by_kernel(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`by_token` by `fla.ops.simple_gla.chunk_simple_gla`, beta on the values."""
+    """Do what `by_token` does, by `fla.ops.simple_gla.chunk_simple_gla`."""
     from fla.ops.simple_gla import chunk_simple_gla
 
     o, final = chunk_simple_gla(
         q,
         k,
-        v * beta[..., None].to(v.dtype),
+        v * beta[..., None].to(v.dtype),  # the kernel has no beta; in the dtype that it works in
         g=g,
         scale=scale,
         initial_state=state,

@@ -1,4 +1,4 @@
-"""Chunk-parallel recurrences whose heads decay as one, in plain PyTorch (CPU and any GPU).
+"""Compute chunk-parallel recurrences whose heads decay as one, in plain PyTorch (CPU and any GPU).
 
 Within a chunk of C tokens with cumulative log decay `G_t = g_1 + ... + g_t` and the state `S` that
 precedes it, both rules leave `S_t = e^{G_t} S + sum_{s<=t} e^{G_t - G_s} k_s u_s^T`, where `u` are
@@ -34,7 +34,7 @@ def in_chunks(
     *,
     delta: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The gated delta rule, or without `delta` the gated linear rule; arguments and result as of a `Rule`."""
+    """Compute the gated delta rule, or without `delta` the gated linear one; arguments as of a `Rule`."""
     if q.shape[1] == 0:
         return torch.zeros_like(v), state
     result: tuple[Tensor, Tensor] = _Chunked.apply(q, k, v, g, beta, state, scale, delta)  # type: ignore[no-untyped-call]
@@ -42,7 +42,7 @@ def in_chunks(
 
 
 def chunks(T: int, K: int, V: int) -> tuple[int, int]:
-    """Number of chunks and their length, equal for all so that little is padded.
+    """Return the number of chunks and their length, equal for all so that little is padded.
 
     Longer chunks pay more for their C x C systems, shorter ones for their K x V states.
     """
@@ -78,12 +78,15 @@ class _Chunked(torch.autograd.Function):
         decay = ((g[:, None] * lower) @ lower.tril(-1)).exp_().mul_(lower)
         start = g.cumsum(-1).exp_()[..., None]
         kT = k.mT.contiguous()
+        # With beta=0 the first argument only lends its shape: this is scale q k^T, and then its decays.
         reads = torch.baddbmm(decay, q, kT, beta=0, alpha=scale).mul_(decay)
+        # The last row of the decays leads to the end of the chunk, where the next state is made.
         writes, last = kT * decay[:, -1:], start[:, -1:]
         inverse = W = None
         if delta:
             A = (k @ kT).mul_(decay).mul_(beta)
             eye = lower.new_ones(C).diag()
+            # Of I plus A below its diagonal: the solver reads neither the diagonal nor what is above.
             inverse = torch.linalg.solve_triangular(A, eye, upper=False, unitriangular=True)
             X = inverse * beta.mT
             u, W = X @ v, X.mul_(start.mT) @ k
@@ -93,11 +96,12 @@ class _Chunked(torch.autograd.Function):
         for c in range(n):
             us, writing, fading = (_chunk(x, c, n) for x in (u, writes, last))
             if W is not None:
+                # A view of `u`: once its chunk is reached, `u` holds what is really written, U - W S.
                 us.baddbmm_(_chunk(W, c, n), S, alpha=-1)
-            starts[c] = S
+            starts[c] = S  # for the outputs of the chunk, and for the backward pass
             S = (fading * S).baddbmm_(writing, us)
         o = (q @ starts.flatten(0, 1)).mul_(scale * start).baddbmm_(reads, u)
-        ctx.set_materialize_grads(False)
+        ctx.set_materialize_grads(False)  # an output that nobody used has None, which saves its products
         ctx.save_for_backward(q, k, v, beta, starts, S, u, decay, start, reads, writes, inverse, W)
         ctx.device, ctx.sizes = q.device, (B, T, H, n, scale)
         return _join(o, B, T, n), S.unflatten(0, (B, H))
@@ -121,6 +125,7 @@ class _Chunked(torch.autograd.Function):
             du, dstarts = reads.mT @ do, (q.mT @ start_do).view_as(starts)
         dk, dG = torch.zeros_like(k), k.new_zeros(k.shape[:2])  # dG: gradient of every G_t
         dS = None if dS is None else dS.flatten(0, 1)
+        # Backwards, with the gradient of the state behind chunk c in dS. All of it is written into views.
         for c in reversed(range(n)):
             us, dus, writing, fading = (_chunk(x, c, n) for x in (u, du, writes, start[:, -1:]))
             if dS is not None:  # None where the last state is dropped, as after an answer
@@ -145,6 +150,7 @@ class _Chunked(torch.autograd.Function):
             dG -= _dot(k, dk)
         else:
             dr = inverse.mT @ du
+            # Negative, as the derivative of an inverse is; only below the diagonal, where A is read.
             dA = (dr @ uT).mul_(decay).mul_(decay.new_full(decay.shape[1:], -1).tril_(-1))
             dread = (dr @ ST).mul_(-start).baddbmm_(dA, k)
             dk.baddbmm_(dA.mul_(beta).mT, k)
@@ -152,15 +158,17 @@ class _Chunked(torch.autograd.Function):
             dv, dbeta = beta * dr, _dot(dr, v) + dread_k
             dG += beta[..., 0] * dread_k - _dot(k, dk)
             dk.addcmul_(beta, dread)
+        # g_t is part of G_t and of all later ones: a sum from the end.
         dg = dG.flip(-1).cumsum(-1).flip(-1)
         inputs = (None if x is None else _join(x, B, T, n) for x in (dq, dk, dv, dg, dbeta))
         return *inputs, dstarts[0].unflatten(0, (B, H)), None, None
 
 
 def _split(x: Tensor, n: int, C: int) -> Tensor:
-    """`[B, T, H, ...]` -> `[n B H, C, ...]`, contiguous; padding is zeros, which neither write nor forget."""
+    """Split `[B, T, H, ...]` into `[n B H, C, ...]`, contiguous; padding (0) neither writes nor forgets."""
     B, T, H, *rest = x.shape
     whole = T // C
+    # Filled with zeros only where some of it is padding.
     split = x.new_empty(n, B, H, C, *rest) if whole == n else x.new_zeros(n, B, H, C, *rest)
     tokens = split.movedim((0, 2), (1, 3))  # [B, n, C, H, ...]
     tokens[:, :whole] = x[:, : whole * C].unflatten(1, (whole, C))
@@ -170,14 +178,15 @@ def _split(x: Tensor, n: int, C: int) -> Tensor:
 
 
 def _join(x: Tensor, B: int, T: int, n: int) -> Tensor:
-    """Inverse of `_split`."""
+    """Invert `_split`, and drop the padding."""
     return x.unflatten(0, (n, B, -1)).movedim((0, 2), (1, 3)).flatten(1, 2)[:, :T]
 
 
 def _chunk(x: Tensor, c: int, n: int) -> Tensor:
-    """Chunk c of `[n B H, ...]`."""
+    """Return a view of chunk c of `[n B H, ...]`."""
     return x.unflatten(0, (n, -1))[c]
 
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:
+    """Return the dot products along the last dimension."""
     return (x * y).sum(-1)

@@ -1,4 +1,4 @@
-"""The delta rule with a decay per channel: `S = (I - beta k k^T) Diag(e^g) S + beta k v^T`.
+"""Compute the delta rule with a decay per channel: `S = (I - beta k k^T) Diag(e^g) S + beta k v^T`.
 
 Source: Kimi Team, "Kimi Linear", arXiv 2510.26692, section 3 (Kimi Delta Attention).
 """
@@ -16,7 +16,7 @@ from lmsleep.ops.rules.rule import Rule, Sizes, log_spaced_forgetting, write_str
 def by_token(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The definition: `g` `[B, T, H, K]` fades the rows of `S`, each by itself; then the delta rule."""
+    """Follow the definition: `g` `[B, T, H, K]` fades each row of `S` by itself; then the delta rule."""
     S, outputs = state, []
     for t in range(q.shape[1]):
         S = g[:, t, :, :, None].exp() * S
@@ -29,7 +29,7 @@ def by_token(
 def by_chunk(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Chunk-parallel `by_token`: what is written solves a triangular system, as in `head_decay`."""
+    """Do what `by_token` does, chunk-parallel, by a triangular system as in `head_decay`."""
     B, T, H, _ = q.shape
     if T == 0:
         return torch.zeros_like(v), state
@@ -37,6 +37,8 @@ def by_chunk(
     decays = channel_decay.Decays.of(g)
     erased = beta * k
     system = channel_decay.products(erased, k, decays)
+    # Both right-hand sides at once: what is written if S = 0, and how S changes that. The diagonal of the
+    # system counts as 1 and is not read.
     asked = torch.cat([beta * v, erased * decays.start], -1)
     solved = torch.linalg.solve_triangular(system, asked, upper=False, unitriangular=True)
     values, reads = solved.split((v.shape[-1], k.shape[-1]), -1)
@@ -50,7 +52,8 @@ def by_chunk(
 def by_kernel(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`by_token` by `fla.ops.kda.chunk_kda`."""
+    """Do what `by_token` does, by `fla.ops.kda.chunk_kda`."""
+    # Here and not above: fla needs Triton just to be imported.
     from fla.ops.kda import chunk_kda
 
     o, final = chunk_kda(q, k, v, g, beta, scale=scale, initial_state=state, output_final_state=True)
@@ -58,7 +61,7 @@ def by_kernel(
 
 
 class ChannelGates:
-    """Those of Kimi Linear: a decay for every channel of the keys, through K hidden units; beta per head.
+    """The gates of Kimi Linear: a decay for every channel of the keys, through K hidden units; beta per head.
 
     `g = -exp(A_log) softplus(W_b W_a x + dt_bias)`, `beta = beta_scale sigmoid(W x)`. In every head channels
     forget between `forget[0]` and `forget[1]` a token at first (log-spaced).
@@ -74,7 +77,8 @@ class ChannelGates:
         layer.dt_bias = nn.Parameter(torch.empty(H * K))
 
     def reset(self, layer: Any) -> None:
-        """Gates that do not depend on the input yet."""
+        """Set gates that do not depend on the input yet."""
+        # One factor of the decay is zero, not both: then neither would get a gradient.
         nn.init.normal_(layer.f_a_proj.weight, std=layer.f_a_proj.in_features**-0.5)
         layer.f_b_proj.weight.zero_()
         layer.b_proj.weight.zero_()
@@ -82,7 +86,9 @@ class ChannelGates:
         log_spaced_forgetting(layer.A_log, layer.dt_bias.view(layer.num_heads, -1), layer.forget)
 
     def __call__(self, layer: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-        """`g` `[B, T, H, K]` and `beta` `[B, T, H]`."""
+        """Compute `g` `[B, T, H, K]` and `beta` `[B, T, H]`."""
+        # From the projections on in the dtype of the parameters: a low one would round decays near 0, which
+        # add up over a stream.
         dt = F.softplus(layer.f_b_proj(layer.f_a_proj(x)).to(layer.dt_bias.dtype) + layer.dt_bias)
         g = -layer.A_log.exp()[:, None] * dt.unflatten(-1, (layer.num_heads, -1))
         return g, write_strength(layer, x)

@@ -1,4 +1,4 @@
-"""Writes to chosen slots: a token fades and overwrites some slots of the memory, and leaves the others alone.
+"""Write to chosen slots: a token fades and overwrites some slots of the memory, and leaves the others alone.
 
 `S` is a table of M slots, each a key and a value: `S = [K | V]`, `M x (K + V)`. A token writes its key and
 value into slot m with the strength `beta[m]` where the slot has faded by `e^g[m]`, and reads by attention:
@@ -25,7 +25,7 @@ from lmsleep.ops.rules.rule import Rule, Sizes, log_spaced_forgetting
 def by_token(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The definition; `g` and `beta` are `[B, T, H, M]`, the state `[B, H, M, K + V]`. Any dtype."""
+    """Follow the definition; `g` and `beta` are `[B, T, H, M]`, the state `[B, H, M, K + V]`. Any dtype."""
     S, outputs, sizes = state, [], (k.shape[-1], v.shape[-1])
     for t in range(q.shape[1]):
         slot = torch.cat([k[:, t], v[:, t]], dim=-1)
@@ -39,13 +39,14 @@ def by_token(
 def by_chunk(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Chunk-parallel `by_token`: the states, then the scores of all tokens, then what they read."""
+    """Do what `by_token` does, chunk-parallel: the states, then all scores, then what is read."""
     B, T, H, _ = q.shape
     if T == 0:
         return torch.zeros_like(v), state
     q, k, v, g, beta = (channel_decay.split(x) for x in (scale * q, k, v, g, beta))
     decays = channel_decay.Decays.of(g)
     slots = torch.cat([k, v], -1)
+    # What is written does not depend on S, so the states come without any system to solve.
     starts, _ = channel_decay.states(state.flatten(0, 1), decays, beta, lambda c, S: slots[c])
     keys, values = starts[:-1].split((k.shape[-1], v.shape[-1]), -1)
     scores = decays.start * (q @ keys.mT) + channel_decay.sums(q @ k.mT, beta, decays)
@@ -57,7 +58,8 @@ def by_chunk(
 def by_kernel(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`by_token` by `fla.ops.gsa.chunk_gsa`, keys transposed and gates in the dtype of q."""
+    """Do what `by_token` does, by `fla.ops.gsa.chunk_gsa`, keys transposed and gates in the dtype of q."""
+    # Here and not above: fla needs Triton just to be imported.
     from fla.ops.gsa import chunk_gsa
 
     keys, values = state.split((k.shape[-1], v.shape[-1]), dim=-1)
@@ -75,7 +77,7 @@ def by_kernel(
 
 
 def num_slots(K: int, V: int) -> int:
-    """Slots of a head: as many as make `S` no larger than the `K x V` of other rules."""
+    """Count the slots of a head: as many as make `S` no larger than the `K x V` of other rules."""
     return max(1, K * V // (K + V))
 
 
@@ -98,19 +100,20 @@ class RouterGates:
         layer.dt_bias = nn.Parameter(torch.empty(H))
 
     def reset(self, layer: Any) -> None:
-        """Slots are chosen by the input from the beginning; how much is written is not."""
+        """Set a router that depends on the input from the beginning; how much is written does not yet."""
         layer.a_proj.weight.zero_()
         nn.init.normal_(layer.r_proj.weight, std=layer.r_proj.in_features**-0.5)
         log_spaced_forgetting(layer.A_log, layer.dt_bias, layer.forget)
 
     def __call__(self, layer: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-        """`g` and `beta` `[B, T, H, M]`."""
+        """Compute `g` and `beta` `[B, T, H, M]`, zero in slots that are not chosen."""
         f = -layer.A_log.exp() * F.softplus(layer.a_proj(x).to(layer.dt_bias.dtype) + layer.dt_bias)
         scores = layer.r_proj(x).to(f.dtype).sigmoid().unflatten(-1, (layer.num_heads, -1))
+        # Half of the slots, rounded up, so that a table of one slot is written to.
         chosen = scores.topk(-(-scores.shape[-1] // 2), dim=-1)
         shares = chosen.values / chosen.values.sum(-1, keepdim=True)
         g = torch.zeros_like(scores).scatter(-1, chosen.indices, f[..., None] * shares)
-        return g, -torch.expm1(g)
+        return g, -torch.expm1(g)  # 1 - e^g, without losing the digits of a small g
 
 
 def _sizes(K: int, V: int) -> Sizes:

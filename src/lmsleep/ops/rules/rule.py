@@ -1,4 +1,4 @@
-"""What an update rule is: its recurrence in up to three forms, the shapes it works on, and its gates.
+"""Define what an update rule is: its recurrence in up to three forms, the shapes it works on, and its gates.
 
 Shapes: q, k `[B, T, H, K]`, v `[B, T, H, V]`, g (log decay, <= 0) and beta (write strength) `[B, T, H]` or as
 the rule says, state `[B, H, K, V]` or as the rule says. The state is the transpose of the paper's `S` (fla's
@@ -33,7 +33,7 @@ class Sizes(NamedTuple):
 
 
 def head_sizes(K: int, V: int) -> Sizes:
-    """One decay and one write strength a head and token; `S` is `K x V`."""
+    """Return the sizes for one decay and one write strength a head and token; `S` is `K x V`."""
     return Sizes((), (), (K, V))
 
 
@@ -53,7 +53,7 @@ class Gates(Protocol):
         ...
 
     def __call__(self, layer: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-        """`g` and `beta`, each `[B, T, H, ...]` as `Rule.sizes` says, in float32 or better."""
+        """Compute `g` and `beta`, each `[B, T, H, ...]` as `Rule.sizes` says, in float32 or better."""
         ...
 
 
@@ -72,21 +72,24 @@ class HeadGates:
         layer.dt_bias = nn.Parameter(torch.empty(layer.num_heads))
 
     def reset(self, layer: Any) -> None:
-        """Gates that do not depend on the input yet."""
+        """Set gates that do not depend on the input yet."""
+        # The sigmoid of a bias of 1 is 0.73.
         layer.a_proj.weight.zero_()
         layer.b_proj.weight.zero_()
         layer.b_proj.bias.fill_(1.0)
         log_spaced_forgetting(layer.A_log, layer.dt_bias, layer.forget)
 
     def __call__(self, layer: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-        """`g` and `beta` `[B, T, H]`."""
+        """Compute `g` and `beta` `[B, T, H]`."""
+        # From the projection on in the dtype of the parameters: a low one would round decays near 0, which
+        # add up over a stream.
         dt = F.softplus(layer.a_proj(x).to(layer.dt_bias.dtype) + layer.dt_bias)
         g = -layer.A_log.exp() * dt
         return g, write_strength(layer, x)
 
 
 def write_strength(layer: Any, x: Tensor) -> Tensor:
-    """`beta` `[B, T, H]`, up to the layer's `beta_scale`."""
+    """Compute `beta` `[B, T, H]`, up to the layer's `beta_scale`."""
     beta: Tensor = layer.beta_scale * layer.b_proj(x).to(layer.dt_bias.dtype).sigmoid()
     return beta
 
@@ -101,7 +104,7 @@ def log_spaced_forgetting(A_log: Tensor, dt_bias: Tensor, forget: tuple[float, f
 
 
 def key_scale(K: int) -> float:
-    """The factor on queries of unit norm that attention has too."""
+    """Return the factor on queries of unit norm that attention has too."""
     return K**-0.5
 
 
