@@ -106,7 +106,7 @@ def main() -> None:
     rules: dict[str, Callable[[Batch], Slept]] = {}
     for n in (1, 2, 3, 4):
         fixed = SleepConfig(window=config.sleep.window, passes=n)
-        # Defaults bind this round's values; a lambda would look them up when all rounds are over. With share 0
+        # Defaults bind this round's values; a lambda looks them up when all rounds are over. With share 0
         # nothing ever settles.
         rules[f"N = {n}"] = lambda batch, sleep=fixed, n=n: settled(model, batch, sleep, 0.0, n)  # type: ignore[misc]
     for share in SHARES:

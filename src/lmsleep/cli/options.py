@@ -74,7 +74,7 @@ class HybridOptions(HybridConfig):
 
 
 def model_field(kind: Kind, sections: dict[str, Any]) -> Any:
-    """The field of an options class that holds the model; a preset has defaults for the hybrid alone."""
+    """Return the field of an options class that holds the model; presets have defaults for hybrids alone."""
     if kind.options is HybridConfig:
         return ("model", HybridOptions, as_type(HybridOptions, sections["model"]))
     if not any(f.name == "vocab_size" for f in fields(kind.options)):
@@ -111,7 +111,7 @@ class WindowOptions:
 
 
 def sleep_fields(default: SleepConfig, argv: Sequence[str]) -> list[Any]:
-    """Fields of an options class that hold a sleep: its windows, and the consolidator that `argv` names.
+    """Return the fields of an options class that hold a sleep: windows, and the consolidator `argv` names.
 
     Raises:
         ValueError: for a consolidator that is not known.

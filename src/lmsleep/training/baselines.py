@@ -147,7 +147,7 @@ BASELINES: dict[str, Callable[[RunConfig], RunConfig]] = {
 
 
 def equal_compute(run: RunConfig, other: RunConfig) -> RunConfig:
-    """`run` with as many steps as cost the training FLOPs of `other` (rounded down, at least 1)."""
+    """Give `run` as many steps as cost the training FLOPs of `other` (rounded down, at least 1)."""
     # Rounded down, so that a baseline never spends more than the run that it is compared with.
     steps = math.floor(training_flops(other) / flops_per_step(run))
     return replace(run, train=replace(run.train, steps=max(steps, 1)))

@@ -143,7 +143,7 @@ class RunConfig:
             raise ValueError("gradient-steps are no passes: leave out backprop_passes and checkpoint")
 
     def _check_window(self) -> None:
-        """Where answers follow their context in one sequence, no window may hold some of both."""
+        """Refuse windows that hold some of the context and some of the answers, where these follow inline."""
         before, window = getattr(self.task, "inline_context", None), self.sleep.window
         # Answers in one window with the end of their context would read it by attention; Algorithm 1 would
         # not sleep on that window, for it carries loss. Sliding windows have no such boundary.

@@ -60,7 +60,7 @@ class Muon(Optimizer):
 
 
 def orthogonalised(X: Tensor) -> Tensor:
-    """Matrices `[k, m, n]` with their singular values moved near 1: all but tiny ones to 0.7 ... 1.2."""
+    """Return matrices `[k, m, n]` with singular values moved near 1: all but tiny ones to 0.7 ... 1.2."""
     # promote_types leaves float64 as it is, by which tests compare.
     dtype = torch.bfloat16 if X.is_cuda else torch.promote_types(X.dtype, torch.float32)
     X, tall = X.to(dtype), X.shape[-2] > X.shape[-1]
@@ -77,6 +77,6 @@ def orthogonalised(X: Tensor) -> Tensor:
 
 
 def _parts(params: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Lists of at most `TOGETHER` elements, or of one matrix."""
+    """Yield lists of at most `TOGETHER` elements, or of one matrix."""
     some = max(1, TOGETHER // max(params[0].numel(), 1))
     return (params[i : i + some] for i in range(0, len(params), some))

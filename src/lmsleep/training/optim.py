@@ -16,7 +16,7 @@ GATES = ("a_proj", "b_proj", "f_a_proj", "f_b_proj", "r_proj", "in_proj_a", "in_
 
 
 def optimizers(model: Model, config: TrainConfig) -> list[Optimizer]:
-    """Muon over the weights of linear layers in `model.blocks`, AdamW over all others.
+    """Make Muon over the weights of linear layers in `model.blocks`, AdamW over all others.
 
     Gates are left to AdamW, and so are adapters, whose two factors are no map by themselves. Parameters that
     need no gradient are left out.
@@ -50,7 +50,7 @@ def set_rates(optimizers: Sequence[Optimizer], step: int, config: TrainConfig) -
 
 
 def schedule(step: int, config: TrainConfig) -> float:
-    """Factor on the learning rates at `step` (from 0): linear rise, plateau, linear fall to zero.
+    """Return the factor on the learning rates at `step` (from 0): linear rise, plateau, linear fall to zero.
 
     Before the fall it does not depend on `config.steps`: a long run shares its start with a short one.
     """
@@ -62,7 +62,7 @@ def schedule(step: int, config: TrainConfig) -> float:
 
 
 def level(step: int, config: TrainConfig) -> float:
-    """Difficulty level in (0, 1] at `step`: the curriculum."""
+    """Return the difficulty level in (0, 1] at `step`: the curriculum."""
     return min(1.0, (step + 1) / config.curriculum) if config.curriculum else 1.0
 
 
