@@ -22,7 +22,7 @@ TOO_LARGE = {("6", "paper"): "1.4 billion parameters: on a GPU"}  # a single pas
 
 
 def entry(figure: str, scale: Scale) -> str:
-    """FLOPs and time of a recipe at a scale, or why there is none."""
+    """Return FLOPs and time of a recipe at a scale, or say why there is none."""
     if (figure, scale) in TOO_LARGE and not torch.cuda.is_available():
         return TOO_LARGE[figure, scale]
     try:
@@ -48,7 +48,9 @@ def main() -> None:
     for figure in options.figures:
         cells = [entry(figure, scale) for scale in options.scales]
         sys.stdout.write(f"| `{figure}` | {' | '.join(cells)} |\n")
+        # A line can take minutes; one wants to see it before the next.
         sys.stdout.flush()
+    # Hours mean nothing without the machine they are of.
     made = provenance()
     sys.stdout.write(f"\n{default_workers()} runs at a time; `{made['command']}`, {source(made)}\n")
 

@@ -26,7 +26,7 @@ SETTINGS: list[tuple[Literal["medium", "hard"], Literal["forward", "reverse"]]] 
 
 
 def shape(definition: Definition) -> str:
-    """Class of a right-hand side."""
+    """Name the class of a right-hand side."""
     operands, constant, times, difference = definition
     if not operands:
         return "c"
@@ -37,7 +37,7 @@ def shape(definition: Definition) -> str:
 
 
 def shares(values: Iterable[str]) -> str:
-    """Values by frequency, in per cent."""
+    """List values by frequency, in per cent."""
     counts = Counter(values)
     total = counts.total()
     return ", ".join(f"{name} {100 * n / total:.0f}" for name, n in counts.most_common())
@@ -48,6 +48,7 @@ def main() -> None:
     problems = int(sys.argv[1]) if len(sys.argv) > 1 else 1000
     drawn: dict[tuple[str, str], dict[int, list[Core]]] = {}
     for subset, mode in SETTINGS:
+        # No medium problem has one operation (docs/tasks.md). A fixed seed: the tables can be made again.
         random, first = Random(0), 1 + (subset == "medium")
         drawn[subset, mode] = {
             op: [draw_problem(random, op, None, subset, mode, None)[0] for _ in range(problems)]
@@ -72,12 +73,14 @@ def main() -> None:
     write("\n| | tokens of the core | tokens of a context |\n|---|---|---|\n")
     for subset, mode in SETTINGS:
         cells = []
+        # Without noise, and with it up to the lengths of the paper.
         for length, noise in (((0, 3300), False), ((2000, 3300), True)):
             task = GSMInfinite(
                 subset=subset, mode=mode, ops=(1 + (subset == "medium"), OPS), length=length, noise=noise
             )
             lengths = task.batch(batch_rng(0, "train", 0), problems, "train").context_lengths
             assert lengths is not None
+            # Median and 5 to 95 %: lengths are skewed, a mean would mislead.
             low, middle, high = np.percentile(lengths, [5, 50, 95])
             cells.append(f"{middle:.0f} ({low:.0f} ... {high:.0f})")
         write(f"| {subset} {mode} | {' | '.join(cells)} |\n")

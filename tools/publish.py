@@ -22,7 +22,7 @@ PAGES = (ROOT / "README.md", ROOT / "docs/demo.md")
 
 
 def blocks() -> dict[str, str]:
-    """What stands in the blocks of the pages."""
+    """Return what stands in the blocks of the pages, by name."""
     tables = {f"table:{name}": committed(name) for name in ("depo", "rule110")}
     said = {
         name: f"{as_markdown(result.lines())}\n\n{result.seeds} seeds; {result.made_by}"
@@ -32,7 +32,7 @@ def blocks() -> dict[str, str]:
 
 
 def summary(result: Result) -> str:
-    """For every N accuracy at the hardest and over all difficulties, at equal tokens and at equal compute."""
+    """Tabulate accuracy of every N at the hardest and over all difficulties, at either equal budget."""
     hardest = max(result.difficulties)
     lines = [["", *(f"{what}, equal {budget}" for what in (f"{result.key} = {hardest}", "all hops")
                     for budget in ("tokens", "compute"))]]  # fmt: skip
@@ -51,15 +51,19 @@ def summary(result: Result) -> str:
 def main() -> None:
     """Copy what is named, then write everything anew."""
     for folder in map(Path, sys.argv[1:]):
+        # What `Result.load` reads; the figure and the CSV are made of it.
         for name in ("README.md", "results.jsonl", "curves.jsonl"):
             shutil.copy(folder / name, COMMITTED / folder.name / name)
     for name in ("depo", "rule110"):
         figure.save(committed(name), ROOT / f"docs/images/{name}.png")
     depo = committed("depo")
+    # The same result, seen through two panels for the front page.
     story = replace(depo, recipe=replace(depo.recipe, panels=("tokens", "read")))
     figure.save(story, ROOT / "docs/images/story.png")
     for folder in sorted((ROOT / "results").iterdir()):
+        # Folders are called RECIPE-SCALE, and recipes have dashes in their names too.
         result = Result.load(RECIPES[folder.name.rpartition("-")[0]], folder)
+        # Written anew from its rows, for the recipe's words may have changed since.
         result.save(folder)
         figure.save(result, folder / "figure.png")
     for page in PAGES:

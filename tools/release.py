@@ -30,6 +30,8 @@ def build(out: Path) -> tuple[Path, Path]:
     Raises:
         ValueError: if one is too large, or the wheel lacks something.
     """
+    # --no-isolation: what the build needs is installed already, and no network is asked. With neither --wheel
+    # nor --sdist the wheel is built from the sdist, so that what the sdist lacks shows here.
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(ROOT)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=_environment())
     wheel, sdist = next(out.glob("*.whl")), next(out.glob("*.tar.gz"))
@@ -39,6 +41,7 @@ def build(out: Path) -> tuple[Path, Path]:
         if size > most:
             raise ValueError(f"{file.name} has {size:,} bytes, more than {most:,}; leave something out")
     names = ZipFile(wheel).namelist()
+    # Package data are what a build forgets without an error.
     if missing := [name for name in NEEDED if name not in names]:
         raise ValueError(f"{wheel.name} lacks {', '.join(missing)}")
     if strange := {name.partition("/")[0] for name in names if not name.startswith("lmsleep")}:
@@ -63,6 +66,7 @@ def install(wheel: Path, folder: Path, constraints: Path | None = None) -> Path:
     else:
         here = [sys.executable, "-m", "pip", "--python", python]
         command = [*here, "install", "--quiet", "--no-deps", "--no-index", str(wheel)]
+        # Where the new environment keeps its packages, by this interpreter, which is of the same version.
         packages = sysconfig.get_path("purelib", vars={"base": str(folder)})
         # A plain path: .pth files that lie there, such as that of an editable lmsleep, are not read.
         (Path(packages) / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
@@ -79,12 +83,14 @@ def try_out(commands: Path, folder: Path) -> None:
     """
     (folder / "graph.txt").write_text(GRAPH)
 
+    # In an empty folder, so that no checkout is imported from the current one.
     def say(program: str, *words: str) -> str:
         line, environment = [str(commands / program), *words], _environment()
         run = subprocess.run(line, cwd=folder, check=True, stdout=subprocess.PIPE, text=True, env=environment)
         return run.stdout.strip()
 
     where = Path(say("python", "-c", "import lmsleep; print(lmsleep.__file__)"))
+    # The check is worth nothing if the sources answer in place of the wheel.
     if not where.is_relative_to(commands.parent):
         raise ValueError(f"lmsleep came from {where}, not from {commands.parent}")
     read = say("lmsleep", "read", "depo-N4", "graph.txt", "--memory", "g.mem")
@@ -93,18 +99,20 @@ def try_out(commands: Path, folder: Path) -> None:
         "n1, three hops": say("lmsleep", "ask", "depo-N4", "--memory", "g.mem", "HOP_3 n1"),
     }
     sys.stdout.write(f"{where.parent}\n{read}\n{answers}\n")
+    # From n1 three edges of GRAPH on: n6, n7, n8.
     expected = {"--version": f"lmsleep {_version()}", "n1, three hops": "n8"}
     if answers != expected:
         raise ValueError(f"the installed wheel says {answers}, not {expected}")
 
 
 def _version() -> str:
+    """Read the version that pyproject.toml says."""
     version: str = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     return version
 
 
 def _environment() -> dict[str, str]:
-    """The environment without what would lead back to the checkout."""
+    """Return the environment without what would lead back to the checkout."""
     return {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
 
 
@@ -113,6 +121,7 @@ def main() -> None:
     if len(sys.argv) != 2:
         sys.exit(__doc__)
     dist = ROOT / "dist"
+    # Old files would be taken for those that were just built.
     shutil.rmtree(dist, ignore_errors=True)
     wheel, _ = build(dist)
     with TemporaryDirectory() as folder:

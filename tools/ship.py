@@ -36,17 +36,19 @@ def ship(source: RunFolder) -> RunFolder:
     """Copy what reading, asking and evaluating need; the name says task and passes."""
     config = source.config()
     target = RunFolder(shipped.HERE / f"{config.task_name}-N{config.sleep.passes}")
+    # An old checkpoint, of another step, would otherwise be shipped beside the new one.
     shutil.rmtree(target.path, ignore_errors=True)
     target.path.mkdir()
     for name in ("config.json", "report.json"):
         shutil.copy(source.path / name, target.path / name)
     checkpoint = source.latest()
+    # Through the model and not copied: the optimizer's state lies in the same folder.
     HybridLM.from_pretrained(checkpoint).save_pretrained(target.path / "checkpoints" / checkpoint.name)
     return target
 
 
 def card(runs: list[RunFolder]) -> str:
-    """The data card of `runs`, which were made by one command."""
+    """Write the data card of `runs`, which were made by one command."""
     reports = [json.loads((run.path / "report.json").read_text()) for run in runs]
     keys = list(reports[0]["eval"]["per_difficulty"])
     rows = [

@@ -20,6 +20,7 @@ from typing import Any
 from lmsleep.recipes import settings
 from lmsleep.training import Job, RunConfig, RunFolder, equal_compute, run_all
 
+# None of the demo's 0 ... 4: a rate must not be chosen on the seeds it is then reported with.
 SEED = 100
 PASSES = (4, 2, 1)  # longest steps first
 
@@ -28,12 +29,12 @@ Make = Callable[..., RunConfig]  # settings.depo or settings.rule110
 
 
 def equal_steps(make: Make, passes: int, steps: int) -> int:
-    """Steps that cost as many training FLOPs as `steps` steps with N = 4."""
+    """Return the steps that cost as many training FLOPs as `steps` steps with N = 4."""
     return equal_compute(make("demo", passes, steps=steps), make("demo", 4, steps=steps)).train.steps
 
 
 def depo(steps: int) -> Grid:
-    """Muon's rate with the curriculum over hops, then the middle rate without it."""
+    """Vary Muon's rate with the curriculum over hops, then drop the curriculum at the middle rate."""
     grid = []
     for passes in PASSES:
         length = equal_steps(settings.depo, passes, steps)
@@ -47,11 +48,12 @@ def depo(steps: int) -> Grid:
 
 
 def depo_curriculum(steps: int) -> Grid:
-    """The chosen rates with a long and a short curriculum, two seeds each."""
+    """Try the chosen rates with a long and a short curriculum, two seeds each."""
     grid = []
     for passes in PASSES:
         length = equal_steps(settings.depo, passes, steps)
         for curriculum in (350, 600):
+            # Fresh seeds: on SEED the rates were chosen already.
             for seed in (200, 201):
                 config = settings.depo("demo", passes, seed=seed, steps=length, curriculum=curriculum)
                 grid.append((f"depo-N{passes}-curriculum{curriculum}-seed{seed}", config))
@@ -59,7 +61,7 @@ def depo_curriculum(steps: int) -> Grid:
 
 
 def depo_heads() -> Grid:
-    """Number and size of the heads, N = 4, at about equal compute and beyond."""
+    """Vary number and size of the heads, N = 4, at about equal compute and beyond."""
     grid = []
     for heads, size, steps in (
         (4, 16, 1300),
@@ -76,7 +78,7 @@ def depo_heads() -> Grid:
 
 
 def rule110(steps: int) -> Grid:
-    """Muon's rate, then one of them with a curriculum over t."""
+    """Vary Muon's rate, then try one of them with a curriculum over t."""
     grid = []
     for passes in PASSES:
         length = equal_steps(settings.rule110, passes, steps)
@@ -87,8 +89,9 @@ def rule110(steps: int) -> Grid:
 
 
 def variants(task: str, make: Make, steps: int, level: int) -> Grid:
-    """N = 4 with one thing changed at a time."""
+    """Change one thing at a time, N = 4."""
     base = make("demo", 4, seed=SEED, steps=steps)
+    # Whichever of the two sizes was not chosen.
     other_size = 16 if base.architecture.key_dim == 32 else 32
     changes: dict[str, dict[str, dict[str, Any]]] = {
         "as chosen": {},
@@ -129,6 +132,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="runs at a time")
     options = parser.parse_args()
     jobs = [Job(options.out / name, config) for name, config in GRIDS[options.grid](options.steps)]
+    # A sweep that was stopped goes on; what is finished is only read.
     run_all(jobs, options.workers)
     rows = []
     for job in jobs:

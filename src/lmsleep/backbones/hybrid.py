@@ -16,12 +16,14 @@ class Hybrid(Kind):
 
     def to_dict(self, options: HybridConfig) -> dict[str, Any]:
         """Return the options in JSON-ready form, with the name of the kind."""
+        # The name in the file is what finds the class again, in another process or years later.
         return {KEY: self.name, **options.to_dict()}
 
     def from_dict(self, data: Mapping[str, Any]) -> HybridConfig:
         """Return the options that `to_dict` made `data` of; raises ValueError for what is not."""
         if not isinstance(data, Mapping):
             return HybridConfig.from_dict(data)  # which says so
+        # HybridConfig knows no kinds, and refuses fields that it does not have.
         return HybridConfig.from_dict({k: v for k, v in data.items() if k != KEY})
 
     def check(self, options: HybridConfig, sleep: SleepConfig) -> None:
@@ -66,12 +68,14 @@ class Hybrid(Kind):
     ) -> HybridLM:
         """Return the model that `save` wrote; errors as for `Kind.load`."""
         model = HybridLM.from_pretrained(folder, device)
+        # The folder says its own configuration; the run's must be the same, or tokens and S would not fit it.
         if model.config != options:
             raise ValueError(f"{folder} holds a model of another configuration than its run")
         return model
 
     def recognises(self, found: Mapping[str, Any]) -> bool:
         """Say whether config.json is that of `HybridLM.save_pretrained`."""
+        # Folders of transformers have a model_type; some of them might list blocks as well.
         return "blocks" in found and "model_type" not in found
 
     def open(self, folder: Path, device: torch.device | str) -> tuple[Model, SleepConfig]:

@@ -105,8 +105,10 @@ class Kind:
             FileNotFoundError: if it is made from a model that is not there.
             ValueError: if it cannot be made, or lacks something.
         """
+        # What is built here is in float32, under any autocast.
         del bfloat16
         model: Any = options.build()
+        # Asked for by name before the first use, so that a class of a user's hears of all it lacks at once.
         wanted = {name for cls in (Backbone, Model) for name in vars(cls) if not name.startswith("_")}
         missing = sorted(name for name in wanted if not hasattr(model, name))
         if not isinstance(model, nn.Module) or missing:
@@ -125,8 +127,10 @@ class Kind:
     def save(self, model: Model, options: Any, folder: Path) -> None:
         """Write the weights that training changes into `folder`, made if missing, each file atomically."""
         folder.mkdir(parents=True, exist_ok=True)
+        # safetensors takes no views with strides, and a file should not say on which device it was trained.
         tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
         write_atomic(folder / WEIGHTS, save(tensors, {"format": "pt"}))
+        # Last: a folder with a config.json is one that can be loaded.
         write_atomic(folder / CONFIG, json.dumps(self.to_dict(options), indent=2).encode())
 
     def load(
@@ -144,6 +148,7 @@ class Kind:
         model = self.build(options, bfloat16=bfloat16)
         try:
             model.load_state_dict(load_file(file))
+        # A RuntimeError is load_state_dict's: the file is whole, but names or shapes are of other options.
         except SafetensorError as error:
             raise ValueError(f"{file} is damaged or foreign: {error}") from error
         except RuntimeError as error:
@@ -162,6 +167,7 @@ class Kind:
             ValueError: if it is damaged.
         """
         options = self.from_dict(json.loads((folder / CONFIG).read_text()))
+        # A saved model does not say how it sleeps; these are the defaults of every command.
         return self.load(options, folder, device), SleepConfig(window=64, passes=4)
 
     def tokenizer(self, folder: Path) -> str:

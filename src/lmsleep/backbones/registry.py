@@ -36,6 +36,7 @@ def find_kind(name: str) -> Kind:
         options, kind = map(_imported, BACKBONES[name])
         found: Kind = kind(name, options)
         return found
+    # An absolute file name, for the name is kept in config.json and read from any folder.
     return Kind(absolute(name), BACKBONE.find(name, BACKBONES))
 
 
@@ -47,6 +48,7 @@ def kind_of(options: Any) -> Kind:
     """
     cls = type(options)
     for name, (listed, _) in BACKBONES.items():
+        # By name and not by class, which would import hf to say that a hybrid is no such model.
         if listed == f"{cls.__module__}:{cls.__qualname__}":
             return find_kind(name)
     if not BACKBONE.is_one(cls):
@@ -61,6 +63,7 @@ def kind_in(folder: Path) -> Kind:
         ValueError: if config.json names a kind that there is not.
     """
     found = _config(folder)
+    # What the folder says of itself goes before what its fields look like.
     if KEY in found:
         return find_kind(str(found[KEY]))
     return next((kind for kind in map(find_kind, BACKBONES) if kind.recognises(found)), find_kind("hybrid"))
@@ -87,12 +90,13 @@ def load(options: Any, folder: Path, device: torch.device | str = "cpu", *, bflo
 
 
 def _imported(name: str) -> Any:
+    """Import `MODULE:ATTRIBUTE`."""
     module, _, attribute = name.partition(":")
     return getattr(import_module(module), attribute)
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    """What config.json holds; nothing where it is missing or damaged, which loading the model will say."""
+    """Return what config.json holds; nothing if it is missing or damaged: loading the model says so."""
     try:
         found = json.loads((folder / CONFIG).read_text())
     except (OSError, ValueError):

@@ -60,6 +60,7 @@ def ask(argv: list[str]) -> None:
     """Run `lmsleep ask MODEL QUESTION --memory MEMORY`."""
     options = parse(AskOptions, argv, "lmsleep ask")
     session = take_up(options.memory, new_session(options.model, options), options).fork()
+    # The session is a fork of what the file holds and is never saved: the file stays as it is.
     answer = session.generate(
         options.question,
         options.longest(session),

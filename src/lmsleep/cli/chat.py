@@ -45,8 +45,9 @@ class ChatOptions(WriteOptions, SleepOptions):
 
 
 def chat(argv: list[str]) -> None:
-    """`lmsleep chat MODEL`."""
+    """Run `lmsleep chat MODEL`."""
     options = parse(ChatOptions, argv, "lmsleep chat")
+    # With a history: /undo goes back through it.
     session = new_session(options.model, options, history=UNDO)
     if options.memory is not None:
         session = take_up(options.memory, session, options)
@@ -56,19 +57,23 @@ def chat(argv: list[str]) -> None:
     while True:
         sys.stdout.write(f"[{status(session)}]\n> ")
         sys.stdout.flush()
+        # Not input(): the prompt also has to reach a pipe, and a line end tells an empty line from the end.
         line = sys.stdin.readline()
         if not line or line.strip() == "/quit":
             sys.stdout.write("" if line else "\n")
             return
         try:
             session = _respond(session, line.rstrip("\n"), options)
+        # A conversation outlives a bad command and a broken sleep.
         except (ValueError, OSError, BrokenSleep) as error:
             sys.stdout.write(f"{error}\n")
+        # Ctrl-C in an answer ends the answer alone; at the prompt, outside of this, it leaves the program.
         except KeyboardInterrupt:
             sys.stdout.write("\ninterrupted\n")
 
 
 def _respond(session: Session, line: str, options: ChatOptions) -> Session:
+    """Do what a line says; return the session to go on with, which may be another one."""
     command, _, rest = line.partition(" ")
     if command == "/help":
         sys.stdout.write(HELP)
@@ -84,10 +89,12 @@ def _respond(session: Session, line: str, options: ChatOptions) -> Session:
         sys.stdout.write(table(session.memory))
     elif command == "/save":
         path = _file(rest)
+        # Held only while it is written: between two saves another program may use the file.
         with locked(path):
             session.save(path)
     elif command == "/load":
         return take_up(_file(rest), session, options)
+    # A mistyped command must not be read as text: the memory would keep it.
     elif command.startswith("/"):
         raise ValueError(f"unknown command {command!r}; /help lists them")
     elif line.strip():
@@ -96,11 +103,13 @@ def _respond(session: Session, line: str, options: ChatOptions) -> Session:
 
 
 def _line(session: Session, text: str) -> str:
-    """As it is read: a line of text ends like one."""
+    """Return a line as it is read: a line of text ends like one."""
     return text if isinstance(session.tokenizer, Spelled) else text + "\n"
 
 
 def _file(rest: str) -> Path:
+    """Return the one file that a command names; raises ValueError for none or several."""
+    # As a shell would, so that names with spaces can be quoted.
     names = shlex.split(rest)
     if len(names) != 1:
         raise ValueError("this command takes one file")
@@ -108,6 +117,7 @@ def _file(rest: str) -> Path:
 
 
 def _answer(session: Session, line: str, options: ChatOptions) -> None:
+    """Read a line and write the answer, piece by piece."""
     pieces = session.generate(
         _line(session, line),
         options.longest(session),
@@ -119,6 +129,7 @@ def _answer(session: Session, line: str, options: ChatOptions) -> None:
         stream=True,
     )
     for piece in pieces:
+        # Each piece is flushed: one sees the answer as it is written.
         sys.stdout.write(str(piece))
         sys.stdout.flush()
     sys.stdout.write("\n")

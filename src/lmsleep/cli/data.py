@@ -40,6 +40,7 @@ def data(argv: list[str]) -> None:
         sys.stdout.write(DATA_HELP)
         return
     cls, sections = find_task(argv[0]), preset(argv[0], "demo")
+    # The task's fields are known only now; the preset's task gives their defaults.
     both = make_dataclass("Options", [task_field(argv[0], sections), ("data", DataOptions, DataOptions())])
     options = parse(both, argv[1:], f"lmsleep data {argv[0]}", cls.__doc__)
     task, chosen = options.task, options.data
@@ -47,6 +48,7 @@ def data(argv: list[str]) -> None:
         raise ValueError(f"samples must be at least 1, got {chosen.samples}")
     if chosen.window is not None and chosen.window < 1:
         raise ValueError(f"window must be at least 1 token, got {chosen.window}")
+    # Before the first sample is drawn: long texts take a while.
     for option, path in (("--jsonl", chosen.jsonl), ("--dataset", chosen.dataset)):
         if path is not None and path.exists():
             raise FileExistsError(f"{path} exists; name another {option} or remove it")
@@ -56,6 +58,7 @@ def data(argv: list[str]) -> None:
     if chosen.jsonl is not None or chosen.dataset is not None:
         _export(list(records(task, batch)), chosen)
         return
+    # Only marks: where windows end does not change what is drawn.
     window = chosen.window or sections["sleep"].window
     for row in range(len(batch.tokens)):
         sys.stdout.write(show(task, batch, row, window) + "\n")
@@ -74,6 +77,7 @@ All options, with their defaults: lmsleep data TASK --help
 
 
 def _export(rows: list[dict[str, Any]], chosen: DataOptions) -> None:
+    """Write the rows to each file and folder that was asked for."""
     if chosen.jsonl is not None:
         write_atomic(chosen.jsonl, "".join(json.dumps(row) + "\n" for row in rows).encode())
         sys.stdout.write(f"{chosen.jsonl}: {len(rows)} rows\n")
@@ -83,7 +87,9 @@ def _export(rows: list[dict[str, Any]], chosen: DataOptions) -> None:
 
 
 def _write_dataset(folder: Path, rows: list[dict[str, Any]]) -> None:
+    """Write the rows as a folder of datasets, complete or not at all."""
     try:
+        # An extra, and slow to import.
         import datasets
     except ImportError:
         raise ValueError("--dataset needs datasets: pip install 'lmsleep[hf]'") from None
@@ -93,6 +99,7 @@ def _write_dataset(folder: Path, rows: list[dict[str, Any]]) -> None:
     try:
         datasets.Dataset.from_list(rows).save_to_disk(str(partial))
         partial.rename(folder)
+    # Ctrl-C too must leave no litter.
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

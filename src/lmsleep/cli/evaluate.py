@@ -54,6 +54,7 @@ def evaluate_run(argv: list[str]) -> None:
         sleep = own.with_passes(n)
         how: dict[str, Any] = {"batches": options.batches, "batch_size": size, "device": model.device}
         result[n] = evaluate(model, task, sleep, after=options.after, parts=parts, **how)
+        # Bits around a sleep need shifts that fall on window ends, or one window would hold two segments.
         if isinstance(task, Shifting) and sleep.window is not None and task.segment % sleep.window == 0:
             around[n] = around_sleep(model, task, sleep, **how)
     if options.json:
@@ -73,14 +74,17 @@ class _Evaluated(NamedTuple):
 
 
 def _evaluated(options: EvalOptions) -> _Evaluated:
+    """Return what is evaluated, and on which task: the run's own, or --data."""
     place = find(options.run)
     if place.run is None and not options.data:
         raise ValueError(f"{options.run} was trained on no task of lmsleep: name files to read with --data")
     model, sleep = place.backbone(options.device)
     sleep = replace(sleep, window=options.window or sleep.window)
     if place.run is None:
+        # Four windows, so that most of what is predicted comes after an eviction.
         length, name = options.length or 4 * (sleep.window or 512), place.tokenizer_name()
         task: Task = Text(data=options.data, tokenizer=name, length=length)
+        # Otherwise the embedding would fail on the first unknown token, with an index instead of a reason.
         if task.vocab_size > model.vocab_size:
             raise ValueError(
                 f"{options.run} knows {model.vocab_size} tokens, --data in {name} has {task.vocab_size}"
@@ -93,11 +97,13 @@ def _evaluated(options: EvalOptions) -> _Evaluated:
             raise ValueError(
                 f"--data is for runs on text; {options.run} was trained on {place.run.task_name}"
             )
+        # The run's own tokenizer stays, for the model knows no other tokens.
         task = replace(task, data=options.data, length=options.length or task.length)
     return _Evaluated(model, task, sleep, train.batch_size, train.accumulate)
 
 
 def _eval_json(task: Task, score: Score, around: AroundSleep | None) -> dict[str, Any]:
+    """Return the figures of one number of passes in JSON-ready form."""
     document = score.to_dict()
     if isinstance(task, Text) and not task.asks:
         document["bits_per_byte"] = score.bits() / task.bytes_per_token
@@ -107,6 +113,7 @@ def _eval_json(task: Task, score: Score, around: AroundSleep | None) -> dict[str
 
 
 def _eval_text(task: Task, result: dict[int, Score], around: dict[int, AroundSleep]) -> str:
+    """Write a line for each number of passes, then the floors, for a terminal."""
     lines, floors = [], task.floors()
     for passes, score in result.items():
         line = f"N = {passes}:"
@@ -127,6 +134,7 @@ def _eval_text(task: Task, result: dict[int, Score], around: dict[int, AroundSle
 
 
 def _around_lines(around: AroundSleep) -> list[str]:
+    """Write bits around each sleep: a row for each sleep since the shift, a column for each moment."""
     head = f"  {'sleeps since the shift':<24}" + "".join(f"{moment:>8}" for moment in MOMENTS)
     rows = [f"  {s:<24}" + "".join(f"{bits:>8.3f}" for bits in row) for s, row in enumerate(around.bits)]
     return [f"{head}   (a window is read; bits per predicted token of the next)", *rows]

@@ -118,6 +118,7 @@ def finetune(argv: list[str]) -> None:
     elif argv[0] == "--resume":
         if len(argv) != 2:
             raise ValueError("--resume takes the folder of a run and nothing else: its own options hold")
+        # The run's configuration says what model it is, so that `lmsleep train --resume` does the same.
         finish(RunFolder.open(argv[1]))
     else:
         finish(*_new_run(Path(argv[0]), argv[1:]))
@@ -127,6 +128,7 @@ def _new_run(folder: Path, argv: list[str]) -> tuple[RunFolder, Trainer]:
     """Return the folder of a new run, and the trainer of its first stage."""
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder} with a model; nothing is downloaded")
+    # Read before the flags are parsed: which flags there are, and their defaults, hang on task and preset.
     given = given_options(argv)
     if "task" not in given:
         raise ValueError("--task: name what is learned, for example gsm-infinite (lmsleep finetune --help)")
@@ -135,6 +137,7 @@ def _new_run(folder: Path, argv: list[str]) -> tuple[RunFolder, Trainer]:
         raise ValueError(f"preset={given['preset']!r} is unknown; choose one of {', '.join(PRESETS)}")
     cls = find_task(name)
     if "tokenizer" in {f.name for f in fields(cls)} and "tokenizer" not in given:
+        # Ids of any other tokenizer would mean other words to the model.
         argv = [*argv, "--tokenizer", str(folder)]
     Options = make_dataclass(
         "Options",
@@ -149,10 +152,13 @@ def _new_run(folder: Path, argv: list[str]) -> tuple[RunFolder, Trainer]:
         kw_only=True,
     )
     options = parse(Options, argv, f"lmsleep finetune {folder}", cls.__doc__)
+    # The option may still be given, by another path to the same tokenizer.
     _check_tokenizer(folder, options.task)
+    # Absolute: the run is gone on with from other folders too.
     model = replace(as_type(FineTune, options.model), folder=folder.resolve())
     train = as_type(TrainConfig, options.train)
     config = RunConfig(task=options.task, model=model, sleep=chosen_sleep(options), train=train)
+    # Of FILE.py:CLASS the class alone, for a folder's name must hold no slashes.
     kind = name.rpartition(":")[2]
     default = f"{folder.resolve().name}-{kind}-N{config.sleep.passes}-seed{config.train.seed}"
     out = options.run.out or Path("runs") / default
@@ -161,7 +167,9 @@ def _new_run(folder: Path, argv: list[str]) -> tuple[RunFolder, Trainer]:
         trainer = Trainer(RunFolder(out), config)
         return RunFolder.create(out, config), trainer
     before = RunFolder(out.with_name(f"{out.name}-memory-layers"))
+    # The second stage is made now, so that it is refused now; the model that it starts from is written later.
     first, second = two_stages(config, before.path)
+    # The largest part of what can go wrong, the model itself, is loaded here.
     trainer = Trainer(before, first)
     # Before the first stage has a folder: the second must be able to have one.
     RunFolder(out).check_new()
@@ -177,9 +185,11 @@ def _train(preset: Preset, batch_size: str) -> TrainConfig:
 
 def _check_tokenizer(folder: Path, task: Task) -> None:
     """Raise ValueError if a task's text is not in the tokens of the model."""
+    # Not every task has one: those of words and symbols count their own tokens.
     given = getattr(task, "tokenizer", None)
     if given is None or Path(given).resolve() == folder.resolve():
         return
+    # There is nothing to compare with; the user's word is taken.
     if not has_tokenizer(folder):
         return
     own = HuggingFace(folder)

@@ -47,16 +47,19 @@ def harness(argv: list[str]) -> None:
     if options.out is not None and not options.out.parent.is_dir():
         raise FileNotFoundError(f"out={options.out}: there is no folder {options.out.parent}")
     try:
+        # An extra, slow to import; the checks above come first because they need nothing.
         import lm_eval
     except ImportError:
         raise ValueError("lm-eval is not installed: pip install 'lmsleep[eval,hf]'") from None
     from lmsleep.integrations.lm_eval import SleepLM
 
     tasks = _tasks(options)
+    # `passes` here is a list of what to evaluate, which no session takes.
     session = new_session(options.model, replace(options, passes=None))
     found: dict[str, Any] = {}
     for n in options.passes or (session.sleep_config.passes,):
         sleep = session.sleep_config.with_passes(n)
+        # The model is shared; a session for each N costs only its state.
         sleeping = Session(session.model, sleep, session.tokenizer, history=0)
         results = lm_eval.simple_evaluate(
             model=SleepLM(sleeping, batch_size=options.batch_size, progress=True),
@@ -77,6 +80,7 @@ def harness(argv: list[str]) -> None:
         "limit": options.limit,
         "passes": found,
     }
+    # default=str: lm-eval puts objects of its own among the figures.
     text = json.dumps(document, indent=2, default=str) + "\n"
     if options.out is not None:
         write_atomic(options.out, text.encode())
@@ -90,6 +94,7 @@ def _tasks(options: HarnessOptions) -> Any:
     if options.include_path is not None:
         if not options.include_path.is_dir():
             raise FileNotFoundError(f"include_path: there is no folder {options.include_path}")
+        # Indexing all of lm-eval's own tasks takes seconds.
         own = TaskManager(include_path=str(options.include_path), include_defaults=False)
         if all(own.match_tasks([task]) for task in options.tasks):
             return own
@@ -102,11 +107,14 @@ def _tasks(options: HarnessOptions) -> Any:
 
 
 def _table(found: dict[str, Any]) -> str:
+    """Write a line for each task, N and metric, with its standard error."""
     lines = [f"{'task':<28} {'N':>3} {'metric':<22} {'value':>10} {'stderr':>10}"]
     for n, results in found.items():
         for task, figures in results.items():
             for key, value in figures.items():
+                # Keys are "METRIC,FILTER"; the error of one is "METRIC_stderr,FILTER".
                 name, _, filtered = key.partition(",")
+                # Aliases are text; an error stands beside its value, not in a line of its own.
                 if not isinstance(value, int | float) or name.endswith("_stderr") or name == "sample_len":
                     continue
                 error = figures.get(f"{name}_stderr,{filtered}")

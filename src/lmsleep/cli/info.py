@@ -30,6 +30,7 @@ class InfoOptions:
 def info(argv: list[str]) -> None:
     """Run `lmsleep info RUN|MODEL`."""
     options = parse(InfoOptions, argv, "lmsleep info")
+    # As before training, which needs no checkpoint: cost does not hang on weights.
     model, sleep = find(options.path).backbone("cpu", trained=False)
     sleep = replace(
         sleep,
@@ -59,6 +60,7 @@ a sleep, N = {passes}           {flops_sleep:,} FLOP, {flops_sleep_per_token:,.0
 
 
 def _even(figures: dict[str, Any]) -> str:
+    """Say from which length on the fast weights are smaller than a cache of keys and values."""
     tokens = figures["break_even_tokens"]
     if tokens is None:
         return "break-even               none: no block has a cache that grows"

@@ -43,12 +43,14 @@ class InspectOptions(SleepOptions):
 def inspect_command(argv: list[str]) -> None:
     """Run `lmsleep inspect RUN|MODEL`."""
     options = parse(InspectOptions, argv, "lmsleep inspect")
+    # Before the work of minutes, not after it.
     if options.html is not None and not options.html.parent.is_dir():
         raise FileNotFoundError(f"html={options.html}: there is no folder {options.html.parent}")
     seen = _look(options)
     if options.html is not None:
         seen.html(options.html)
     if options.json:
+        # allow_nan=False: NaN is no JSON, and other programs refuse it.
         sys.stdout.write(json.dumps(seen.to_dict(), indent=2, allow_nan=False) + "\n")
         return
     for title, sentences in (
@@ -62,6 +64,7 @@ def inspect_command(argv: list[str]) -> None:
 
 
 def _look(options: InspectOptions) -> Inspection:
+    """Inspect a run on its task, or a model on a text; raises ValueError for options that clash."""
     if options.text is None and options.file is None:
         if options.memory is not None:
             raise ValueError("--memory needs --text or --file: what the memory is asked for")
@@ -77,7 +80,9 @@ def _look(options: InspectOptions) -> Inspection:
 
 
 def _text(options: InspectOptions, session: Session) -> str | list[int]:
+    """Return what is read: text, or the bytes of a file as tokens where a token is a byte."""
     if options.file is None:
         return options.text or ""
     data = options.file.read_bytes()
+    # Bytes need not be UTF-8.
     return list(data) if isinstance(session.tokenizer, Bytes) else data.decode()

@@ -56,17 +56,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = list(sys.argv[1:] if argv is None else argv)
     if not args or args[0] in ("-h", "--help"):
         sys.stdout.write(usage() + "\n")
+        # Help that was asked for is no error; a missing command is.
         sys.exit(0 if args else 2)
     if args[0] == "--version":
         sys.stdout.write(f"lmsleep {__version__}\n")
         return
     if args[0] not in COMMANDS:
         _leave(2, f"unknown command {args[0]!r}; choose one of {', '.join(COMMANDS)}")
+    # Imports torch, which --help and --version do without.
     from lmsleep.training import Diverged, Interrupted
 
     try:
         _command(args[0])(args[1:])
+        # Here and not at exit, where a reader that is gone could no longer be caught below.
         sys.stdout.flush()
+    # 128 + the signal's number is what a shell says of a process that a signal ended; 130 is Ctrl-C.
     except Interrupted as error:
         _leave(128 + error.signum, str(error))
     except KeyboardInterrupt:
@@ -74,8 +78,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     except Diverged as error:
         _leave(1, str(error))
     except BrokenPipeError:  # the reader of our output (head, less) has seen enough
+        # Or the interpreter would flush the rest into the broken pipe when it exits, and complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    # After BrokenPipeError, which is an OSError; RuntimeError is the parent of Interrupted and Diverged.
     except (ValueError, OSError) as error:
         _leave(2, str(error))
     except RuntimeError as error:
@@ -83,11 +89,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _command(name: str) -> Callable[[list[str]], None]:
+    """Import a command's function."""
     module, _, function = COMMANDS[name][0].partition(":")
     command: Callable[[list[str]], None] = getattr(import_module(f"lmsleep.cli.{module}"), function)
     return command
 
 
 def _leave(code: int, message: str) -> None:
+    """Say an error in one line on standard error, and exit."""
     sys.stderr.write(f"lmsleep: {message}\n")
     sys.exit(code)

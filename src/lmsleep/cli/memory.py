@@ -61,7 +61,7 @@ class LogOptions:
 
 
 def memory(argv: list[str]) -> None:
-    """`lmsleep memory show|diff|merge|log`."""
+    """Run `lmsleep memory show|diff|merge|log`."""
     if not argv or argv[0] in ("-h", "--help"):
         sys.stdout.write(HELP)
         return
@@ -72,6 +72,7 @@ def memory(argv: list[str]) -> None:
 
 
 def _show(options: ShowOptions) -> None:
+    """Print what memory files hold, each as soon as it is read; JSON as one document at the end."""
     if not options.files:
         raise ValueError("files must name at least one memory file")
     shown = []
@@ -90,6 +91,8 @@ def _show(options: ShowOptions) -> None:
 
 
 def _origin(header: dict[str, Any]) -> str:
+    """Write who wrote a memory, from what, and how much is still unslept."""
+    # Said where there is any: these tokens are saved beside S, and no sleep has written them into it.
     window = {"open window:": f"{header['open_window']:,} tokens, not in S"} if header["open_window"] else {}
     lines = {
         "id": header["id"],
@@ -104,11 +107,12 @@ def _origin(header: dict[str, Any]) -> str:
 
 
 def table(found: Memory) -> str:
-    """Norm and effective rank of every head, as text."""
+    """Write norm and effective rank of every head as text."""
     return _table(head_rows(found))
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> str:
+    """Write rows with the same keys as text, in columns under them."""
     if not rows:
         return "  no fast weights\n"
     lines = ["  " + "".join(f"{name:>16}" for name in rows[0])]
@@ -119,6 +123,7 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _diff(options: DiffOptions) -> None:
+    """Print how two memories differ."""
     first, second = Memory.load(options.first), Memory.load(options.second)
     rows, others = diff_rows(first, second), other_rows(first.diff(second))
     if options.json:
@@ -128,9 +133,11 @@ def _diff(options: DiffOptions) -> None:
 
 
 def _merge(options: MergeOptions) -> None:
+    """Merge memories into a new file."""
     if len(options.files) < 2:
         raise ValueError("merge takes two memory files or more")
     with locked(options.out):
+        # Asked under the lock: two merges into one name must not both find it free.
         if options.out.exists():
             raise FileExistsError(f"{options.out} exists; name another --out or remove it")
         _merged(options).save(options.out)
@@ -138,6 +145,7 @@ def _merge(options: MergeOptions) -> None:
 
 
 def _merged(options: MergeOptions) -> Memory:
+    """Return the weighted sum; raises ValueError for a memory with an open window."""
     files = {path: read(path) for path in options.files}
     for path, saved in files.items():
         if len(saved.window):
@@ -150,6 +158,7 @@ def _merged(options: MergeOptions) -> Memory:
 
 
 def _log(options: LogOptions) -> None:
+    """Print a memory and what it came from."""
     found = Memory.log(options.file)
     if options.json:
         rows = [{"file": where and str(where), **asdict(what)} for where, what in found]
@@ -164,6 +173,7 @@ def _log(options: LogOptions) -> None:
             sys.stdout.write(f"{what.id[:12]}  {where.name}: {read}, parents {parents}\n")
 
 
+# Below the functions that it names. The first lines of the options' docstrings are the help.
 COMMANDS: dict[str, tuple[type[Any], Callable[[Any], None]]] = {
     "show": (ShowOptions, _show),
     "diff": (DiffOptions, _diff),

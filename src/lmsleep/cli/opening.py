@@ -38,6 +38,7 @@ def new_session(path: Path, options: SleepOptions, *, history: int = 0) -> Sessi
     """
     model, sleep, tokenizer = open_model(path, options.tokenizer, options.device)
     given = {name: getattr(options, name) for name in GIVEN}
+    # What is not given stays as the model has it.
     given = {name: value for name, value in given.items() if value is not None}
     return Session(model, replace(sleep, **given), tokenizer, history=history)
 
@@ -50,6 +51,7 @@ def take_up(path: Path, new: Session, options: SleepOptions) -> Session:
         OSError: if there is no such file.
     """
     # A file knows how it was read; options may repeat it, and must not contradict it.
+    # The sleep of `new` serves a file that does not say how it was read.
     session = Session.load(path, new.model, new.tokenizer, sleep=new.sleep_config, history=new.history)
     read_with = {"window": session.sleep_config.window, **asdict(session.sleep_config.consolidator)}
     for name in GIVEN:

@@ -16,6 +16,7 @@ from lmsleep.sleep import CONSOLIDATOR, CONSOLIDATORS, EVICTION, EVICTIONS, Slee
 from lmsleep.tasks import TASKS, Split, batch_rng, find_task
 from lmsleep.training import RunConfig
 
+# No prefixes: flags are --window, not --windows.window. Fixed fields are not in --help, for none can be set.
 FLAT = (tyro.conf.OmitArgPrefixes, tyro.conf.SuppressFixed)
 
 
@@ -34,6 +35,7 @@ def parse(options: Any, argv: Sequence[str], prog: str, description: str | None 
         # --help: tyro has printed it and leaves with 0.
         if not leaving.code:
             raise
+        # `from None`: the box that tyro printed is all in the message.
         raise ValueError(f"{_one_line(said.getvalue())} (see {prog} --help)") from None
 
 
@@ -72,11 +74,12 @@ class HybridOptions(HybridConfig):
 
 
 def model_field(kind: Kind, sections: dict[str, Any]) -> Any:
-    """The field of an options class that holds the model; a preset has defaults for the hybrid alone."""
+    """Return the field of an options class that holds the model; presets have defaults for hybrids alone."""
     if kind.options is HybridConfig:
         return ("model", HybridOptions, as_type(HybridOptions, sections["model"]))
     if not any(f.name == "vocab_size" for f in fields(kind.options)):
         return ("model", kind.options)
+    # A variable of type Any, because mypy takes no annotation that is made at run time.
     suppressed: Any = tyro.conf.Suppress[int]
     decided = [("vocab_size", suppressed, field(default=256, kw_only=True))]  # by the task
     return ("model", make_dataclass("ModelOptions", decided, bases=(kind.options,), frozen=True))
@@ -84,7 +87,9 @@ def model_field(kind: Kind, sections: dict[str, Any]) -> Any:
 
 def given_options(argv: Sequence[str]) -> dict[str, str]:
     """Return options with one value as they stand on the command line: --preset NAME, --preset=NAME."""
+    # --preset=NAME becomes two words, as --preset NAME is already.
     words = [word for argument in argv for word in argument.split("=", 1)]
+    # The last one of a name wins.
     pairs = itertools.pairwise(words)
     return {a.removeprefix("--").replace("_", "-"): b for a, b in pairs if a.startswith("--")}
 
@@ -106,14 +111,16 @@ class WindowOptions:
 
 
 def sleep_fields(default: SleepConfig, argv: Sequence[str]) -> list[Any]:
-    """Fields of an options class that hold a sleep: its windows, and the consolidator that `argv` names.
+    """Return the fields of an options class that hold a sleep: windows, and the consolidator `argv` names.
 
     Raises:
         ValueError: for a consolidator that is not known.
     """
     own = CONSOLIDATOR.name_of(type(default.consolidator), CONSOLIDATORS)
     name = given_options(argv).get("consolidator", own)
+    # Decided before parsing: the flags there are depend on the class.
     by: Any = default.consolidator
+    # Another consolidator begins with its own defaults and the default's N; options are those of its class.
     if name != own:
         by = replace(CONSOLIDATOR.find(name, CONSOLIDATORS)(), passes=by.passes)
     windows = WindowOptions(
@@ -143,5 +150,6 @@ def as_type(cls: Any, options: Any) -> Any:
 
 def check_samples(config: RunConfig) -> None:
     """Draw a sample of each split; raise what the task raises if it cannot."""
+    # Some of what a task cannot draw shows only in drawing.
     for split in get_args(Split):
         config.task.batch(batch_rng(config.train.seed, split, 0), 1, split)

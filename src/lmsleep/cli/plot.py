@@ -27,6 +27,7 @@ class PlotOptions:
 def plot(argv: list[str]) -> None:
     """Run `lmsleep plot RUN...`."""
     options = parse(PlotOptions, argv, "lmsleep plot")
+    # Named before the runs are read, where matplotlib would fail in the end with a list of its formats.
     if options.out.suffix not in (".png", ".svg", ".pdf"):
         raise ValueError(f"out={options.out} must end in .png, .svg or .pdf")
     plot_runs([RunFolder.open(path) for path in options.runs], options.out, options.x)

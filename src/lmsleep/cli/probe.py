@@ -54,8 +54,10 @@ def probe(argv: list[str]) -> None:
     options = parse(ProbeOptions, argv, "lmsleep probe")
     model, _, tokenizer = open_model(options.model, options.tokenizer, options.device)
     data = options.text.read_bytes()
+    # Bytes need not be UTF-8; any other tokenizer reads text.
     tokens = list(data) if isinstance(tokenizer, Bytes) else tokenizer.encode(data.decode())
     sleep = SleepConfig(window=options.window, eviction=options.eviction, loop=options.loop)
+    # Two more ways of reading: nothing evicted, and nothing remembered.
     with tqdm(total=2 + len(options.passes), desc="ways of reading", disable=None, leave=False) as bar:
 
         def progress(way: str) -> None:
@@ -83,6 +85,7 @@ def probe(argv: list[str]) -> None:
 
 
 def _table(readings: list[Reading]) -> str:
+    """Write a line for each way of reading, and chance."""
     lines = [f"{'':<22} {'perplexity':>11} {'facts recalled, of ' + str(readings[0].questions):>28}"]
     for r in readings:
         share, low, high = r.recall
@@ -92,10 +95,12 @@ def _table(readings: list[Reading]) -> str:
 
 
 def _verdict(readings: list[Reading]) -> str:
+    """Say which N predicts the text best, and which remember facts."""
     by: dict[str, Any] = {r.way: r for r in readings}
     dropped, kept = by.pop(DROPPED), by.pop(KEPT)
     best = min(by.values(), key=lambda r: r.nats)
     said = [f"Text: {best.way} predicts best of those that evict; {_share(best, dropped, kept)}"]
+    # By the lower end of the interval: a share above chance may be luck.
     known = [r.way for r in by.values() if r.recall[1] > 1 / CHOICES]
     said.append(
         f"Facts: {', '.join(known)} remembers more than chance."
@@ -106,8 +111,10 @@ def _verdict(readings: list[Reading]) -> str:
 
 
 def _share(best: Reading, dropped: Reading, kept: Reading) -> str:
+    """Say how much of what forgetting costs the best N wins back."""
     # How far a sleep gets from forgetting everything to keeping everything, in nats.
     gap = dropped.nats - kept.nats
+    # No share of such a gap would mean anything; it is that of a text whose past does not help.
     if gap <= 0:
         return "keeping all is no better than forgetting all."
     return (

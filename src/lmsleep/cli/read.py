@@ -37,10 +37,12 @@ class ReadOptions(SleepOptions):
 
 
 def read(argv: list[str]) -> None:
-    """`lmsleep read MODEL FILE... --memory MEMORY`."""
+    """Run `lmsleep read MODEL FILE... --memory MEMORY`."""
     options = parse(ReadOptions, argv, "lmsleep read")
+    # Before the model is loaded, so that a mistyped tag costs no time.
     tags = dict(_tag(tag) for tag in options.tag)
     new = new_session(options.model, options)
+    # From before the file is read until the last save: of two readings into it one would be lost.
     with locked(options.memory):
         session = _begin(options, new)
         read_files(
@@ -58,6 +60,7 @@ def read(argv: list[str]) -> None:
 
 
 def _tag(text: str) -> tuple[str, str]:
+    """Split KEY=VALUE; raises ValueError for anything else."""
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise ValueError(f"tag must be KEY=VALUE, got {text!r}")
@@ -65,6 +68,8 @@ def _tag(text: str) -> tuple[str, str]:
 
 
 def _begin(options: ReadOptions, new: Session) -> Session:
+    """Return the session that reads: what the memory file holds, a fork of the parent, or a new one."""
+    # The file goes before --parent: after a kill the same command, which names both, must go on.
     if options.memory.exists():
         return take_up(options.memory, new, options)
     return new if options.parent is None else take_up(options.parent, new, options).fork()

@@ -20,4 +20,5 @@ def bits_text(task: Text, bits: float) -> str:
     """Say bits per token of a task on text, and per byte."""
     if task.unit == "byte":
         return f"{bits:.4f} bits per byte"
+    # About: bytes per token are an average over the text.
     return f"{bits:.4f} bits per token (about {bits / task.bytes_per_token:.4f} per byte)"

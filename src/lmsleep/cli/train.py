@@ -62,16 +62,20 @@ def train(argv: list[str]) -> None:
 
 def finish(folder: RunFolder, trainer: Trainer | None = None) -> None:
     """Train a run to its end, after the run whose model it goes on from, and say how it went."""
+    # The second of two stages: the first one exports the model that this one loads.
     if (before := folder.source()) is not None:
         try:
             (trainer or Trainer.take_up(before)).fit()
         except Interrupted as stop:
+            # Named is the run that was asked for; resuming it takes the first stage up again.
             raise Interrupted(
                 stop.signum, f"stopped; to go on: lmsleep train --resume {folder.path}"
             ) from None
+        # It was that of the first stage, and that of the second could not be made without its export.
         trainer = None
     trainer = trainer or Trainer.take_up(folder)
     trainer.fit()
+    # The report has what was spent beside the score.
     sys.stdout.write(_score_text(folder, trainer.config, folder.report() or {}))
 
 
@@ -92,6 +96,8 @@ Baselines (--baseline NAME) of a run with N passes:
 
 
 def _new_run(task: str, argv: list[str]) -> tuple[RunFolder, Trainer]:
+    """Return the folder of a new run, and its trainer."""
+    # Read before parsing: the preset has the defaults that --help shows.
     chosen = given_options(argv).get("preset", "demo")
     cls, sections = find_task(task), preset(task, chosen)
     kind = find_kind(given_options(argv).get("backbone", "hybrid"))
@@ -114,6 +120,7 @@ def _new_run(task: str, argv: list[str]) -> tuple[RunFolder, Trainer]:
     config = RunConfig(task=options.task, model=model, sleep=chosen_sleep(options), train=options.train)
     name = f"N{config.sleep.passes}"
     if options.run.baseline is not None:
+        # Of the run that all other options describe, hence after parsing.
         name, config = options.run.baseline, baseline(options.run.baseline, config)
     out = options.run.out or Path("runs") / f"{task.rpartition(':')[2]}-{name}-seed{config.train.seed}"
     check_samples(config)  # first, and the trainer too: what cannot begin leaves no folder
@@ -122,6 +129,7 @@ def _new_run(task: str, argv: list[str]) -> tuple[RunFolder, Trainer]:
 
 
 def _score_text(folder: RunFolder, config: RunConfig, report: dict[str, Any]) -> str:
+    """Say the score of a finished run, what it cost, and what to do next."""
     score, task = report["eval"], config.task
     if isinstance(task, Text) and not task.asks:
         figures = f"{bits_text(task, score['bits'])} held out"

@@ -43,6 +43,7 @@ class SleepLM(TemplateLM):  # type: ignore[misc]
         assert session.tokenizer is not None
         self.session, self.words, self.batch_size = session, session.tokenizer, batch_size
         self.progress = progress
+        # lm-eval itself reads `tokenizer`, and expects one of transformers or None.
         self.tokenizer = self.words.tokenizer if isinstance(self.words, HuggingFace) else None
 
     @classmethod
@@ -55,6 +56,7 @@ class SleepLM(TemplateLM):  # type: ignore[misc]
             ValueError: as `lmsleep.hf.from_pretrained`, or for an argument that is unknown or missing.
         """
         given = {**(additional_config or {}), **arg_dict}
+        # Refused, not ignored: a misspelt `passes` would be evaluated with the folder's own.
         if unknown := set(given) - {
             "pretrained",
             "window",
@@ -70,6 +72,7 @@ class SleepLM(TemplateLM):  # type: ignore[misc]
         if given.get("device"):
             model = model.to(given["device"])
         sleep = replace(model.sleep, **{k: given[k] for k in ("window", "passes") if k in given})
+        # history=0: requests are answered by forks, and nothing is ever taken back.
         session = Session(model.backbone, sleep, HuggingFace(Path(given["pretrained"])), history=0)
         return cls(session, batch_size=int(given.get("batch_size") or 1))
 
@@ -127,14 +130,18 @@ class SleepLM(TemplateLM):  # type: ignore[misc]
         by_context = sorted(range(len(requests)), key=lambda i: requests[i][1])
         groups = [list(same) for _, same in groupby(by_context, key=lambda i: requests[i][1])]
         for some in self._batches(groups, "loglikelihood"):
+            # A fork shares the state, which is never written in place: it costs nothing.
             readers = [self.session.fork() for _ in some]
             # All but the last token of the context, whose logits predict the first of the choice.
             SessionBatch(readers).read([requests[same[0]][1][:-1] for same in some])
+            # One fork for each choice; a choice must not see the ones before it.
             forks = [reader.fork() for reader, same in zip(readers, some, strict=True) for _ in same]
             which = [i for same in some for i in same]
+            # The last context token, then the choice without its last token, which predicts nothing scored.
             asked = [[*requests[i][1][-1:], *requests[i][2][:-1]] for i in which]
             for i, logits in zip(which, SessionBatch(forks).read_with_logits(asked), strict=True):
                 scores[i] = _score(logits, torch.tensor(requests[i][2]))
+        # In the order of the requests: lm-eval's cache and its answers go by it, whatever order was read in.
         for i, (texts, _, _) in enumerate(requests):
             self.cache_hook.add_partial("loglikelihood", texts, scores[i])
         return [scores[i] for i in range(len(requests))]
@@ -145,6 +152,7 @@ class SleepLM(TemplateLM):  # type: ignore[misc]
         for some in self._batches(requests, "loglikelihood_rolling"):
             for request in some:
                 reader = self.session.fork()
+                # Without a token before it, the first token of the text could not be predicted.
                 reader.read([self.eot_token_id])
                 found.append(reader.score(self.tok_encode(request.args[0])))
                 self.cache_hook.add_partial("loglikelihood_rolling", request.args, found[-1])
@@ -157,8 +165,10 @@ class SleepLM(TemplateLM):  # type: ignore[misc]
         by_options = sorted(range(len(requests)), key=lambda i: repr(requests[i].args[1]))
         for _, same in groupby(by_options, key=lambda i: repr(requests[i].args[1])):
             for some in self._batches(list(same), "generate_until"):
+                # Those of the first hold for all of the group.
                 options = self._writing(requests[some[0]].args[1])
                 batch = SessionBatch([self.session.fork() for _ in some])
+                # Generation goes on from logits, so something must be read even of an empty prompt.
                 prompts = [self.tok_encode(requests[i].args[0]) or [self.eot_token_id] for i in some]
                 for i, answer in zip(some, batch.generate(prompts, **options), strict=True):
                     answers[i] = str(answer)
@@ -176,6 +186,7 @@ class SleepLM(TemplateLM):  # type: ignore[misc]
         stop: list[str | int] = [until] if isinstance(until, str) else list(until)
         if self.words.end is not None:
             stop.append(self.words.end)
+        # Taken out one by one: what is left over at the end is what has no counterpart.
         made = {"stop": stop, "max_new_tokens": int(options.pop("max_gen_toks", LONGEST))}
         drawn = options.pop("do_sample", bool(options.get("temperature")))
         found = {name: options.pop(name) for name in DRAWN if name in options}
@@ -183,6 +194,7 @@ class SleepLM(TemplateLM):  # type: ignore[misc]
             raise ValueError(
                 f"generation_kwargs: a model that sleeps does not know {', '.join(sorted(options))}"
             )
+        # Without sampling none of them is handed on: `generate` is greedy by default.
         return {**made, **({"temperature": 1.0, **found} if drawn else {})}
 
     def _batches(self, items: Sequence[Any], what: str) -> Iterator[Sequence[Any]]:
@@ -195,5 +207,6 @@ class SleepLM(TemplateLM):  # type: ignore[misc]
 
 def _score(logits: Tensor, wanted: Tensor) -> tuple[float, bool]:
     """Return the log-likelihood in nats of tokens `[t]` by logits `[t, V]`, and if each was the likeliest."""
+    # Sums of many log-probabilities in bfloat16 would not rank close choices.
     log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1).cpu()
     return float(log_p.gather(1, wanted[:, None]).sum()), bool((log_p.argmax(-1) == wanted).all())

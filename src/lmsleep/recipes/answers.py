@@ -45,8 +45,10 @@ class Answers:
         assert context is not None
         graph = task.spell(context[0].tolist())
         words = graph.split()
+        # Two words an edge, from and to; each node has one way out.
         edges = dict(zip(words[::2], words[1::2], strict=True))
         asked, scores = list[list[str]](), dict[str, Score]()
+        # Questions of 1 ... 4 hops, all about one node: the answer of one is the start of the next hop.
         node = words[0]
         for k in range(1, 5):
             node = edges[node]
@@ -55,8 +57,10 @@ class Answers:
             model, sleep, tokenizer = open_model(name, device="cpu")
             session = Session(model, sleep, tokenizer)
             session.read(graph)
+            # The edges fill two windows; the second would sleep only when the next token comes.
             session.sleep()
             for line in asked:
+                # A fork each, so that no question is part of what the next one is asked of.
                 line.append(str(session.fork().generate(line[0], max_new_tokens=1)))
             scores[name] = evaluate(model, task, sleep, batches=BATCHES, batch_size=SIZE, seed=seed)
         return cls(seed, graph, asked, scores)
@@ -66,6 +70,7 @@ class Answers:
         lines = [["k", *self.scores]]
         for k in next(iter(self.scores.values())).per_difficulty:
             cells = [
+                # One "seed": the interval is that of the answers, for nothing was trained here.
                 interval([{"seed": 0, "accuracy": score.per_difficulty[k], "answers": score.total[k]}])
                 for score in self.scores.values()
             ]

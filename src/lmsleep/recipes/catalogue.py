@@ -56,7 +56,7 @@ SLEEPS = (1, 4, 10, 100, 1000)  # windows of filler, four of them in training
 
 
 def retention(scale: Scale, passes: int) -> RunConfig:
-    """Pairs that fill one window, then four windows of filler, then the questions."""
+    """Make a run on pairs that fill one window, then four windows of filler, then the questions."""
     pairs = {"demo": 8, "small": 16, "paper": 64}[scale]
     run = depo(scale, passes)
     train = replace(run.train, curriculum=0)  # which would put fewer pairs into a window
@@ -65,33 +65,38 @@ def retention(scale: Scale, passes: int) -> RunConfig:
     return replace(
         run,
         train=train,
+        # A pair is two tokens, so that the pairs fill one window of 2 * pairs and the filler four more.
         task=MQAR(pairs=pairs, keys=2 * pairs, values=2 * pairs, queries=8, filler=4 * 2 * pairs),
         sleep=replace(run.sleep, window=2 * pairs),
     )
 
 
 def _after_sleeps(run: RunConfig) -> dict[int, RunConfig]:
-    """A retention run, read after 1 ... 1000 windows of filler; the long ones on fewer contexts."""
+    """Read a retention run after 1 ... 1000 windows of filler; the long ones on fewer contexts."""
     task, train, readings = run.task, run.train, {}
     assert isinstance(task, MQAR)
+    # A thousand windows a context: evaluation alone would otherwise outlast training.
     few = replace(train, batch_size=min(train.batch_size, 32), eval_batches=1)
     for windows in SLEEPS:
         filler = windows * 2 * task.pairs
         other = replace(run, task=replace(task, filler=filler), train=few)
+        # The very run where nothing changes: `collect` then takes its report and does not read again.
         readings[windows] = run if filler == task.filler else other
     return readings
 
 
 def _load_by_depth(scale: Scale) -> list[Cell]:
-    """Loads of facts in contexts of one length; what is asked for lies 1 ... K hops deep."""
+    """Vary the load of facts in contexts of one length; what is asked for lies 1 ... K hops deep."""
     loads, hops = {"demo": ((8, 12), 4), "small": ((8, 16, 24), 4), "paper": ((16, 32, 64), 8)}[scale]
     cells = []
     for n in (1, 4):
         run = depo(scale, n)
         for load in loads:
+            # Every load has the names of the largest and is padded to its length: only the load differs.
             task = replace(
                 settings.DEPO, nodes=load, hops=hops, names=max(loads), pad_to=2 * max(loads), queries=8
             )
+            # One window for every load, which divides no edge: an edge is two tokens and loads are even.
             sleep = replace(run.sleep, window=min(loads))
             cell = replace(run, task=task, sleep=sleep)
             cells.append(Cell(f"load {load}, N = {n}", cell, at=load, line=f"N = {n}"))
@@ -99,7 +104,7 @@ def _load_by_depth(scale: Scale) -> list[Cell]:
 
 
 def _on_the_spot(figure: str) -> Callable[[Scale], list[Cell]]:
-    """GSM-Infinite with a model that knows it already, but never had to remember: figures 4a, 4b and 5."""
+    """Make figures 4a, 4b and 5 from models that know GSM-Infinite already, but never had to remember."""
 
     def cells(scale: Scale) -> list[Cell]:
         if scale != "demo":
@@ -115,13 +120,14 @@ def _on_the_spot(figure: str) -> Callable[[Scale], list[Cell]]:
 
 
 def _fine_tuned(figure: str) -> Callable[[Scale, Path], list[Cell]]:
-    """The same from pretrained weights: the paper's setting, or adapters on shorter problems (`small`)."""
+    """Make them from pretrained weights: the paper's setting, or adapters on shorter problems (`small`)."""
 
     def cells(scale: Scale, weights: Path) -> list[Cell]:
         if scale == "demo":
             raise ValueError("weights: scale=demo trains a model on the spot; use scale=small or paper")
         hybrid, sizes = figure == "4a", GSM_SIZES[scale]
         eviction = "sliding" if figure == "5" else "hard"
+        # The folder between the stages is known only when the first is trained; recipes/run.py puts it in.
         made = []
         for n in (1, 2, 4, 6) if hybrid else (1, 2, 4):
             run = RunConfig(
@@ -151,7 +157,8 @@ def _fine_tuned(figure: str) -> Callable[[Scale, Path], list[Cell]]:
 
 
 def _gsm(blocks: tuple[BlockKind, ...], sleep: SleepConfig, **train: Any) -> RunConfig:
-    """A tiny run on GSM-Infinite; fast-weight blocks have no feed-forward layer, as in the paper."""
+    """Make a tiny run on GSM-Infinite; fast-weight blocks have no feed-forward layer, as in the paper."""
+    # The blocks that were inserted into Ouro have none either, and starts must fit what they go on to.
     bare = {i: {"mlp_dim": 0} for i, kind in enumerate(blocks) if kind != "attention"}
     return RunConfig(
         task=settings.SHORT_GSM,
@@ -162,15 +169,18 @@ def _gsm(blocks: tuple[BlockKind, ...], sleep: SleepConfig, **train: Any) -> Run
 
 
 def _looped_in_the_middle(passes: int, eviction: str) -> Cell:
+    """Teach a hybrid that never evicted to sleep, its two middle blocks looped."""
+    # One label for every N: the start is trained once and shared.
     start = Cell("start: hybrid, nothing evicted", _gsm(2 * PAIR, SleepConfig()))
     sleep = SleepConfig(window=64, passes=passes, eviction=eviction, loop=(1, 3))
     return Cell(f"N = {passes}", _gsm(2 * PAIR, sleep), start=start)
 
 
 def _with_memory_blocks(passes: int, eviction: str) -> Cell:
-    """First the inserted blocks alone, under hard eviction if N > 1; then twice as long the whole model."""
+    """Train the inserted blocks alone, hard eviction if N > 1; then the whole model, twice as long."""
     plain: tuple[BlockKind, ...] = ("attention",) * 4
     blocks: tuple[BlockKind, ...] = (*plain[:2], "gated_delta_net", *plain[:2], "gated_delta_net")
+    # One label for every N: the start is trained once and shared.
     start = Cell("start: transformer, nothing evicted", _gsm(plain, SleepConfig()))
     sleep = SleepConfig(window=64, passes=passes, eviction=eviction)
     alone = _gsm(
@@ -185,7 +195,7 @@ def _with_memory_blocks(passes: int, eviction: str) -> Cell:
 
 
 def _speed(scale: Scale) -> list[Cell]:
-    """Training steps on one long context in windows of three sizes, activations recomputed."""
+    """Time training steps on one long context in windows of three sizes, activations recomputed."""
     blocks = 2 * PAIR
     T, windows, batch, width = {
         "demo": (384, (32, 64, 128), 2, 64),
@@ -198,9 +208,11 @@ def _speed(scale: Scale) -> list[Cell]:
     for n in (1, 2, 4):
         for window in windows:
             run = RunConfig(
+                # 16 pairs are 32 tokens; the filler makes it T.
                 task=MQAR(pairs=16, queries=1, filler=T - 32),
                 model=HybridConfig(d_model=width, num_heads=max(4, width // 128), blocks=blocks),
                 sleep=SleepConfig(window=window, passes=n),
+                # As in the paper, which recomputes activations chunk by chunk.
                 train=TrainConfig(batch_size=batch, steps=1 + TIMED_STEPS, checkpoint=True),
             )
             cells.append(Cell(f"L = {window}, N = {n}", run, at=window, line=f"N = {n}"))
@@ -212,21 +224,26 @@ def _by_passes(make: Make, passes: Sequence[int]) -> Callable[[Scale], list[Cell
 
 
 def _by_steps(scale: Scale) -> list[Cell]:
+    """Vary how many updates of Rule 110 are asked for, N = 1 throughout."""
     times = {"demo": (1, 2, 3, 4), "small": (2, 4, 6, 8), "paper": (4, 8, 10, 12, 14, 16)}[scale]
     return [Cell(f"t = {t}", rule110(scale, 1, t)) for t in times]
 
 
 def _at_both_budgets(make: Make, bounds: Sequence[str] = ()) -> Callable[[Scale], list[Cell]]:
-    """N = 1, 2 and 4 at the tokens of N = 4 and at its training FLOPs; transformers at its tokens."""
+    """Compare N = 1, 2 and 4 at the tokens of N = 4 and at its training FLOPs; transformers at its tokens."""
 
     def cells(scale: Scale) -> list[Cell]:
         asleep, made = make(scale, 4), list[Cell]()
         name = asleep.task_name
         for n in (1, 2):
             label, run = f"hybrid, N = {n}", make(scale, n)
+            # Fewer passes at the tokens of N = 4 ...
             tokens = Cell(label, run, budget="tokens", folder=f"{name}-N{n}-tokens")
+            # ... and at its FLOPs. Until the rates of the shorter run fall both make the same steps, so it is
+            # trained on the way of the longer one.
             longer = equal_compute(run, asleep)
             made += [tokens, Cell(label, longer, budget="compute", folder=f"{name}-N{n}", shorter=tokens)]
+        # What both budgets are measured by.
         made.append(Cell("hybrid, N = 4", asleep, budget="both", folder=f"{name}-N4"))
         for bound in bounds:  # not contestants, so one seed tells enough
             run, cache = baseline(bound, make(scale, 1)), bound.removeprefix("transformer-")
@@ -238,16 +255,17 @@ def _at_both_budgets(make: Make, bounds: Sequence[str] = ()) -> Callable[[Scale]
 
 
 def _four_with_other_passes(run: RunConfig) -> dict[int, RunConfig]:
-    """A run with N = 4, read with 1 ... 6 passes; the others as they are."""
+    """Read a run with N = 4 with 1 ... 6 passes, the others as they are."""
     passes = (1, 2, 3, 4, 6) if run.sleep.passes == 4 else (run.sleep.passes,)
     return {n: replace(run, sleep=run.sleep.with_passes(n)) for n in passes}
 
 
 def _live(scale: Scale) -> list[Cell]:
-    """N = 1 and N = 4 in minutes on two cores: `LIVE_SHARE` of the steps, for the same training FLOPs."""
+    """Train N = 1 and N = 4 in minutes on two cores: `LIVE_SHARE` of the steps, the same training FLOPs."""
 
     def shorter(passes: int) -> RunConfig:
         train = depo(scale, passes).train
+        # The curriculum shrinks with the steps, or most of a short run would see easy questions alone.
         steps, curriculum = (round(LIVE_SHARE * n) for n in (train.steps, train.curriculum))
         return depo(scale, passes, steps=steps, curriculum=curriculum, save_every=50)
 
@@ -268,6 +286,7 @@ def _compute_matched(make: Make) -> Callable[[Scale], list[Cell]]:
 
 
 def _drawn_passes(run: RunConfig) -> Cell:
+    """Draw the passes of each training step, for a model that can be read with any N."""
     return Cell("N drawn from 1 ... 4", replace(run, train=replace(run.train, random_passes=True)))
 
 
@@ -276,10 +295,12 @@ def _random_passes(scale: Scale) -> list[Cell]:
 
 
 def _cheaper_passes(scale: Scale) -> list[Cell]:
-    """N = 4 throughout, beside what costs less."""
+    """Compare N = 4 throughout with what costs less."""
     one, four = _by_passes(depo, (1, 4))(scale)
     run, blocks = four.config, len(four.config.architecture.blocks)
+    # Blocks before the loop run once a window.
     upper = replace(run.sleep, consolidator=Passes(4, loop=(1, blocks)))
+    # Three fifths of the steps at half the passes.
     early = replace(run.train, early_steps=run.train.steps * 3 // 5, early_passes=2)
     return [
         one,
@@ -292,10 +313,12 @@ def _cheaper_passes(scale: Scale) -> list[Cell]:
 
 
 def _with_other_passes(run: RunConfig) -> dict[int, RunConfig]:
+    """Read a run with 1 ... 8 passes, whatever it was trained with."""
     return {n: replace(run, sleep=run.sleep.with_passes(n)) for n in (1, 2, 3, 4, 6, 8)}
 
 
 def _update_rules(scale: Scale) -> list[Cell]:
+    """Compare the update rules of the fast weights, each with N = 1 and N = 4."""
     cells = []
     rules: tuple[BlockKind, ...] = ("gated_delta_net", "gated_linear", "kda", "raven")
     for rule in rules:
@@ -304,16 +327,19 @@ def _update_rules(scale: Scale) -> list[Cell]:
             model = run.architecture
             if rule == "raven":  # which writes no more than it forgets
                 model = replace(model, forget=(0.1, 1.0))
+            # Only fast-weight blocks have an update rule.
             blocks = tuple(kind if kind == "attention" else rule for kind in model.blocks)
             cells.append(Cell(f"{rule}, N = {n}", replace(run, model=replace(model, blocks=blocks))))
     return cells
 
 
 def _state_sizes(scale: Scale) -> list[Cell]:
+    """Vary the size of S, with N = 1 and N = 4."""
     cells = []
     for size in (4, 8, 16, 32):
         for n in (1, 4):
             run = depo(scale, n)
+            # The head's size alone: S is K x V with K = V = head_dim, and d_model stays.
             model = replace(run.architecture, head_dim=size)
             cells.append(Cell(f"{size} x {size} a head, N = {n}", replace(run, model=model)))
     return cells

@@ -48,7 +48,7 @@ class DemoOptions:
 
 
 def run(options: DemoOptions) -> None:
-    """Ask, train, report."""
+    """Let the shipped models answer, train, compare, and write it all down."""
     seeds = options.seeds or ((0, 1, 2, 3, 4) if options.full else (0,))
     if len(set(seeds)) != len(seeds):
         raise ValueError(f"seeds must be named each once, got {seeds}")
@@ -56,11 +56,14 @@ def run(options: DemoOptions) -> None:
         raise ValueError(f"scale must lie in (0, 1], got {options.scale}")
     if not options.full and options.tasks != ("depo",):
         raise ValueError(f"tasks={options.tasks}: only depo is trained without --full")
+    # With --json standard output is the document alone.
     say = sys.stderr.write if options.json else sys.stdout.write
     torch.set_num_threads(1)  # products are small: more threads wait for each other
+    # Another draw in every call: nothing is shown that was picked.
     answers = Answers.drawn(secrets.randbelow(2**31))
     say(f"{answers.text()}\n")
     sys.stdout.flush()
+    # After the answers: the time that is reported is that of the training.
     started = time.monotonic()
     trained = {}
     for name in options.tasks if options.full else ("live",):
@@ -76,6 +79,7 @@ def run(options: DemoOptions) -> None:
         say(f"\n{result.recipe.title}\n{result.recipe.caution}\n\n{as_text(result.lines())}\n")
         sections.append(_section(result, options.out / name, "this run"))
     for name in ("depo", "rule110"):
+        # The committed result stands beside what one seed gave just now.
         sections.append(_section(committed(name), options.out / f"committed-{name}", "the committed result"))
     write_atomic(options.out / "demo.html", page(sections).encode())
     say(_next_steps(options.out, time.monotonic() - started))
@@ -85,10 +89,13 @@ def run(options: DemoOptions) -> None:
 
 
 def _shortened(options: TrainConfig, scale: float) -> TrainConfig:
+    """Return the training with a share of its steps."""
+    # Two at least: with one, a shorter run would leave the longer one before its first step.
     return replace(options, steps=max(2, round(scale * options.steps)))
 
 
 def _section(result: Result, folder: Path, whose: str) -> str:
+    """Save a result with its figure, and return its part of the page."""
     result.save(folder)
     figure.save(result, folder / "figure.png")
     return result_section(result, folder / "figure.png", whose)
@@ -100,6 +107,7 @@ def committed(name: str) -> Result:
 
 
 def _next_steps(out: Path, seconds: float) -> str:
+    """Say how long it took, where to look, and how to go on."""
     return (
         f"\n{seconds / 60:.1f} minutes. Look at {out / 'demo.html'}, with the committed result beside it.\n"
         "Go on with:  source .venv/bin/activate    (where make made the environment)\n"

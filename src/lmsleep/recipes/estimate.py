@@ -22,6 +22,7 @@ def estimate(cells: Sequence[Cell], seeds: int) -> list[dict[str, Any]]:
     The seconds are FLOPs at the rate of one pass, forward and backward, over as many samples as take
     `PROBE_SECONDS`: in CPU time of one thread, which busy neighbours do not lengthen, or on the GPU.
     """
+    # As runs side by side have it; besides, the clock of `_clock` is that of one thread.
     torch.set_num_threads(1)
     rows = []
     for cell in _with_starts(cells):
@@ -34,6 +35,7 @@ def estimate(cells: Sequence[Cell], seeds: int) -> list[dict[str, Any]]:
             "steps": steps,
             "tokens": round(steps * config.train.batch_size * tokens / probe.train.batch_size),
             "flops": flops,
+            # By a rate, since steps with early or drawn passes cost less than the probe's.
             "seconds": flops / flops_per_step(probe) * seconds,
         })  # fmt: skip
     return rows
@@ -42,6 +44,7 @@ def estimate(cells: Sequence[Cell], seeds: int) -> list[dict[str, Any]]:
 def side_by_side(rows: Sequence[dict[str, Any]], workers: int) -> float:
     """Return the seconds of an estimate in so many workers: no less than those of the longest run."""
     total = sum(row["runs"] * row["seconds"] for row in rows)
+    # Runs are not divided, so that one long run sets the pace of many workers.
     return max(total / workers, *(row["seconds"] for row in rows))
 
 
@@ -58,7 +61,9 @@ def _with_starts(cells: Sequence[Cell]) -> list[Cell]:
 def _probe(config: RunConfig) -> tuple[RunConfig, int, float]:
     """Return the run with samples enough to be timed, the tokens of a step, and its seconds."""
     size, most = 1, config.train.batch_size
+    # Doubled until calls no longer weigh: a small batch would be timed by the overhead of its kernels.
     while True:
+        # In one part, for a batch smaller than its parts is refused.
         few = replace(config, train=replace(config.train, batch_size=size, accumulate=1))
         tokens, seconds = _timed(few)
         if seconds > PROBE_SECONDS or size == most:
@@ -71,6 +76,7 @@ def _timed(config: RunConfig) -> tuple[int, float]:
     device, elapsed = choose_device(config.train.device), []
     model = build(config.model).to(device)
     batch = config.task.batch(batch_rng(0, "train", 0), config.train.batch_size, "train").to(device)
+    # The first one also warms up; the best is the least disturbed.
     for _ in range(3):
         started = _clock(device)
         loss = read_batch(model, batch, config.sleep).loss
@@ -84,6 +90,7 @@ def _clock(device: torch.device) -> float:
     """Return seconds: of this thread on the CPU, or by the clock when the GPU has done its work."""
     if device.type == "cpu":
         return time.thread_time()
+    # Kernels run behind the calls that start them.
     torch.cuda.synchronize()
     return time.perf_counter()
 

@@ -26,7 +26,9 @@ def draw(result: Result) -> Figure:
     panels = [(p, n) for p in recipe.panels for n in (passes if p == "grid" else [0])]
     down = ceil(len(panels) / IN_A_ROW)
     right = ceil(len(panels) / down)
+    # Without pyplot: no display is needed, and no global list keeps the figure alive.
     figure = Figure(figsize=(6 * right, 4.5 * down), layout="constrained")
+    # subplots gives one Axes, a row or a grid, by its numbers.
     axes = np.atleast_1d(figure.subplots(down, right)).flat
     for ax, (panel, n) in zip(axes, panels, strict=False):
         if panel in AXES:
@@ -39,6 +41,7 @@ def draw(result: Result) -> Figure:
             _ends(ax, result)
         else:
             _lines(ax, panel, result)
+        # Those three name their own lines, or have none.
         if panel not in ("final", "grid", "read"):
             ax.legend(fontsize=8)
             if recipe.value == "accuracy":
@@ -76,8 +79,11 @@ def plot_runs(runs: Sequence[RunFolder], path: Path, x: str = "tokens") -> None:
 
 
 def _curves(ax: Axes, panel: str, result: Result) -> None:
+    """Draw accuracy at the hardest over training, against tokens or FLOPs."""
     unit, label = AXES[panel]
     for cell, rows in _groups(result.curves, "cell"):
+        # The last difficulty is the hardest: they are written rising. Seeds are grouped by step, for their
+        # tokens and FLOPs may differ where lengths are drawn.
         points = [(r["step"], r[panel] / unit, next(reversed(r["per_difficulty"].values()))) for r in rows]
         _band(ax, cell, points)
     ax.set(xlabel=label, ylabel=f"held-out accuracy, hardest {result.key}")
@@ -93,6 +99,7 @@ def _lines(ax: Axes, panel: str, result: Result) -> None:
         points = [r for r in mine if key == "difficulty" or r.get("difficulty", 0) == hardest]
         _band(ax, line, [(r[key], r[key], r[recipe.value]) for r in points], marker="o")
     places = [row[key] for row in result.rows]
+    # Places that span more than a decade, such as 1 ... 1000 sleeps, would crowd at the left.
     if max(places) > 20 * max(min(places), 1):
         ax.set_xscale("log")
     else:
@@ -128,14 +135,18 @@ def _read(ax: Axes, result: Result) -> None:
 def _means(
     rows: Sequence[Row], key: str, down: Sequence[int], right: Sequence[int], *, above_chance: bool = False
 ) -> list[list[float]]:
+    """Return mean accuracies `[down][right]` of the rows by `key` and difficulty."""
+
     def value(row: Row) -> float:
         return (row["accuracy"] - row["chance"]) / (1 - row["chance"]) if above_chance else row["accuracy"]
 
     found = [[[value(r) for r in rows if (r[key], r["difficulty"]) == (i, j)] for j in right] for i in down]
+    # NaN leaves a hole where a cell has no such difficulty.
     return [[float(np.mean(values)) if values else np.nan for values in line] for line in found]
 
 
 def _ends(ax: Axes, result: Result) -> None:
+    """Draw the accuracy at the end, a bar for each cell and a dot for each seed."""
     rows, hardest = _at_most_compute(result), max(result.difficulties)
     cells = _groups(rows, "cell")
     for place, (_, mine) in enumerate(cells):
@@ -143,6 +154,7 @@ def _ends(ax: Axes, result: Result) -> None:
         own = hardest if any(r["difficulty"] == hardest for r in mine) else max(r["difficulty"] for r in mine)
         values = [r["accuracy"] for r in mine if r["difficulty"] == own]
         mean, low, high = mean_interval(values)
+        # Clipped to what an accuracy can be; a single seed has no interval, which is NaN.
         error = None if np.isnan(low) else [[mean - max(low, 0)], [min(high, 1) - mean]]
         ax.barh(place, mean, xerr=error, color="#1b7837", alpha=0.7)
         ax.plot(values, [place] * len(values), "k.", ms=4)
@@ -154,6 +166,7 @@ def _ends(ax: Axes, result: Result) -> None:
 
 
 def _groups(rows: Sequence[Row], key: str) -> list[tuple[str, list[Row]]]:
+    """Return the rows by what they have under `key`, in the order of its first appearance."""
     return [(name, [r for r in rows if r[key] == name]) for name in dict.fromkeys(r[key] for r in rows)]
 
 

@@ -11,6 +11,7 @@ from lmsleep.recipes.table import Lines
 
 def result_section(result: Result, picture: Path, whose: str) -> str:
     """Return a result as HTML, its picture inside; `whose` it is stands in the heading."""
+    # Inside the page, which can then be sent around as one file.
     data = base64.b64encode(picture.read_bytes()).decode()
     title, made_by = result.recipe.title, result.made_by.replace("`", "")
     seeds = "one seed" if result.seeds == 1 else f"{result.seeds} seeds"

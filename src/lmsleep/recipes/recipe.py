@@ -45,12 +45,14 @@ class Cell:
 
     def with_train(self, change: Callable[[TrainConfig], TrainConfig]) -> "Cell":
         """Change the options of training, also of the cells that this run begins with or shares."""
+        # They must change alike: a shorter run may differ in its steps alone.
         start, shorter = (each and each.with_train(change) for each in (self.start, self.shorter))
         config = replace(self.config, train=change(self.config.train))
         return replace(self, config=config, start=start, shorter=shorter)
 
     def folder_for(self, seed: int) -> str:
         """Return the name of the folder of the run with that seed."""
+        # Labels have spaces and signs that a shell or a file system might mind.
         slug = "".join(c if c.isalnum() else "-" for c in self.label).strip("-")
         return f"{self.folder or slug}-seed{seed}"
 

@@ -59,10 +59,12 @@ class Result:
     def lines(self) -> list[list[str]]:
         """Return the table: a line for each cell and reading with its means (`interval`), then the floors."""
         recipe, keys = self.recipe, self.difficulties
+        # All rows of a result have a budget, or none has.
         budgets = ["tokens", "compute"] if "budget" in self.rows[0] else [None]
         before = ["at equal"] if budgets[0] else []
         axis = [] if recipe.axis is None else [recipe.axis]
         columns = [f"{self.key} = {key}" for key in keys] or ["tokens a second"]
+        # Only where budgets are compared: elsewhere the difficulties are what the figure is about.
         whole = before and len(keys) > 1
         lines = [[*before, "model", *axis, "steps", "TFLOP", *columns, *(["all"] if whole else [])]]
         rows = self.rows if axis else self.own()
@@ -76,6 +78,7 @@ class Result:
                 spent = [str(mine[0]["step"]), f"{mine[0]['flops'] / 1e12:.3g}"]
                 lines.append([*named, *spent, *figures, *([interval(mine)] if whole else [])])
         for label, floors in _floors(self.rows, keys):
+            # A mean of floors would need the number of answers of each difficulty.
             over_all = floors[0] if len({*floors}) == 1 else nan
             figures = ["" if isnan(f) else f"{f:.3f}" for f in (*floors, *([over_all] if whole else []))]
             lines.append([*("" for _ in before), label, *("" for _ in axis), "", "", *figures])
@@ -97,6 +100,7 @@ class Result:
         for name, rows in (("results", self.rows), ("curves", self.curves)):
             write_atomic(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
         text = io.StringIO()
+        # All rows have the keys of the first one.
         writer = csv.DictWriter(text, list(self.rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.rows)
@@ -111,6 +115,7 @@ class Result:
             for name in ("results", "curves")
         )
         page = (folder / "README.md").read_text().splitlines()
+        # The line that `page` ends with; no other begins with a command.
         made_by = next(line for line in page if line.startswith("`"))
         return cls(recipe, _key(page), rows, curves, made_by)
 
@@ -132,12 +137,14 @@ def collect(recipe: Recipe, jobs: Sequence[tuple[Cell, Job]]) -> Result:
         spent = {key: report[key] for key in SPENT}
         readings = {cell.at: config} if recipe.read is None else recipe.read(config)
         for at, reading in readings.items():
+            # The report has the run's own reading already, on twice as many batches.
             score = report["eval"] if reading == config else _read(run, reading)
             where = {"at": at, "passes_read": reading.sleep.passes}
             floors, name = reading.task.floors(), reading.task.difficulty_name
             for key, accuracy in score["per_difficulty"].items():
                 answers = score["answers"][key]
                 found = {"difficulty": int(key), "accuracy": accuracy, "answers": answers}
+                # Floors of this difficulty where the task tells them, else those over all.
                 own = {floor: floors.get(f"{floor} {name}={key}", floors[floor]) for floor in FLOORS}
                 rows.append({**who, **where, **found, **own, **spent})
         if cell.budget == "tokens":
@@ -156,6 +163,7 @@ def made_by(made: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _who(cell: Cell, config: RunConfig) -> Row:
+    """Return what a row says of its run: cell, line, seed, N, and budget where there is one."""
     return {
         "cell": cell.label,
         "line": cell.line or cell.label,
@@ -166,6 +174,7 @@ def _who(cell: Cell, config: RunConfig) -> Row:
 
 
 def _read(run: RunFolder, reading: RunConfig) -> Row:
+    """Score a finished run in another way of reading."""
     train, device = reading.train, choose_device(reading.train.device)
     how: dict[str, Any] = {"batches": 2 * train.eval_batches, "batch_size": train.batch_size}
     how |= {"parts": train.accumulate, "device": device}
@@ -178,8 +187,10 @@ def time_steps(recipe: Recipe, cells: Sequence[Cell], repeats: int) -> Result:
     for repeat in range(repeats):
         for cell in cells:
             config = cell.with_seed(repeat)
+            # Nothing is written before the first save, and no step is saved.
             trainer = Trainer(RunFolder("unused"), config)
             trainer.train_step()
+            # Taken after the warm-up step, in which kernels are chosen and memory is claimed.
             tokens, seconds = trainer.tokens, trainer.seconds
             for _ in range(TIMED_STEPS):
                 trainer.train_step()
@@ -202,6 +213,7 @@ def interval(rows: Sequence[Row]) -> str:
         seed, count = row["seed"], row["answers"]
         right[seed] = right.get(seed, 0) + row["accuracy"] * count
         answers[seed] = answers.get(seed, 0) + count
+    # Weighted by answers: difficulties need not be asked equally often.
     values = [right[seed] / answers[seed] for seed in right]
     if len(values) == 1:
         (seed,) = right
@@ -211,6 +223,7 @@ def interval(rows: Sequence[Row]) -> str:
 
 
 def _mean(values: Sequence[float], digits: int = 3) -> str:
+    """Write the mean with its interval over seeds, or up to two values as they are."""
     if len(values) < 3:
         return " ".join(f"{value:.{digits}f}" for value in values)
     mean, low, high = mean_interval(values)
@@ -226,6 +239,7 @@ def _floors(rows: Sequence[Row], keys: Sequence[int]) -> Iterator[tuple[str, lis
             if name in row:
                 per_cell.setdefault(row["cell"], {})[row["difficulty"]] = row[name]
         found = [(cell, [own.get(key, nan) for key in keys]) for cell, own in per_cell.items()]
+        # One line for all, where every cell has the same task.
         if len({tuple(values) for _, values in found}) == 1:
             yield name, found[0][1]
         else:

@@ -51,7 +51,7 @@ class ReproduceOptions:
 
 
 def run(options: ReproduceOptions) -> None:
-    """Train (or time), collect, write, report."""
+    """Train (or time) the runs of a figure, collect, write and report."""
     seeds = default_seeds(options.scale) if options.seeds is None else options.seeds
     if seeds < 1:
         raise ValueError(f"seeds must be at least 1, got {seeds}")
@@ -62,6 +62,7 @@ def run(options: ReproduceOptions) -> None:
         recipe, cells = _with_weights(recipe, options.scale, options.weights)
         name += f"-{options.weights.resolve().name}"
     if options.steps is not None:
+        # Folders of their own: a try-out must not be taken for a result, or gone on with.
         name += f"-{options.steps}-steps"
         cells = [cell.with_train(partial(_few, steps=options.steps)) for cell in cells]
     if options.dry_run:
@@ -110,6 +111,7 @@ def train(
     # A run that a longer one shares its start with is trained on the way.
     shared = {job.shorter.path for _, chain in chains for job in chain if job.shorter is not None}
     for stage in range(max(len(chain) for _, chain in chains)):
+        # Stage by stage, for a run needs the weights of the one before; by path, for cells may share a start.
         due = {chain[stage].path: chain[stage] for _, chain in chains if stage < len(chain)}
         run_all([job for path, job in due.items() if path not in shared], workers)
     return collect(recipe, [(cell, chain[-1]) for cell, chain in chains])
@@ -120,6 +122,7 @@ def _chain(cell: Cell, seed: int, folder: Path) -> list[Job]:
     before = [] if cell.start is None else _chain(cell.start, seed, folder)
     config = cell.with_seed(seed)
     if before and kind_of(config.model).source(config.model) is not None:
+        # A pretrained model starts from what the run before exports, all others from its checkpoint.
         model = replace(config.model, folder=RunFolder(before[-1].path).exported.resolve())
         config = replace(config, model=model)
     elif before:
@@ -129,5 +132,7 @@ def _chain(cell: Cell, seed: int, folder: Path) -> list[Job]:
 
 
 def _few(train: TrainConfig, steps: int) -> TrainConfig:
+    """Return the training with few steps of few samples, evaluated on little."""
+    # A curriculum longer than the run would never reach the hardest questions.
     size, rise = min(train.batch_size, FEW), min(train.curriculum, steps)
     return replace(train, steps=steps, batch_size=size, curriculum=rise, eval_batches=1)

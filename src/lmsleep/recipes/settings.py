@@ -55,12 +55,14 @@ def depo(scale: Scale, passes: int, **train: Any) -> RunConfig:
     if scale == "paper":
         task, given = Depo(), {"batch_size": 128, "steps": 100_000, **PAPER_TRAIN, **train}
         model = HybridConfig(d_model=512, num_heads=8, blocks=5 * PAIR)
+        # 300 tokens in four windows: L = 75.
         return _run(task, model, task.context_length // 4, passes, given)
     task, given = DEPO, {"batch_size": 64, "steps": DEPO_STEPS, **DEPO_TUNED[passes]}
     if scale == "small":
         task = replace(DEPO, nodes=12, names=12, hops=6)
         given |= {**SMALL_TRAIN, "curriculum": SMALL_TRAIN["steps"] // 3}
     model = SMALL_MODEL if scale == "small" else DEPO_MODEL
+    # `train` comes last: what a caller asks for wins over what is tuned.
     return _run(task, model, task.context_length // 2, passes, {**DEMO_TRAIN, **given, **train})
 
 
@@ -84,11 +86,13 @@ def rule110(scale: Scale, passes: int, t: int | None = None, **train: Any) -> Ru
 
 
 def _run(task: Task, model: HybridConfig, window: int, passes: int, train: dict[str, Any]) -> RunConfig:
+    """Put a run together from its parts, under hard eviction."""
     sleep = SleepConfig(window=window, passes=passes)
     return RunConfig(task=task, model=model, sleep=sleep, train=TrainConfig(**train))
 
 
 def _sections(config: RunConfig) -> dict[str, Any]:
+    """Return a run as the sections of a preset."""
     return {"task": config.task, "model": config.model, "sleep": config.sleep, "train": config.train}
 
 

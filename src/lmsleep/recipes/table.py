@@ -33,4 +33,5 @@ def published(page: str, blocks: Mapping[str, str]) -> str:
         name = match[1]
         return f"<!-- {name} -->\n{blocks[name]}\n<!-- end -->" if name in blocks else match[0]
 
+    # Not greedy, or the first block would reach to the end of the last one.
     return re.sub(r"<!-- ([\w.:-]+) -->\n.*?<!-- end -->", block, page, flags=re.DOTALL)

@@ -13,7 +13,7 @@ from lmsleep.training.config import RunConfig
 
 
 def baseline(name: str, run: RunConfig) -> RunConfig:
-    """The baseline `name` (a key of `BASELINES`) of a run that sleeps N passes.
+    """Make the baseline `name` (a key of `BASELINES`) of a run that sleeps N passes.
 
     Task, batch, seed and learning rates stay; tune the rates where a comparison hangs on them.
 
@@ -55,12 +55,14 @@ def test_time_training(run: RunConfig) -> RunConfig:
     trained: dict[int, dict[str, Any]] = {}
     for i in held:
         trained[i] = {**options.get(i, {}), "trained_mlp": True}
+        # The gradient step needs a feed-forward layer to change, and this block was built without one.
         if not run.architecture.for_block(i).hidden_dim:
             trained[i]["mlp_dim"] = None  # the usual size
     evicted = transformer_evicted(run)
     return replace(
         evicted,
         model=replace(evicted.architecture, overrides={**options, **trained}),
+        # N counts the wake pass too: two passes are one gradient step.
         sleep=replace(evicted.sleep, consolidator=GradientSteps(2)),
         train=replace(evicted.train, checkpoint=False),  # a gradient step is not a pass
     )
@@ -88,6 +90,7 @@ def one_pass_deeper(run: RunConfig) -> RunConfig:
 def one_pass_wider(run: RunConfig) -> RunConfig:
     """N = 1 for as many training FLOPs, spent on width: more heads of the same size."""
     model = run.architecture
+    # Heads are added a whole group at a time, or the query heads would no longer divide among the key heads.
     group = model.num_heads // (model.num_kv_heads or model.num_heads)  # query heads of a key head
 
     def wider(size: int) -> HybridConfig:
@@ -97,6 +100,7 @@ def one_pass_wider(run: RunConfig) -> RunConfig:
             d_model=model.d_model * heads // model.num_heads,
             num_heads=heads,
             num_kv_heads=heads // group,
+            # Said outright, not left to a default made of d_model: a head must keep its size, and so its S.
             head_dim=model.key_dim,
             mlp_dim=None if model.mlp_dim is None else model.mlp_dim * heads // model.num_heads,
         )
@@ -106,6 +110,7 @@ def one_pass_wider(run: RunConfig) -> RunConfig:
 
 def looped_awake(run: RunConfig) -> RunConfig:
     """The N passes made while awake, on every token that is read or predicted (a looped hybrid)."""
+    # With one pass asleep there is nothing left to reset, and Passes would carry an option without effect.
     looped = replace(_in_passes(run.sleep), passes=1, reset=None, wake_passes=run.sleep.passes)
     return _read_only(run, replace(run.sleep, consolidator=looped))
 
@@ -117,10 +122,12 @@ def reset_S(run: RunConfig) -> RunConfig:
 
 def reset_h(run: RunConfig) -> RunConfig:
     """N passes that hand on S alone: each begins with what entered the loop."""
+    # Both act on the h that a pass hands on, which is what this baseline takes away.
     alone = replace(_in_passes(run.sleep), reset="h", normalize=False, reinject=False)
     return replace(run, sleep=replace(run.sleep, consolidator=alone))
 
 
+# Keys are names on the command line; the docstrings of the functions are its help.
 BASELINES: dict[str, Callable[[RunConfig], RunConfig]] = {
     make.__name__.replace("_", "-"): make
     for make in (
@@ -140,40 +147,47 @@ BASELINES: dict[str, Callable[[RunConfig], RunConfig]] = {
 
 
 def equal_compute(run: RunConfig, other: RunConfig) -> RunConfig:
-    """`run` with as many steps as cost the training FLOPs of `other` (rounded down, at least 1)."""
+    """Give `run` as many steps as cost the training FLOPs of `other` (rounded down, at least 1)."""
+    # Rounded down, so that a baseline never spends more than the run that it is compared with.
     steps = math.floor(training_flops(other) / flops_per_step(run))
     return replace(run, train=replace(run.train, steps=max(steps, 1)))
 
 
 def _in_passes(sleep: SleepConfig) -> Passes:
+    """Return the consolidator of a sleep that must be one in passes."""
     if not isinstance(sleep.consolidator, Passes):
         raise ValueError(f"consolidator={sleep.consolidator}: this baseline is of a sleep in passes")
     return sleep.consolidator
 
 
 def _one_pass(sleep: SleepConfig) -> SleepConfig:
+    """Return the sleep with N = 1 and the loop that it had, without all other options of passes."""
     by = sleep.consolidator
     return replace(sleep, consolidator=Passes(loop=by.loop) if isinstance(by, Passes) else Passes())
 
 
 def _read_only(run: RunConfig, sleep: SleepConfig) -> RunConfig:
-    """The run with a sleep of one pass, through which gradients always flow."""
+    """Return the run with a sleep of one pass, through which gradients always flow."""
+    # A limit larger than N is refused, so that of a run with more passes cannot stay.
     return replace(run, sleep=sleep, train=replace(run.train, backprop_passes=None))
 
 
 def _transformer(run: RunConfig, sleep: SleepConfig) -> RunConfig:
+    """Return the run with an attention block in the place of every block."""
     blocks: list[BlockKind] = ["attention" for _ in run.architecture.blocks]
     return _read_only(replace(run, model=replace(run.architecture, blocks=tuple(blocks))), sleep)
 
 
 def _grown(run: RunConfig, model: Callable[[int], HybridConfig]) -> RunConfig:
-    """N = 1 with the largest of `model(1), model(2), ...` whose step costs no more than one of `run`.
+    """Return N = 1 with the largest of `model(1), model(2), ...` whose step costs no more than one of `run`.
 
     What is left of the FLOPs goes into steps.
     """
     if run.architecture.overrides:
         raise ValueError("overrides: a larger model leaves open which of its blocks they are for")
     limit, largest = flops_per_step(run), one_pass(run)
+    # Size 1 is the run itself, which fits: N = 1 costs less than N passes. Each size costs more than the one
+    # before, so the first that is too dear ends the search.
     for size in count(2):
         larger = replace(largest, model=model(size))
         if flops_per_step(larger) > limit:

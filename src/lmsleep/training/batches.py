@@ -18,8 +18,9 @@ _config: RunConfig | None = None  # of the run that this worker process draws fo
 
 
 def draw(config: RunConfig, step: int) -> Batch:
-    """The training batch of a step."""
+    """Draw the training batch of a step."""
     train = config.train
+    # Keyed by the step and not advanced from batch to batch: any process can draw any batch, in any order.
     rng = batch_rng(train.seed, "train", step)
     return config.task.batch(rng, train.batch_size, "train", level(step, train))
 
@@ -33,17 +34,20 @@ class Batches:
         self._drawn: dict[int, Future[Batch]] = {}
 
     def __getitem__(self, step: int) -> Batch:
-        """The batch of a step; steps should be asked for in order."""
+        """Return the batch of a step; steps should be asked for in order."""
         workers = self.config.train.data_workers
         if not workers:
             return draw(self.config, step)
+        # Started with the first batch: a Trainer that only evaluates, or cannot begin, starts no process.
         if self._pool is None:
             context = multiprocessing.get_context("spawn")  # a fork would copy threads' locks
             plain = self.config.to_dict()  # each worker reads the data once, for itself
             self._pool = ProcessPoolExecutor(workers, context, initializer=_start, initargs=(plain,))
+        # What is drawn ahead is bounded: finished batches wait in the memory of this process.
         for ahead in range(step, min(step + AHEAD * workers, self.config.train.steps)):
             if ahead not in self._drawn:
                 self._drawn[ahead] = self._pool.submit(_draw_mine, ahead)
+        # Taken out, so that a batch is not held after its step.
         return self._drawn.pop(step).result()
 
     def close(self) -> None:
@@ -54,8 +58,10 @@ class Batches:
 
 
 def _start(plain: dict[str, Any]) -> None:
+    """Prepare a worker process: its run, and who may stop it."""
     global _config
     leave_with_parent()
+    # Workers share the cores with each other and with training; drawing has no large products.
     torch.set_num_threads(1)
     for signum in (signal.SIGINT, signal.SIGTERM):  # the trainer decides when to stop
         signal.signal(signum, signal.SIG_IGN)

@@ -17,8 +17,10 @@ def count_flops(objective: Objective, batch: Batch, sleep: SleepConfig) -> int:
     """Return the FLOPs of a forward and backward pass over a batch; gradients are dropped."""
     with FlopCounterMode(display=False) as counter:
         loss = objective(batch, sleep)
+        # A batch that predicts nothing has a loss without a graph.
         if loss.requires_grad:
             loss.backward()
+    # Counting happens between steps: what it left on the parameters would be added to the next gradient.
     objective.zero_grad()
     return counter.get_total_flops()
 
@@ -37,6 +39,7 @@ class StepFlops:
 
     def __call__(self, batch: Batch, sleep: SleepConfig) -> int:
         """Return the FLOPs of a forward and backward pass over a batch of this shape."""
+        # The passes of a step can be drawn, and cost in proportion.
         key = (batch.tokens.shape, None if batch.context is None else batch.context.shape, sleep.passes)
         if key not in self._counted:
             self._counted[key] = count_flops(self.objective, batch, sleep)
@@ -44,12 +47,14 @@ class StepFlops:
 
 
 def flops_per_step(config: RunConfig) -> int:
-    """FLOPs of the forward and backward pass of one training step (its first batch, all N passes).
+    """Count the FLOPs of forward and backward pass of one training step (its first batch, all N passes).
 
     Samples without padding cost the same, so one of them is counted for all.
     """
+    # The first batch of a curriculum is an easy one and may be shorter than those it leads to.
     whole = replace(config, train=replace(config.train, curriculum=0))
     objective, batch = Objective(build(config.model), config.train), draw(whole, 0)
+    # Rows of different length sleep on different windows, so that none can stand for the others.
     if batch.lengths is not None or batch.context_lengths is not None:
         parts = batch.parts(config.train.accumulate)
         return sum(count_flops(objective, part, config.sleep) for part in parts)
@@ -60,7 +65,7 @@ def flops_per_step(config: RunConfig) -> int:
 
 
 def training_flops(config: RunConfig) -> int:
-    """FLOPs of a whole training run, all its steps like the first one with so many passes.
+    """Count the FLOPs of a whole training run, all its steps like the first one with so many passes.
 
     Where passes are drawn, each number counts equally often.
     """
@@ -72,5 +77,6 @@ def training_flops(config: RunConfig) -> int:
         counted = [flops_per_step(replace(config, sleep=sleep.with_passes(n))) for n in drawn]
         return sum(counted) // len(counted)
 
+    # As `sleep_at` gives them out: early steps take no more passes than the run has.
     few = of_a_step(min(train.early_passes, sleep.passes)) if early else 0
     return early * few + (train.steps - early) * of_a_step(sleep.passes)

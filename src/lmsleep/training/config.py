@@ -126,7 +126,9 @@ class RunConfig:
         self._check_window()
         self._check_backward()
         kind = kind_of(self.model)
+        # The dataclass is frozen; this one field depends on another: the task says how many tokens there are.
         object.__setattr__(self, "model", kind.fitted(self.model, self.task.vocab_size))
+        # Only now: the checks are about the model as it will be built.
         kind.check(self.model, self.sleep)
         if self.train.start is not None:
             kind.check_start(self.model, self.train.inserted)
@@ -141,8 +143,10 @@ class RunConfig:
             raise ValueError("gradient-steps are no passes: leave out backprop_passes and checkpoint")
 
     def _check_window(self) -> None:
-        """Where answers follow their context in one sequence, no window may hold some of both."""
+        """Refuse windows that hold some of the context and some of the answers, where these follow inline."""
         before, window = getattr(self.task, "inline_context", None), self.sleep.window
+        # Answers in one window with the end of their context would read it by attention; Algorithm 1 would
+        # not sleep on that window, for it carries loss. Sliding windows have no such boundary.
         if before and window and isinstance(self.sleep.eviction, Hard) and before % window:
             raise ValueError(
                 f"window={window} puts the end of the context and the answers into one window; choose one "
@@ -151,7 +155,7 @@ class RunConfig:
 
     @property
     def architecture(self) -> HybridConfig:
-        """The model, where it must be a hybrid.
+        """Return the model, where it must be a hybrid.
 
         Raises:
             ValueError: if it is not.
@@ -160,15 +164,15 @@ class RunConfig:
 
     @property
     def task_name(self) -> str:
-        """The name by which `find_task` finds the task's class."""
+        """Return the name by which `find_task` finds the task's class."""
         return task_name(self.task)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickled as plain data: what a task has read stays here, and workers find a user's class by name."""
+        """Pickle as plain data: what a task has read stays here, and workers find a user's class by name."""
         return RunConfig.from_dict, (self.to_dict(),)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready form, read back by `from_dict`; paths are absolute."""
+        """Return a JSON-ready form, read back by `from_dict`; paths are absolute."""
         return {
             "task": {"name": self.task_name, **to_plain(self.task)},
             "model": kind_of(self.model).to_dict(self.model),
@@ -178,12 +182,13 @@ class RunConfig:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Inverse of `to_dict`, also after a trip through JSON.
+        """Invert `to_dict`, also after a trip through JSON.
 
         Raises:
             ValueError: for a missing, unknown or invalid field.
         """
         try:
+            # A copy, for the name is taken out of it and `data` is the caller's.
             task = dict(data["task"])
             name = task.pop("name")
             # What runs before 0.2 said of the backward pass stood with the sleep.
@@ -192,7 +197,9 @@ class RunConfig:
                 task=from_plain(find_task(name), task),
                 model=backbones.from_dict(data["model"]),
                 sleep=SleepConfig.from_dict(data["sleep"]),
+                # What the training says of itself comes last and wins.
                 train=from_plain(TrainConfig, {**training, **data["train"]}),
             )
+        # A damaged file can hold anything where a mapping is expected; ValueErrors already say what is wrong.
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a run configuration: {error}") from error

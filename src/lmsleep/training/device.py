@@ -13,6 +13,7 @@ def choose_device(name: str) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    # torch.device accepts the name anywhere; the first tensor would fail, long after the command began.
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device={name!r}: PyTorch sees no CUDA device here; use device='cpu' or 'auto'")
     try:
@@ -25,6 +26,7 @@ def in_bfloat16(train: TrainConfig, device: torch.device) -> bool:
     """Say whether the blocks of a run compute in bfloat16 on `device`."""
     if train.precision != "auto":
         return train.precision == "bfloat16"
+    # Not on a CPU: few have instructions for it, and most would be slower.
     return device.type == "cuda" and torch.cuda.is_bf16_supported()
 
 

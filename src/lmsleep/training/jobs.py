@@ -37,16 +37,17 @@ class Job:
 
     @property
     def branch_step(self) -> int:
-        """The step at which the shorter run leaves; raises ValueError if it is not a shorter twin."""
+        """Return the step at which the shorter run leaves; raises ValueError if it is not a shorter twin."""
         assert self.shorter is not None
         short, long = self.shorter.config, self.config
         if replace(short, train=replace(short.train, steps=long.train.steps)) != long:
             raise ValueError(f"{self.shorter.path} must differ from {self.path} in its steps alone")
+        # Up to here the shorter run's rates have not begun to fall, and no longer run falls sooner.
         return math.floor((1 - short.train.decay) * short.train.steps)
 
 
 def default_workers() -> int:
-    """One for each GPU; where there is none, for each CPU core."""
+    """Count one worker for each GPU; where there is none, for each CPU core."""
     return torch.cuda.device_count() or os.cpu_count() or 1
 
 
@@ -64,10 +65,12 @@ def run_all(jobs: Sequence[Job], workers: int | None = None) -> None:
     todo = [job for job in jobs if not _finished(job)]
     if not todo:
         return
+    # A forked process can use no CUDA that its parent has touched, and inherits locks of PyTorch's threads.
     context = multiprocessing.get_context("spawn")
     lock, failed = context.RLock(), []  # one lock, so that progress bars do not overwrite each other
     tqdm.set_lock(lock)
     workers = min(workers or default_workers(), len(todo))
+    # A pool does not number its workers, so that each draws its number, which picks its GPU.
     numbers = context.SimpleQueue()
     for number in range(workers):
         numbers.put(number)
@@ -84,6 +87,7 @@ def run_all(jobs: Sequence[Job], workers: int | None = None) -> None:
                 bar.set_postfix_str(path.name)
                 if error:
                     failed.append(f"{path}: {error}")
+        # Whatever ends the waiting must stop the workers too: leaving the pool would wait for their runs.
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for worker in multiprocessing.active_children():
@@ -95,6 +99,8 @@ def run_all(jobs: Sequence[Job], workers: int | None = None) -> None:
 
 @contextmanager
 def _raising_interrupted() -> Iterator[None]:
+    """Turn SIGINT and SIGTERM into `Interrupted`, which ends the waiting for workers at once."""
+
     def stop(signum: int, _: object) -> None:
         raise Interrupted(signum, "stopped; the same command goes on where it was")
 
@@ -107,9 +113,11 @@ def _raising_interrupted() -> Iterator[None]:
 
 
 def _finished(job: Job) -> bool:
+    """Say whether a job and its shorter one have reports; raises ValueError for another configuration."""
     if not (job.path / "config.json").exists():
         return False
     folder = RunFolder.open(job.path)
+    # As plain data, in which paths are absolute: the same command may name them in another way.
     if folder.config().to_dict() != job.config.to_dict():
         raise ValueError(
             f"{job.path} holds a run of another configuration; remove it or choose another folder"
@@ -118,6 +126,7 @@ def _finished(job: Job) -> bool:
 
 
 def _start(lock: object, numbers: SimpleQueue[int], workers: int) -> None:
+    """Prepare a worker process: its bars, its threads, its GPU, and who may stop it."""
     leave_with_parent()
     tqdm.set_lock(lock)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # between runs the parent decides
@@ -129,20 +138,26 @@ def _start(lock: object, numbers: SimpleQueue[int], workers: int) -> None:
 
 def _run(job: Job) -> tuple[Path, str | None]:
     """Train a job in a worker; errors are returned, for exceptions do not all survive the way back."""
+    # The line of its bar: children are numbered from 1, and line 0 is the bar of all runs.
     position = multiprocessing.current_process()._identity[0]
     try:
         trainer = _trainer(job)
         if job.shorter is not None and not _finished(job.shorter):
+            # An earlier call without the shorter run, or one whose result was removed, has trained past it.
             if trainer.step > job.branch_step:
                 trainer = Trainer(trainer.folder, job.config)  # the shared start is gone: begin again
                 trainer.folder.rewind(0)
             trainer.fit(until=job.branch_step, position=position)
+            # Under another name than "step", so that it is not among the checkpoints that are thinned out.
             start = trainer.save("branch")
+            # Half of it may be there from a call that was stopped; it costs the fall alone to do again.
             shutil.rmtree(job.shorter.path, ignore_errors=True)
             short = RunFolder.create(job.shorter.path, job.shorter.config)
+            # Its history is the longer run's; `resume` drops what lies after the branch.
             for record in trainer.folder.metrics():
                 short.log(record)
             Trainer.resume(short, start).fit(position=position)
+            # Only the shorter run begins here; the longer one goes on with the trainer at hand.
             shutil.rmtree(start)
         trainer.fit(position=position)
     except Interrupted as stop:
@@ -153,6 +168,7 @@ def _run(job: Job) -> tuple[Path, str | None]:
 
 
 def _trainer(job: Job) -> Trainer:
+    """Begin a job's run, or go on with it."""
     if not (job.path / "config.json").exists():
         return Trainer(RunFolder.create(job.path, job.config), job.config)
     return Trainer.take_up(RunFolder.open(job.path))

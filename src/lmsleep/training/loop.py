@@ -58,13 +58,16 @@ class Trainer:
             raise ValueError("tensorboard=True needs TensorBoard: pip install 'lmsleep[track]'")
         if train.threads:
             torch.set_num_threads(train.threads)
+        # Before the model is built: initial weights are drawn from the global generator.
         torch.manual_seed(train.seed)
         bfloat16 = in_bfloat16(train, self.device)
         self.model = (model or first_model(config, bfloat16=bfloat16)).to(self.device).train()
+        # First all frozen (the call returns the model), then the inserted blocks thawed.
         if train.only_inserted:
             for i, block in enumerate(self.model.requires_grad_(False).blocks):
                 block.requires_grad_(i in train.inserted)
         self.objective = Objective(self.model, train, bfloat16=bfloat16)
+        # After freezing and after the move: they hold the parameters that there are now, on their device.
         self.optimizers = optimizers(self.model, train)
         self.step, self.tokens, self.flops, self.seconds = 0, 0, 0, 0.0
         self.batches = Batches(config)
@@ -86,6 +89,7 @@ class Trainer:
         trainer = cls(folder, config, load(config.model, path, bfloat16=bfloat16))
         try:
             saved = torch.load(path / "trainer.pt", map_location=trainer.device, weights_only=True)
+            # weights_only: a checkpoint is data and must not run code when it is opened.
             for optimizer, state in zip(trainer.optimizers, saved["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
             for name in ("step", "tokens", "flops", "seconds"):
@@ -101,6 +105,7 @@ class Trainer:
             UnpicklingError,
         ) as error:
             raise ValueError(f"{path / 'trainer.pt'} is damaged or foreign: {error}") from error
+        # Only when all was read: a damaged checkpoint must not cost the metrics.
         folder.rewind(trainer.step)
         return trainer
 
@@ -136,6 +141,7 @@ class Trainer:
                 if events is not None:
                     events.log(record)
 
+            # Carries model, optimizers and counts; all else of a step follows from `self.step`.
             while self.step < last:
                 record = self.train_step()
                 bar.update()
@@ -145,16 +151,20 @@ class Trainer:
                 if self.step % train.eval_every == 0 or self.step == train.steps:
                     score = self.evaluate(train.eval_batches)
                     log({**self._position(), "eval": score.to_dict()})
+                # Saved last, after what belongs to the step was logged: going on drops only later lines.
                 if self.step % train.save_every == 0 or self.step == train.steps or caught:
                     self.save()
+                # A signal during the last step has nothing to stop.
                 if caught and self.step < last:
                     resume = f"lmsleep train --resume {self.folder.path}"
                     raise Interrupted(caught[0], f"stopped after step {self.step}; to go on: {resume}")
         return self._finish() if self.step == train.steps else None
 
     def _finish(self) -> Score:
+        """Score the trained model on more samples, export it where its kind has a format, and report."""
         score = self.evaluate(4 * self.config.train.eval_batches)
         floors = self.config.task.floors()
+        # The report is written last: it says that the run is complete, so the export must be there by then.
         kind = kind_of(self.config.model)
         kind.export(self.model, self.config.model, self.config.sleep, self.folder.exported)
         self.folder.write_report({**self._position(), "eval": score.to_dict(), "floors": floors})
@@ -192,12 +202,15 @@ class Trainer:
         train, batch = self.config.train, self.batches[self.step]
         sleep = sleep_at(self.step, self.config.sleep, train)
         parts = [part.to(self.device) for part in batch.parts(train.accumulate)]
+        # Counted before the clock starts, since counting runs passes of its own.
         flops = sum(self._flops(part, sleep) for part in parts)
         started = time.perf_counter()
+        # Set anew in every step, so that it does not matter which rates a checkpoint was written with.
         factor = set_rates(self.optimizers, self.step, train)
         torch.manual_seed(batch_rng(train.seed, "train", self.step).integers(2**63).item())  # of dropout
         metrics = take_step(self.objective, parts, sleep, self.optimizers, clip=train.clip)
         if not metrics.finite:
+            # No weight has moved yet, so this is the state before the step.
             path = self.save("diverged")
             raise Diverged(
                 f"step {self.step}: loss {metrics.loss}, gradient norm {metrics.grad_norm}; the state before "
@@ -211,6 +224,7 @@ class Trainer:
         return {**self._position(), **loss, "lr_factor": factor}
 
     def _position(self) -> dict[str, Any]:
+        """Return where the run is and what it took; every line of the metrics begins with it."""
         return {
             "step": self.step,
             "tokens": self.tokens,
@@ -223,6 +237,7 @@ class Trainer:
 def _signals() -> Iterator[list[int]]:
     """Collect SIGINT and SIGTERM while a step is under way, so that the state can be saved after it."""
     caught: list[int] = []
+    # Only noted: an exception in the middle of a step would leave half of it in the weights.
     before = {s: signal.signal(s, lambda n, _: caught.append(n)) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield caught

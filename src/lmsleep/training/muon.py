@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+# Odd, so that it acts on the singular values alone. Five rounds push those near 1 and not to 1: steep at
+# zero was chosen over exact, since an update needs no more than a direction.
 A, B, C = 3.4445, -4.7750, 2.0315  # of the quintic a x + b x^3 + c x^5, steepest at zero
 ITERATIONS = 5
 MOMENTUM = 0.95
@@ -32,38 +34,49 @@ class Muon(Optimizer):
             alike: dict[Any, list[Tensor]] = defaultdict(list)
             for p in group["params"]:
                 if p.grad is not None:
+                    # One batched product for many small matrices, which must have one shape.
                     alike[p.shape, p.dtype, p.device].append(p)
             for params in (some for same in alike.values() for some in _parts(same)):
                 self._move(params, group)
 
     def _move(self, params: list[Tensor], group: dict[str, Any]) -> None:
         for p in params:
+            # Made with the first gradient, unless `load_state_dict` has brought one.
             if not self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        # A copy: the Nesterov step below is taken in place and must leave `p.grad` as it is.
         grads = torch.stack([p.grad for p in params if p.grad is not None])
         momenta = [self.state[p]["momentum_buffer"] for p in params]
         for momentum, grad in zip(momenta, grads, strict=True):
+            # Into the buffer of the state itself, which a checkpoint holds.
             momentum.lerp_(grad, 1 - MOMENTUM)
         directions = orthogonalised(grads.lerp_(torch.stack(momenta), MOMENTUM))  # Nesterov
         m, n = params[0].shape
         for p, direction in zip(params, directions.to(params[0].dtype), strict=True):
+            # Decoupled, as AdamW's: the decay does not go through the momentum.
             p.mul_(1 - group["lr"] * group["weight_decay"])
+            # The factor for tall matrices is that of torch.optim.Muon.
             p.add_(direction, alpha=-group["lr"] * math.sqrt(max(1, m / n)))
 
 
 def orthogonalised(X: Tensor) -> Tensor:
-    """Matrices `[k, m, n]` with their singular values moved near 1: all but tiny ones to 0.7 ... 1.2."""
+    """Return matrices `[k, m, n]` with singular values moved near 1: all but tiny ones to 0.7 ... 1.2."""
+    # promote_types leaves float64 as it is, by which tests compare.
     dtype = torch.bfloat16 if X.is_cuda else torch.promote_types(X.dtype, torch.float32)
     X, tall = X.to(dtype), X.shape[-2] > X.shape[-1]
+    # The products are of the shorter side: `gram` is [k, s, s] with s = min(m, n).
     X = X.mT.contiguous() if tall else X
+    # The Frobenius norm bounds the spectral norm: no singular value exceeds 1, where the quintic may diverge.
+    # The clamp is for a gradient of zeros.
     X = X / torch.linalg.matrix_norm(X, keepdim=True).clamp(min=1e-7)
     for _ in range(ITERATIONS):
+        # a X + (b G + c G G) X with G = X X^T: the quintic, on all singular values at once.
         gram = X @ X.mT
         X = torch.baddbmm(X, torch.baddbmm(gram, gram, gram, beta=B, alpha=C), X, beta=A)
     return X.mT if tall else X
 
 
 def _parts(params: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Lists of at most `TOGETHER` elements, or of one matrix."""
+    """Yield lists of at most `TOGETHER` elements, or of one matrix."""
     some = max(1, TOGETHER // max(params[0].numel(), 1))
     return (params[i : i + some] for i in range(0, len(params), some))

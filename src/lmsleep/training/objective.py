@@ -49,9 +49,11 @@ class Objective(nn.Module):
         Returns:
             A number in nats; zero, and no gradient, for a batch that predicts nothing.
         """
+        # The forward pass alone: backward passes run in the types that autocast chose for it.
         with autocast(batch.tokens.device, self.in_bfloat16):
             mean = self.read(self.model, batch, sleep).loss
         if mean is None:
             return torch.zeros((), device=batch.tokens.device)
         own = batch.num_predicted
+        # `mean` is over the batch's own tokens; the factor turns it into its share of the step's mean.
         return mean * (own / (own if total is None else total))

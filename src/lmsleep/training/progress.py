@@ -16,6 +16,7 @@ class _Lines:
 
     def write(self, drawing: str) -> None:
         """Write what is seen of it."""
+        # tqdm writes a carriage return before each drawing, and blanks to wipe one out.
         if seen := drawing.strip():
             self._stream.write(f"{seen}\n")
 
@@ -25,11 +26,13 @@ class _Lines:
 
 
 def progress(**options: Any) -> Any:
-    """A bar of tqdm on standard error, with tqdm's options.
+    """Make a bar of tqdm on standard error, with tqdm's options.
 
     Where standard error is a file or a pipe, it is a line every `EVERY` seconds, and none before.
     """
     if sys.stderr.isatty():
         return tqdm(**options)
+    # miniters=1: tqdm would adapt it to the speed and skip lines. leave=False: no last line said twice.
     lines = {"mininterval": EVERY, "delay": EVERY, "miniters": 1, "ncols": 100, "leave": False, "position": 0}
+    # ASCII, for a log may be read in any encoding.
     return tqdm(**{**options, **lines}, file=_Lines(sys.stderr), ascii=True)

@@ -36,13 +36,14 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: str | Path, config: RunConfig) -> "RunFolder":
-        """A new folder with the configuration in it.
+        """Make a new folder with the configuration in it.
 
         Raises:
             FileExistsError: if the folder exists and is not empty.
         """
         folder = cls(path)
         folder.check_new()
+        # An empty folder may be there already, made by whoever chose the name.
         folder.path.mkdir(parents=True, exist_ok=True)
         folder._write_json("config.json", {**config.to_dict(), "made_by": provenance()})
         return folder
@@ -56,7 +57,7 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: str | Path) -> "RunFolder":
-        """An existing run.
+        """Open an existing run.
 
         Raises:
             FileNotFoundError: if there is none at `path`.
@@ -70,7 +71,7 @@ class RunFolder:
         return folder
 
     def is_run(self) -> bool:
-        """Whether there is a config.json that describes a run (and not, say, a model).
+        """Say whether there is a config.json that describes a run (and not, say, a model).
 
         Raises:
             ValueError: if it is damaged.
@@ -82,10 +83,11 @@ class RunFolder:
             config = json.loads(file.read_text())
         except ValueError as error:
             raise ValueError(f"{file} is damaged: {error}") from error
+        # A saved model has a config.json too, without this section.
         return isinstance(config, dict) and "train" in config
 
     def config(self) -> RunConfig:
-        """The run's configuration.
+        """Return the run's configuration.
 
         Raises:
             ValueError: naming the file, if it is damaged.
@@ -97,7 +99,7 @@ class RunFolder:
             raise ValueError(f"{path}: {error}") from error
 
     def made_by(self) -> dict[str, Any]:
-        """What made the run: version, commit, command, software, hardware."""
+        """Return what made the run: version, commit, command, software, hardware."""
         made: dict[str, Any] = json.loads((self.path / "config.json").read_text())["made_by"]
         return made
 
@@ -107,11 +109,12 @@ class RunFolder:
             file.write(json.dumps(record) + "\n")
 
     def metrics(self) -> Iterator[dict[str, Any]]:
-        """The metrics so far; a line that a kill cut short is left out."""
+        """Yield the metrics so far; a line that a kill cut short is left out."""
         path = self.path / "metrics.jsonl"
         for line in path.read_text().splitlines() if path.exists() else ():
             try:
                 record = json.loads(line)
+            # Lines are appended whole and in order, so that only the last one can be cut short.
             except ValueError:
                 return
             if not isinstance(record, dict) or not {"step", "tokens", "flops", "seconds"} <= record.keys():
@@ -120,6 +123,7 @@ class RunFolder:
 
     def rewind(self, step: int) -> None:
         """Drop metrics after `step`, those of steps that are about to be repeated."""
+        # Written anew as a whole: this also drops half a line, after which nothing could be appended.
         lines = [json.dumps(m) + "\n" for m in self.metrics() if m["step"] <= step]
         write_atomic(self.path / "metrics.jsonl", "".join(lines).encode())
 
@@ -136,26 +140,31 @@ class RunFolder:
         """
         root = self.path / "checkpoints"
         root.mkdir(exist_ok=True)
+        # Eight digits, so that names sort by step; the dot keeps a partial one out of `checkpoints`.
         final, partial = root / f"{name}-{step:08d}", root / ".partial"
+        # A kill may have left one.
         shutil.rmtree(partial, ignore_errors=True)
         write_model(partial)
         with (partial / "trainer.pt").open("wb") as file:
             torch.save(trainer, file)
             file.flush()
+            # On disk before the rename: a name must not point to what a crash of the machine has lost.
             os.fsync(file.fileno())
+        # A folder cannot be renamed over one that holds files.
         if final.exists():
             shutil.rmtree(final)
         partial.rename(final)
+        # Only now, when the new one is in its place.
         for old in self.checkpoints()[:-KEEP]:
             shutil.rmtree(old)
         return final
 
     def checkpoints(self) -> list[Path]:
-        """Complete checkpoints, oldest first."""
+        """List the complete checkpoints, oldest first."""
         return sorted((self.path / "checkpoints").glob("step-????????"))
 
     def latest(self) -> Path:
-        """The newest checkpoint.
+        """Return the newest checkpoint.
 
         Raises:
             FileNotFoundError: if there is none yet.
@@ -166,16 +175,17 @@ class RunFolder:
         return found[-1]
 
     def model(self, device: torch.device | str = "cpu", config: RunConfig | None = None) -> Model:
-        """The model of the newest checkpoint; `config`: the run's, if it has been read."""
+        """Return the model of the newest checkpoint; `config`: the run's, if it has been read."""
+        # Evaluation mode, since who opens a run reads with it; the trainer calls train() itself.
         return load((config or self.config()).model, self.latest(), device).eval()
 
     @property
     def exported(self) -> Path:
-        """Where a fine-tuned model is written to."""
+        """The folder that a fine-tuned model is written to."""
         return self.path / "model"
 
     def source(self) -> "RunFolder | None":
-        """The run that exports the pretrained model of this one, if it was not finished yet."""
+        """Return the run that exports the pretrained model of this one, if it was not finished yet."""
         model = self.config().model
         folder = kind_of(model).source(model)
         if folder is None or folder.exists():
@@ -184,7 +194,7 @@ class RunFolder:
         return run if folder.name == run.exported.name and (run.path / "config.json").is_file() else None
 
     def report(self) -> dict[str, Any] | None:
-        """The final report, if the run has ended."""
+        """Return the final report, if the run has ended."""
         path = self.path / "report.json"
         return json.loads(path.read_text()) if path.exists() else None
 
@@ -197,7 +207,7 @@ class RunFolder:
 
 
 def provenance() -> dict[str, Any]:
-    """What made a result: version, command, software, hardware."""
+    """Say what made a result: version, command, software, hardware."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name()
     return {
         "lmsleep": __version__,
@@ -210,22 +220,27 @@ def provenance() -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The commit of the source tree that runs, with a + if it was changed since; None outside a checkout."""
+    """Return the commit of the sources that run, a + if they were changed since; None outside a checkout."""
     here = Path(__file__).parent
     git = ["git", "-C", str(here)]
     try:
+        # An installed package may lie inside someone else's checkout, whose commit says nothing of it.
         tracked = subprocess.run([*git, "ls-files", __file__], capture_output=True, text=True, check=True)
         if not tracked.stdout:
             return None
+        # --exclude=*: no tag, always the abbreviated commit.
         found = subprocess.run([*git, "describe", "--always", "--dirty=+", "--exclude=*"],
                                capture_output=True, text=True, check=True)  # fmt: skip
+    # No git, or no repository.
     except (OSError, subprocess.CalledProcessError):
         return None
     return found.stdout.strip()
 
 
 def _cpu_name() -> str:
+    """Return the model of the CPU, where the system tells it, or else its architecture."""
     try:
+        # `platform.processor` knows the architecture alone on Linux.
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor() or platform.machine()

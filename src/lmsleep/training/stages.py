@@ -27,8 +27,10 @@ def two_stages(run: RunConfig, first: Path) -> tuple[RunConfig, RunConfig]:
         raise ValueError("model: this is for a pretrained model (FineTune), not for one trained from scratch")
     alone = replace(
         run,
+        # targets are for adapters, of which this stage has none.
         model=replace(model, train="memory", targets=()),
         sleep=replace(sleep, eviction=Hard()) if sleep.passes > 1 else sleep,
         train=replace(train, steps=max(train.steps // 2, 1)),
     )
+    # insert=0: the exported model has the memory layers already.
     return alone, replace(run, model=replace(model, folder=RunFolder(first).exported.resolve(), insert=0))

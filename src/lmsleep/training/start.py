@@ -22,9 +22,11 @@ def first_model(config: RunConfig, *, bfloat16: bool = False) -> Model:
             f"{config.task_name} has {config.task.vocab_size} tokens, the model only {model.vocab_size}; "
             "use the model's own tokenizer (--tokenizer)"
         )
+    # Only a built model shows what a sleep could write to; one row is enough.
     config.sleep.check(model.initial_state(1).memory)
     if start is not None:
         folder = RunFolder(start)
+        # On the CPU: weights are copied from it, and the trainer moves the model later.
         source = folder.model() if folder.is_run() else kind_in(start).open(start, "cpu")[0]
         kind_of(config.model).take_weights(model, source, config.train.inserted)
     return model

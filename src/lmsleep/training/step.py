@@ -24,7 +24,7 @@ class StepMetrics:
 
     @property
     def finite(self) -> bool:
-        """Whether there was no NaN or infinity; where there was, no weight has changed."""
+        """True if there was no NaN or infinity; where there was, no weight has changed."""
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
@@ -46,11 +46,14 @@ def take_step(
         clip: largest norm of all gradients together.
     """
     loss = gradients(objective, parts, sleep)
+    # Over all parts together: clipping each by itself would change what they add up to.
     norm = torch.nn.utils.clip_grad_norm_(objective.parameters(), clip)
+    # Before the optimizers move: their state could not be cleaned of a NaN afterwards.
     metrics = StepMetrics(loss.item(), norm.item())
     if metrics.finite:
         for optimizer in optimizers:
             optimizer.step()
+            # No gradients are held between steps. One that is not finite leaves its own: its run ends.
             optimizer.zero_grad()
     return metrics
 
@@ -61,8 +64,11 @@ def gradients(objective: Objective, parts: Sequence[Batch], sleep: SleepConfig) 
     assert total, "a training batch without a token to predict"
     loss = torch.zeros((), device=parts[0].tokens.device)
     for part in parts:
+        # Backward at once: the graph of one part is freed before the next one is built.
         share = objective(part, sleep, total)
+        # A part may predict nothing.
         if share.requires_grad:
             share.backward()
+        # A tensor on the device: reading the number here would wait for each part.
         loss += share.detach()
     return loss

@@ -15,6 +15,7 @@ class Events:
     """
 
     def __init__(self, folder: Path, step: int) -> None:
+        # An extra that may not be installed, and whose import takes long.
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer: Any = SummaryWriter(str(folder), purge_step=step + 1)
@@ -26,14 +27,15 @@ class Events:
         self._writer.close()
 
     def log(self, record: dict[str, Any]) -> None:
-        """Every number of a line of metrics but its step, nested ones as `eval/accuracy`."""
+        """Write every number of a line of metrics but its step, nested ones as `eval/accuracy`."""
         for name, value in _scalars(record):
             if name != "step":
                 self._writer.add_scalar(name, value, record["step"])
 
 
 def installed() -> bool:
-    """Whether events can be written."""
+    """Say whether events can be written."""
+    # Found and not imported: the question is asked when a run begins, the import follows when it writes.
     return find_spec("tensorboard") is not None
 
 
