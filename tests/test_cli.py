@@ -1,5 +1,7 @@
+import contextlib
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -10,6 +12,7 @@ import pytest
 from conftest import run_command
 
 from lmsleep.cli import main
+from lmsleep.files import locked
 
 OPTIONS = {"steps": 4, "eval-every": 2, "eval-batches": 1, "save-every": 2, "batch-size": 4, "d-model": 16,
            "num-heads": 2, "head-dim": 8}  # fmt: skip
@@ -210,3 +213,39 @@ def test_a_preset_may_be_named_either_way(words, capsys):
 def test_info_refuses_nothing_for_a_number(option, trained, capsys):
     code, _, err = run_command(capsys, "info", trained, option, 0)
     assert code == 2 and "at least 1" in err
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["info", "depo-N4", "--bogus"], "lmsleep: Unrecognized options: --bogus"),
+        (["train", "depo", "--steps", "many"], "lmsleep: "),
+        (["train", "depo", "--steps", "0"], "steps must be at least 1, got 0"),
+        (["ask", "depo-N4"], "lmsleep: "),
+    ],
+)
+def test_usage_errors_are_one_line_on_a_terminal(argv, said, tmp_path):
+    # Standard output and error of the child are a terminal, where tyro colours what it says.
+    parent, child = pty.openpty()
+    command = [sys.executable, "-m", "lmsleep", *argv]
+    terminal = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "80"}
+    done = subprocess.Popen(command, cwd=tmp_path, stdin=child, stdout=child, stderr=child, env=terminal)
+    os.close(child)
+    read = b""
+    with contextlib.suppress(OSError):  # what Linux says when the other side has closed
+        while more := os.read(parent, 4096):
+            read += more
+    os.close(parent)
+    assert done.wait(60) == 2
+    text = read.decode()
+    assert said in text and text.count("\n") == 1 and "Traceback" not in text and "\x1b" not in text
+
+
+def test_a_lock_follows_no_link(tmp_path):
+    (tmp_path / "precious.txt").write_text("precious")
+    (tmp_path / ".a.mem.lock").symlink_to("precious.txt")
+    with pytest.raises(OSError), locked(tmp_path / "a.mem"):
+        pass
+    assert (tmp_path / "precious.txt").read_text() == "precious"
+    with locked(tmp_path / "b.mem"):
+        assert (tmp_path / ".b.mem.lock").stat().st_mode & 0o77 == 0

@@ -44,7 +44,9 @@ def locked(path: Path) -> Iterator[None]:
     # Asked first, or the error would name the lock, of which the caller knows nothing.
     if not path.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {path.parent} to write {path.name} into")
-    with (path.parent / f".{path.name}.lock").open("w") as file:
+    # Never through a link, which others may have put there in a shared folder, and emptying nothing.
+    lock = os.open(path.parent / f".{path.name}.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    with os.fdopen(lock, "r+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -17,6 +17,7 @@ from lmsleep.tasks import TASKS, Split, batch_rng, find_task
 from lmsleep.training import RunConfig
 
 # No prefixes: flags are --window, not --windows.window. Fixed fields are not in --help, for none can be set.
+ESCAPES = re.compile(r"\x1b\[[0-9;]*m")  # colours and weights of a terminal
 FLAT = (tyro.conf.OmitArgPrefixes, tyro.conf.SuppressFixed)
 
 
@@ -41,11 +42,15 @@ def parse(options: Any, argv: Sequence[str], prog: str, description: str | None 
 
 def _one_line(box: str) -> str:
     """Shorten tyro's box of paragraphs to the first one, and to which flag may have been meant."""
+    # Where standard output is a terminal tyro colours what it writes, wherever that goes.
+    box = ESCAPES.sub("", box)
     lines = [line.strip("│╰╯ ") for line in box.splitlines()]
     if lines[0].startswith("╭"):
         lines[0] = "─────"  # the title, which stands in the frame
     paragraphs = re.split(r"\n?^[─-]{5,}$\n", "\n".join(lines), flags=re.MULTILINE)[1:]  # before: the title
-    first = re.sub(r"^Error parsing \w+: ", "", " ".join(paragraphs[0].split()))
+    # A box of another make is said whole rather than not at all.
+    told = paragraphs[0] if paragraphs else box
+    first = re.sub(r"^Error parsing \w+: ", "", " ".join(told.split()))
     meant = re.search(r"Perhaps you meant:?\n(--[\w-]+)", "\n".join(paragraphs))
     return f"{first}; perhaps you meant {meant[1]}" if meant else first
 
