@@ -7,9 +7,10 @@ workers that draw data, after `--resume`, in `eval` and in sessions.
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from importlib.metadata import entry_points
 from importlib.util import module_from_spec, spec_from_file_location
+from inspect import isabstract
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -94,6 +95,15 @@ class Plugin:
                 f"{self.what} {cls.__qualname__} must stand at the top of a Python file, to be found again"
             )
         return absolute(f"{file}:{cls.__name__}")
+
+
+def derives_from(base: type) -> Callable[[Any], bool]:
+    """Return the test for dataclasses that derive from `base` and leave none of its methods out."""
+
+    def is_one(cls: Any) -> bool:
+        return isinstance(cls, type) and issubclass(cls, base) and is_dataclass(cls) and not isabstract(cls)
+
+    return is_one
 
 
 def absolute(name: str) -> str:

@@ -92,7 +92,10 @@ class Kind:
         Raises:
             ValueError: if the kind cannot, or not with the `inserted` blocks.
         """
-        raise ValueError(f"start is for hybrid models, not for {self.name}")
+        raise ValueError(self._no_start())
+
+    def _no_start(self) -> str:
+        return f"start is for hybrid models, not for {self.name}"
 
     def build(self, options: Any, *, bfloat16: bool = False) -> Model:
         """Make a model as it is before training.
@@ -117,12 +120,12 @@ class Kind:
         return model  # type: ignore[return-value]  # a module with all of that
 
     def take_weights(self, model: Model, source: Model, inserted: tuple[int, ...]) -> None:
-        """Begin with the weights of `source`; `check_start` has refused what cannot.
+        """Begin with the weights of `source`.
 
         Raises:
-            ValueError: if they do not fit.
+            ValueError: if they do not fit, or the kind cannot.
         """
-        raise NotImplementedError
+        raise ValueError(self._no_start())
 
     def save(self, model: Model, options: Any, folder: Path) -> None:
         """Write the weights that training changes into `folder`, made if missing, each file atomically."""

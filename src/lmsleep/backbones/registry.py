@@ -75,7 +75,7 @@ def from_dict(data: Mapping[str, Any]) -> Any:
     Raises:
         ValueError: for an unknown kind, or an unknown or invalid field.
     """
-    old = "hf" if "folder" in data else "hybrid"  # runs before 0.2 did not name the kind
+    old = "hf" if "folder" in data else "hybrid"  # older runs do not name the kind
     return find_kind(data.get(KEY, old)).from_dict(data)
 
 

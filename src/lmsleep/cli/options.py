@@ -63,7 +63,7 @@ def listed(docstrings: dict[str, str | None]) -> str:
 def listed_tasks() -> str:
     """List the tasks with the first lines of their docstrings, and say how to name one's own."""
     tasks = {name: task.__doc__ for name, task in TASKS.items()}
-    return listed({**tasks, "FILE.py:CLASS": "A task of your own (docs/architecture.md), or an entry point."})
+    return listed({**tasks, "FILE.py:CLASS": "A task of your own (docs/carry-on.md), or an entry point."})
 
 
 def task_field(task: str, sections: dict[str, Any]) -> Any:

@@ -1,14 +1,13 @@
 """What stays in attention after a sleep."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, is_dataclass
-from inspect import isabstract
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from lmsleep.plugins import Plugin
+from lmsleep.plugins import Plugin, derives_from
 from lmsleep.state import Cache, Memory, State
 
 
@@ -61,16 +60,11 @@ class Sliding(Eviction):
 
 EVICTIONS: dict[str, type[Eviction]] = {"hard": Hard, "sliding": Sliding}
 
-
-def _is_one(cls: Any) -> bool:
-    return isinstance(cls, type) and issubclass(cls, Eviction) and is_dataclass(cls) and not isabstract(cls)
-
-
 EVICTION = Plugin(
     what="eviction",
     noun="class",
     group="lmsleep.evictions",
-    is_one=_is_one,
+    is_one=derives_from(Eviction),
     must_be="a dataclass (of options) with all methods of lmsleep.Eviction",
 )
 

@@ -191,7 +191,7 @@ class RunConfig:
             # A copy, for the name is taken out of it and `data` is the caller's.
             task = dict(data["task"])
             name = task.pop("name")
-            # What runs before 0.2 said of the backward pass stood with the sleep.
+            # In older runs what is said of the backward pass stands with the sleep.
             training = {k: data["sleep"][k] for k in TRAINING if k in data["sleep"]}
             return cls(
                 task=from_plain(find_task(name), task),

@@ -38,6 +38,7 @@ class GradientSteps(Consolidator):
         del logits
         if window.checkpoint or window.backprop_passes is not None:
             raise ValueError("checkpoint and backprop_passes are for sleeps in passes: leave them out")
+        self.check(window.began.memory.writes)
         meta, tokens, cache = torch.is_grad_enabled(), window.tokens, window.began.cache
         targets = next_tokens(tokens, torch.ones_like(tokens, dtype=torch.bool), window.valid)
         assert targets is not None
@@ -74,8 +75,5 @@ def _trainable(S: Tensor) -> Tensor:
 
 def _descend(loss: Tensor, memory: Memory, rate: float, create_graph: bool) -> Memory:
     """Take one step of gradient descent."""
-    trained = list(memory.tensors())
-    if not trained:
-        raise ValueError("gradient steps need a model with something to train: set its option trained_mlp")
-    gradient = iter(torch.autograd.grad(loss, trained, create_graph=create_graph))
+    gradient = iter(torch.autograd.grad(loss, list(memory.tensors()), create_graph=create_graph))
     return memory.map(lambda S: S - rate * next(gradient))
