@@ -48,6 +48,7 @@ class FastWeights(nn.Module):
         *,
         rule: str,
         conv_size: int,
+        conv_init: float,
         forget: tuple[float, float],
         negative_eigenvalues: bool,
         norm_eps: float,
@@ -57,7 +58,7 @@ class FastWeights(nn.Module):
         self.rule, self.backend = rule, backend
         self.num_heads, self.key_dim, self.value_dim = num_heads, key_dim, value_dim
         self.beta_scale = 2.0 if negative_eigenvalues else 1.0
-        self.forget = forget
+        self.forget, self.conv_init = forget, conv_init
         qk, vs = num_heads * key_dim, num_heads * value_dim
         self.q_proj = nn.Linear(d_model, qk, bias=False)
         self.k_proj = nn.Linear(d_model, qk, bias=False)
@@ -74,11 +75,11 @@ class FastWeights(nn.Module):
 
     @torch.no_grad()
     def reset_gates(self) -> None:
-        """Set the gates to what the rule begins with, and the convolution to the identity."""
+        """Set the gates to what the rule begins with, older taps of the convolution to `conv_init`."""
         ops.find_rule(self.rule).gates.reset(self)
         if self.conv is not None:
-            # The last tap is that of the current token. From the identity, a loop starts as a refinement.
-            self.conv.zero_()
+            # The last tap is that of the current token. From the identity (0), a loop starts as a refinement.
+            self.conv.fill_(self.conv_init)
             self.conv[:, -1] = 1.0
 
     @property

@@ -45,6 +45,7 @@ class MemoryLayer(nn.Module):
                 V,
                 rule="gated_delta_rule",
                 conv_size=self.conv_size,
+                conv_init=0.0,
                 forget=(0.001, 0.1),
                 negative_eigenvalues=False,
                 norm_eps=norm_eps,

@@ -46,6 +46,8 @@ class HybridConfig:
     """Attention blocks: each sequence trains the SwiGLU for itself, by SleepConfig.inner_rate."""
     conv_size: int = 4
     """Taps of the short convolution in fast-weight blocks; 0 for none."""
+    conv_init: float = 0.0
+    """Weight of its older taps at the start, where that of the current token is 1; 0: the identity."""
     rope_theta: float | None = 10_000.0
     """Base of the rotary positions; None for attention without positions."""
     qk_norm: bool = False
@@ -75,7 +77,7 @@ class HybridConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        for name in ("mlp_dim", "conv_size", "residual_init"):
+        for name in ("mlp_dim", "conv_size", "conv_init", "residual_init"):
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ValueError(f"{name} must not be negative, got {value}")

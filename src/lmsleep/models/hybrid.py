@@ -47,6 +47,7 @@ class Block(nn.Module):
                 c.value_dim or c.key_dim,
                 rule=RULE_OF.get(kind, kind),
                 conv_size=c.conv_size,
+                conv_init=c.conv_init,
                 forget=c.forget,
                 negative_eigenvalues=c.negative_eigenvalues,
                 norm_eps=c.norm_eps,
