@@ -351,6 +351,11 @@ def test_gates_begin_with_the_stated_rates():
         assert torch.equal(layer.conv, torch.tensor([0.0, 0, 0, 1]).expand(3 * 16, 4))
 
 
+def test_the_older_taps_of_the_convolution_start_where_they_are_told():
+    conv = HybridLM(tiny("gated_delta_net", conv_init=0.5)).blocks[0].mixer.conv
+    assert torch.equal(conv, torch.tensor([0.5, 0.5, 0.5, 1]).expand_as(conv))
+
+
 def test_residual_init_of_a_block_is_honoured_or_refused():
     try:
         config = tiny("attention", d_model=64, overrides={0: {"residual_init": 0.01}})
@@ -384,6 +389,7 @@ def test_configuration_survives_json(config):
         ("num_kv_heads", -1),
         ("mlp_dim", -8),
         ("conv_size", -1),
+        ("conv_init", -0.5),
         ("norm_eps", -1.0),
         ("residual_init", -1.0),
         ("rope_theta", -1.0),
