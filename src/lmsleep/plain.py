@@ -1,9 +1,40 @@
 """Turn options, dataclasses of plain values (numbers, strings, paths, tuples), to JSON and back."""
 
-from collections.abc import Mapping
+import json
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+
+def check_types(options: Any) -> None:
+    """Refuse a dataclass with a value that is not of the type that its field is annotated with.
+
+    Raises:
+        ValueError: naming field, type and value.
+    """
+    try:
+        hints = get_type_hints(type(options))
+    except NameError:  # a name that only type checkers see: then nobody can tell
+        return
+    for f in fields(options):
+        value, hint = getattr(options, f.name), hints[f.name]
+        if not _fits(value, hint):
+            kind = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+            raise ValueError(f"{f.name} must be {kind}, got {value!r:.80}")
+
+
+def to_json(document: Any, indent: int | None = 2, default: Callable[[Any], Any] | None = None) -> str:
+    """Return a document as JSON that every program reads: null where a number is NaN or infinite.
+
+    Args:
+        document: of mappings, lists and plain values.
+        indent: blanks a level; None: all on one line.
+        default: makes such values of all others; without it they are an error.
+    """
+    return json.dumps(_finite(document), indent=indent, allow_nan=False, default=default)
 
 
 def to_plain(options: Any) -> dict[str, Any]:
@@ -40,3 +71,31 @@ def _restored(value: Any, is_path: bool) -> Any:
 def _mentions(hint: Any, cls: type) -> bool:
     # The class may stand within others: `Path | None`, `tuple[Path, ...]`.
     return hint is cls or any(_mentions(inner, cls) for inner in get_args(hint))
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Say whether a value is one that an annotation allows."""
+    kind, allowed = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return True
+    if kind is Literal:
+        return value in allowed
+    if kind in (Union, UnionType):
+        return any(_fits(value, one) for one in allowed)
+    if kind is tuple and isinstance(value, tuple):
+        each = allowed[:1] * len(value) if allowed[1:] == (...,) else allowed
+        return len(value) == len(each) and all(map(_fits, value, each))
+    wanted = kind or hint
+    if isinstance(value, bool):  # an int to isinstance
+        return wanted is bool
+    if wanted is float:
+        return isinstance(value, int | float)
+    return isinstance(value, wanted) if isinstance(wanted, type) else True
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

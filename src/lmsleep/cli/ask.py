@@ -1,6 +1,5 @@
 """`lmsleep ask`: a question to a memory, which it does not change."""
 
-import json
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from tyro.conf import Positional
 
 from lmsleep.cli.opening import SleepOptions, new_session, take_up
 from lmsleep.cli.options import parse
+from lmsleep.plain import to_json
 from lmsleep.session import Session
 from lmsleep.text.tokenizers import Spelled
 
@@ -72,6 +72,6 @@ def ask(argv: list[str]) -> None:
     )
     if options.json:
         document = {"question": options.question, "answer": answer, "stats": asdict(session.stats)}
-        sys.stdout.write(json.dumps(document, indent=2) + "\n")
+        sys.stdout.write(to_json(document) + "\n")
     else:
         sys.stdout.write(f"{answer}\n")

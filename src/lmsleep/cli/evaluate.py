@@ -1,6 +1,5 @@
 """`lmsleep eval`: a run or a model on held-out samples, at one or several numbers of passes."""
 
-import json
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from lmsleep.cli.scores import bits_text, floor_text, floors_text
 from lmsleep.evaluation import Score, evaluate, wilson
 from lmsleep.evaluation.around_sleep import MOMENTS, AroundSleep, Shifting, around_sleep
 from lmsleep.opening import find
+from lmsleep.plain import to_json
 from lmsleep.sleep import Backbone, SleepConfig
 from lmsleep.tasks import Task, Text
 
@@ -60,7 +60,7 @@ def evaluate_run(argv: list[str]) -> None:
     if options.json:
         passes = {str(n): _eval_json(task, score, around.get(n)) for n, score in result.items()}
         document = {"run": str(options.run), "passes": passes, "floors": task.floors()}
-        sys.stdout.write(json.dumps(document, indent=2) + "\n")
+        sys.stdout.write(to_json(document) + "\n")
     else:
         sys.stdout.write(_eval_text(task, result, around))
 

@@ -1,6 +1,5 @@
 """`lmsleep lm-eval`: tasks of EleutherAI's evaluation harness, read with sleep."""
 
-import json
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from tyro.conf import Positional
 from lmsleep.cli.opening import SleepOptions, new_session
 from lmsleep.cli.options import parse
 from lmsleep.files import write_atomic
+from lmsleep.plain import to_json
 from lmsleep.session import Session
 from lmsleep.version import __version__
 
@@ -81,7 +81,7 @@ def harness(argv: list[str]) -> None:
         "passes": found,
     }
     # default=str: lm-eval puts objects of its own among the figures.
-    text = json.dumps(document, indent=2, default=str) + "\n"
+    text = to_json(document, default=str) + "\n"
     if options.out is not None:
         write_atomic(options.out, text.encode())
     sys.stdout.write(text if options.json else _table(found))

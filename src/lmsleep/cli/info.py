@@ -1,6 +1,5 @@
 """`lmsleep info`: what a run or a model costs."""
 
-import json
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from tyro.conf import Positional
 from lmsleep.cli.options import parse
 from lmsleep.evaluation.cost import cost
 from lmsleep.opening import find
+from lmsleep.plain import to_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ def info(argv: list[str]) -> None:
     # Shapes are enough, so that a model of any size costs no time.
     figures = cost(model.to("meta"), sleep)
     if options.json:
-        sys.stdout.write(json.dumps(figures, indent=2) + "\n")
+        sys.stdout.write(to_json(figures) + "\n")
         return
     sys.stdout.write(
         INFO.format_map({**figures, "blocks": " ".join(figures["blocks"]), "break_even": _even(figures)})

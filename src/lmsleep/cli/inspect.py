@@ -1,6 +1,5 @@
 """`lmsleep inspect`: the microscope, on a run or on what a model reads."""
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from lmsleep import shipped
 from lmsleep.cli.opening import SleepOptions, new_session, take_up
 from lmsleep.cli.options import parse
 from lmsleep.microscope import Inspection, inspect, words
+from lmsleep.plain import to_json
 from lmsleep.session import Session
 from lmsleep.text.tokenizers import Bytes
 from lmsleep.training import RunFolder
@@ -50,8 +50,7 @@ def inspect_command(argv: list[str]) -> None:
     if options.html is not None:
         seen.html(options.html)
     if options.json:
-        # allow_nan=False: NaN is no JSON, and other programs refuse it.
-        sys.stdout.write(json.dumps(seen.to_dict(), indent=2, allow_nan=False) + "\n")
+        sys.stdout.write(to_json(seen.to_dict()) + "\n")
         return
     for title, sentences in (
         ("What does sleep change?", words.changes(seen)),

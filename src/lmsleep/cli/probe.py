@@ -1,6 +1,5 @@
 """`lmsleep probe`: what sleep does to a model as it is."""
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from tyro.conf import Positional
 from lmsleep.cli.options import parse
 from lmsleep.evaluation.facts import CHOICES, DROPPED, KEPT, Reading, zero_shot
 from lmsleep.opening import open_model
+from lmsleep.plain import to_json
 from lmsleep.sleep import SleepConfig
 from lmsleep.text.tokenizers import Bytes
 
@@ -79,7 +79,7 @@ def probe(argv: list[str]) -> None:
         )
     if options.json:
         document = {"chance": 1 / CHOICES, "readings": [r.to_dict() for r in readings]}
-        sys.stdout.write(json.dumps(document, indent=2) + "\n")
+        sys.stdout.write(to_json(document) + "\n")
     else:
         sys.stdout.write(_table(readings) + "\n" + _verdict(readings) + "\n")
 

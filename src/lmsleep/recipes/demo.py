@@ -1,6 +1,5 @@
 """`lmsleep demo`: the shipped models answer, then N = 1 and N = 4 are trained side by side and compared."""
 
-import json
 import secrets
 import sys
 import time
@@ -12,6 +11,7 @@ from typing import Literal
 import torch
 
 from lmsleep.files import write_atomic
+from lmsleep.plain import to_json
 from lmsleep.recipes import figure
 from lmsleep.recipes.answers import ABOUT, Answers
 from lmsleep.recipes.catalogue import LIVE, RECIPES
@@ -85,7 +85,7 @@ def run(options: DemoOptions) -> None:
     say(_next_steps(options.out, time.monotonic() - started))
     if options.json:
         rows = {name: result.rows for name, result in trained.items()}
-        sys.stdout.write(json.dumps({"shipped": answers.to_dict(), "trained": rows}) + "\n")
+        sys.stdout.write(to_json({"shipped": answers.to_dict(), "trained": rows}, indent=None) + "\n")
 
 
 def _shortened(options: TrainConfig, scale: float) -> TrainConfig:

@@ -1,6 +1,5 @@
 """`lmsleep reproduce`: train the runs of a recipe, then write its data, table and figure."""
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,6 +10,7 @@ from typing import Literal
 from tyro.conf import Positional
 
 from lmsleep.backbones import kind_of
+from lmsleep.plain import to_json
 from lmsleep.recipes import figure
 from lmsleep.recipes.catalogue import RECIPES
 from lmsleep.recipes.estimate import estimate, estimated
@@ -68,7 +68,8 @@ def run(options: ReproduceOptions) -> None:
     if options.dry_run:
         rows = estimate(cells, seeds)
         workers = options.workers or default_workers()
-        sys.stdout.write(json.dumps(rows) + "\n" if options.json else estimated(recipe, rows, workers))
+        said = to_json(rows, indent=None) + "\n" if options.json else estimated(recipe, rows, workers)
+        sys.stdout.write(said)
         return
     if recipe.value == "tokens_per_second":
         result = time_steps(recipe, cells, seeds)
@@ -77,7 +78,7 @@ def run(options: ReproduceOptions) -> None:
     out = options.out or Path("results") / name
     result.save(out)
     figure.save(result, out / "figure.png")
-    said = json.dumps(result.rows) if options.json else f"{result.page()}\n{out / 'README.md'}"
+    said = to_json(result.rows, indent=None) if options.json else f"{result.page()}\n{out / 'README.md'}"
     sys.stdout.write(f"{said}\n")
 
 

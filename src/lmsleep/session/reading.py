@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lmsleep.session.owner import proceed
+from lmsleep.files import check_place
+from lmsleep.plain import check_types
+from lmsleep.session.owner import proceed, using
 from lmsleep.session.rows import BrokenSleep, Row
 from lmsleep.session.session import Session, check_tokens
 from lmsleep.text.tokenizers import Bytes, Tokenizer
@@ -37,11 +39,17 @@ class _Reading:
     def of(cls, session: Session) -> "_Reading | None":
         """Return the newest reading of a session, if it had any."""
         try:
-            return cls(**json.loads(session.origin.tags[TAG]))
+            said = cls(**json.loads(session.origin.tags[TAG]))
+            check_types(said)
+            if not 0 <= said.begin <= said.saved or said.tokens < 0:
+                raise ValueError("its counts contradict each other")
         except KeyError:
             return None
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"the memory's tag {TAG!r} is damaged: {error}") from None
+        except (ValueError, TypeError, RecursionError) as error:
+            raise ValueError(
+                f"the memory's tag {TAG!r} is damaged: {error}; read into another memory"
+            ) from None
+        return said
 
     @property
     def end(self) -> int:
@@ -75,9 +83,11 @@ def read_files(
         progress: show a bar, on a terminal.
 
     Raises:
-        ValueError: for no file, a session without a tokenizer, text that the tokenizer cannot read, the tag
-            that is taken, or a session that was stopped in other files or read on by something else since.
+        ValueError: for no file, a session without a tokenizer, text that the tokenizer cannot read, tags that
+            are no texts or the one that is taken, or a session that was stopped in other files or read on by
+            something else since.
         OSError: if a file cannot be read or written.
+        RuntimeError: if another thread uses the session.
         BrokenSleep: as `Session.read`.
     """
     if not files:
@@ -86,6 +96,9 @@ def read_files(
         raise ValueError(f"save_every must not be negative, got {save_every}")
     if TAG in (tags or {}):
         raise ValueError(f"tags: the key {TAG!r} is taken; it says which files were read")
+    replace(session.origin, tags=dict(tags or {}))  # refuses what cannot be saved, before all is read
+    if save is not None:
+        check_place(Path(save))
     if session.tokenizer is None:
         raise ValueError("files need a tokenizer: this session has none")
     tokens, hashes = _tokens([Path(file) for file in files], session.tokenizer)
@@ -101,14 +114,18 @@ def read_files(
     done = min(session.stream.tokens - reading.begin, len(tokens))
     row = Row(stream=session.stream, unread=tokens[done:])
     saved = time.monotonic()  # the clock on the wall may be set back
-    with tqdm(
-        # None: no bar where standard error is no terminal.
-        total=len(tokens),
-        initial=done,
-        unit="token",
-        unit_scale=True,
-        disable=None if progress else True,
-    ) as bar:
+    # Held over all steps: who comes between is refused, not this reading in its middle.
+    with (
+        using([session]),
+        tqdm(
+            # None: no bar where standard error is no terminal.
+            total=len(tokens),
+            initial=done,
+            unit="token",
+            unit_scale=True,
+            disable=None if progress else True,
+        ) as bar,
+    ):
         try:
             for [stepped] in proceed([session], [row]):
                 bar.update(len(tokens) - len(stepped.unread) - bar.n)

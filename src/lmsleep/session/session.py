@@ -12,7 +12,7 @@ from torch import Tensor
 from lmsleep.memory import model_identity
 from lmsleep.session import saving, stream
 from lmsleep.session.answer import Answer, Piece
-from lmsleep.session.owner import Owner, finish, proceed
+from lmsleep.session.owner import Owner, finish, proceed, using
 from lmsleep.session.rows import Row, advance, raise_first
 from lmsleep.session.sampling import Sampling
 from lmsleep.session.stream import Stream, next_logits
@@ -65,7 +65,8 @@ class Session(Owner):
             state before it: at most the fast weights and one window of working memory, both twice.
 
     Raises:
-        ValueError: for a memory that does not fit the model, more than one wake pass, or a negative history.
+        ValueError: for a memory that does not fit the model, a loop that could write nothing into it, more
+            than one wake pass, or a negative history.
     """
 
     def __init__(
@@ -81,7 +82,8 @@ class Session(Owner):
             raise ValueError(f"wake_passes={sleep.wake_passes}: a session reads in one wake pass only")
         self.origin = Origin()
         state = model.initial_state(1)
-        sleep.check(state.memory)
+        # Also what passes=1 sleeps with in `sleep(n)`: found out now, and not after the reading.
+        sleep.with_passes(max(sleep.passes, 2) if sleep.window else sleep.passes).check(state.memory)
         if memory is not None:
             if memory.batch_size not in (0, 1):  # 0 where no block has fast weights
                 raise ValueError(
@@ -104,16 +106,20 @@ class Session(Owner):
     @property
     def memory(self) -> Memory:
         """Return the fast weights now, one row; within a window with what it wrote awake."""
-        memory = self.stream.state.memory
-        origin = replace(
-            self.origin,
+        stream = self.stream  # once: another thread may be reading on
+        return replace(stream.state.memory, origin=self._signed(self.origin, stream))
+
+    def _signed(self, origin: Origin, stream: Stream) -> Origin:
+        """Return an origin with what is known of the session where `stream` is."""
+        writes = stream.state.memory.writes
+        return replace(
+            origin,
             model=model_identity(self.model),
-            tokens=self.stream.tokens,
-            sleeps=self.stream.sleeps,
+            tokens=stream.tokens,
+            sleeps=stream.sleeps,
             passes=self.sleep_config.passes,
-            rule=tuple(k if has else None for has, k in zip(memory.writes, self.model.kinds, strict=True)),
+            rule=tuple(k if has else None for has, k in zip(writes, self.model.kinds, strict=True)),
         )
-        return replace(memory, origin=origin)
 
     @property
     def permanent(self) -> Mapping[str, Tensor]:
@@ -166,17 +172,20 @@ class Session(Owner):
         """Return a row that sleeps on the open window; argument and errors are those of `sleep`."""
         if self.sleep_config.window is None:
             raise ValueError("window=None: this model never sleeps; give its SleepConfig a window")
-        passes = self.sleep_config.passes if passes is None else passes
-        if passes < 1:
-            raise ValueError(f"passes must be at least 1, got {passes}")
-        return Row(stream=self.stream, nap=passes)
+        sleep = self.sleep_config if passes is None else self.sleep_config.with_passes(passes)
+        return Row(stream=self.stream, nap=sleep.passes)
 
     def reset(self) -> None:
-        """Forget everything: `S = 0`, nothing read, counts and times from zero, nothing to take back."""
+        """Forget everything: `S = 0`, nothing read, counts and times from zero, nothing to take back.
+
+        Raises:
+            RuntimeError: if another thread uses the session.
+        """
         new = Session(self.model, self.sleep_config)
-        self.stream, self.origin = new.stream, new.origin
-        self.seconds_awake = self.seconds_asleep = 0.0
-        self.past.clear()
+        with using([self]):
+            self.stream, self.origin = new.stream, new.origin
+            self.seconds_awake = self.seconds_asleep = 0.0
+            self.past.clear()
 
     def fork(self) -> "Session":
         """Return a second session that has read the same, a child of this one; neither changes the other."""
@@ -289,7 +298,7 @@ class Session(Owner):
         tokens = self.tokens(text)
         if not len(tokens):
             raise ValueError("text must have at least one token")
-        return torch.cat(list(self._foresee(tokens)))
+        return torch.cat(list(self._foresee(self.stream, tokens)))
 
     def score(self, text: Readable) -> float:
         """Return the log-likelihood of `text` in nats, were it to come next; the session stays as it is.
@@ -302,10 +311,11 @@ class Session(Owner):
             BrokenSleep: as `read`.
         """
         tokens, total, done = self.tokens(text), 0.0, 0
+        stream = self.stream  # once: another thread may be reading on
         before: Tensor | None = None
-        if len(self.stream.window):
-            [before] = next_logits(self.model, self.sleep_config, [self.stream])
-        for logits in self._foresee(tokens):
+        if len(stream.window):
+            [before] = next_logits(self.model, self.sleep_config, [stream])
+        for logits in self._foresee(stream, tokens):
             # Logits predict the token after theirs, so the last of a window lie a piece before their target.
             # `seen[i]` predicts `targets[i]`, and the last of it waits for the next piece.
             seen = logits if before is None else torch.cat([before[None], logits])
@@ -317,9 +327,9 @@ class Session(Owner):
             before, done = logits[-1], done + len(logits)
         return total
 
-    def _foresee(self, tokens: Tensor) -> Iterator[Tensor]:
+    def _foresee(self, begin: Stream, tokens: Tensor) -> Iterator[Tensor]:
         """Yield the logits after `tokens`, window by window, from a row that nobody keeps."""
-        rows = [Row(stream=self.stream, unread=tokens, keep_logits=True)]
+        rows = [Row(stream=begin, unread=tokens, keep_logits=True)]
         while not rows[0].done:
             rows = advance(self.model, self.sleep_config, rows)
             raise_first(rows)
@@ -354,17 +364,16 @@ class Session(Owner):
         Args:
             path: file, replaced if there is one.
             storage: dtype of the fast weights in the file: float32, bfloat16 or int8; None: as they are.
-            tags: added to those it has.
+            tags: texts, added to those it has; they stay with the session, for its next save and its forks.
 
         Raises:
-            ValueError: for a model without a `state_dict()`, or a state with NaN or infinity.
-            OSError: if the file cannot be written; an old one is untouched.
+            ValueError: for a model without a `state_dict()`, a state with NaN or infinity, or anything else
+                that `load` would refuse. File and session stay as they were.
+            OSError: if the file cannot be written; an old one is untouched, and so is the session.
         """
-        # The tags stay with the session, for its next save and for its forks.
-        self.origin = replace(self.origin, tags={**self.origin.tags, **(tags or {})})
-        origin = self.memory.origin
-        assert origin is not None
-        saving.write(Path(path), self.stream, origin, self.sleep_config, storage)
+        origin, stream = replace(self.origin, tags={**self.origin.tags, **(tags or {})}), self.stream
+        saving.write(Path(path), stream, self._signed(origin, stream), self.sleep_config, storage)
+        self.origin = origin
 
     @classmethod
     def load(
@@ -398,8 +407,17 @@ class Session(Owner):
             raise ValueError(f"{path}: its open window is damaged: {error}") from None
         session.origin = origin
         session.stream = Stream.begin(start, tokens=origin.tokens, sleeps=origin.sleeps)
-        if len(window):  # in one pass, which leaves what the pieces that it came in left, up to rounding
-            session.stream = stream.awake(model, sleep, [session.stream], [window]).streams[0]
+        # A working memory out of a file may be one that no model leaves: one token shows it, and is not kept.
+        reads = window if len(window) or not start.cache.length else torch.zeros(1, dtype=torch.int64)
+        if len(reads):  # in one pass, which leaves what the pieces that it came in left, up to rounding
+            try:
+                [read] = stream.awake(model, sleep, [session.stream], [reads]).streams
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, ValueError, IndexError) as error:
+                what = str(error).partition("\n")[0]
+                raise ValueError(f"{path}: its working memory does not fit together: {what}") from None
+            session.stream = read if len(window) else session.stream
         return session
 
 
