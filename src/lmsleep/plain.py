@@ -22,8 +22,7 @@ def check_types(options: Any) -> None:
     for f in fields(options):
         value, hint = getattr(options, f.name), hints[f.name]
         if not _fits(value, hint):
-            kind = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
-            raise ValueError(f"{f.name} must be {kind}, got {value!r:.80}")
+            raise ValueError(f"{f.name} must be {_said(hint)}, got {value!r:.80}")
 
 
 def to_json(document: Any, indent: int | None = 2, default: Callable[[Any], Any] | None = None) -> str:
@@ -71,6 +70,17 @@ def _restored(value: Any, is_path: bool) -> Any:
 def _mentions(hint: Any, cls: type) -> bool:
     # The class may stand within others: `Path | None`, `tuple[Path, ...]`.
     return hint is cls or any(_mentions(inner, cls) for inner in get_args(hint))
+
+
+def _said(hint: Any) -> str:
+    """Write an annotation as one writes it in Python, its literals as values."""
+    if hint is type(None):
+        return "None"
+    if get_origin(hint) is Literal:
+        return " | ".join(map(repr, get_args(hint)))
+    if get_origin(hint) in (Union, UnionType):
+        return " | ".join(map(_said, get_args(hint)))
+    return hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint)
 
 
 def _fits(value: Any, hint: Any) -> bool:

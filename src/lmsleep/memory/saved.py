@@ -84,8 +84,9 @@ def write(
         ValueError: for an unknown storage, a tensor with NaN or infinity, or what else `read` would refuse.
         OSError: if the file cannot be written; an old one is untouched.
     """
-    said, packed = {**asdict(origin), "blocks": len(memory.layers)}, pack(memory, storage)
+    said = {**asdict(origin), "blocks": len(memory.layers)}
     try:  # by the rules of `read`, before anything is replaced
+        packed = pack(memory, storage)
         origin_from(said)
         for block in _names(packed, said["blocks"]):
             for name in block:
@@ -184,7 +185,9 @@ def pack(memory: Memory, storage: Storage | None) -> dict[str, Tensor]:
     for block, tensors in enumerate(memory.parts):
         for part, S in enumerate(tensors):
             name = _name(block, part)
+            _check(name, S)
             if storage == "int8":
+                S = S.to(torch.promote_types(S.dtype, torch.float32))
                 scale = S.abs().reshape(*_heads(S), -1).amax(-1).view(_scale_shape(S)).float()
                 # A head that is zero has the scale 0; its shares are to be 0, not NaN.
                 share = S / scale.clamp(min=torch.finfo(scale.dtype).tiny)
@@ -193,6 +196,12 @@ def pack(memory: Memory, storage: Storage | None) -> dict[str, Tensor]:
             else:
                 packed[name] = S if storage is None else S.to(getattr(torch, storage))
     return packed
+
+
+def _check(name: str, S: Tensor) -> None:
+    """Refuse what are no fast weights: numbers of a kind that files have, in one row or more."""
+    if not S.ndim or not S.numel() or S.dtype not in file.DTYPES.values():
+        raise ValueError(f"{name} holds no fast weights [B, ...], but {[*S.shape]} of {S.dtype}")
 
 
 def _heads(S: Tensor) -> tuple[int, ...]:
@@ -234,8 +243,7 @@ def _names(tensors: Mapping[str, Tensor], blocks: int) -> list[list[str]]:
 def _unpacked(tensors: Mapping[str, Tensor], name: str) -> Tensor:
     """Return the fast weights called `name`, checked and, out of int8, scaled."""
     S = tensors[name]
-    if not S.ndim or not S.numel() or S.is_complex():
-        raise ValueError(f"{name} holds no fast weights [B, ...]")
+    _check(name, S)
     if not file.finite(S):
         raise ValueError(f"{name} holds NaN or infinity")
     if S.dtype != torch.int8:
