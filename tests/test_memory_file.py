@@ -580,8 +580,8 @@ def test_a_memory_that_is_saved_is_one_that_loads(tmp_path_factory, layers, data
         (Passes, {"loop": (0, 1.5)}), (Passes, {"loop": "center"}), (Passes, {"reset": 1}),
         (Passes, {"normalize": None}), (Passes, {"reinject": 1}), (Passes, {"wake_passes": 1.0}),
         (GradientSteps, {"rate": True}), (GradientSteps, {"rate": "1"}),
-        (GradientSteps, {"rate": float("inf")}), (GradientSteps, {"rate": float("nan")}), (Origin, {"tags": {"a": 1}}), (Origin, {"tokens": True}),
-        (Origin, {"parents": "ab"}), (Origin, {"rule": (1,)}), (Origin, {"id": None}),
+        (GradientSteps, {"rate": float("inf")}), (GradientSteps, {"rate": float("nan")}),
+        (Origin, {"tags": {"a": 1}}), (Origin, {"tokens": True}), (Origin, {"parents": "ab"}), (Origin, {"rule": (1,)}), (Origin, {"id": None}),
     ],
     ids=str,
 )  # fmt: skip
@@ -645,7 +645,7 @@ def test_saving_and_loading_take_no_more_than_the_memory(tmp_path, storage):
     memory = Memory((torch.randn(1, 4, 1024, 2048), torch.randn(1, 4, 1024, 2048)), Origin(model="m"))
     size, slack = memory.nbytes, 8 << 20  # 64 MiB
     taken, _ = peak(lambda: memory.save(tmp_path / "a.mem", storage=storage))
-    assert taken < (0.2 if storage is None else 1.8) * size + slack
+    assert taken < (0.2 if storage is None else 1.8) * size + slack  # of the packed tensors and their check
     taken, loaded = peak(lambda: Memory.load(tmp_path / "a.mem"))
     assert taken < (1.2 if storage is None else 2.2) * size + slack and loaded.nbytes == size
 
