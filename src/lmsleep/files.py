@@ -52,3 +52,28 @@ def locked(path: Path) -> Iterator[None]:
         except BlockingIOError:
             raise ValueError(f"{path} is being written by another process; wait for it to end") from None
         yield
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Name `path` in an OSError that names no file, as that of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def check_folder(path: Path, option: str) -> None:
+    """Refuse a `path` that is no folder to write into and cannot become one; `option`: what named it.
+
+    Raises:
+        ValueError: naming the option, the path and what stands there.
+    """
+    # The nearest that exists: missing folders are made, but not inside a file.
+    there = next(place for place in (path, *path.absolute().parents) if place.exists() or place.is_symlink())
+    if not there.is_dir():
+        raise ValueError(f"{option}={path}: {there} is no folder; name another")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"{option}={path}: {there} cannot be written; name another")

@@ -1,8 +1,13 @@
 """Where a run computes, and in what precision."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from lmsleep.training.config import TrainConfig
+
+NO_MEMORY = ("can't allocate memory", "Storage size calculation overflowed", "numel: integer multiplication")
 
 
 def choose_device(name: str) -> torch.device:
@@ -17,9 +22,33 @@ def choose_device(name: str) -> torch.device:
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device={name!r}: PyTorch sees no CUDA device here; use device='cpu' or 'auto'")
     try:
-        return torch.device(name)
+        device = torch.device(name)
     except RuntimeError:
         raise ValueError(f"device={name!r} is none that PyTorch knows; use 'auto', 'cpu' or 'cuda'") from None
+    try:
+        # A name that PyTorch knows is no device that is here: each kind says so in another way.
+        torch.ones(1, device=device).item()
+    except Exception:
+        raise ValueError(f"device={name!r}: there is none to compute on here; use 'auto' or 'cpu'") from None
+    return device
+
+
+@contextmanager
+def fitting(what: str) -> Iterator[None]:
+    """Say of `what` that it does not fit where memory runs out, as one who asked for it can understand.
+
+    Raises:
+        ValueError: instead of the error of NumPy or PyTorch.
+    """
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise ValueError(f"{what} does not fit into memory; choose a smaller one") from error
+    except RuntimeError as error:
+        # On the CPU PyTorch has no type of its own for it; sizes of more than 63 bits are the same to a user.
+        if not any(sign in str(error) for sign in NO_MEMORY):
+            raise
+        raise ValueError(f"{what} does not fit into memory; choose a smaller one") from error
 
 
 def in_bfloat16(train: TrainConfig, device: torch.device) -> bool:
