@@ -29,6 +29,13 @@ def write_atomic(path: Path, data: bytes) -> None:
         raise
 
 
+def check_folder(path: Path, option: str) -> None:
+    """Raise NotADirectoryError if no folder can be at `path`, which need not be there yet."""
+    there = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"{option}={path}: {there} is a file; name a folder")
+
+
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Keep other processes from writing `path`; the lock ends with this process, even a killed one.
@@ -63,17 +70,3 @@ def naming(path: Path) -> Iterator[None]:
         if error.filename is None:
             error.filename = str(path)
         raise
-
-
-def check_folder(path: Path, option: str) -> None:
-    """Refuse a `path` that is no folder to write into and cannot become one; `option`: what named it.
-
-    Raises:
-        ValueError: naming the option, the path and what stands there.
-    """
-    # The nearest that exists: missing folders are made, but not inside a file.
-    there = next(place for place in (path, *path.absolute().parents) if place.exists() or place.is_symlink())
-    if not there.is_dir():
-        raise ValueError(f"{option}={path}: {there} is no folder; name another")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(f"{option}={path}: {there} cannot be written; name another")

@@ -149,7 +149,7 @@ class HybridLM(nn.Module):
             *((source.blocks[j], self.blocks[i]) for j, i in enumerate(kept)),
         ]
         for old, new in parts:
-            load_weights(new, old.state_dict(), "start: the model to start from has other weights")
+            load_weights(new, old.state_dict(), "the model to start from has other weights")
         # With a zero map into the residual stream the block adds nothing, and still has a gradient there.
         for i in inserted:
             for name, module in self.blocks[i].named_modules():

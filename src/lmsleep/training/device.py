@@ -7,7 +7,8 @@ import torch
 
 from lmsleep.training.config import TrainConfig
 
-NO_MEMORY = ("can't allocate memory", "Storage size calculation overflowed", "numel: integer multiplication")
+# What PyTorch says on the CPU, where it has no error of its own for it, and of sizes beyond 63 bits.
+NO_MEMORY = ("can't allocate memory", "out of memory", "overflow")
 
 
 def choose_device(name: str) -> torch.device:
@@ -23,14 +24,18 @@ def choose_device(name: str) -> torch.device:
         raise ValueError(f"device={name!r}: PyTorch sees no CUDA device here; use device='cpu' or 'auto'")
     try:
         device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"device={name!r} is none that PyTorch knows; use 'auto', 'cpu' or 'cuda'") from None
-    try:
-        # A name that PyTorch knows is no device that is here: each kind says so in another way.
-        torch.ones(1, device=device).item()
-    except Exception:
-        raise ValueError(f"device={name!r}: there is none to compute on here; use 'auto' or 'cpu'") from None
-    return device
+        # There and back: names that no backend answers to fail in many ways, and "meta" holds no numbers.
+        torch.ones(1, device=device).cpu()
+    except Exception as error:
+        raise ValueError(
+            f"device={name!r} cannot compute here ({type(error).__name__}); use 'auto', 'cpu' or 'cuda'"
+        ) from None
+    # PyTorch takes any number behind "cpu", readers of files none.
+    if device.type != "cpu":
+        return device
+    if device.index:
+        raise ValueError(f"device={name!r}: there is one CPU; use 'cpu'")
+    return torch.device("cpu")
 
 
 @contextmanager
@@ -45,7 +50,6 @@ def fitting(what: str) -> Iterator[None]:
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise ValueError(f"{what} does not fit into memory; choose a smaller one") from error
     except RuntimeError as error:
-        # On the CPU PyTorch has no type of its own for it; sizes of more than 63 bits are the same to a user.
         if not any(sign in str(error) for sign in NO_MEMORY):
             raise
         raise ValueError(f"{what} does not fit into memory; choose a smaller one") from error

@@ -19,7 +19,7 @@ from lmsleep.training.device import autocast, choose_device, fitting, in_bfloat1
 from lmsleep.training.objective import Objective
 from lmsleep.training.optim import optimizers, set_rates, sleep_at
 from lmsleep.training.progress import progress
-from lmsleep.training.runs import RunFolder
+from lmsleep.training.runs import TRAINER, RunFolder
 from lmsleep.training.start import first_model
 from lmsleep.training.step import take_step
 from lmsleep.training.tracking import Events, installed
@@ -117,17 +117,15 @@ class Trainer:
             ValueError: if it is damaged or belongs to another configuration.
         """
         config = config or folder.config()
-        path = checkpoint or folder.latest()
+        path = checkpoint or folder.latest(resumable=True)
         bfloat16 = in_bfloat16(config.train, choose_device(config.train.device))
         trainer = cls(folder, config, folder.model_of(path, config, bfloat16=bfloat16))
         try:
             # weights_only: a checkpoint is data and must not run code when it is opened.
-            trainer._restore(torch.load(path / "trainer.pt", map_location=trainer.device, weights_only=True))
+            trainer._restore(torch.load(path / TRAINER, map_location=trainer.device, weights_only=True))
         # A damaged file makes torch raise nearly anything, and say it in many lines.
         except Exception as error:
-            raise ValueError(
-                f"{path / 'trainer.pt'} is damaged or foreign; {folder.without(path)}"
-            ) from error
+            raise ValueError(f"{path / TRAINER} is damaged or foreign; {folder.without(path)}") from error
         return trainer
 
     def _restore(self, saved: dict[str, Any]) -> None:

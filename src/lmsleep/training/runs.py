@@ -34,6 +34,7 @@ from lmsleep.version import __version__
 KEEP = 2  # checkpoints
 BRANCH = "branch"  # name of the checkpoint that a shorter run is continued from
 SPENT = ("step", "tokens", "flops", "seconds")
+TRAINER = "trainer.pt"  # of a checkpoint, beside the model
 LOCK = "training"
 LOCKED = f".{LOCK}.lock"  # the file that `files.locked` makes for it
 # What a kill may leave beside the files of a run: half of one, and the lock.
@@ -245,11 +246,10 @@ class RunFolder:
 
     def _sweep(self) -> None:
         """Remove what kills left; nobody else writes here, for the run is locked."""
-        complete = self.checkpoints()
-        for path in [*self.path.glob("checkpoints/.*"), *self.path.glob("checkpoints/step-????????")]:
-            if path not in complete:
-                _remove(path)
-        for path in [*self.path.glob(f"checkpoints/{BRANCH}-*"), *filter(_is_left, self.path.iterdir())]:
+        root = self.path / "checkpoints"
+        half = (path for path in root.glob("step-????????") if not (path / TRAINER).is_file())
+        left = filter(_is_left, self.path.iterdir())
+        for path in [*half, *left, *root.glob(".*"), *root.glob(f"{BRANCH}-*")]:
             _remove(path)
 
     def save_checkpoint(
@@ -272,7 +272,7 @@ class RunFolder:
         final, partial = root / f"{name}-{step:08d}", root / f".partial-{os.getpid()}"
         try:
             write_model(partial)
-            _save(trainer, partial / "trainer.pt")
+            _save(trainer, partial / TRAINER)
             # A folder cannot be renamed over one that holds files.
             if final.exists():
                 _remove(final)
@@ -287,12 +287,13 @@ class RunFolder:
         return final
 
     def checkpoints(self) -> list[Path]:
-        """List the complete checkpoints, oldest first."""
+        """List the checkpoints, oldest first."""
         found = (self.path / "checkpoints").glob("step-????????")
-        return sorted(p for p in found if p.name[-8:].isdecimal() and (p / "trainer.pt").is_file())
+        # Others may have been removed half, by older versions.
+        return sorted(p for p in found if p.name[-8:].isdecimal() and any(p.glob("*.safetensors")))
 
-    def latest(self) -> Path:
-        """Return the newest checkpoint.
+    def latest(self, *, resumable: bool = False) -> Path:
+        """Return the newest checkpoint; `resumable`: that training can go on from, not a model alone.
 
         Raises:
             FileNotFoundError: if there is none yet.
@@ -300,6 +301,10 @@ class RunFolder:
         found = self.checkpoints()
         if not found:
             raise FileNotFoundError(f"{self.path} has no checkpoint yet: lmsleep train --resume {self.path}")
+        if resumable:
+            found = [path for path in found if (path / TRAINER).is_file()]
+        if not found:
+            raise FileNotFoundError(f"{self.path} holds a model alone: without {TRAINER} no training goes on")
         return found[-1]
 
     def model(self, device: torch.device | str = "cpu", config: RunConfig | None = None) -> Model:
