@@ -1,7 +1,7 @@
 """Kill a command before each of its operations on files, and take it up: `kills.py EVERY COMMAND...`.
 
-The command works on RUN, in a new folder each time. Printed is one JSON object for each kill: how it went, and
-what is in the folder in the end. The first is of a command that nobody killed.
+The command works on RUN, in a new folder each time. Printed is one JSON object for each kill: how it went,
+and what is in the folder in the end. The first is of a command that nobody killed.
 """
 
 import json
