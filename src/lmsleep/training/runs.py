@@ -26,7 +26,7 @@ import torch
 
 from lmsleep import trust
 from lmsleep.backbones import Model, kind_of, load
-from lmsleep.files import check_folder, locked, naming, write_atomic
+from lmsleep.files import check_folder, locked, write_atomic
 from lmsleep.plugins import code_named
 from lmsleep.training.config import RunConfig
 from lmsleep.version import __version__
@@ -62,7 +62,8 @@ class RunFolder:
 
         Raises:
             FileExistsError: if there is anything else in the folder.
-            ValueError: if the folder cannot be, or another process makes it.
+            ValueError: if another process makes it.
+            OSError: if the folder cannot be made.
         """
         folder = cls(path)
         folder.make(config)
@@ -100,7 +101,7 @@ class RunFolder:
 
         Raises:
             FileExistsError: if there is more in it than this configuration, and what a kill may leave.
-            ValueError: if it is none, or cannot be made.
+            NotADirectoryError: if it is a file, or in one.
         """
         check_folder(self.path, "out")
         held = self._entries() if self.path.is_dir() else []
@@ -139,8 +140,6 @@ class RunFolder:
                 raise ValueError(
                     f"{self.path} is being trained by another process; wait for it to end"
                 ) from None
-            except ModuleNotFoundError:
-                pass  # Windows
             except OSError as error:
                 if error.errno not in NO_LOCKS:
                     raise
@@ -202,7 +201,7 @@ class RunFolder:
     def log(self, record: dict[str, Any]) -> None:
         """Append one line to the metrics."""
         path = self.path / "metrics.jsonl"
-        with naming(path), path.open("a") as file:
+        with _naming(path), path.open("a") as file:
             file.write(json.dumps(record) + "\n")
 
     def metrics(self) -> Iterator[dict[str, Any]]:
@@ -415,13 +414,24 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Name `path` in an OSError that names no file, as that of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
 def _save(trainer: Mapping[str, Any], path: Path) -> None:
     """Write with `torch.save`, down to the disk.
 
     Raises:
         OSError: naming the file.
     """
-    with naming(path), path.open("wb") as file:
+    with _naming(path), path.open("wb") as file:
         try:
             torch.save(trainer, file)
         except RuntimeError as error:
