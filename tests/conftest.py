@@ -1,3 +1,6 @@
+import os
+import tempfile
+
 import torch
 from hypothesis import settings
 from torch import Tensor
@@ -6,6 +9,8 @@ from lmsleep import HybridConfig, HybridLM
 from lmsleep.cli import main
 
 torch.set_num_threads(1)
+# What tests train with may run here; nothing of it is remembered for the user who runs them.
+os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp()
 settings.register_profile("suite", deadline=None, derandomize=True, max_examples=30)
 settings.load_profile("suite")
 

@@ -67,6 +67,13 @@ def replacing(path: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 
+def check_folder(path: Path, option: str) -> None:
+    """Raise NotADirectoryError if no folder can be at `path`, which need not be there yet."""
+    there = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"{option}={path}: {there} is a file; name a folder")
+
+
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Keep other processes from writing `path`; the lock ends with this process, even a killed one.

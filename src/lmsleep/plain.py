@@ -15,14 +15,18 @@ def check_types(options: Any) -> None:
     Raises:
         ValueError: naming field, type and value.
     """
+    check_values(type(options), {f.name: getattr(options, f.name) for f in fields(options)})
+
+
+def check_values(cls: type[Any], values: Mapping[str, Any]) -> None:
+    """Refuse values for fields of the dataclass `cls` as `check_types` does, before it is made of them."""
     try:
-        hints = get_type_hints(type(options))
+        hints = get_type_hints(cls)
     except NameError:  # a name that only type checkers see: then nobody can tell
         return
-    for f in fields(options):
-        value, hint = getattr(options, f.name), hints[f.name]
-        if not _fits(value, hint):
-            raise ValueError(f"{f.name} must be {_said(hint)}, got {value!r:.80}")
+    for name, value in values.items():
+        if not _fits(value, hints[name]):
+            raise ValueError(f"{name} must be {_said(hints[name])}, got {value!r:.80}")
 
 
 def to_json(document: Any, indent: int | None = 2, default: Callable[[Any], Any] | None = None) -> str:
@@ -45,14 +49,16 @@ def from_plain(cls: type[Any], data: Mapping[str, Any]) -> Any:
     """Return the dataclass that `to_plain` made `data` of: JSON's lists are tuples, and paths paths.
 
     Raises:
-        ValueError: for an unknown field, or one that the dataclass refuses.
+        ValueError: for an unknown field, a value of another type, or one that the dataclass refuses.
         TypeError: for a missing one.
     """
     if unknown := set(data) - {f.name for f in fields(cls)}:
         raise ValueError(f"unknown field {', '.join(sorted(unknown))} of {cls.__name__}")
     # Fields may be annotated by strings, which this resolves. JSON has no paths: only the hint tells them.
     hints = get_type_hints(cls)
-    return cls(**{k: _restored(v, _mentions(hints[k], Path)) for k, v in data.items()})
+    options = {k: _restored(v, _mentions(hints[k], Path)) for k, v in data.items()}
+    check_values(cls, options)
+    return cls(**options)
 
 
 def _plain(value: Any) -> Any:

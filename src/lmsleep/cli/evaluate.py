@@ -40,6 +40,8 @@ class EvalOptions:
     """Files or sets to evaluate on instead of those of a text run (what is held out of them)."""
     device: str = "auto"
     """auto (CUDA where present), cpu, cuda, ..."""
+    trust: bool = False
+    """Run the Python files that the run or model names, though you have trained no run with them."""
     json: bool = False
     """Print one JSON document instead of a table."""
 
@@ -75,7 +77,7 @@ class _Evaluated(NamedTuple):
 
 def _evaluated(options: EvalOptions) -> _Evaluated:
     """Return what is evaluated, and on which task: the run's own, or --data."""
-    place = find(options.run)
+    place = find(options.run, trust=options.trust)
     if place.run is None and not options.data:
         raise ValueError(f"{options.run} was trained on no task of lmsleep: name files to read with --data")
     model, sleep = place.backbone(options.device)

@@ -23,6 +23,8 @@ class InfoOptions:
     """L; default the run's, or 64."""
     passes: int | None = None
     """N; default the run's, or 4."""
+    trust: bool = False
+    """Run the Python files that the run or model names, though you have trained no run with them."""
     json: bool = False
     """Print one JSON document instead of text."""
 
@@ -31,7 +33,7 @@ def info(argv: list[str]) -> None:
     """Run `lmsleep info RUN|MODEL`."""
     options = parse(InfoOptions, argv, "lmsleep info")
     # As before training, which needs no checkpoint: cost does not hang on weights.
-    model, sleep = find(options.path).backbone("cpu", trained=False)
+    model, sleep = find(options.path, trust=options.trust).backbone("cpu", trained=False)
     sleep = replace(
         sleep,
         window=sleep.window if options.window is None else options.window,

@@ -69,7 +69,8 @@ def _look(options: InspectOptions) -> Inspection:
             raise ValueError("--memory needs --text or --file: what the memory is asked for")
         if any(value is not None for value in (options.window, options.passes, options.loop)):
             raise ValueError("--window, --passes and --loop are for --text or --file; a run has its own")
-        return inspect(RunFolder.open(shipped.find(options.model)), samples=options.samples, progress=True)
+        run = RunFolder.open(shipped.find(options.model), trust=options.trust)
+        return inspect(run, samples=options.samples, progress=True)
     if options.text is not None and options.file is not None:
         raise ValueError("--text and --file exclude each other")
     session = new_session(options.model, options)

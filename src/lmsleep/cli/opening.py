@@ -25,6 +25,8 @@ class SleepOptions:
     """Of a saved model: bytes, or the folder of a Hugging Face tokenizer; default its own, or bytes."""
     device: str = "auto"
     """auto (CUDA where present), cpu, cuda, ..."""
+    trust: bool = False
+    """Run the Python files that the run or model names, though you have trained no run with them."""
 
 
 def new_session(path: Path, options: SleepOptions, *, history: int = 0) -> Session:
@@ -36,7 +38,7 @@ def new_session(path: Path, options: SleepOptions, *, history: int = 0) -> Sessi
         ValueError: as `open_model`, or for a sleep that does not fit the model.
         FileNotFoundError: if there is none.
     """
-    model, sleep, tokenizer = open_model(path, options.tokenizer, options.device)
+    model, sleep, tokenizer = open_model(path, options.tokenizer, options.device, trust=options.trust)
     given = {name: getattr(options, name) for name in GIVEN}
     # What is not given stays as the model has it.
     given = {name: value for name, value in given.items() if value is not None}

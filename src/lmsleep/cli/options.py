@@ -6,15 +6,14 @@ from collections.abc import Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field, fields, make_dataclass, replace
 from io import StringIO
-from typing import Any, get_args
+from typing import Any
 
 import tyro
 
 from lmsleep.backbones import Kind
 from lmsleep.models import HybridConfig
 from lmsleep.sleep import CONSOLIDATOR, CONSOLIDATORS, EVICTION, EVICTIONS, SleepConfig
-from lmsleep.tasks import TASKS, Split, batch_rng, find_task
-from lmsleep.training import RunConfig
+from lmsleep.tasks import TASKS, find_task
 
 # No prefixes: flags are --window, not --windows.window. Fixed fields are not in --help, for none can be set.
 ESCAPES = re.compile(r"\x1b\[[0-9;]*m")  # colours and weights of a terminal
@@ -151,10 +150,3 @@ def chosen_sleep(options: Any) -> SleepConfig:
 def as_type(cls: Any, options: Any) -> Any:
     """Convert options to a class with the same fields, or with some of them."""
     return cls(**{f.name: getattr(options, f.name) for f in fields(cls)})
-
-
-def check_samples(config: RunConfig) -> None:
-    """Draw a sample of each split; raise what the task raises if it cannot."""
-    # Some of what a task cannot draw shows only in drawing.
-    for split in get_args(Split):
-        config.task.batch(batch_rng(config.train.seed, split, 0), 1, split)

@@ -45,6 +45,8 @@ class ProbeOptions:
     """auto (CUDA where present), cpu, cuda, ..."""
     seed: int = 0
     """Of the pieces and the facts."""
+    trust: bool = False
+    """Run the Python files that the run or model names, though you have trained no run with them."""
     json: bool = False
     """Print one JSON document instead of a table."""
 
@@ -52,7 +54,7 @@ class ProbeOptions:
 def probe(argv: list[str]) -> None:
     """Run `lmsleep probe MODEL --text FILE`."""
     options = parse(ProbeOptions, argv, "lmsleep probe")
-    model, _, tokenizer = open_model(options.model, options.tokenizer, options.device)
+    model, _, tokenizer = open_model(options.model, options.tokenizer, options.device, trust=options.trust)
     data = options.text.read_bytes()
     # Bytes need not be UTF-8; any other tokenizer reads text.
     tokens = list(data) if isinstance(tokenizer, Bytes) else tokenizer.encode(data.decode())

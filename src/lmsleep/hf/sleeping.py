@@ -16,6 +16,7 @@ from lmsleep.hf.sleep_cache import SleepCache
 from lmsleep.hf.trial import adapt
 from lmsleep.session import Session
 from lmsleep.sleep import SleepConfig, SleepOutput, sleep_forward
+from lmsleep.trust import named_by
 
 
 def sleepify(model: Any, sleep: SleepConfig) -> Any:
@@ -48,12 +49,15 @@ def sleepify(model: Any, sleep: SleepConfig) -> Any:
     return model
 
 
-def from_pretrained(path: str | Path, sleep: SleepConfig | None = None, **options: Any) -> Any:
+def from_pretrained(
+    path: str | Path, sleep: SleepConfig | None = None, *, trust: bool = False, **options: Any
+) -> Any:
     """Load a model that sleeps from a local folder.
 
     Args:
         path: folder of a model that `save_pretrained` wrote, or of any other that can sleep.
         sleep: instead of what the folder says.
+        trust: run the Python file that the sleep of the folder names.
         options: as for `load_pretrained`, such as `dtype`.
 
     Returns:
@@ -62,9 +66,10 @@ def from_pretrained(path: str | Path, sleep: SleepConfig | None = None, **option
     Raises:
         ValueError: as `load_pretrained` and `sleepify`, or if nobody says how to sleep.
         FileNotFoundError: as `load_pretrained`.
+        PermissionError: if the sleep names code that may not run.
     """
     model = load_pretrained(path, **options)
-    sleep = saved_sleep(model.config, path) if sleep is None else sleep
+    sleep = saved_sleep(model.config, path, trust=trust) if sleep is None else sleep
     if sleep is None:
         raise ValueError(
             f"{path}: its config.json has no field sleep; pass sleep=SleepConfig(window=..., passes=...)"
@@ -72,17 +77,19 @@ def from_pretrained(path: str | Path, sleep: SleepConfig | None = None, **option
     return sleepify(model, sleep)
 
 
-def saved_sleep(config: Any, path: str | Path) -> SleepConfig | None:
+def saved_sleep(config: Any, path: str | Path, *, trust: bool = False) -> SleepConfig | None:
     """Read the sleep in a configuration of `transformers`; None if it has none.
 
     Raises:
         ValueError: if it is damaged; names `path`.
+        PermissionError: if it names code that may not run, and `trust` does not say that it may.
     """
     found = getattr(config, "sleep", None)
     if found is None:
         return None
     try:
-        return SleepConfig.from_dict(found)
+        with named_by(Path(path) / "config.json", trust=trust):
+            return SleepConfig.from_dict(found)
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: the field sleep of config.json is damaged: {error}") from None
 

@@ -54,6 +54,8 @@ def run(options: DemoOptions) -> None:
         raise ValueError(f"seeds must be named each once, got {seeds}")
     if not 0 < options.scale <= 1:
         raise ValueError(f"scale must lie in (0, 1], got {options.scale}")
+    if len(set(options.tasks)) != len(options.tasks):
+        raise ValueError(f"tasks must be named each once, got {' '.join(options.tasks)}")
     if not options.full and options.tasks != ("depo",):
         raise ValueError(f"tasks={options.tasks}: only depo is trained without --full")
     # With --json standard output is the document alone.

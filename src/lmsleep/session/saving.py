@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lmsleep import memory
 from lmsleep.memory.file import finite
+from lmsleep.plugins import in_file
 from lmsleep.session.stream import Stream
 from lmsleep.sleep import Backbone, SleepConfig
 from lmsleep.state import Cache, Origin, State, Storage
@@ -72,7 +73,7 @@ def _check_code(said: Mapping[str, Any], sleep: SleepConfig | None) -> None:
     known = {} if sleep is None else sleep.to_dict()
     for choice in ("consolidator", "eviction"):
         name = said[choice].get("name", "") if isinstance(said.get(choice), Mapping) else said.get(choice)
-        if ".py:" in str(name) and name != known.get(choice, {}).get("name"):
+        if in_file(str(name)) and name != known.get(choice, {}).get("name"):
             raise ValueError(f"its {choice} is code, {name}; if you trust it, give a sleep that names it too")
 
 

@@ -3,11 +3,11 @@
 import multiprocessing
 import signal
 from concurrent.futures import Future, ProcessPoolExecutor
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
-from lmsleep.tasks import Batch, batch_rng
+from lmsleep.tasks import Batch, Split, batch_rng
 from lmsleep.training.config import RunConfig
 from lmsleep.training.optim import level
 from lmsleep.training.workers import leave_with_parent
@@ -23,6 +23,13 @@ def draw(config: RunConfig, step: int) -> Batch:
     # Keyed by the step and not advanced from batch to batch: any process can draw any batch, in any order.
     rng = batch_rng(train.seed, "train", step)
     return config.task.batch(rng, train.batch_size, "train", level(step, train))
+
+
+def check_samples(config: RunConfig) -> None:
+    """Draw a sample of each split; raise what the task raises if it cannot."""
+    # Some of what a task cannot draw shows only in drawing.
+    for split in get_args(Split):
+        config.task.batch(batch_rng(config.train.seed, split, 0), 1, split)
 
 
 class Batches:
