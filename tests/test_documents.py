@@ -126,7 +126,7 @@ def test_bad_rows_are_named_with_their_line(tmp_path, content, said):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=said):
-        Text(data=(path,))
+        draw(Text(data=(path,)))
 
 
 def test_sources_that_do_not_fit_are_refused(tmp_path, text_set, question_set):
@@ -142,7 +142,7 @@ def test_sources_that_do_not_fit_are_refused(tmp_path, text_set, question_set):
         ((book,), {"tokenizer": str(tmp_path / "empty")}, "holds no tokenizer"),
     ):
         with pytest.raises(ValueError, match=said):
-            Text(data=data, **options)
+            draw(Text(data=data, **options))
 
 
 # Tokens
@@ -168,7 +168,7 @@ def test_a_tokenizer_needs_text(tmp_path, tokenizer):
     path = tmp_path / "latin.txt"
     path.write_bytes("Frösche ".encode("latin-1") * 99)
     with pytest.raises(ValueError, match=r"latin\.txt is not UTF-8"):
-        Text(data=(path,), tokenizer=tokenizer)
+        draw(Text(data=(path,), tokenizer=tokenizer))
 
 
 # Packing

@@ -25,6 +25,8 @@ from lmsleep.training.start import first_model
 from lmsleep.training.step import take_step
 from lmsleep.training.tracking import Events, installed
 
+ANEW = "begin a new run with another --out"  # where a run cannot go on
+
 
 class Diverged(RuntimeError):
     """The loss or a gradient became non-finite; the state before that step was saved."""
@@ -81,8 +83,9 @@ class Trainer:
 
         Raises:
             FileNotFoundError: if there is no checkpoint.
-            ValueError: if it is damaged or belongs to another configuration.
+            ValueError: if it is damaged or belongs to another configuration, or if the data have changed.
         """
+        folder.check_data(ANEW)
         config = config or folder.config()
         path = checkpoint or folder.latest()
         bfloat16 = in_bfloat16(config.train, choose_device(config.train.device))
@@ -114,6 +117,7 @@ class Trainer:
         """Continue a run; one that was stopped before its first checkpoint begins again."""
         if folder.checkpoints():
             return cls.resume(folder)
+        folder.check_data(ANEW)
         trainer = cls(folder, folder.config())
         folder.rewind(0)
         return trainer

@@ -22,6 +22,7 @@ import torch
 
 from lmsleep.backbones import Model, kind_of, load
 from lmsleep.files import write_atomic
+from lmsleep.training import data
 from lmsleep.training.config import RunConfig
 from lmsleep.version import __version__
 
@@ -40,12 +41,14 @@ class RunFolder:
 
         Raises:
             FileExistsError: if the folder exists and is not empty.
+            ValueError: if a file that the task draws from is missing.
         """
         folder = cls(path)
         folder.check_new()
         # An empty folder may be there already, made by whoever chose the name.
         folder.path.mkdir(parents=True, exist_ok=True)
-        folder._write_json("config.json", {**config.to_dict(), "made_by": provenance()})
+        made = {"made_by": provenance(), "data": data.hashes(config.task)}
+        folder._write_json("config.json", {**config.to_dict(), **made})
         return folder
 
     def check_new(self) -> None:
@@ -102,6 +105,20 @@ class RunFolder:
         """Return what made the run: version, commit, command, software, hardware."""
         made: dict[str, Any] = json.loads((self.path / "config.json").read_text())["made_by"]
         return made
+
+    def check_data(self, remedy: str) -> None:
+        """Refuse data that changed since the run was made (its config.json has their hashes).
+
+        Args:
+            remedy: what to do instead, for the message.
+
+        Raises:
+            ValueError: naming the file that is gone or has changed.
+        """
+        recorded = json.loads((self.path / "config.json").read_text()).get("data")
+        # Runs of before hashes were kept have nothing to compare with.
+        if recorded is not None:
+            data.check(self.path, recorded, self.config().task, remedy)
 
     def log(self, record: dict[str, Any]) -> None:
         """Append one line to the metrics."""
