@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from tyro.conf import Positional
 
-from lmsleep.cli.options import parse
+from lmsleep.cli.options import parse, say_rows
 from lmsleep.cli.scores import bits_text, floor_text, floors_text
 from lmsleep.evaluation import Score, evaluate, wilson
 from lmsleep.evaluation.around_sleep import MOMENTS, AroundSleep, Shifting, around_sleep
@@ -49,6 +49,8 @@ def evaluate_run(argv: list[str]) -> None:
     """Run `lmsleep eval RUN`."""
     options = parse(EvalOptions, argv, "lmsleep eval")
     model, task, own, size, parts = _evaluated(options)
+    if options.data:
+        say_rows(task)
     result: dict[int, Score] = {}
     around: dict[int, AroundSleep] = {}
     for n in options.passes or (own.passes,):

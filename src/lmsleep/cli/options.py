@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import sys
 from collections.abc import Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field, fields, make_dataclass, replace
@@ -13,7 +14,7 @@ import tyro
 from lmsleep.backbones import Kind
 from lmsleep.models import HybridConfig
 from lmsleep.sleep import CONSOLIDATOR, CONSOLIDATORS, EVICTION, EVICTIONS, SleepConfig
-from lmsleep.tasks import TASKS, Split, batch_rng, find_task
+from lmsleep.tasks import TASKS, Split, Task, Text, batch_rng, find_task
 from lmsleep.training import RunConfig
 
 # No prefixes: flags are --window, not --windows.window. Fixed fields are not in --help, for none can be set.
@@ -153,8 +154,15 @@ def as_type(cls: Any, options: Any) -> Any:
     return cls(**{f.name: getattr(options, f.name) for f in fields(cls)})
 
 
+def say_rows(task: Task) -> None:
+    """Say on standard error what became of the rows of a set; a file that is one document needs no words."""
+    if isinstance(task, Text) and task.summary is not None:
+        sys.stderr.write(f"{task.summary}\n")
+
+
 def check_samples(config: RunConfig) -> None:
-    """Draw a sample of each split; raise what the task raises if it cannot."""
+    """Draw a sample of each split, saying what of; raise what the task raises if it cannot."""
+    say_rows(config.task)
     # Some of what a task cannot draw shows only in drawing.
     for split in get_args(Split):
         config.task.batch(batch_rng(config.train.seed, split, 0), 1, split)

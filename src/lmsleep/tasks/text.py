@@ -84,6 +84,14 @@ class Text:
         return self._has_rows and asks(self.data[0], self.fields)
 
     @property
+    def summary(self) -> str | None:
+        """What became of the rows of sets, in words; None for files, each of which is a document."""
+        if not self._has_rows:
+            return None
+        names, (train, test) = ", ".join(path.name for path in self.data), map(len, self._parts.values())
+        return f"{names}: each row is a document, {train} to train on and {test} held out"
+
+    @property
     def unit(self) -> str:
         """The word for a token: "byte" or "token"."""
         return "byte" if self.tokenizer == "bytes" else "token"

@@ -6,6 +6,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lmsleep.text.characters import check_characters
 from lmsleep.text.rows import Row, read_rows
 from lmsleep.text.splits import Split
 
@@ -45,6 +46,11 @@ def read_set(
     for row in read_rows(path):
         names = names or _guess(row)
         values = [_value(row, name) for name in names]
+        if len(names) == 2 and not all(isinstance(value, str) for value in values):
+            raise ValueError(
+                f"{row.where}: a prompt and its answer must be texts; of a conversation name the one field "
+                f"that holds all of it, such as {CONVERSATION}"
+            )
         fields = tuple(
             value if isinstance(value, str) else _conversation(row, name, value, chat)
             for name, value in zip(names, values, strict=True)
@@ -68,7 +74,7 @@ def _split(first: str | list[dict[str, Any]]) -> Split:
     if not isinstance(first, str):
         # As prompts with answers are, by what comes before the last message; and alike in all formats.
         first = "\n".join(f"{message['role']}: {message['content']}" for message in first[:-1] or first)
-    # A role, which no template need write, may hold what `_check` refuses.
+    # A role, which no template need write, may hold what is no text.
     digest = blake2b(first.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return "train" if int.from_bytes(digest, "big") % HELD_OUT else "test"
 
@@ -92,7 +98,7 @@ def _value(row: Row, name: str) -> str | list[dict[str, Any]]:
     if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
         value = str(value)
     if isinstance(value, str):
-        _check(value, f"{row.where}: field {name!r}")
+        check_characters(value, f"{row.where}: field {name!r}")
         return value
     if isinstance(value, list) and value and all(isinstance(message, dict) for message in value):
         for message in value:
@@ -104,16 +110,6 @@ def _value(row: Row, name: str) -> str | list[dict[str, Any]]:
         return value
     what = value if isinstance(value, float) else type(value).__name__
     raise ValueError(f"{row.where}: field {name!r} must be text or a number, got {what}")
-
-
-def _check(text: str, where: str) -> None:
-    """Refuse half of a surrogate pair, which JSON may hold and no encoding of text does."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{where}: character {error.start + 1} is half a surrogate pair ({text[error.start]!a}), no text"
-        ) from None
 
 
 def _conversation(row: Row, name: str, messages: list[dict[str, Any]], chat: Chat | None) -> str:
@@ -129,5 +125,5 @@ def _conversation(row: Row, name: str, messages: list[dict[str, Any]], chat: Cha
     except Exception as error:  # templates raise what they like
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{where}: {reason}") from None
-    _check(text, where)
+    check_characters(text, where)
     return text

@@ -100,7 +100,7 @@ def to_tokens(text: bytes, tokenizer: Tokenizer, path: Path) -> np.ndarray:
     """Return the tokens `[n]` of the text in the file at `path`: uint8 of `Bytes`, otherwise int32.
 
     Raises:
-        ValueError: naming the file, for text that is not in UTF-8 (but of `Bytes`) or that the tokenizer refuses.
+        ValueError: naming the file, for text that is not UTF-8 (but `Bytes` takes it), or refused words.
     """
     if isinstance(tokenizer, Bytes):
         return np.frombuffer(text, dtype=np.uint8)

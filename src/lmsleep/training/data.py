@@ -10,8 +10,9 @@ from lmsleep.tasks import Task
 def hashes(task: Task) -> dict[str, str]:
     """Return the SHA-256 of each file that the task draws from (`sources`, if it has any), by path.
 
+    A file that is missing has none.
+
     Raises:
-        ValueError: if one is missing.
         OSError: if one cannot be read.
     """
     sources: tuple[Path, ...] = getattr(task, "sources", tuple)()
@@ -27,21 +28,20 @@ def check(run: Path, recorded: Mapping[str, str], task: Task, remedy: str) -> No
     now = hashes(task)
     for path in sorted({*recorded, *now}):
         if recorded.get(path) != now.get(path):
-            raise ValueError(
-                f"data: {path} has changed since {run} was begun, so that what it held out is other text "
-                f"now; put it back as it was, or {remedy}"
+            what = (
+                f"has changed since {run} was begun, and with it what is trained on and what is held out"
+                if path in now
+                else f"is gone, from which {run} draws its samples"
             )
+            raise ValueError(f"data: {path} {what}; put it back as it was, or {remedy}")
 
 
 def _files(source: Path) -> Iterator[Path]:
     """Yield a file, or those in a folder of datasets that hold rows."""
     if source.is_file():
         yield source
-    elif source.is_dir():
-        # Not what `datasets` keeps there of computations.
-        yield from sorted(f for f in source.rglob("*.arrow") if not f.name.startswith("cache-"))
-    else:
-        raise ValueError(f"data: {source} is not a file")
+    # Not what `datasets` keeps in a folder of computations.
+    yield from sorted(f for f in source.rglob("*.arrow") if not f.name.startswith("cache-"))
 
 
 def _sha256(file: Path) -> str:

@@ -41,7 +41,6 @@ class RunFolder:
 
         Raises:
             FileExistsError: if the folder exists and is not empty.
-            ValueError: if a file that the task draws from is missing.
         """
         folder = cls(path)
         folder.check_new()
