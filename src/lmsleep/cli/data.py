@@ -8,7 +8,7 @@ from dataclasses import dataclass, make_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lmsleep.cli.options import listed_tasks, parse, task_field
+from lmsleep.cli.options import listed_tasks, parse, say_rows, task_field
 from lmsleep.evaluation import EVAL_SEED
 from lmsleep.files import write_atomic
 from lmsleep.recipes.settings import preset
@@ -54,6 +54,7 @@ def data(argv: list[str]) -> None:
             raise FileExistsError(f"{path} exists; name another {option} or remove it")
     # Samples of the test are those that evaluation sees.
     seed = EVAL_SEED if chosen.split == "test" else chosen.seed
+    say_rows(task)
     batch = task.batch(batch_rng(seed, chosen.split, 0), chosen.samples, chosen.split)
     if chosen.jsonl is not None or chosen.dataset is not None:
         _export(list(records(task, batch)), chosen)

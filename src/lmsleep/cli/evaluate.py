@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from tyro.conf import Positional
 
-from lmsleep.cli.options import parse
+from lmsleep.cli.options import parse, say_rows
 from lmsleep.cli.scores import bits_text, floor_text, floors_text
 from lmsleep.evaluation import Score, evaluate, wilson
 from lmsleep.evaluation.around_sleep import MOMENTS, AroundSleep, Shifting, around_sleep
@@ -15,6 +15,7 @@ from lmsleep.opening import find
 from lmsleep.plain import to_json
 from lmsleep.sleep import Backbone, SleepConfig
 from lmsleep.tasks import Task, Text
+from lmsleep.training import RunFolder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +51,8 @@ def evaluate_run(argv: list[str]) -> None:
     """Run `lmsleep eval RUN`."""
     options = parse(EvalOptions, argv, "lmsleep eval")
     model, task, own, size, parts = _evaluated(options)
+    if options.data:
+        say_rows(task)
     result: dict[int, Score] = {}
     around: dict[int, AroundSleep] = {}
     for n in options.passes or (own.passes,):
@@ -85,14 +88,10 @@ def _evaluated(options: EvalOptions) -> _Evaluated:
     if place.run is None:
         # Four windows, so that most of what is predicted comes after an eviction.
         length, name = options.length or 4 * (sleep.window or 512), place.tokenizer_name()
-        task: Task = Text(data=options.data, tokenizer=name, length=length)
-        # Otherwise the embedding would fail on the first unknown token, with an index instead of a reason.
-        if task.vocab_size > model.vocab_size:
-            raise ValueError(
-                f"{options.run} knows {model.vocab_size} tokens, --data in {name} has {task.vocab_size}"
-            )
+        text = Text(data=options.data, tokenizer=name, length=length)
+        _check_tokens(text, model, options.run)
         # Small batches: nothing is known of the size of the model, and logits of large vocabularies are wide.
-        return _Evaluated(model, task, sleep, 4, 1)
+        return _Evaluated(model, text, sleep, 4, 1)
     task, train = place.run.task, place.run.train
     if options.data:
         if not isinstance(task, Text):
@@ -101,7 +100,20 @@ def _evaluated(options: EvalOptions) -> _Evaluated:
             )
         # The run's own tokenizer stays, for the model knows no other tokens.
         task = replace(task, data=options.data, length=options.length or task.length)
+        _check_tokens(task, model, options.run)
+    else:
+        RunFolder(place.path).check_data("name what to evaluate on with --data")
     return _Evaluated(model, task, sleep, train.batch_size, train.accumulate)
+
+
+def _check_tokens(task: Text, model: Backbone, run: Path) -> None:
+    """Refuse data with more tokens than the model knows."""
+    # Otherwise the embedding would fail on the first unknown token, with an index instead of a reason.
+    if task.vocab_size > model.vocab_size:
+        raise ValueError(
+            f"{run} knows {model.vocab_size} tokens, --data in {task.tokenizer} has {task.vocab_size}"
+            + (" (those of <answer> and <end> included)" if task.asks else "")
+        )
 
 
 def _eval_json(task: Task, score: Score, around: AroundSleep | None) -> dict[str, Any]:

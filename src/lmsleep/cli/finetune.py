@@ -13,6 +13,7 @@ from lmsleep.cli.options import (
     listed,
     listed_tasks,
     parse,
+    say_rows,
     sleep_fields,
     task_field,
 )
@@ -159,6 +160,7 @@ def _new_run(folder: Path, argv: list[str]) -> tuple[RunFolder, Trainer]:
     kind = name.rpartition(":")[2]
     default = f"{folder.resolve().name}-{kind}-N{config.sleep.passes}-seed{config.train.seed}"
     out = options.run.out or Path("runs") / default
+    say_rows(config.task)
     if preset.stages == 1:
         trainer = Trainer.begin(out, config)
         return trainer.folder, trainer

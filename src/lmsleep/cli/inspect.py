@@ -12,7 +12,7 @@ from lmsleep.cli.options import parse
 from lmsleep.microscope import Inspection, inspect, words
 from lmsleep.plain import to_json
 from lmsleep.session import Session
-from lmsleep.text.tokenizers import Bytes
+from lmsleep.text.files import read_text, to_tokens
 from lmsleep.training import RunFolder
 
 
@@ -80,9 +80,9 @@ def _look(options: InspectOptions) -> Inspection:
 
 
 def _text(options: InspectOptions, session: Session) -> str | list[int]:
-    """Return what is read: text, or the bytes of a file as tokens where a token is a byte."""
+    """Return what is read: a text, or the tokens of the one in a file."""
     if options.file is None:
         return options.text or ""
-    data = options.file.read_bytes()
-    # Bytes need not be UTF-8.
-    return list(data) if isinstance(session.tokenizer, Bytes) else data.decode()
+    assert session.tokenizer is not None, "an opened model has one"
+    tokens: list[int] = to_tokens(read_text(options.file), session.tokenizer, options.file).tolist()
+    return tokens

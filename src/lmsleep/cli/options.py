@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import sys
 from collections.abc import Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field, fields, make_dataclass, replace
@@ -13,7 +14,7 @@ import tyro
 from lmsleep.backbones import Kind
 from lmsleep.models import HybridConfig
 from lmsleep.sleep import CONSOLIDATOR, CONSOLIDATORS, EVICTION, EVICTIONS, SleepConfig
-from lmsleep.tasks import TASKS, find_task
+from lmsleep.tasks import TASKS, Task, Text, find_task
 
 # No prefixes: flags are --window, not --windows.window. Fixed fields are not in --help, for none can be set.
 ESCAPES = re.compile(r"\x1b\[[0-9;]*m")  # colours and weights of a terminal
@@ -150,3 +151,9 @@ def chosen_sleep(options: Any) -> SleepConfig:
 def as_type(cls: Any, options: Any) -> Any:
     """Convert options to a class with the same fields, or with some of them."""
     return cls(**{f.name: getattr(options, f.name) for f in fields(cls)})
+
+
+def say_rows(task: Task) -> None:
+    """Say on standard error what became of the rows of a set; a file that is one document needs no words."""
+    if isinstance(task, Text) and task.summary is not None:
+        sys.stderr.write(f"{task.summary}\n")

@@ -13,7 +13,7 @@ from lmsleep.evaluation.facts import CHOICES, DROPPED, KEPT, Reading, zero_shot
 from lmsleep.opening import open_model
 from lmsleep.plain import to_json
 from lmsleep.sleep import SleepConfig
-from lmsleep.text.tokenizers import Bytes
+from lmsleep.text.files import read_text, to_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,9 +55,7 @@ def probe(argv: list[str]) -> None:
     """Run `lmsleep probe MODEL --text FILE`."""
     options = parse(ProbeOptions, argv, "lmsleep probe")
     model, _, tokenizer = open_model(options.model, options.tokenizer, options.device, trust=options.trust)
-    data = options.text.read_bytes()
-    # Bytes need not be UTF-8; any other tokenizer reads text.
-    tokens = list(data) if isinstance(tokenizer, Bytes) else tokenizer.encode(data.decode())
+    tokens = to_tokens(read_text(options.text), tokenizer, options.text).tolist()
     sleep = SleepConfig(window=options.window, eviction=options.eviction, loop=options.loop)
     # Two more ways of reading: nothing evicted, and nothing remembered.
     with tqdm(total=2 + len(options.passes), desc="ways of reading", disable=None, leave=False) as bar:

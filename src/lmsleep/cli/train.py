@@ -17,6 +17,7 @@ from lmsleep.cli.options import (
     listed_tasks,
     model_field,
     parse,
+    say_rows,
     sleep_fields,
     task_field,
 )
@@ -150,6 +151,7 @@ def _new_run(task: str, argv: list[str]) -> tuple[RunFolder, Trainer]:
         # Of the run that all other options describe, hence after parsing.
         name, config = options.run.baseline, baseline(options.run.baseline, config)
     out = options.run.out or Path("runs") / f"{task.rpartition(':')[2]}-{name}-seed{config.train.seed}"
+    say_rows(config.task)
     trainer = Trainer.begin(out, config, trust=options.run.trust)
     return trainer.folder, trainer
 

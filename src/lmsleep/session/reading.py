@@ -17,7 +17,8 @@ from lmsleep.plain import check_types
 from lmsleep.session.owner import proceed, using
 from lmsleep.session.rows import BrokenSleep, Row
 from lmsleep.session.session import Session, check_tokens
-from lmsleep.text.tokenizers import Bytes, Tokenizer
+from lmsleep.text.files import read_text, to_tokens
+from lmsleep.text.tokenizers import Tokenizer
 
 TAG = "reading"  # of a memory file: which files it was reading, and how far it was
 
@@ -27,7 +28,7 @@ class _Reading:
     """Says which files are read, from where on in the life of the session; kept in the memory's tags."""
 
     files: list[str]
-    """SHA-256 of each."""
+    """SHA-256 of the text in each."""
     tokens: int
     """Tokens in all of them."""
     begin: int
@@ -71,11 +72,12 @@ def read_files(
     The memory file in `save` says which files were being read and how far. After a kill, load the session
     from it and call this again with the same files: it ends with exactly the memory of an uninterrupted
     reading. Files that the session has just read are not read twice, others are read on top of them. All
-    files are held in main memory, one byte a token in bytes, eight with any other tokenizer.
+    files are held in main memory, one byte a token in bytes, four with any other tokenizer.
 
     Args:
         session: reads, with its tokenizer; `rewind()` takes the files back together.
-        files: text in UTF-8; any bytes for `Bytes`.
+        files: text in UTF-8 (any bytes for `Bytes`), or UTF-16 or UTF-32 with a mark of the byte order; also
+            packed by gzip, bzip2 or xz. Formats that are known to hold no text are refused.
         save: memory file to write: every `save_every` seconds, in the end, and when an interrupt or a broken
             sleep ends the reading. No lock is taken. None: nothing is saved, and a kill loses what was read.
         save_every: seconds between saves; 0: after every step (a window, with its sleep).
@@ -140,20 +142,13 @@ def read_files(
 
 
 def _tokens(files: Sequence[Path], tokenizer: Tokenizer) -> tuple[Tensor, list[str]]:
-    """Return the tokens of all files, uint8 of bytes and else int64, and the SHA-256 of each file."""
+    """Return the tokens of all files, uint8 of bytes and else int32, and the SHA-256 of each text."""
     tokens, hashes = [], []
     for path in files:
-        data = path.read_bytes()
-        hashes.append(hashlib.sha256(data).hexdigest())
-        if isinstance(tokenizer, Bytes):
-            # As they are, an eighth of int64; a step makes int64 of what it reads.
-            tokens.append(np.frombuffer(data, dtype=np.uint8))
-            continue
-        try:
-            # Of an empty list numpy would make floats.
-            tokens.append(np.array(tokenizer.encode(data.decode()), dtype=np.int64))
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+        text = read_text(path)
+        hashes.append(hashlib.sha256(text).hexdigest())
+        # As they are, an eighth or half of int64; a step makes int64 of what it reads.
+        tokens.append(to_tokens(text, tokenizer, path))
     return torch.from_numpy(np.concatenate(tokens)), hashes
 
 

@@ -18,6 +18,7 @@ from lmsleep.session.sampling import Sampling
 from lmsleep.session.stream import Stream, next_logits
 from lmsleep.sleep import Backbone, SleepConfig
 from lmsleep.state import Cache, Memory, Origin, State, Storage
+from lmsleep.text.characters import check_characters
 from lmsleep.text.tokenizers import Tokenizer
 
 Readable = str | Sequence[int] | Tensor
@@ -340,11 +341,13 @@ class Session(Owner):
         """Return `[n]` int64: the tokens of a text, or tokens checked against the vocabulary.
 
         Raises:
-            ValueError: for text without a tokenizer, or tokens outside the vocabulary.
+            ValueError: for text without a tokenizer, half a surrogate pair in it, or tokens outside the
+                vocabulary.
         """
         if isinstance(text, str):
             if self.tokenizer is None:
                 raise ValueError("text must be tokens: this session has no tokenizer")
+            check_characters(text, "text")
             text = self.tokenizer.encode(text)
         tokens = torch.as_tensor(text, device="cpu")
         check_tokens(tokens, self.model.vocab_size)

@@ -4,7 +4,13 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
+
+# Of a Hugging Face tokenizer, in a folder that may hold a model too.
+FILES = (
+    "tokenizer*", "vocab*", "merges*", "*.model", "*.tiktoken", "added_tokens.json",
+    "special_tokens_map.json", "chat_template*",
+)  # fmt: skip
 
 
 class Tokenizer(Protocol):
@@ -155,6 +161,12 @@ class HuggingFace:
         tokens: list[int] = self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
         return tokens
 
+    def chat(self, messages: list[dict[str, Any]]) -> str:
+        """Write a conversation as the tokenizer's chat template does; raises ValueError if it has none."""
+        if not self.tokenizer.chat_template:
+            raise ValueError("a conversation takes a tokenizer with a chat template, and this one has none")
+        return str(self.tokenizer.apply_chat_template(messages, tokenize=False))
+
     def decode(self, tokens: Sequence[int]) -> str:
         """Decode with the tokenizer, special tokens included."""
         return str(self.tokenizer.decode(list(tokens)))
@@ -200,3 +212,11 @@ def load_tokenizer(name: str) -> Tokenizer:
 def absolute(name: str) -> str:
     """Return the name under which a tokenizer can be found from any folder."""
     return name if name == "bytes" else str(Path(name).resolve())
+
+
+def tokenizer_files(name: str) -> tuple[Path, ...]:
+    """Return the files that tell what a tokenizer does: those of its folder without weights; else none."""
+    folder = Path(name)
+    if name in ("bytes", "words") or not folder.is_dir():
+        return ()
+    return tuple(sorted({file for kind in FILES for file in folder.glob(kind) if file.is_file()}))

@@ -24,6 +24,8 @@ from lmsleep.training.start import first_model
 from lmsleep.training.step import take_step
 from lmsleep.training.tracking import Events, installed
 
+ANEW = "begin a new run with another --out"  # where a run cannot go on
+
 
 class Diverged(RuntimeError):
     """The loss or a gradient became non-finite; the state before that step was saved."""
@@ -114,8 +116,9 @@ class Trainer:
 
         Raises:
             FileNotFoundError: if there is no checkpoint.
-            ValueError: if it is damaged or belongs to another configuration.
+            ValueError: if it is damaged or belongs to another configuration, or if the data have changed.
         """
+        folder.check_data(ANEW)
         config = config or folder.config()
         path = checkpoint or folder.latest(resumable=True)
         bfloat16 = in_bfloat16(config.train, choose_device(config.train.device))
@@ -147,7 +150,10 @@ class Trainer:
     @classmethod
     def take_up(cls, folder: RunFolder) -> "Trainer":
         """Continue a run; one that was stopped before its first checkpoint begins again."""
-        return cls.resume(folder) if folder.checkpoints() else cls(folder, folder.config())
+        if folder.checkpoints():
+            return cls.resume(folder)
+        folder.check_data(ANEW)
+        return cls(folder, folder.config())
 
     def fit(self, until: int | None = None, *, position: int | None = None) -> Score | None:
         """Train up to step `until` (default: the end, with a final evaluation and report).

@@ -28,6 +28,7 @@ from lmsleep import trust
 from lmsleep.backbones import Model, kind_of, load
 from lmsleep.files import check_folder, locked, write_atomic
 from lmsleep.plugins import code_named
+from lmsleep.training import data
 from lmsleep.training.config import RunConfig
 from lmsleep.version import __version__
 
@@ -76,7 +77,8 @@ class RunFolder:
         try:
             with self.locked():
                 self.check_new(config)  # and now that nobody else can make it
-                self._write_json("config.json", {**plain, "made_by": provenance()})
+                made = {"made_by": provenance(), "data": data.hashes(config.task)}
+                self._write_json("config.json", {**plain, **made})
         except BaseException:
             # What cannot begin leaves no folder.
             with suppress(OSError):
@@ -197,6 +199,20 @@ class RunFolder:
                 f"{self.path / 'config.json'} is damaged: made_by={made!r} does not say what made it"
             )
         return made
+
+    def check_data(self, remedy: str) -> None:
+        """Refuse data that changed since the run was made (its config.json has their hashes).
+
+        Args:
+            remedy: what to do instead, for the message.
+
+        Raises:
+            ValueError: naming the file that is gone or has changed.
+        """
+        recorded = self._read_json("config.json").get("data")
+        # Runs of before hashes were kept have nothing to compare with.
+        if recorded is not None:
+            data.check(self.path, recorded, self.config().task, remedy)
 
     def log(self, record: dict[str, Any]) -> None:
         """Append one line to the metrics."""

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import chain, groupby
+from pathlib import Path
 from random import Random
 from typing import Literal
 
@@ -20,7 +21,7 @@ from lmsleep.tasks.gsm_infinite.noise import noise
 from lmsleep.tasks.gsm_infinite.structure import Parameter
 from lmsleep.tasks.gsm_infinite.templates import TEMPLATES, Names, draw_names
 from lmsleep.text import Split
-from lmsleep.text.tokenizers import Marks, absolute, marks
+from lmsleep.text.tokenizers import Marks, absolute, marks, tokenizer_files
 
 MARKERS = ("PAD", "ANSWER", "END")  # after the tokens of a tokenizer that has no end of a text
 OPENING = "\nAnswer:"  # before the answer, with a tokenizer that has one
@@ -89,6 +90,10 @@ class GSMInfinite:
                 f"length={self.length} leaves too little room: a statement of noise can have {slack + 1} "
                 f"tokens, so the longest context must have at least {slack} tokens more than the shortest"
             )
+
+    def sources(self) -> tuple[Path, ...]:
+        """Return the files of the tokenizer, which batches hang on."""
+        return tokenizer_files(self.tokenizer)
 
     @property
     def _languages(self) -> list[Language]:
