@@ -15,6 +15,7 @@ from lmsleep.evaluation.around_sleep import MOMENTS, AroundSleep, Shifting, arou
 from lmsleep.opening import find
 from lmsleep.sleep import Backbone, SleepConfig
 from lmsleep.tasks import Task, Text
+from lmsleep.tasks.reading import check_known
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,10 +86,7 @@ def _evaluated(options: EvalOptions) -> _Evaluated:
         length, name = options.length or 4 * (sleep.window or 512), place.tokenizer_name()
         task: Task = Text(data=options.data, tokenizer=name, length=length)
         # Otherwise the embedding would fail on the first unknown token, with an index instead of a reason.
-        if task.vocab_size > model.vocab_size:
-            raise ValueError(
-                f"{options.run} knows {model.vocab_size} tokens, --data in {name} has {task.vocab_size}"
-            )
+        check_known(task, f"--data in {name}", model.vocab_size)
         # Small batches: nothing is known of the size of the model, and logits of large vocabularies are wide.
         return _Evaluated(model, task, sleep, 4, 1)
     task, train = place.run.task, place.run.train

@@ -9,7 +9,7 @@ from typing import Any
 from tyro.conf import Positional
 
 from lmsleep.cli.options import parse
-from lmsleep.evaluation.cost import cost
+from lmsleep.evaluation.cost import cost, on_meta
 from lmsleep.opening import find
 
 
@@ -40,7 +40,7 @@ def info(argv: list[str]) -> None:
         ).consolidator,
     )
     # Shapes are enough, so that a model of any size costs no time.
-    figures = cost(model.to("meta"), sleep)
+    figures = cost(on_meta(model), sleep)
     if options.json:
         sys.stdout.write(json.dumps(figures, indent=2) + "\n")
         return

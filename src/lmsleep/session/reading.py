@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 from lmsleep.session.owner import proceed
 from lmsleep.session.rows import BrokenSleep, Row
-from lmsleep.session.session import Session, check_tokens
-from lmsleep.text.tokenizers import Bytes, Tokenizer
+from lmsleep.session.session import Session
+from lmsleep.text.tokenizers import Bytes, Tokenizer, begun, check_tokens
 
 TAG = "reading"  # of a memory file: which files it was reading, and how far it was
 
@@ -76,7 +76,8 @@ def read_files(
 
     Raises:
         ValueError: for no file, a session without a tokenizer, text that the tokenizer cannot read, the tag
-            that is taken, or a session that was stopped in other files or read on by something else since.
+            that is taken, or a session that was stopped in other files, with another tokenizer, or read on by
+            something else since.
         OSError: if a file cannot be read or written.
         BrokenSleep: as `Session.read`.
     """
@@ -88,9 +89,20 @@ def read_files(
         raise ValueError(f"tags: the key {TAG!r} is taken; it says which files were read")
     if session.tokenizer is None:
         raise ValueError("files need a tokenizer: this session has none")
-    tokens, hashes = _tokens([Path(file) for file in files], session.tokenizer)
-    check_tokens(tokens, session.model.vocab_size)
-    reading = _goes_on(session, hashes, len(tokens))
+    paths = [Path(file) for file in files]
+    data = [path.read_bytes() for path in paths]
+    hashes = [hashlib.sha256(content).hexdigest() for content in data]
+    before, begin = _goes_on(session, hashes), session.stream.tokens
+    # What stands before a text stands before the first alone, and only where nothing was read before.
+    begins = not (begin if before is None else before.begin)
+    tokens = _tokens(paths, data, session.tokenizer, begins=begins)
+    check_tokens(tokens, session.model.vocab_size, session.tokenizer)
+    reading = before or _Reading(files=hashes, tokens=len(tokens), begin=begin, saved=begin)
+    if reading.tokens != len(tokens):
+        raise ValueError(
+            f"the memory read these files as {reading.tokens} tokens, and now they are {len(tokens)}; "
+            "use the tokenizer that it read them with"
+        )
 
     def write() -> None:
         if save is not None:
@@ -122,26 +134,29 @@ def read_files(
     write()
 
 
-def _tokens(files: Sequence[Path], tokenizer: Tokenizer) -> tuple[Tensor, list[str]]:
-    """Return the tokens of all files, uint8 of bytes and else int64, and the SHA-256 of each file."""
-    tokens, hashes = [], []
-    for path in files:
-        data = path.read_bytes()
-        hashes.append(hashlib.sha256(data).hexdigest())
-        if isinstance(tokenizer, Bytes):
-            # As they are, an eighth of int64; a step makes int64 of what it reads.
-            tokens.append(np.frombuffer(data, dtype=np.uint8))
-            continue
+def _tokens(files: Sequence[Path], data: Sequence[bytes], tokenizer: Tokenizer, *, begins: bool) -> Tensor:
+    """Return the tokens of all files, uint8 of bytes and else int64.
+
+    If the stream `begins` with them, the first text of all has before it what the tokenizer puts there.
+    """
+    if isinstance(tokenizer, Bytes):
+        # As they are, an eighth of int64; a step makes int64 of what it reads.
+        return torch.from_numpy(np.concatenate([np.frombuffer(content, dtype=np.uint8) for content in data]))
+    tokens: list[np.ndarray] = []
+    for path, content in zip(files, data, strict=True):
+        first = begins and not any(map(len, tokens))
         try:
+            text = content.decode()
             # Of an empty list numpy would make floats.
-            tokens.append(np.array(tokenizer.encode(data.decode()), dtype=np.int64))
+            encoded = begun(tokenizer, text) if first else tokenizer.encode(text)
+            tokens.append(np.array(encoded, dtype=np.int64))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-    return torch.from_numpy(np.concatenate(tokens)), hashes
+    return torch.from_numpy(np.concatenate(tokens))
 
 
-def _goes_on(session: Session, hashes: list[str], tokens: int) -> _Reading:
-    """Return the reading that the session was stopped in, if it is one of these files, or else a new one."""
+def _goes_on(session: Session, hashes: list[str]) -> _Reading | None:
+    """Return the reading of these files that the session was stopped in, or is through with."""
     before, now = _Reading.of(session), session.stream.tokens
     # Stopped on the way: its tokens are counted from `begin`, so nothing else may have come between.
     if before is not None and before.saved < before.end:
@@ -157,4 +172,4 @@ def _goes_on(session: Session, hashes: list[str], tokens: int) -> _Reading:
     # Stopped in these files, or through with them: then there is nothing to read, and nothing is read twice.
     if before is not None and before.files == hashes and (before.saved < before.end or now >= before.end):
         return before
-    return _Reading(files=hashes, tokens=tokens, begin=now, saved=now)
+    return None
