@@ -1,7 +1,7 @@
 """Text to tokens and back: bytes, a closed list of words, a task's own, or a Hugging Face tokenizer."""
 
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -148,16 +148,17 @@ class HuggingFace:
             raise ValueError(
                 f"tokenizer={str(folder)!r} needs transformers: pip install 'lmsleep[hf]'"
             ) from None
-        with reading(f"tokenizer: {folder} holds no tokenizer that transformers can load"):
+        told = f"tokenizer: {folder} holds no tokenizer that transformers can load"
+        with reading(told):
             # With the model's config.json, where there is one: its type decides on the class.
             self.tokenizer = AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
             )
-            numbers = self.tokenizer.get_vocab().values()
-            self.vocab_size = max(numbers, default=-1) + 1
-            self.begin = self._begin()
+            numbers = self.tokenizer.get_vocab()
         if not numbers:
-            raise ValueError(f"tokenizer: that in {folder} has no tokens; copy its files again")
+            raise ValueError(f"{told}: it has no tokens; copy its files again")
+        with reading(told):
+            self.vocab_size, self.begin = max(numbers.values()) + 1, self._begin(numbers)
         own = self.tokenizer.eos_token_id
         self._ends = list(dict.fromkeys([*([] if own is None else [own]), *_ends(model or folder)]))
 
@@ -180,11 +181,11 @@ class HuggingFace:
         """Encode with the tokenizer, without special tokens.
 
         Raises:
-            ValueError: for what is no text: halves of surrogate pairs.
+            ValueError: for what is no text (halves of surrogate pairs), or what it has no tokens for.
         """
         try:
             tokens: list[int] = self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
-        except (TypeError, UnicodeError) as error:
+        except Exception as error:  # it raises bare exceptions
             raise ValueError(f"this text cannot be encoded: {reason(error)}") from None
         return tokens
 
@@ -192,14 +193,18 @@ class HuggingFace:
         """Decode with the tokenizer, special tokens included."""
         return str(self.tokenizer.decode(list(tokens)))
 
-    def _begin(self) -> list[int]:
-        # A word of its own where the sample has none of its tokens.
-        words = (sample for sample in (SAMPLE, *self.tokenizer.get_vocab()) if self.encode(sample))
-        sample = next(words, SAMPLE)
-        plain, whole = self.encode(sample), list(self.tokenizer.encode(sample))
-        # Looked for, not read from a field: what is added depends on classes, flags and templates.
-        places = range(len(whole) - len(plain) + 1)
-        return whole[: next((i for i in places if whole[i : i + len(plain)] == plain), 0)]
+    def _begin(self, words: Iterable[str]) -> list[int]:
+        """See what it puts before a sample, or before one of its own words if it does not know that."""
+        for sample in (SAMPLE, *words):
+            try:
+                plain, whole = self.encode(sample), list(self.tokenizer.encode(sample))
+            except ValueError:
+                continue
+            # Looked for, not read from a field: what is added depends on classes, flags and templates.
+            places = range(len(whole) - len(plain) + 1)
+            if plain:
+                return whole[: next((i for i in places if whole[i : i + len(plain)] == plain), 0)]
+        return []
 
 
 def _ends(folder: Path) -> list[int]:
