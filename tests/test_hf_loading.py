@@ -6,14 +6,17 @@ import sys
 import pytest
 import torch
 from conftest import run_command
-from hf_models import FAMILIES, family
+from hf_models import FAMILIES, FOUR, HEADS, SMALL, family
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from lmsleep import Session, SleepConfig, adapt
 from lmsleep.cli.opening import SleepOptions, new_session
-from lmsleep.hf import load_pretrained
+from lmsleep.evaluation.cost import on_meta
+from lmsleep.hf import insert_memory_layers, load_pretrained
 from lmsleep.session import BrokenSleep
 
 
@@ -290,3 +293,14 @@ def test_commands_take_the_folder_of_a_pretrained_model(folder, capsys):
     (folder / "model.safetensors").unlink()
     code, _, err = run_command(capsys, "probe", folder, "--text", folder / "config.json")
     assert code == 2 and "holds no weights" in err and len(err.splitlines()) == 1
+
+
+def test_info_counts_tied_weights_once(tmp_path, capsys):
+    model = LlamaForCausalLM(LlamaConfig(**SMALL, **HEADS, **FOUR, tie_word_embeddings=True))
+    insert_memory_layers(model, 2)
+    model.save_pretrained(tmp_path / "model")
+    code, out, err = run_command(capsys, "info", tmp_path / "model", "--json")
+    assert code == 0 and json.loads(out)["parameters"] == model.num_parameters(), err
+    tied = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.ModuleList([nn.Linear(4, 4)])})
+    tied["b"][0].weight = tied["a"].weight
+    assert sum(p.numel() for p in on_meta(tied).parameters()) == 24 and tied["a"].weight.is_meta
