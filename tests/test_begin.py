@@ -89,7 +89,7 @@ def test_files_are_read_as_one_text(model, words, tmp_path, monkeypatch, steps):
 def test_a_reading_goes_on_with_its_tokenizer_alone(model, words, tmp_path):
     (tmp_path / "a").write_text(TEXT)
     session = Session(model, sleeping(), words)
-    read_files(session, [tmp_path / "a"])
+    read_files(session, [tmp_path / "a"], save=tmp_path / "m")
     session.tokenizer = Bytes()
     with pytest.raises(
         ValueError, match=r"these files as \d+ tokens, and now they are \d+; use the tokenizer"
