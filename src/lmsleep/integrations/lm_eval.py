@@ -14,6 +14,7 @@ from lm_eval.utils import simple_parse_args_string
 from torch import Tensor
 from tqdm import tqdm
 
+from lmsleep.foreign import reading
 from lmsleep.hf import from_pretrained
 from lmsleep.session import Session, SessionBatch
 from lmsleep.text.tokenizers import HuggingFace, begun
@@ -116,16 +117,17 @@ class SleepLM(TemplateLM):  # type: ignore[misc]
         """Render a chat with the template of the tokenizer.
 
         Raises:
-            ValueError: if it has no template.
+            ValueError: if it has no template, or one that fails.
         """
         if getattr(self.tokenizer, "chat_template", None) is None:
             raise ValueError("the model's tokenizer has no chat template; leave out --apply-chat-template")
-        text: str = self.tokenizer.apply_chat_template(  # type: ignore[union-attr]
-            chat_history,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-        )
+        with reading("the chat template of the model's tokenizer"):
+            text: str = self.tokenizer.apply_chat_template(  # type: ignore[union-attr]
+                chat_history,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
+            )
         return text
 
     def _loglikelihood_tokens(
