@@ -276,7 +276,7 @@ def first_model(out: Path) -> Path:
         (["--task", "mqar", "--loop", "1", "2"], "loop=(1, 2) has no block with fast weights"),
         (["--task", "mqar", "--loop", "0", "9"], "loop=(0, 9) reaches outside the model"),
         (["--task", "mqar", "--wake-passes", "2"], "wake_passes"),
-        (["--task", "mqar", "--keys", "900"], "tokens, the model only"),
+        (["--task", "mqar", "--keys", "900"], "alone; use its own tokenizer"),
         ([], "--task: name what is learned"),
         (["--task", "mqar", "--preset", "none"], "preset='none' is unknown; choose one of lora, full, two-"),
         (["--task", "gsm-infinite", "--tokenizer", "bytes"], "tokenizer='bytes' is not that of the model in"),

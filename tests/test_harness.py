@@ -64,6 +64,9 @@ def test_lm_eval_finds_the_model_by_name(folder):  # noqa: F811
         get_model("lmsleep").create_from_arg_string("passes=2")
     with pytest.raises(ValueError, match="no chat template"):
         made.apply_chat_template([{"role": "user", "content": "w1"}])
+    made.tokenizer.chat_template = "{{ raise_exception('no\\n system') }}"
+    with pytest.raises(ValueError, match=r"^the chat template of the model's tokenizer: .*no system$"):
+        made.apply_chat_template([{"role": "system", "content": "w1"}])
 
 
 @pytest.fixture

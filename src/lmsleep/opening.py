@@ -8,7 +8,7 @@ from lmsleep import shipped
 from lmsleep.backbones import Model, build, kind_in
 from lmsleep.sleep import SleepConfig
 from lmsleep.tasks import Text
-from lmsleep.text.tokenizers import Spelled, Tokenizer, load_tokenizer
+from lmsleep.text.tokenizers import HuggingFace, Spelled, Tokenizer, load_tokenizer
 from lmsleep.training import RunConfig, RunFolder, choose_device
 
 
@@ -47,8 +47,9 @@ def open_model(
     place = find(path, trust=trust)
     read = place.tokenizer(tokenizer)  # before the weights: a wrong name should fail at once
     model, sleep = place.backbone(device)
-    # Fewer tokens than the model has are fine: every one of them has a row in the embedding.
-    if read.vocab_size > model.vocab_size:
+    # Fewer tokens than the model has are fine. Published tokenizers may have more: such as no text holds, or
+    # as a session refuses when it meets them.
+    if not isinstance(read, HuggingFace) and read.vocab_size > model.vocab_size:
         raise ValueError(
             f"tokenizer has {read.vocab_size} tokens, {place.path} only {model.vocab_size}; "
             "pass the run that trained the model, or its tokenizer"
@@ -109,7 +110,7 @@ class Place:
             ValueError: if there is none.
         """
         if self.run is None:
-            return load_tokenizer(given or self.tokenizer_name())
+            return load_tokenizer(given or self.tokenizer_name(), self.path)
         name = getattr(self.run.task, "tokenizer", None)
         if isinstance(self.run.task, Text) or name not in (None, "bytes", "words"):
             return load_tokenizer(str(name))

@@ -124,7 +124,7 @@ def _answer(session: Session, line: str, options: ChatOptions) -> None:
         temperature=options.temperature,
         top_k=options.top_k,
         top_p=options.top_p,
-        stop=options.stops(session),
+        stop=options.stop,
         seed=options.seed,
         stream=True,
     )

@@ -16,6 +16,7 @@ from lmsleep.plain import to_json
 from lmsleep.sleep import Backbone, SleepConfig
 from lmsleep.tasks import Task, Text
 from lmsleep.training import RunFolder
+from lmsleep.tasks.reading import check_known
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +90,7 @@ def _evaluated(options: EvalOptions) -> _Evaluated:
         # Four windows, so that most of what is predicted comes after an eviction.
         length, name = options.length or 4 * (sleep.window or 512), place.tokenizer_name()
         text = Text(data=options.data, tokenizer=name, length=length)
-        _check_tokens(text, model, options.run)
+        check_known(text, f"--data in {name}", model.vocab_size)
         # Small batches: nothing is known of the size of the model, and logits of large vocabularies are wide.
         return _Evaluated(model, text, sleep, 4, 1)
     task, train = place.run.task, place.run.train
@@ -100,20 +101,10 @@ def _evaluated(options: EvalOptions) -> _Evaluated:
             )
         # The run's own tokenizer stays, for the model knows no other tokens.
         task = replace(task, data=options.data, length=options.length or task.length)
-        _check_tokens(task, model, options.run)
+        check_known(task, f"--data in {task.tokenizer}", model.vocab_size)
     else:
         RunFolder(place.path).check_data("name what to evaluate on with --data")
     return _Evaluated(model, task, sleep, train.batch_size, train.accumulate)
-
-
-def _check_tokens(task: Text, model: Backbone, run: Path) -> None:
-    """Refuse data with more tokens than the model knows."""
-    # Otherwise the embedding would fail on the first unknown token, with an index instead of a reason.
-    if task.vocab_size > model.vocab_size:
-        raise ValueError(
-            f"{run} knows {model.vocab_size} tokens, --data in {task.tokenizer} has {task.vocab_size}"
-            + (" (those of <answer> and <end> included)" if task.asks else "")
-        )
 
 
 def _eval_json(task: Task, score: Score, around: AroundSleep | None) -> dict[str, Any]:

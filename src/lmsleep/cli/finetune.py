@@ -22,7 +22,7 @@ from lmsleep.hf.finetune import FineTune
 from lmsleep.hf.loading import has_tokenizer
 from lmsleep.sleep import SleepConfig
 from lmsleep.tasks import Task, find_task
-from lmsleep.text.tokenizers import HuggingFace
+from lmsleep.text.tokenizers import HuggingFace, begun
 from lmsleep.training import RunConfig, RunFolder, TrainConfig, Trainer, two_stages
 
 # Rates: Muon's and AdamW's of the paper's fine-tuning; adapters, which AdamW trains, take a usual one.
@@ -193,5 +193,5 @@ def _check_tokenizer(folder: Path, task: Task) -> None:
     if not has_tokenizer(folder):
         return
     own = HuggingFace(folder)
-    if not Path(given).is_dir() or HuggingFace(Path(given)).encode(SAMPLE) != own.encode(SAMPLE):
+    if not Path(given).is_dir() or begun(HuggingFace(Path(given)), SAMPLE) != begun(own, SAMPLE):
         raise ValueError(f"tokenizer={given!r} is not that of the model in {folder}; leave the option out")

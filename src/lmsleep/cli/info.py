@@ -8,7 +8,7 @@ from typing import Any
 from tyro.conf import Positional
 
 from lmsleep.cli.options import parse
-from lmsleep.evaluation.cost import cost
+from lmsleep.evaluation.cost import cost, on_meta
 from lmsleep.opening import find
 from lmsleep.plain import to_json
 
@@ -42,7 +42,7 @@ def info(argv: list[str]) -> None:
         ).consolidator,
     )
     # Shapes are enough, so that a model of any size costs no time.
-    figures = cost(model.to("meta"), sleep)
+    figures = cost(on_meta(model), sleep)
     if options.json:
         sys.stdout.write(to_json(figures) + "\n")
         return

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from importlib import import_module
 
@@ -66,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Imports torch, which --help and --version do without.
     from lmsleep.training import Diverged, Interrupted
 
+    _silence_libraries()
     try:
         _command(args[0])(args[1:])
         # Here and not at exit, where a reader that is gone could no longer be caught below.
@@ -93,6 +95,14 @@ def _command(name: str) -> Callable[[list[str]], None]:
     module, _, function = COMMANDS[name][0].partition(":")
     command: Callable[[list[str]], None] = getattr(import_module(f"lmsleep.cli.{module}"), function)
     return command
+
+
+def _silence_libraries() -> None:
+    """Keep to our own lines: what libraries warn of is for programmers, who can ask for it."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not sys.warnoptions:  # of python -W and PYTHONWARNINGS
+        # Not a filter, by which tests could no longer make errors of them.
+        warnings.showwarning = lambda *_, **__: None
 
 
 def _leave(code: int, message: str) -> None:

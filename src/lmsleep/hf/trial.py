@@ -5,8 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lmsleep import foreign
 from lmsleep.hf.backbone import HFBackbone, Layout, call_block
 from lmsleep.hf.cache import Carried, RunCache
+from lmsleep.hf.insertion import attention_only
 from lmsleep.hf.positions import Positions
 from lmsleep.state import Cache, Memory, State
 
@@ -67,10 +69,11 @@ def _tried(model: Any, name: str) -> HFBackbone:
         reason = _reason_against(backbone, tokens)
     except ValueError as error:
         raise ValueError(f"model: {name} cannot sleep: {error}") from error
-    except (TypeError, AttributeError, LookupError, RuntimeError) as error:
-        # Code of transformers that was never meant to be called so fails in any of these ways.
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of code that was never meant to be called so, and of odd configurations
         raise ValueError(
-            f"model: {name} cannot sleep: its blocks do not run one by one ({type(error).__name__}: {error})"
+            f"model: {name} cannot sleep: its blocks do not run one by one ({foreign.reason(error)})"
         ) from error
     if reason is not None:
         raise ValueError(f"model: {name} cannot sleep: {reason}")
@@ -114,7 +117,12 @@ def _layout(i: int, done: dict[int, Carried], dtype: torch.dtype) -> Layout:
 def _reason_against(backbone: HFBackbone, tokens: Tensor) -> str | None:
     """Return why the model cannot sleep, None if it can."""
     if all(x.memory is None for x in backbone.layouts):
-        return "no block has fast weights to write to; add some with lmsleep.hf.insert_memory_layers"
+        if attention_only(backbone.config):
+            return "no block has fast weights to write to; add some with lmsleep.hf.insert_memory_layers"
+        return (
+            "none of its recurrent blocks keeps fast weights (a matrix per head) where transformers keeps "
+            "keys and values, as those of hybrids do (bamba, qwen3_5 ...)"
+        )
     logits = backbone.model(tokens, use_cache=False).logits
     h, whole = _read(backbone, tokens)
     if not _close(backbone.head(h), logits):

@@ -14,9 +14,10 @@ from lm_eval.utils import simple_parse_args_string
 from torch import Tensor
 from tqdm import tqdm
 
+from lmsleep.foreign import reading
 from lmsleep.hf import from_pretrained
 from lmsleep.session import Session, SessionBatch
-from lmsleep.text.tokenizers import HuggingFace
+from lmsleep.text.tokenizers import HuggingFace, begun
 
 LONGEST = 256  # tokens of an answer where a task does not say
 DRAWN = ("temperature", "top_p", "top_k")
@@ -84,8 +85,14 @@ class SleepLM(TemplateLM):  # type: ignore[misc]
         return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
 
     @property
+    def prefix_token_id(self) -> int:
+        """The token that stands before a text without context: a BOS, or an end of text if there is none."""
+        begin, bos = [*self.words.begin], getattr(self.tokenizer, "bos_token_id", None)
+        return begin[-1] if begin else self.eot_token_id if bos is None else bos
+
+    @property
     def eot_token_id(self) -> int:
-        """The token that stands before a text without context: an end of text, or else a line end."""
+        """The end of a text, or else a line end."""
         if self.words.end is not None:
             return self.words.end
         line = self.words.encode("\n")
@@ -101,8 +108,8 @@ class SleepLM(TemplateLM):  # type: ignore[misc]
         return str(getattr(self.tokenizer, "name_or_path", type(self.words).__name__)).replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Encode a text without special tokens."""
-        return self.words.encode(string)
+        """Encode a text, with what the tokenizer puts before one unless `add_special_tokens` is False."""
+        return self.words.encode(string) if add_special_tokens is False else begun(self.words, string)
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
@@ -110,16 +117,17 @@ class SleepLM(TemplateLM):  # type: ignore[misc]
         """Render a chat with the template of the tokenizer.
 
         Raises:
-            ValueError: if it has no template.
+            ValueError: if it has no template, or one that fails.
         """
         if getattr(self.tokenizer, "chat_template", None) is None:
             raise ValueError("the model's tokenizer has no chat template; leave out --apply-chat-template")
-        text: str = self.tokenizer.apply_chat_template(  # type: ignore[union-attr]
-            chat_history,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-        )
+        with reading("the chat template of the model's tokenizer"):
+            text: str = self.tokenizer.apply_chat_template(  # type: ignore[union-attr]
+                chat_history,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
+            )
         return text
 
     def _loglikelihood_tokens(
@@ -147,14 +155,14 @@ class SleepLM(TemplateLM):  # type: ignore[misc]
         return [scores[i] for i in range(len(requests))]
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Return the log-likelihood in nats of each whole text after an end of text, however long it is."""
+        """Return the log-likelihood in nats of each whole text after its prefix, however long it is."""
         found = []
         for some in self._batches(requests, "loglikelihood_rolling"):
             for request in some:
                 reader = self.session.fork()
                 # Without a token before it, the first token of the text could not be predicted.
-                reader.read([self.eot_token_id])
-                found.append(reader.score(self.tok_encode(request.args[0])))
+                reader.read([*self.words.begin] or [self.prefix_token_id])
+                found.append(reader.score(self.tok_encode(request.args[0], add_special_tokens=False)))
                 self.cache_hook.add_partial("loglikelihood_rolling", request.args, found[-1])
         return found
 
@@ -169,7 +177,7 @@ class SleepLM(TemplateLM):  # type: ignore[misc]
                 options = self._writing(requests[some[0]].args[1])
                 batch = SessionBatch([self.session.fork() for _ in some])
                 # Generation goes on from logits, so something must be read even of an empty prompt.
-                prompts = [self.tok_encode(requests[i].args[0]) or [self.eot_token_id] for i in some]
+                prompts = [self.tok_encode(requests[i].args[0]) or [self.prefix_token_id] for i in some]
                 for i, answer in zip(some, batch.generate(prompts, **options), strict=True):
                     answers[i] = str(answer)
                     self.cache_hook.add_partial("generate_until", requests[i].args, answers[i])
@@ -184,8 +192,6 @@ class SleepLM(TemplateLM):  # type: ignore[misc]
         options = dict(given)
         until = options.pop("until", None) or []
         stop: list[str | int] = [until] if isinstance(until, str) else list(until)
-        if self.words.end is not None:
-            stop.append(self.words.end)
         # Taken out one by one: what is left over at the end is what has no counterpart.
         made = {"stop": stop, "max_new_tokens": int(options.pop("max_gen_toks", LONGEST))}
         drawn = options.pop("do_sample", bool(options.get("temperature")))

@@ -16,9 +16,9 @@ from lmsleep.files import check_place
 from lmsleep.plain import check_types
 from lmsleep.session.owner import proceed, using
 from lmsleep.session.rows import BrokenSleep, Row
-from lmsleep.session.session import Session, check_tokens
+from lmsleep.session.session import Session
 from lmsleep.text.files import read_text, to_tokens
-from lmsleep.text.tokenizers import Tokenizer
+from lmsleep.text.tokenizers import Tokenizer, check_tokens
 
 TAG = "reading"  # of a memory file: which files it was reading, and how far it was
 
@@ -86,7 +86,8 @@ def read_files(
 
     Raises:
         ValueError: for no file, a session without a tokenizer, text that the tokenizer cannot read, tags that
-            are no texts or the one that is taken, or a session that was stopped in other files or read on by
+            are no texts or the one that is taken, or a session that was stopped in other files, with another
+            tokenizer, or read on by
             something else since.
         OSError: if a file cannot be read or written.
         RuntimeError: if another thread uses the session.
@@ -103,9 +104,20 @@ def read_files(
         check_place(Path(save))
     if session.tokenizer is None:
         raise ValueError("files need a tokenizer: this session has none")
-    tokens, hashes = _tokens([Path(file) for file in files], session.tokenizer)
-    check_tokens(tokens, session.model.vocab_size)
-    reading = _goes_on(session, hashes, len(tokens))
+    paths = [Path(file) for file in files]
+    texts = [read_text(path) for path in paths]
+    hashes = [hashlib.sha256(text).hexdigest() for text in texts]
+    before, begin = _goes_on(session, hashes), session.stream.tokens
+    # What stands before a text stands before the first alone, and only where nothing was read before.
+    begins = not (begin if before is None else before.begin)
+    tokens = _tokens(paths, texts, session.tokenizer, begins=begins)
+    check_tokens(tokens, session.model.vocab_size, session.tokenizer)
+    reading = before or _Reading(files=hashes, tokens=len(tokens), begin=begin, saved=begin)
+    if reading.tokens != len(tokens):
+        raise ValueError(
+            f"the memory read these files as {reading.tokens} tokens, and now they are {len(tokens)}; "
+            "use the tokenizer that it read them with"
+        )
 
     def write() -> None:
         if save is not None:
@@ -141,19 +153,21 @@ def read_files(
     write()
 
 
-def _tokens(files: Sequence[Path], tokenizer: Tokenizer) -> tuple[Tensor, list[str]]:
-    """Return the tokens of all files, uint8 of bytes and else int32, and the SHA-256 of each text."""
-    tokens, hashes = [], []
-    for path in files:
-        text = read_text(path)
-        hashes.append(hashlib.sha256(text).hexdigest())
-        # As they are, an eighth or half of int64; a step makes int64 of what it reads.
-        tokens.append(to_tokens(text, tokenizer, path))
-    return torch.from_numpy(np.concatenate(tokens)), hashes
+def _tokens(files: Sequence[Path], texts: Sequence[bytes], tokenizer: Tokenizer, *, begins: bool) -> Tensor:
+    """Return the tokens of all files, uint8 of bytes and else int32.
+
+    If the stream `begins` with them, the first text of all has before it what the tokenizer puts there.
+    """
+    # As they are, an eighth or half of int64; a step makes int64 of what it reads.
+    tokens: list[np.ndarray] = []
+    for path, text in zip(files, texts, strict=True):
+        first = begins and not any(map(len, tokens))
+        tokens.append(to_tokens(text, tokenizer, path, first=first))
+    return torch.from_numpy(np.concatenate(tokens))
 
 
-def _goes_on(session: Session, hashes: list[str], tokens: int) -> _Reading:
-    """Return the reading that the session was stopped in, if it is one of these files, or else a new one."""
+def _goes_on(session: Session, hashes: list[str]) -> _Reading | None:
+    """Return the reading of these files that the session was stopped in, or is through with."""
     before, now = _Reading.of(session), session.stream.tokens
     # Stopped on the way: its tokens are counted from `begin`, so nothing else may have come between.
     if before is not None and before.saved < before.end:
@@ -169,4 +183,4 @@ def _goes_on(session: Session, hashes: list[str], tokens: int) -> _Reading:
     # Stopped in these files, or through with them: then there is nothing to read, and nothing is read twice.
     if before is not None and before.files == hashes and (before.saved < before.end or now >= before.end):
         return before
-    return _Reading(files=hashes, tokens=tokens, begin=now, saved=now)
+    return None

@@ -19,7 +19,7 @@ from lmsleep.session.stream import Stream, next_logits
 from lmsleep.sleep import Backbone, SleepConfig
 from lmsleep.state import Cache, Memory, Origin, State, Storage
 from lmsleep.text.characters import check_characters
-from lmsleep.text.tokenizers import Tokenizer
+from lmsleep.text.tokenizers import Tokenizer, begun, check_tokens
 
 Readable = str | Sequence[int] | Tensor
 
@@ -250,7 +250,8 @@ class Session(Owner):
             temperature: 0: the likeliest token.
             top_p: see `Sampling`.
             top_k: see `Sampling`.
-            stop: texts or token numbers that end the answer; read, but not part of what is returned.
+            stop: texts or token numbers that end the answer, as all of `tokenizer.ends` do; read, but not
+                part of what is returned.
             seed: of the draws; the same seed, session and prompt give the same answer.
             stream: yield pieces of text (or tokens) as they come.
 
@@ -340,6 +341,8 @@ class Session(Owner):
     def tokens(self, text: Readable) -> Tensor:
         """Return `[n]` int64: the tokens of a text, or tokens checked against the vocabulary.
 
+        Where nothing was read yet, a text comes with what the tokenizer puts before it (`Tokenizer.begin`).
+
         Raises:
             ValueError: for text without a tokenizer, half a surrogate pair in it, or tokens outside the
                 vocabulary.
@@ -348,9 +351,9 @@ class Session(Owner):
             if self.tokenizer is None:
                 raise ValueError("text must be tokens: this session has no tokenizer")
             check_characters(text, "text")
-            text = self.tokenizer.encode(text)
+            text = self.tokenizer.encode(text) if self.stream.tokens else begun(self.tokenizer, text)
         tokens = torch.as_tensor(text, device="cpu")
-        check_tokens(tokens, self.model.vocab_size)
+        check_tokens(tokens, self.model.vocab_size, self.tokenizer)
         return tokens.to(torch.int64, copy=True)  # the caller may write into theirs later
 
     # Files
@@ -422,19 +425,3 @@ class Session(Owner):
                 raise ValueError(f"{path}: its working memory does not fit together: {what}") from None
             session.stream = read if len(window) else session.stream
         return session
-
-
-def check_tokens(tokens: Tensor, vocab_size: int) -> None:
-    """Refuse what is no row of whole numbers from 0 to `vocab_size - 1`.
-
-    Raises:
-        ValueError: naming the worst of them.
-    """
-    # An empty list is a tensor of floats to PyTorch, and fine.
-    if tokens.ndim != 1 or (len(tokens) and (tokens.is_floating_point() or tokens.is_complex())):
-        raise ValueError(f"tokens must be one row of whole numbers, got {tokens.dtype} {[*tokens.shape]}")
-    if len(tokens):
-        least, most = int(tokens.min()), int(tokens.max())
-        if least < 0 or most >= vocab_size:
-            worst = least if least < 0 else most
-            raise ValueError(f"tokens must lie in 0 ... {vocab_size - 1}, got {worst}")

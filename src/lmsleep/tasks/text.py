@@ -22,6 +22,7 @@ from lmsleep.text.tokenizers import (
     Marks,
     Tokenizer,
     absolute,
+    begun,
     load_tokenizer,
     marks,
     tokenizer_files,
@@ -48,7 +49,8 @@ class Text:
         context  w h o   s l e p t ?
         row      <answer> i   d i d <end>          (the answer counts as right if all of it is, its end too)
 
-    With a tokenizer that has an eos_token a line break stands for <answer> and that token for <end>.
+    With a tokenizer that has an eos_token a line break stands for <answer> and that token for <end>. What the
+    tokenizer puts before a text (a BOS, in many) stands before each document, and is not predicted.
 
     A row never holds more than one document, so none reads what another left behind.
     """
@@ -108,6 +110,12 @@ class Text:
         return self._tokenizer.vocab_size + (2 if own else 0)
 
     @property
+    def largest_token(self) -> int:
+        """The largest token that a batch can hold; the tokenizer may have larger ones."""
+        held = max(int(tokens.max(initial=0)) for of in self._parts.values() for p in of for tokens in p)
+        return max(held, *self.marks.answer, self.marks.end) if self.asks else held
+
+    @property
     def difficulty_name(self) -> str:
         """Text has no difficulty key: all tokens, or whole answers, count as one kind, 0."""
         return "answers" if self.asks else "all"
@@ -117,7 +125,10 @@ class Text:
         """The mean length in bytes (UTF-8) of the held-out tokens of texts or answers."""
         if self.unit == "byte":
             return 1.0
-        tokens = [part[-1].tolist() for part in self._parts["test"]]
+        # Without what the tokenizer puts before a text, which is no text.
+        begin = [*self._tokenizer.begin]
+        whole = [part[-1].tolist() for part in self._parts["test"]]
+        tokens = [t[len(begin) :] if t[: len(begin)] == begin else t for t in whole]
         return sum(len(self._tokenizer.decode(t).encode()) for t in tokens) / sum(map(len, tokens))
 
     def floors(self) -> dict[str, float]:
@@ -218,7 +229,7 @@ class Text:
         chat = self._tokenizer.chat if isinstance(self._tokenizer, HuggingFace) else None
         for path in self.data:
             for document in read_set(path, self.fields, split=splits.get(path), chat=chat):
-                part = tuple(self._encode(text) for text in document.fields)
+                part = tuple(self._encode(text, first=not i) for i, text in enumerate(document.fields))
                 if len(part) == 2 or len(part[0]) >= 2:  # a text of one token leaves nothing to predict
                     parts[document.split].append(part)
         for split, some in parts.items():
@@ -234,7 +245,7 @@ class Text:
         parts: dict[Split, list[Part]] = {"train": [], "test": []}
         splits, longest = splits_of_paths(self.data), 0
         for path in self.data:
-            tokens = to_tokens(read_text(path), self._tokenizer, path)
+            tokens = to_tokens(read_text(path), self._tokenizer, path, first=True)
             longest = max(longest, len(tokens))
             cut = len(tokens) - int(HELD_OUT * len(tokens))
             cuts: dict[Split, np.ndarray] = {"train": tokens[:cut], "test": tokens[cut:]}
@@ -255,6 +266,8 @@ class Text:
     def _lengths(self) -> dict[Split, np.ndarray]:
         return {split: np.array([sum(map(len, p)) for p in of]) for split, of in self._parts.items()}
 
-    def _encode(self, text: str) -> np.ndarray:
-        small = isinstance(self._tokenizer, Bytes)
-        return np.array(self._tokenizer.encode(text), dtype=np.uint8 if small else np.int32)
+    def _encode(self, text: str, *, first: bool) -> np.ndarray:
+        """Encode what comes `first` in a document, as a session reads it, or what follows."""
+        small, words = isinstance(self._tokenizer, Bytes), self._tokenizer
+        tokens = begun(words, text) if first else words.encode(text)
+        return np.array(tokens, dtype=np.uint8 if small else np.int32)

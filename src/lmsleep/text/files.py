@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from lmsleep.text.tokenizers import Bytes, Tokenizer
+from lmsleep.text.tokenizers import Bytes, Tokenizer, begun
 
 HEAD = 4096  # bytes at the beginning of a file that tell its format
 UNPACKED: dict[bytes, Callable[[Any], Any]] = {
@@ -96,8 +96,10 @@ def read_text(path: Path) -> bytes:
         return file.read()
 
 
-def to_tokens(text: bytes, tokenizer: Tokenizer, path: Path) -> np.ndarray:
+def to_tokens(text: bytes, tokenizer: Tokenizer, path: Path, *, first: bool = False) -> np.ndarray:
     """Return the tokens `[n]` of the text in the file at `path`: uint8 of `Bytes`, otherwise int32.
+
+    Before a text that comes `first` in a stream stands what the tokenizer puts there.
 
     Raises:
         ValueError: naming the file, for text that is not UTF-8 (but `Bytes` takes it), or refused words.
@@ -106,7 +108,8 @@ def to_tokens(text: bytes, tokenizer: Tokenizer, path: Path) -> np.ndarray:
         return np.frombuffer(text, dtype=np.uint8)
     try:
         # Of an empty list numpy would make floats.
-        return np.array(tokenizer.encode(text.decode()), dtype=np.int32)
+        said = text.decode()
+        return np.array(begun(tokenizer, said) if first else tokenizer.encode(said), dtype=np.int32)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 ({error}), which a tokenizer needs") from None
     except ValueError as error:

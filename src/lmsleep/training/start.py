@@ -1,6 +1,7 @@
 """What a run begins with."""
 
 from lmsleep.backbones import Model, build, kind_in, kind_of
+from lmsleep.tasks.reading import check_known
 from lmsleep.training.config import RunConfig
 from lmsleep.training.runs import RunFolder
 
@@ -18,11 +19,7 @@ def first_model(config: RunConfig, *, bfloat16: bool = False, trust: bool = Fals
         ValueError: if it does not fit.
     """
     model, start = build(config.model, bfloat16=bfloat16), config.train.start
-    if config.task.vocab_size > model.vocab_size:
-        raise ValueError(
-            f"{config.task_name} has {config.task.vocab_size} tokens, the model only {model.vocab_size}; "
-            "use the model's own tokenizer (--tokenizer)"
-        )
+    check_known(config.task, config.task_name, model.vocab_size)
     # Only a built model shows what a sleep could write to; one row is enough.
     config.sleep.check(model.initial_state(1).memory)
     if start is not None:

@@ -15,7 +15,7 @@ import torch
 from lmsleep.tasks.base import HIDDEN, Batch, check_literals
 from lmsleep.tasks.gsm_infinite import reader
 from lmsleep.tasks.gsm_infinite.graph import MOST_OPS, draw_graph
-from lmsleep.tasks.gsm_infinite.language import Language, Tokens, language, tokenizer
+from lmsleep.tasks.gsm_infinite.language import WORDS, Language, Tokens, language, tokenizer
 from lmsleep.tasks.gsm_infinite.meaning import LARGEST, Core, draw_core
 from lmsleep.tasks.gsm_infinite.noise import noise
 from lmsleep.tasks.gsm_infinite.structure import Parameter
@@ -117,6 +117,13 @@ class GSMInfinite:
         return words.vocab_size + (len(MARKERS) if words.end is None else 0)
 
     @property
+    def largest_token(self) -> int:
+        """The largest token of the words that problems are told in; the tokenizer may have larger ones."""
+        words = tokenizer(self.tokenizer)
+        held = (token for word in WORDS for text in (word, f" {word}") for token in words.encode(text))
+        return max(*held, self.pad, *words.begin, *self.marks.answer, self.marks.end)
+
+    @property
     def difficulty_name(self) -> str:
         """The difficulty key counts operations, as GSM-Infinite does."""
         return "op"
@@ -160,8 +167,9 @@ class GSMInfinite:
 
     def solve(self, tokens: list[int]) -> list[list[int]]:
         """See `Task.solve`."""
-        read = tokens[: tokens.index(HIDDEN) - len(self.marks.answer)]
-        return [self._answer(reader.answer(tokenizer(self.tokenizer).decode(read)))]
+        words = tokenizer(self.tokenizer)
+        read = tokens[len(words.begin) : tokens.index(HIDDEN) - len(self.marks.answer)]
+        return [self._answer(reader.answer(words.decode(read)))]
 
     def spell(self, tokens: list[int]) -> str:
         """Decode the text, with PAD, ANSWER and END by name."""
@@ -193,7 +201,8 @@ class GSMInfinite:
             )
             spoken = language(names.template, self.tokenizer)
             question, statements, words = _tell(core, names, spoken, self.modulus)
-            opening = spoken.instruction if self.instruction else []
+            # As a session begins a stream, with what the tokenizer puts there.
+            opening = [*tokenizer(self.tokenizer).begin, *(spoken.instruction if self.instruction else [])]
             if self.question == "first":
                 opening = opening + question
             length = len(opening) + sum(map(len, statements))
