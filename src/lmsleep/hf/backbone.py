@@ -133,7 +133,10 @@ class HFBackbone(nn.Module):
         # in code not called here.
         if (divisor := getattr(self.config, "logits_scaling", None)) is not None:
             logits = logits / divisor
-        for factor in (getattr(decoder, "lm_head_multiplier", None), getattr(self.model, "logit_scale", None)):
+        for factor in (
+            getattr(decoder, "lm_head_multiplier", None),
+            getattr(self.model, "logit_scale", None),
+        ):
             logits = logits if factor is None else logits * factor
         if (cap := getattr(self.config, "final_logit_softcapping", None)) is not None:
             logits = torch.tanh(logits / cap) * cap

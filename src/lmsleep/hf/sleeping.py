@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import LogitsProcessor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lmsleep.hf.backbone import HFBackbone
-from lmsleep.hf.cache_name import named
+from lmsleep.hf.cache_name import cache_name, named
 from lmsleep.hf.card import write_card
 from lmsleep.hf.dressed import Dressed, put_before
 from lmsleep.hf.loading import load_pretrained
@@ -52,6 +53,8 @@ def sleepify(model: Any, sleep: SleepConfig) -> Any:
         let_sleep(decoder, backbone.layouts)
         put_before(_Sleeping, base)
         base.__dict__["own_backbone"] = backbone  # no submodule: it holds the model itself
+        if getattr(base, "generation_config", None) is not None:
+            base.generation_config.cache_implementation = None  # what the folder says of a plain cache
     base.config.sleep = decoder.config.sleep = sleep.to_dict()
     return model
 
@@ -225,14 +228,52 @@ class _Sleeping(Dressed):
         )
         return None if labels is None else _loss(read, predicted, items), logits
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate as `transformers` does, in a cache that sleeps unless given one or `use_cache=False`."""
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        generation_config: Any = None,
+        logits_processor: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Generate as `transformers` does, in a cache that sleeps unless given one or `use_cache=False`.
+
+        Raises:
+            ValueError: as `transformers`; for another kind of cache, for logits with NaN, and for a prompt that
+                ends with padding or has no token.
+        """
+        kind = kwargs.pop("cache_implementation", None) or getattr(
+            generation_config, "cache_implementation", None
+        )
+        if kind is not None:
+            raise ValueError(f"cache_implementation={kind!r}: a model that sleeps has a cache of its own")
         given = [kwargs.pop(name, None) for name in ("past_key_values", "cache")]
         cache = next((one for one in given if one is not None), None)
         if cache is None and kwargs.get("use_cache") is not False:
             cache, kwargs["use_cache"] = self.new_cache(), True
         kwargs |= {} if cache is None else named(cache)
-        return super().generate(*args, **kwargs)  # type: ignore[misc]
+        processors = [*(logits_processor or ()), _NoNaN()]
+        return super().generate(inputs, generation_config, processors, *args, **kwargs)  # type: ignore[misc]
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Prepare a step as `transformers` does, without what `generate` alone has a use for.
+
+        Raises:
+            ValueError: without a cache, for a prompt that ends with padding (a cache says so itself).
+        """
+        for name in (
+            "tokenizer",
+            "assistant_tokenizer",
+        ):  # of stop strings; other models ignore what they get
+            kwargs.pop(name, None)
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[misc]
+        mask = inputs.get("attention_mask")
+        if inputs.get(cache_name()) is None and mask is not None and not bool(mask[:, -1].all()):
+            raise ValueError(
+                "attention_mask ends with padding: a prompt needs a token, and is padded on the left "
+                "(tokenizer.padding_side = 'left')"
+            )
+        return inputs
 
     def save_pretrained(
         self, save_directory: str | Path, is_main_process: bool = True, **kwargs: Any
@@ -267,6 +308,18 @@ class _Sleeping(Dressed):
 
     gradient_checkpointing_enable = activation_checkpointing_enable
     gradient_checkpointing_disable = activation_checkpointing_disable
+
+
+class _NoNaN(LogitsProcessor):  # type: ignore[misc]
+    """Lets nothing be drawn from NaN, of which greedy generation would make token 0 without a word."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if bad := scores.isnan().any(dim=-1).nonzero()[:, 0].tolist():
+            raise ValueError(
+                f"logits of row {', '.join(map(str, bad))} are NaN, so no token can be drawn: either attention_mask "
+                "hides the whole prompt, or the model computes NaN (look at its weights and its dtype)"
+            )
+        return scores
 
 
 def _kept(logits_to_keep: int | Tensor) -> slice | Tensor:
