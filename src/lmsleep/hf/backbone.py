@@ -129,8 +129,8 @@ class HFBackbone(nn.Module):
         """Map hidden states `[B, T, d]` to logits `[B, T, V]`, scaled as the model scales them."""
         decoder = self.model.get_decoder()
         logits: Tensor = self.model.get_output_embeddings()(self.normed(h))
-        # As for embeddings: the scale of logits (Granite divides, Falcon-H1 and Cohere multiply, Gemma caps) is
-        # in code not called here.
+        # As for embeddings: the scale of logits (Granite divides, Falcon-H1 and Cohere multiply, Gemma caps)
+        # is in code not called here.
         if (divisor := getattr(self.config, "logits_scaling", None)) is not None:
             logits = logits / divisor
         for factor in (

@@ -21,11 +21,11 @@ def put_before(dress: type[Dressed], module: Any) -> None:
 
 
 @cache  # so that models of one family stay of one class
-def _joined(dress: type[Dressed], own: type[Any]) -> type[Any]:
+def _joined(dress: Any, own: Any) -> Any:
     names = {name: getattr(own, name) for name in ("__module__", "__qualname__", "__doc__")}
     return type(own.__name__, (dress, own), {**names, "own": own, "dress": dress})
 
 
-def _empty(dress: type[Dressed], own: type[Any]) -> Any:
+def _empty(dress: Any, own: Any) -> Any:
     joined = _joined(dress, own)
     return joined.__new__(joined)

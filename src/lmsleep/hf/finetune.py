@@ -202,8 +202,8 @@ def export(backbone: HFBackbone, options: FineTune, sleep: SleepConfig, folder: 
     from lmsleep.hf.sleeping import sleepify  # which imports transformers
 
     model = sleepify(merged(backbone, options), sleep)
-    # The folder's own is copied below, as it is: transformers 5.21 and 5.22 do not write what contradicts itself
-    # (a temperature with do_sample=false), as published ones do.
+    # The folder's own is copied below, as it is: transformers 5.21 and 5.22 do not write what contradicts
+    # itself (a temperature with do_sample=false), as published ones do.
     model.generation_config = GenerationConfig.from_model_config(model.config)
     # Written aside and renamed, so that a kill leaves no half of a model under the name.
     partial = folder.with_name(f".{folder.name}.partial")

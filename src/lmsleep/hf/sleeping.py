@@ -47,8 +47,9 @@ def sleepify(model: Any, sleep: SleepConfig) -> Any:
     if not isinstance(base, _Sleeping):
         if patched := [type(x).__name__ for x in (base, decoder) if "forward" in vars(x)]:
             raise ValueError(
-                f"model: something has put a forward over that of {' and '.join(patched)} (hooks of accelerate "
-                "for several devices, Liger, a trainer), which would be awake; sleepify the model before that"
+                f"model: something has put a forward over that of {' and '.join(patched)} (hooks of "
+                "accelerate for several devices, Liger, a trainer), which would be awake; sleepify the model "
+                "before that"
             )
         let_sleep(decoder, backbone.layouts)
         put_before(_Sleeping, base)
@@ -165,7 +166,8 @@ class _Sleeping(Dressed):
             cache: the same, in the name of transformers from 5.24 on.
             labels: `[B, T]`: `input_ids`, or -100 where a token is not to be predicted.
             use_cache: True: go on in a new cache if there is none.
-            logits_to_keep: only the logits of so many last positions, or at these positions (`[n]` int64); 0: all.
+            logits_to_keep: only the logits of so many last positions, or at these positions (`[n]` int64);
+                0: all.
             num_items_in_batch: what the summed loss is divided by; default the number of predicted tokens.
             return_dict: False: a tuple.
             kwargs: options that are switched off.
@@ -239,8 +241,8 @@ class _Sleeping(Dressed):
         """Generate as `transformers` does, in a cache that sleeps unless given one or `use_cache=False`.
 
         Raises:
-            ValueError: as `transformers`; for another kind of cache, for logits with NaN, and for a prompt that
-                ends with padding or has no token.
+            ValueError: as `transformers`; for another kind of cache, for logits with NaN, and for a prompt
+                that ends with padding or has no token.
         """
         kind = kwargs.pop("cache_implementation", None) or getattr(
             generation_config, "cache_implementation", None
@@ -310,14 +312,15 @@ class _Sleeping(Dressed):
     gradient_checkpointing_disable = activation_checkpointing_disable
 
 
-class _NoNaN(LogitsProcessor):  # type: ignore[misc]
+class _NoNaN(LogitsProcessor):
     """Lets nothing be drawn from NaN, of which greedy generation would make token 0 without a word."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if bad := scores.isnan().any(dim=-1).nonzero()[:, 0].tolist():
             raise ValueError(
-                f"logits of row {', '.join(map(str, bad))} are NaN, so no token can be drawn: either attention_mask "
-                "hides the whole prompt, or the model computes NaN (look at its weights and its dtype)"
+                f"logits of row {', '.join(map(str, bad))} are NaN, so no token can be drawn: either "
+                "attention_mask hides the whole prompt, or the model computes NaN (look at its weights and its "
+                "dtype)"
             )
         return scores
 
@@ -333,7 +336,8 @@ def _kept(logits_to_keep: int | Tensor) -> slice | Tensor:
     if isinstance(logits_to_keep, int) and logits_to_keep >= 0:
         return slice(-logits_to_keep, None)
     raise ValueError(
-        f"logits_to_keep={logits_to_keep} must be how many last positions, 0 for all, or a tensor [n] of positions"
+        f"logits_to_keep={logits_to_keep} must be how many last positions, 0 for all, or a tensor [n] of "
+        "positions"
     )
 
 

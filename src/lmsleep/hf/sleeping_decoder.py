@@ -1,7 +1,7 @@
 """The decoder of a model that sleeps: where others call it past the model, it sleeps too.
 
-Trainers and kernels that compute a loss of their own (trl's `SFTTrainer`, Liger) put a `forward` over that of
-the model and call the decoder for its hidden states. Its blocks by themselves would be awake: they are refused.
+Trainers and kernels that compute a loss of their own (trl's `SFTTrainer`, Liger) put a `forward` over that
+of the model and call the decoder for its hidden states. Its blocks by themselves would be awake: refused.
 """
 
 from collections.abc import Sequence
@@ -79,6 +79,6 @@ def let_sleep(decoder: Any, layouts: Sequence[Layout]) -> None:
 def _refuse_awake(block: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
     if not isinstance(options.get(cache_name()), RunCache):
         raise ValueError(
-            f"{type(block).__name__}: something calls the blocks of a model that sleeps past its forward, where "
-            "they would be awake; let it call the model or its decoder (without a forward that was put over it)"
+            f"{type(block).__name__}: something calls the blocks of a model that sleeps past its forward, "
+            "where they would be awake; let it call the model or its decoder (without a forward put over it)"
         )

@@ -15,18 +15,17 @@ from lmsleep.state import Cache, Memory, State
 
 TOKENS = 8  # of the trial: enough to be cut into several tokens, several more, and one
 CUTS = (TOKENS // 2, TOKENS - 1)
-# How far tokens look back, in configurations of transformers. For the trial each is this short at most, so that
-# its few tokens see whether a window of thousands is heeded.
+# How far tokens look back, in configurations of transformers. For the trial each is this short at most, so
+# that its few tokens see whether a window of thousands is heeded.
 REACHES, SHORT = ("sliding_window", "attention_chunk_size"), 3
 
 
 def adapt(model: Any) -> HFBackbone:
     """Make a causal language model of `transformers` a backbone of the sleep algorithm.
 
-    The model is not changed, and its weights are shared; what `sleepify` made has its backbone already, which is
-    returned. A few tokens are run to see what each block carries,
-    that the blocks called one by one compute what the model computes, and that a second call goes on from
-    the fast weights that the first left.
+    The model is not changed, and its weights are shared; what `sleepify` made has its backbone already, which
+    is returned. A few tokens are run to see what each block carries, that the blocks called one by one
+    compute what the model computes, and that a second call goes on from the fast weights that the first left.
 
     Args:
         model: a hybrid (attention and fast weights) such as qwen3_5, qwen3_next, olmo_hybrid, kimi_linear,
@@ -70,8 +69,7 @@ def adapt(model: Any) -> HFBackbone:
 @contextmanager
 def _short_windows(config: Any) -> Iterator[None]:
     """Let windows of the model's own be `SHORT` for a while; its masks are made from the configuration."""
-    own = {name: getattr(config, name, None) for name in REACHES}
-    own = {name: reach for name, reach in own.items() if isinstance(reach, int)}
+    own = {name: reach for name in REACHES if isinstance(reach := getattr(config, name, None), int)}
     for name, reach in own.items():
         setattr(config, name, min(reach, SHORT))
     try:

@@ -1,4 +1,4 @@
-"""Whole texts as models of `transformers` are given them, padded on either side, read by the sleep algorithm."""
+"""Whole texts as models of `transformers` get them, padded on either side, read by the sleep algorithm."""
 
 from typing import Any
 
@@ -50,7 +50,8 @@ def valid_tokens(
             raise ValueError(f"attention_mask must be [B, T] = [{B}, {T}] or longer, got {shape}")
         if mask.shape[1] > T and not read_on:
             raise ValueError(
-                f"attention_mask must be [B, T] = [{B}, {T}], got {shape}: longer ones need what was read before"
+                f"attention_mask must be [B, T] = [{B}, {T}], got {shape}: longer ones need a cache of what was "
+                "read before"
             )
         mask = mask[:, -T:].bool()
         if bool((mask[:, 1:] & ~mask[:, :-1]).sum(1).add(mask[:, 0]).gt(1).any()):
@@ -90,13 +91,13 @@ def read_whole(
         checkpoint: recompute the activations of passes in the backward pass.
 
     Returns:
-        What `sleep_forward` said of rows that begin with their first token; what the head says at the places of
-        `tokens`, `[B, T, ...]` (None unless `keep`); the number of tokens that were predicted.
+        What `sleep_forward` said of rows that begin with their first token; what the head says at the places
+        of `tokens`, `[B, T, ...]` (None unless `keep`); the number of tokens that were predicted.
     """
     lengths = turned = None
     if valid is not None:
         lengths = valid.sum(dim=1)
-        # Each row is turned round until its first token stands first; what the head says is turned back below.
+        # Each row is turned round until its first token stands first; what the head says is turned back.
         T, first = valid.shape[1], valid.int().argmax(dim=1)
         turned = (torch.arange(T, device=valid.device) + first[:, None]) % T
         tokens, wanted = tokens.gather(1, turned), None if wanted is None else wanted.gather(1, turned)

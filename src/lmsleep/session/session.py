@@ -317,9 +317,7 @@ class Session(Owner):
             total += float(log_p.gather(1, targets[:, None]).sum())
             before, done = logits[-1], done + len(logits)
         if math.isnan(total):
-            raise ValueError(
-                "logits are NaN, so the text has no likelihood; look at the weights and their dtype"
-            )
+            raise ValueError("logits are NaN, so the text has no likelihood; look at the model's weights")
         return total
 
     def _foresee(self, tokens: Tensor) -> Iterator[Tensor]:

@@ -18,8 +18,8 @@ from lmsleep.plugins import Plugin
 
 Backend = Literal["auto", "reference", "chunked", "fla"]
 
-# Chunks sum log decays, and multiply them by masks: -inf would make NaN of both. e to this is 0 in float64 too,
-# so neither values nor gradients (of what is forgotten: 0) change.
+# Chunks sum log decays, and multiply them by masks: -inf would make NaN of both. e to this is 0 in float64
+# too, so neither values nor gradients (of what is forgotten: 0) change.
 NOTHING_LEFT = -750.0
 
 RULES: dict[str, Rule] = {
