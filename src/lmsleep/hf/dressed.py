@@ -15,7 +15,7 @@ class Dressed:
         return _empty, (self.dress, self.own), self.__getstate__()
 
 
-def put_before(dress: type[Dressed], module: Any) -> None:
+def put_before(dress: Any, module: Any) -> None:
     """Let `module` be of a class that looks in `dress` first, then in the class that it has."""
     module.__class__ = _joined(dress, type(module))
 

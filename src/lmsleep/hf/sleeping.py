@@ -54,8 +54,8 @@ def sleepify(model: Any, sleep: SleepConfig) -> Any:
         let_sleep(decoder, backbone.layouts)
         put_before(_Sleeping, base)
         base.__dict__["own_backbone"] = backbone  # no submodule: it holds the model itself
-        if getattr(base, "generation_config", None) is not None:
-            base.generation_config.cache_implementation = None  # what the folder says of a plain cache
+    if getattr(base, "generation_config", None) is not None:
+        base.generation_config.cache_implementation = None  # what the folder says of a plain cache
     base.config.sleep = decoder.config.sleep = sleep.to_dict()
     return model
 
@@ -319,8 +319,7 @@ class _NoNaN(LogitsProcessor):
         if bad := scores.isnan().any(dim=-1).nonzero()[:, 0].tolist():
             raise ValueError(
                 f"logits of row {', '.join(map(str, bad))} are NaN, so no token can be drawn: either "
-                "attention_mask hides the whole prompt, or the model computes NaN (look at its weights and its "
-                "dtype)"
+                "attention_mask hides the whole prompt, or the model computes NaN (look at its weights)"
             )
         return scores
 

@@ -50,8 +50,8 @@ def valid_tokens(
             raise ValueError(f"attention_mask must be [B, T] = [{B}, {T}] or longer, got {shape}")
         if mask.shape[1] > T and not read_on:
             raise ValueError(
-                f"attention_mask must be [B, T] = [{B}, {T}], got {shape}: longer ones need a cache of what was "
-                "read before"
+                f"attention_mask must be [B, T] = [{B}, {T}], got {shape}: longer ones need a cache of "
+                "what was read before"
             )
         mask = mask[:, -T:].bool()
         if bool((mask[:, 1:] & ~mask[:, :-1]).sum(1).add(mask[:, 0]).gt(1).any()):
