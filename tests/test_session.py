@@ -367,6 +367,13 @@ def test_what_broke_off_can_be_taken_back(model):
     assert session.stream is before
 
 
+def test_a_text_has_no_likelihood_where_logits_are_nan(model):
+    broken = Counted(model)
+    broken.head = lambda h: model.head(h) * torch.nan
+    with pytest.raises(ValueError, match="logits are NaN"):
+        Session(broken, sleeping()).score([3, 1, 2])
+
+
 def test_a_call_that_fails_in_its_first_step_leaves_nothing_to_take_back(model, monkeypatch):
     session = Session(model, sleeping())
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):

@@ -761,6 +761,7 @@ def test_options_cannot_be_changed():
     ("name", "change"),
     [
         ("tokens", lambda x: {"tokens": x[0]}),
+        ("tokens", lambda x: {"tokens": x[:0]}),
         ("loss_mask", lambda x: {"loss_mask": everything(x)[:, 1:]}),
         ("lengths", lambda x: {"lengths": torch.tensor([3, 3])}),
         ("lengths", lambda x: {"lengths": torch.tensor([3, 3, 16])}),

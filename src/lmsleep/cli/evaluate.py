@@ -15,8 +15,8 @@ from lmsleep.opening import find
 from lmsleep.plain import to_json
 from lmsleep.sleep import Backbone, SleepConfig
 from lmsleep.tasks import Task, Text
-from lmsleep.training import RunFolder
 from lmsleep.tasks.reading import check_known
+from lmsleep.training import RunFolder
 
 
 @dataclass(frozen=True, kw_only=True)

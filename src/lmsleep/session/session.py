@@ -1,5 +1,6 @@
 """Hold one unbounded stream with bounded memory: it is read, slept on, asked and saved."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -327,6 +328,8 @@ class Session(Owner):
             log_p = seen.to(torch.promote_types(seen.dtype, torch.float32))[: len(targets)].log_softmax(-1)
             total += float(log_p.gather(1, targets[:, None]).sum())
             before, done = logits[-1], done + len(logits)
+        if math.isnan(total):
+            raise ValueError("logits are NaN, so the text has no likelihood; look at the model's weights")
         return total
 
     def _foresee(self, begin: Stream, tokens: Tensor) -> Iterator[Tensor]:

@@ -18,6 +18,10 @@ from lmsleep.plugins import Plugin
 
 Backend = Literal["auto", "reference", "chunked", "fla"]
 
+# Chunks sum log decays, and multiply them by masks: -inf would make NaN of both. e to this is 0 in float64
+# too, so neither values nor gradients (of what is forgotten: 0) change.
+NOTHING_LEFT = -750.0
+
 RULES: dict[str, Rule] = {
     "gated_delta_rule": gated_delta.RULE,
     "gated_linear_rule": gated_linear.RULE,
@@ -85,7 +89,8 @@ def gated_delta_rule(
         q: queries `[B, T, H, K]`, any floating dtype; any `T`, 0 included.
         k: keys `[B, T, H, K]`, of unit L2 norm for a contraction.
         v: values `[B, T, H, V]`.
-        g: log decay `[B, T, H]`, at most 0. A token with `g = beta = 0` leaves the state as it is.
+        g: log decay `[B, T, H]`, at most 0; -inf forgets everything. A token with `g = beta = 0` leaves the
+            state as it is.
         beta: write strength `[B, T, H]`, in (0, 1), or (0, 2) for negative eigenvalues.
         scale: factor on the queries; default `K ** -0.5`.
         initial_state: `S` before the first token, `[B, H, K, V]`; default zeros.
@@ -155,6 +160,7 @@ def update(
         state = initial_state.to(dtype)
     if scale is None:
         scale = chosen.scale(K)
+    g = g.clamp(min=NOTHING_LEFT)
     form, casts = _choose(rule, chosen, backend, q)
     if casts:  # fla's kernels take low precision as it is and accumulate in float32
         q, k, v, g, beta = (x.to(dtype) for x in (q, k, v, g, beta))

@@ -35,7 +35,7 @@ def in_chunks(
     delta: bool,
 ) -> tuple[Tensor, Tensor]:
     """Compute the gated delta rule, or without `delta` the gated linear one; arguments as of a `Rule`."""
-    if q.shape[1] == 0:
+    if not q.shape[:3].numel():  # no token, row or head
         return torch.zeros_like(v), state
     result: tuple[Tensor, Tensor] = _Chunked.apply(q, k, v, g, beta, state, scale, delta)  # type: ignore[no-untyped-call]
     return result

@@ -31,7 +31,7 @@ def by_chunk(
 ) -> tuple[Tensor, Tensor]:
     """Do what `by_token` does, chunk-parallel, by a triangular system as in `head_decay`."""
     B, T, H, _ = q.shape
-    if T == 0:
+    if not q.shape[:3].numel():  # no token, row or head
         return torch.zeros_like(v), state
     q, k, v, g, beta = (channel_decay.split(x) for x in (scale * q, k, v, g, beta[..., None]))
     decays = channel_decay.Decays.of(g)
