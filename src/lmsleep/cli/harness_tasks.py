@@ -1,6 +1,8 @@
 """Tasks of lm-eval, found by name, loaded, and checked before a model is."""
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +40,10 @@ def load_tasks(
     found = []
     for name in known:
         try:
-            loaded = manager.load([name])
-            for task in loaded["tasks"].values():
-                task.build_all_requests(limit=1)  # templates are filled in only then
+            with _quiet():
+                loaded = manager.load([name])
+                for task in loaded["tasks"].values():
+                    task.build_all_requests(limit=1)  # templates are filled in only then
         # A task's own code makes its data, and raises anything.
         except Exception as error:
             raise ValueError(f"tasks: {name} cannot be loaded: {_reason(error)}") from error
@@ -101,13 +104,27 @@ def _writes(task: Any) -> bool:
     return bool(task.get_config("output_type") == "generate_until")
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence what is said of each try to reach the Hub; if none succeeds the error says it once."""
+    hub = logging.getLogger("huggingface_hub")
+    before = hub.level
+    hub.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        hub.setLevel(before)
+
+
 def _reason(error: Exception) -> str:
-    """Say an error of a task in one line, and what to install if that is it."""
+    """Say an error of a task in one line, and what to do where that is known."""
     said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     if isinstance(error, ModuleNotFoundError):
         return f"{said}; install that package, or lm-eval with the extra that its task needs"
+    if isinstance(error, ConnectionError):
+        return f"{said}; its data lie there, so a network is needed for the first time"
     return (
         said
-        if said and isinstance(error, OSError | ValueError | ImportError)
+        if said and isinstance(error, ValueError | OSError | ImportError)
         else f"{type(error).__name__}: {said}"
     )

@@ -33,6 +33,8 @@ def writing(given: Mapping[str, Any]) -> dict[str, Any]:
     """
     # None says as little as a setting that is left out.
     checked = {name: _checked(name, value) for name, value in given.items() if value is not None}
+    if checked.get("do_sample"):
+        checked.setdefault("temperature", 1.0)
     # lm-eval's own words: max_new_tokens is max_gen_toks, a temperature alone means sampling.
     options = dict(normalize_gen_kwargs(checked, LONGEST))
     # Taken out one by one: what is left over at the end is what has no counterpart.
@@ -49,7 +51,6 @@ def writing(given: Mapping[str, Any]) -> dict[str, Any]:
         return made
     if how.get("top_k") in (0, -1):  # all tokens, in transformers and in vLLM
         del how["top_k"]
-    how = {"temperature": 1.0, **how}
     try:
         Sampling(**how)
     except ValueError as error:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from jinja2 import TemplateError
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CacheHook, TemplateLM
 from lm_eval.api.registry import register_model
@@ -130,16 +131,19 @@ class SleepLM(TemplateLM):  # type: ignore[misc]
         """Render a chat with the template of the tokenizer.
 
         Raises:
-            ValueError: if it has no template.
+            ValueError: if it has no template, or one that refuses the chat.
         """
         if getattr(self.tokenizer, "chat_template", None) is None:
             raise ValueError("the model's tokenizer has no chat template; leave out --apply-chat-template")
-        text: str = self.tokenizer.apply_chat_template(  # type: ignore[union-attr]
-            chat_history,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-        )
+        try:
+            text: str = self.tokenizer.apply_chat_template(  # type: ignore[union-attr]
+                chat_history,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
+            )
+        except TemplateError as error:  # many know no system, or want turns to alternate
+            raise ValueError(f"the tokenizer's chat template refuses this chat: {error}") from None
         return text
 
     def set_cache_hook(self, cache_hook: CacheHook) -> None:
