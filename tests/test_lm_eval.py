@@ -101,7 +101,7 @@ def test_scores_and_answers_are_those_of_the_type_hf(own, plain):
     ]
     requests = asked("generate_until", *[(c, h) for c in ("ab cd", "xyz", "under the") for h in how])
     found = own.generate_until(requests)
-    assert found == plain.generate_until(requests) and len(set(found)) > 6
+    assert found == plain.generate_until(requests) and len(set(found)) > 4
 
 
 def tasks_in(folder):

@@ -2,7 +2,8 @@
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -39,21 +40,18 @@ def load_tasks(
     manager, known = _known(names, include_path, metadata)
     found = []
     for name in known:
-        try:
-            with _quiet():
-                loaded = manager.load([name])
-                for task in loaded["tasks"].values():
-                    task.build_all_requests(limit=1)  # templates are filled in only then
-        # A task's own code makes its data, and raises anything.
-        except Exception as error:
-            raise ValueError(f"tasks: {name} cannot be loaded: {_reason(error)}") from error
+        with _loading(name):
+            loaded = manager.load([name])
+        for own, task in loaded["tasks"].items():
+            _check(own, task, generation, unsafe_code)
+            # Templates are filled in only when a question is asked. Its bar, of one question, says nothing.
+            with _loading(own), redirect_stderr(StringIO()):
+                task.build_all_requests(limit=1)
         within = {child for children in loaded.get("group_map", {}).values() for child in children}
         both = {**loaded.get("groups", {}), **loaded["tasks"]}
         found += [item for own, item in both.items() if own not in within]
     # Together, for one that is named twice.
     every = manager.load(found)["tasks"]
-    for name, task in every.items():
-        _check(name, task, generation, unsafe_code)
     if generation and not any(_writes(task) for task in every.values()):
         raise ValueError(f"gen_kwargs: {', '.join(every)} want no text to be written; leave the option out")
     return manager, found
@@ -105,13 +103,16 @@ def _writes(task: Any) -> bool:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence what is said of each try to reach the Hub; if none succeeds the error says it once."""
+def _loading(name: str) -> Iterator[None]:
+    """Say whatever is raised as a `ValueError` of one line: a task's own code makes its data."""
+    # It reports each try to reach the Hub; if none succeeds the error says it once.
     hub = logging.getLogger("huggingface_hub")
     before = hub.level
     hub.setLevel(logging.ERROR)
     try:
         yield
+    except Exception as error:
+        raise ValueError(f"tasks: {name} cannot be loaded: {_reason(error)}") from error
     finally:
         hub.setLevel(before)
 
