@@ -255,7 +255,7 @@ def test_a_task_that_a_sleeping_model_cannot_do_is_refused_before_the_model_is(
     folder, tmp_path, capsys, monkeypatch, more, argv, said  # noqa: F811
 ):  # fmt: skip
     monkeypatch.setattr("lmsleep.cli.harness.new_session", None)
-    code = "from datasets import Dataset as D\ndef make(**_):\n    return {'test': D.from_list([{'input': 'w1'}])}"
+    code = "import datasets as d\ndef make(**_):\n    return {'test': d.Dataset.from_list([{'input': 'w1'}])}"
     status, _, err = run_command(capsys, "lm-eval", folder, *of_ones_own(tmp_path, code, more=more), *argv)
     assert status == 2 and said in err and len(err.splitlines()) == 1, err
 
