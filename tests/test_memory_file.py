@@ -581,7 +581,8 @@ def test_a_memory_that_is_saved_is_one_that_loads(tmp_path_factory, layers, data
         (Passes, {"normalize": None}), (Passes, {"reinject": 1}), (Passes, {"wake_passes": 1.0}),
         (GradientSteps, {"rate": True}), (GradientSteps, {"rate": "1"}),
         (GradientSteps, {"rate": float("inf")}), (GradientSteps, {"rate": float("nan")}),
-        (Origin, {"tags": {"a": 1}}), (Origin, {"tokens": True}), (Origin, {"parents": "ab"}), (Origin, {"rule": (1,)}), (Origin, {"id": None}),
+        (Origin, {"tags": {"a": 1}}), (Origin, {"tokens": True}), (Origin, {"parents": "ab"}),
+        (Origin, {"rule": (1,)}), (Origin, {"id": None}),
     ],
     ids=str,
 )  # fmt: skip
