@@ -1,7 +1,8 @@
-"""Kill a command before each of its operations on files, and take it up: `kills.py EVERY COMMAND...`.
+"""Kill a command before each of its operations on files, and take it up: `kills.py NUMBERS COMMAND...`.
 
-The command works on RUN, in a new folder each time. Printed is one JSON object for each kill: how it went,
-and what is in the folder in the end. The first is of a command that nobody killed.
+The command works on RUN, in a new folder each time; NUMBERS are START:STOP:STEP of operations. Printed is one
+JSON object for each kill: how it went, and what is in the folder in the end. The first is of a command that
+nobody killed.
 """
 
 import json
@@ -83,14 +84,14 @@ def contents() -> dict[str, str]:
 if __name__ == "__main__":
     Trainer.log_every = 1
     torch.set_num_threads(1)
-    every, argv, root = int(sys.argv[1]), sys.argv[2:], Path.cwd()
+    numbers, argv, root = range(*map(int, sys.argv[1].split(":"))), sys.argv[2:], Path.cwd()
     # Children inherit what is imported. Where a run was made is told by git, which takes its time.
     runs.provenance = dict
     (root / "first").mkdir()
     os.chdir(root / "first")
     with redirect_stdout(StringIO()):
         main(argv)
-    for number in [None, *range(0, 1000, every)]:
+    for number in [None, *numbers]:
         (root / f"killed-{number}").mkdir()
         os.chdir(root / f"killed-{number}")
         code, said = call(argv, number)

@@ -72,16 +72,26 @@ def refused(capsys, *argv) -> str:
 # Kills
 
 
-def killed(every: int, *argv) -> list[dict]:
+def killed(numbers: str, *argv) -> list[dict]:
     environment = {**os.environ, "PYTHONPATH": str(Path(lmsleep.__file__).parents[1])}
-    command = [sys.executable, Path(__file__).with_name("kills.py"), str(every), *map(str, argv)]
+    command = [sys.executable, Path(__file__).with_name("kills.py"), numbers, *map(str, argv)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     return list(map(json.loads, done.stdout.splitlines()))
 
 
-@pytest.mark.parametrize("every", [9, pytest.param(1, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("command", ["train", "two stages"])
-def test_a_kill_before_any_operation_on_files_leaves_what_goes_on(command, every, here):
+ALL = "0:1000:1"
+
+
+@pytest.mark.parametrize(
+    ("command", "numbers"),
+    [
+        ("train", "2:1000:12"),
+        ("two stages", "2:8:2"),  # while the two folders are made
+        pytest.param("train", ALL, marks=pytest.mark.slow),
+        pytest.param("two stages", ALL, marks=[pytest.mark.slow, pytest.mark.timeout(1800)]),
+    ],
+)
+def test_a_kill_before_any_operation_on_files_leaves_what_goes_on(command, numbers, here):
     argv = [*TRAIN, "--steps", "2", "--save-every", "1"]
     if command == "two stages":
         torch.manual_seed(0)
@@ -99,8 +109,7 @@ def test_a_kill_before_any_operation_on_files_leaves_what_goes_on(command, every
             "1",
         ]
         argv = ["finetune", here / "llama", "--task", *TASK, *SIZE, *options]
-        every *= 3
-    first, *others = killed(every, *argv, "--out", "RUN")
+    first, *others = killed(numbers, *argv, "--out", "RUN")
     assert first["code"] == 0 and len(others) > 2
     for one in others:
         assert one["code"] == 0, one
