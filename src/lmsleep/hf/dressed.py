@@ -17,7 +17,8 @@ class Dressed:
 
 def put_before(dress: Any, module: Any) -> None:
     """Let `module` be of a class that looks in `dress` first, then in the class that it has."""
-    module.__class__ = _joined(dress, type(module))
+    own: Any = type(module)
+    module.__class__ = _joined(dress, own)
 
 
 @cache  # so that models of one family stay of one class
