@@ -29,8 +29,8 @@ def open_model(
         path: folder of a run, of a saved model (of `HybridLM.save_pretrained`, or of a backbone of one's own)
             or in the format of transformers, or the name of a model that is shipped
             (`lmsleep.shipped.names()`).
-        tokenizer: "bytes", or the folder of a Hugging Face tokenizer; default that of the run or folder, or
-            bytes.
+        tokenizer: "bytes", or the folder of a Hugging Face tokenizer; default that of the folder, or bytes.
+            A run has its own.
         device: auto (CUDA where present), cpu, cuda, ...
         trust: run the Python files that the run or model names, though you have trained no run with them.
 
@@ -107,11 +107,15 @@ class Place:
         """Return the tokenizer of the run, or of the folder unless another one is `given`.
 
         Raises:
-            ValueError: if there is none.
+            ValueError: if there is none, or another one is given for a run.
         """
         if self.run is None:
             return load_tokenizer(given or self.tokenizer_name(), self.path)
         name = getattr(self.run.task, "tokenizer", None)
+        if given not in (None, name):
+            raise ValueError(
+                f"tokenizer={given!r}: the run {self.path} has its own, {name or 'its task'}; leave it out"
+            )
         if isinstance(self.run.task, Text) or name not in (None, "bytes", "words"):
             return load_tokenizer(str(name))
         return Spelled(self.run.task.spell, self.run.task.vocab_size)

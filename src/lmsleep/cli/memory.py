@@ -72,10 +72,10 @@ def memory(argv: list[str]) -> None:
 
 
 def _show(options: ShowOptions) -> None:
-    """Print what memory files hold, each as soon as it is read; JSON as one document at the end."""
+    """Print what memory files hold, when all are read."""
     if not options.files:
         raise ValueError("files must name at least one memory file")
-    shown = []
+    shown, said = [], []
     for path in options.files:
         saved = read(path)
         found, others = saved.memory, other_rows(saved.memory)
@@ -85,7 +85,9 @@ def _show(options: ShowOptions) -> None:
         )
         if not options.json:
             beside = f"  beside S:\n{_table(others)}" if others else ""
-            sys.stdout.write(f"{path}\n{_origin(header)}{table(found)}{beside}")
+            said.append(f"{path}\n{_origin(header)}{table(found)}{beside}")
+    # Only now: a file that is none must not be found behind half of an answer.
+    sys.stdout.write("".join(said))
     if options.json:
         sys.stdout.write(to_json(shown) + "\n")
 

@@ -22,7 +22,8 @@ class SleepOptions:
     """Blocks first ... last - 1 that a new session loops, or the middle half; default that of the run or
     folder, or all (the middle half of a Hugging Face model)."""
     tokenizer: str | None = None
-    """Of a saved model: bytes, or the folder of a Hugging Face tokenizer; default its own, or bytes."""
+    """Of a saved model: bytes, or the folder of a Hugging Face tokenizer; default its own, or bytes. A run
+    has its own."""
     device: str = "auto"
     """auto (CUDA where present), cpu, cuda, ..."""
     trust: bool = False

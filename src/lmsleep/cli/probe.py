@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tqdm import tqdm
 from tyro.conf import Positional
 
 from lmsleep.cli.options import parse
 from lmsleep.evaluation.facts import CHOICES, DROPPED, KEPT, Reading, zero_shot
 from lmsleep.opening import open_model
 from lmsleep.plain import to_json
+from lmsleep.progress import progress
 from lmsleep.sleep import SleepConfig
 from lmsleep.text.files import read_text, to_tokens
 
@@ -40,7 +40,8 @@ class ProbeOptions:
     eviction: Literal["hard", "sliding"] = "hard"
     """After a sleep attention keeps nothing of the window (hard) or its last L - 1 tokens (sliding)."""
     tokenizer: str | None = None
-    """Of a saved model: bytes, or the folder of a Hugging Face tokenizer; default its own, or bytes."""
+    """Of a saved model: bytes, or the folder of a Hugging Face tokenizer; default its own, or bytes. A run
+    has its own."""
     device: str = "auto"
     """auto (CUDA where present), cpu, cuda, ..."""
     seed: int = 0
@@ -58,9 +59,10 @@ def probe(argv: list[str]) -> None:
     tokens = to_tokens(read_text(options.text), tokenizer, options.text).tolist()
     sleep = SleepConfig(window=options.window, eviction=options.eviction, loop=options.loop)
     # Two more ways of reading: nothing evicted, and nothing remembered.
-    with tqdm(total=2 + len(options.passes), desc="ways of reading", disable=None, leave=False) as bar:
+    total = (2 + len(set(options.passes))) * options.samples
+    with progress(total=total, desc="pieces", leave=False) as bar:
 
-        def progress(way: str) -> None:
+        def read(way: str) -> None:
             bar.set_postfix_str(way)
             bar.update(1)
 
@@ -74,7 +76,7 @@ def probe(argv: list[str]) -> None:
                 samples=options.samples,
                 windows=options.windows,
                 seed=options.seed,
-                progress=progress,
+                progress=read,
             )
         )
     if options.json:

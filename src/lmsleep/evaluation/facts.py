@@ -92,7 +92,7 @@ def zero_shot(
         samples: pieces.
         windows: windows in a piece, at least 2.
         seed: of places, facts and numbers.
-        progress: called with the way that is about to be measured.
+        progress: called with the way after each piece that was read in it.
 
     Raises:
         ValueError: for a window that is too short for the facts, a text that is too short for a piece, or
@@ -116,9 +116,12 @@ def zero_shot(
         check_tokens(read, model.vocab_size, tokenizer)
     ways: dict[str, SleepConfig | None] = {KEPT: replace(sleep, window=None), DROPPED: None}
     for way, config in {**ways, **{f"N = {n}": sleep.with_passes(n) for n in passes}}.items():
-        progress(way)
-        nats = [_nats(model, piece, L, config) for piece in pieces]
-        answers = torch.cat([quiz.answered(model, config) for quiz in quizzes])
+        nats, answered = [], []
+        for piece, quiz in zip(pieces, quizzes, strict=True):
+            nats.append(_nats(model, piece, L, config))
+            answered.append(quiz.answered(model, config))
+            progress(way)
+        answers = torch.cat(answered)
         yield Reading(
             way=way,
             nats=sum(nats) / len(nats),

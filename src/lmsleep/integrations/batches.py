@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from tqdm import tqdm
+
+from lmsleep.progress import progress as bar_of
 
 MOST = 64  # where `auto` begins, as in lm-eval's other model types
 
@@ -41,7 +42,7 @@ class Batches:
         """
         found: list[Any] = []
         done = 0
-        with tqdm(total=len(items), desc=what, disable=None if self.progress else True, leave=False) as bar:
+        with bar_of(show=self.progress, total=len(items), desc=what, leave=False) as bar:
             while done < len(items):
                 some = items[done : done + self.size]
                 try:

@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from lmsleep.files import write_atomic
+from lmsleep.files import check_folder, write_atomic
 from lmsleep.plain import to_json
 from lmsleep.recipes import figure
 from lmsleep.recipes.answers import ABOUT, Answers
@@ -20,6 +20,7 @@ from lmsleep.recipes.results import Result
 from lmsleep.recipes.run import train
 from lmsleep.recipes.table import as_text
 from lmsleep.training import TrainConfig
+from lmsleep.training.jobs import check_workers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +53,10 @@ def run(options: DemoOptions) -> None:
     seeds = options.seeds or ((0, 1, 2, 3, 4) if options.full else (0,))
     if len(set(seeds)) != len(seeds):
         raise ValueError(f"seeds must be named each once, got {seeds}")
+    if min(seeds) < 0:
+        raise ValueError(f"seeds must not be negative, got {seeds}")
+    check_workers(options.workers)
+    check_folder(options.out, "out")
     if not 0 < options.scale <= 1:
         raise ValueError(f"scale must lie in (0, 1], got {options.scale}")
     if len(set(options.tasks)) != len(options.tasks):

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from lmsleep.files import check_place
 from lmsleep.plain import check_types
+from lmsleep.progress import progress as bar_of
 from lmsleep.session.owner import proceed, using
 from lmsleep.session.rows import BrokenSleep, Row
 from lmsleep.session.session import Session
@@ -82,7 +82,7 @@ def read_files(
             sleep ends the reading. No lock is taken. None: nothing is saved, and a kill loses what was read.
         save_every: seconds between saves; 0: after every step (a window, with its sleep).
         tags: added to those of the memory file; the tag "reading" is taken.
-        progress: show a bar, on a terminal.
+        progress: show a bar on standard error; where there is no terminal, a line every ten seconds.
 
     Raises:
         ValueError: for no file, a session without a tokenizer, text that the tokenizer cannot read, tags that
@@ -129,17 +129,8 @@ def read_files(
     row = Row(stream=session.stream, unread=tokens[done:])
     saved = time.monotonic()  # the clock on the wall may be set back
     # Held over all steps: who comes between is refused, not this reading in its middle.
-    with (
-        using([session]),
-        tqdm(
-            # None: no bar where standard error is no terminal.
-            total=len(tokens),
-            initial=done,
-            unit="token",
-            unit_scale=True,
-            disable=None if progress else True,
-        ) as bar,
-    ):
+    bar = bar_of(show=progress, total=len(tokens), initial=done, unit="token", unit_scale=True)
+    with using([session]), bar:
         try:
             for [stepped] in proceed([session], [row]):
                 bar.update(len(tokens) - len(stepped.unread) - bar.n)

@@ -10,7 +10,7 @@ import torch
 from lmsleep.tasks import Batch, Split, batch_rng
 from lmsleep.training.config import RunConfig
 from lmsleep.training.optim import level
-from lmsleep.training.workers import leave_with_parent
+from lmsleep.training.workers import begun_deaf, leave_with_parent
 
 AHEAD = 2  # batches a worker draws before they are wanted
 
@@ -51,9 +51,10 @@ class Batches:
             plain = self.config.to_dict()  # each worker reads the data once, for itself
             self._pool = ProcessPoolExecutor(workers, context, initializer=_start, initargs=(plain,))
         # What is drawn ahead is bounded: finished batches wait in the memory of this process.
-        for ahead in range(step, min(step + AHEAD * workers, self.config.train.steps)):
-            if ahead not in self._drawn:
-                self._drawn[ahead] = self._pool.submit(_draw_mine, ahead)
+        with begun_deaf():
+            for ahead in range(step, min(step + AHEAD * workers, self.config.train.steps)):
+                if ahead not in self._drawn:
+                    self._drawn[ahead] = self._pool.submit(_draw_mine, ahead)
         # Taken out, so that a batch is not held after its step.
         return self._drawn.pop(step).result()
 
@@ -67,11 +68,9 @@ class Batches:
 def _start(plain: dict[str, Any]) -> None:
     """Prepare a worker process: its run, and who may stop it."""
     global _config
-    leave_with_parent()
+    leave_with_parent(signal.SIGINT, signal.SIGTERM)  # the trainer decides when to stop
     # Workers share the cores with each other and with training; drawing has no large products.
     torch.set_num_threads(1)
-    for signum in (signal.SIGINT, signal.SIGTERM):  # the trainer decides when to stop
-        signal.signal(signum, signal.SIG_IGN)
     _config = RunConfig.from_dict(plain)
 
 

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from lmsleep.progress import progress
 from lmsleep.training.config import RunConfig
 from lmsleep.training.loop import Interrupted, Trainer
-from lmsleep.training.progress import progress
 from lmsleep.training.runs import BRANCH, RunFolder
-from lmsleep.training.workers import leave_with_parent
+from lmsleep.training.workers import begun_deaf, leave_with_parent
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,12 @@ def default_workers() -> int:
     return torch.cuda.device_count() or os.cpu_count() or 1
 
 
+def check_workers(workers: int | None) -> None:
+    """Raise ValueError unless there is a worker (None: `default_workers`)."""
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers must be at least 1, got {workers}")
+
+
 def run_all(jobs: Sequence[Job], workers: int | None = None) -> None:
     """Train every run that has no report yet, `workers` at a time (default: `default_workers`).
 
@@ -58,10 +64,11 @@ def run_all(jobs: Sequence[Job], workers: int | None = None) -> None:
     run that was stopped goes on from its last checkpoint.
 
     Raises:
-        ValueError: if a folder holds a run of another configuration.
+        ValueError: if a folder holds a run of another configuration, or for no worker.
         RuntimeError: if a run failed; the others are finished first.
         Interrupted: after SIGINT or SIGTERM; the runs under way are saved first.
     """
+    check_workers(workers)
     places = [job.path for one in jobs for job in (one, one.shorter) if job is not None]
     if len(set(places)) < len(places):
         raise ValueError("jobs: two runs have one folder; name each once")
@@ -84,7 +91,9 @@ def run_all(jobs: Sequence[Job], workers: int | None = None) -> None:
         _raising_interrupted(),
     ):
         try:
-            for done in as_completed([pool.submit(_run, job) for job in todo]):
+            with begun_deaf():
+                futures = [pool.submit(_run, job) for job in todo]
+            for done in as_completed(futures):
                 path, error = done.result()
                 bar.update()
                 bar.set_postfix_str(path.name)
@@ -129,9 +138,8 @@ def _finished(job: Job) -> bool:
 
 def _start(lock: object, numbers: SimpleQueue[int], workers: int) -> None:
     """Prepare a worker process: its bars, its threads, its GPU, and who may stop it."""
-    leave_with_parent()
+    leave_with_parent(signal.SIGINT)  # between runs the parent decides
     tqdm.set_lock(lock)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # between runs the parent decides
     number, gpus = numbers.get(), torch.cuda.device_count()
     torch.set_num_threads(max((os.cpu_count() or 1) // workers, 1))
     if gpus:

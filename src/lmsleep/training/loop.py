@@ -11,6 +11,7 @@ import torch
 
 from lmsleep.backbones import Model, kind_of
 from lmsleep.evaluation import Score, evaluate
+from lmsleep.progress import progress
 from lmsleep.tasks import batch_rng
 from lmsleep.training.batches import Batches, check_samples, draw
 from lmsleep.training.compute import StepFlops
@@ -18,7 +19,6 @@ from lmsleep.training.config import RunConfig
 from lmsleep.training.device import autocast, choose_device, fitting, in_bfloat16
 from lmsleep.training.objective import Objective
 from lmsleep.training.optim import optimizers, set_rates, sleep_at
-from lmsleep.training.progress import progress
 from lmsleep.training.runs import TRAINER, RunFolder
 from lmsleep.training.start import first_model
 from lmsleep.training.step import take_step
