@@ -96,7 +96,8 @@ class RunFolder:
         """
         path = self.path / "config.json"
         try:
-            return RunConfig.from_dict(json.loads(path.read_text()))
+            # Fitted when it was written: a task that must read its data to know its tokens is not asked.
+            return RunConfig.from_dict(json.loads(path.read_text()), fit=False)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 
