@@ -206,5 +206,5 @@ class RunConfig:
                 fit=fit,
             )
         # A damaged file can hold anything where a mapping is expected; ValueErrors already say what is wrong.
-        except (KeyError, TypeError, AttributeError) as error:
+        except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
             raise ValueError(f"not a run configuration: {error}") from error

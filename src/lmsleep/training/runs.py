@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -74,17 +74,16 @@ class RunFolder:
         """Make the folder of a new run; errors as of `create`."""
         plain = config.to_dict()
         self.check_new(config)  # before the lock, which is a file in it
-        try:
-            with self.locked():
-                self.check_new(config)  # and now that nobody else can make it
+        with self.locked():
+            self.check_new(config)  # and now that nobody else can make it
+            try:
                 made = {"made_by": provenance(), "data": data.hashes(config.task)}
                 self._write_json("config.json", {**plain, **made})
-        except BaseException:
-            # What cannot begin leaves no folder.
-            with suppress(OSError):
+            except BaseException:
+                # What cannot begin leaves no folder.
                 if not self._entries():
                     shutil.rmtree(self.path)
-            raise
+                raise
         # Code that was named here may run when the run is opened; what a foreign run names may not.
         trust.remember(code_named(plain))
 
@@ -228,19 +227,20 @@ class RunFolder:
             ValueError: naming the line, if one is damaged.
         """
         path = self.path / "metrics.jsonl"
-        lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
-        # Lines are appended whole and in order, so that only what follows the last line end can be cut short.
-        for number, line in enumerate(lines[:-1], start=1):
+        lines = path.read_bytes().split(b"\n") if path.exists() else []
+        for number, line in enumerate(lines, start=1):
             try:
                 record = json.loads(line)
             except (ValueError, RecursionError):
                 record = None
-            if not _is_record(record):
+            if _is_record(record):
+                yield record
+            # Lines are appended whole and in order, so that only what has no line end can be cut short.
+            elif number < len(lines):
                 raise ValueError(
                     f"{path} is damaged or foreign: line {number}, {line[:80]!r}, is no line of metrics; "
                     "remove it"
                 )
-            yield record
 
     def rewind(self, step: int) -> None:
         """Go back to `step`: drop what is of later steps, which will be repeated, and what kills left.
