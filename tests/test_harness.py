@@ -242,6 +242,21 @@ def test_a_task_that_cannot_be_loaded_is_one_line_before_the_model_is(
     assert "Traceback" not in err and len(err.splitlines()) == 1
 
 
+def test_a_task_that_cannot_score_is_one_line(folder, tmp_path, capsys):  # noqa: F811
+    argv = of_ones_own(
+        tmp_path,
+        SIZED + "def score(doc, answers):\n    return 1 / 0\n",
+        more="process_results: !function made.score",
+    )
+    code, out, err = run_command(capsys, "lm-eval", folder, *argv)
+    assert code == 2 and not out and "Traceback" not in err
+    last = err.splitlines()[-1]
+    assert (
+        last.startswith("lmsleep: tasks: ZeroDivisionError: division by zero (in ")
+        and "made.py, line" in last
+    )
+
+
 @pytest.mark.parametrize(
     ("more", "argv", "said"),
     [

@@ -85,7 +85,7 @@ def harness(argv: list[str]) -> None:
         import lm_eval
     except ImportError:
         raise ValueError("lm-eval is not installed: pip install 'lmsleep[eval,hf]'") from None
-    from lmsleep.cli.harness_tasks import load_tasks
+    from lmsleep.cli.harness_tasks import evaluating, load_tasks
     from lmsleep.integrations.lm_eval import SleepLM
 
     seeds = SEEDS if options.seed is None else dict.fromkeys(SEEDS, options.seed)
@@ -110,21 +110,22 @@ def harness(argv: list[str]) -> None:
             sleep = session.sleep_config.with_passes(n)
             # The model is shared; a session for each N costs only its state.
             sleeping = Session(session.model, sleep, session.tokenizer, history=0)
-            results = lm_eval.simple_evaluate(
-                model=SleepLM(sleeping, batch_size=options.batch_size, progress=True),
-                tasks=tasks,
-                task_manager=manager,
-                num_fewshot=options.num_fewshot,
-                limit=options.limit,
-                gen_kwargs=generation or None,
-                apply_chat_template=options.apply_chat_template,
-                system_instruction=options.system_instruction,
-                fewshot_as_multiturn=options.fewshot_as_multiturn,
-                confirm_run_unsafe_code=options.confirm_run_unsafe_code,
-                use_cache=None if options.use_cache is None else f"{options.use_cache}-N{n}",
-                log_samples=options.log_samples is not None,
-                **seeds,
-            )
+            with evaluating():
+                results = lm_eval.simple_evaluate(
+                    model=SleepLM(sleeping, batch_size=options.batch_size, progress=True),
+                    tasks=tasks,
+                    task_manager=manager,
+                    num_fewshot=options.num_fewshot,
+                    limit=options.limit,
+                    gen_kwargs=generation or None,
+                    apply_chat_template=options.apply_chat_template,
+                    system_instruction=options.system_instruction,
+                    fewshot_as_multiturn=options.fewshot_as_multiturn,
+                    confirm_run_unsafe_code=options.confirm_run_unsafe_code,
+                    use_cache=None if options.use_cache is None else f"{options.use_cache}-N{n}",
+                    log_samples=options.log_samples is not None,
+                    **seeds,
+                )
             assert results is not None, "this process is the only one"
             found[str(n)] = results["results"]
             for task, of_task in results.get("samples", {}).items():

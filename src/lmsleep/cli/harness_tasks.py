@@ -1,6 +1,7 @@
 """Tasks of lm-eval, found by name, loaded, and checked before a model is."""
 
 import logging
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from io import StringIO
@@ -55,6 +56,20 @@ def load_tasks(
     if generation and not any(_writes(task) for task in every.values()):
         raise ValueError(f"gen_kwargs: {', '.join(every)} want no text to be written; leave the option out")
     return manager, found
+
+
+@contextmanager
+def evaluating() -> Iterator[None]:
+    """Say what a task's own code raises as a `ValueError` of one line; what our code raises stays."""
+    try:
+        yield
+    except (ValueError, OSError, RuntimeError):
+        raise
+    except Exception as error:
+        *_, last = traceback.extract_tb(error.__traceback__)
+        if Path(last.filename).is_relative_to(Path(__file__).parents[1]):
+            raise
+        raise ValueError(f"tasks: {_reason(error)} (in {last.filename}, line {last.lineno})") from error
 
 
 def _known(
