@@ -173,7 +173,7 @@ class RunConfig:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle as plain data: what a task has read stays here, and workers find a user's class by name."""
-        return RunConfig.from_dict, (self.to_dict(),)
+        return RunConfig.from_dict, (self.to_dict(), False)
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-ready form, read back by `from_dict`; paths are absolute."""
@@ -185,8 +185,8 @@ class RunConfig:
         }
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Invert `to_dict`, also after a trip through JSON.
+    def from_dict(cls, data: Mapping[str, Any], fit: bool = True) -> Self:
+        """Invert `to_dict`, also after a trip through JSON; `fit` is that of the class.
 
         Raises:
             ValueError: for a missing, unknown or invalid field.
@@ -203,7 +203,7 @@ class RunConfig:
                 sleep=SleepConfig.from_dict(data["sleep"]),
                 # What the training says of itself comes last and wins.
                 train=from_plain(TrainConfig, {**training, **data["train"]}),
-                fit=False,
+                fit=fit,
             )
         # A damaged file can hold anything where a mapping is expected; ValueErrors already say what is wrong.
         except (KeyError, TypeError, AttributeError) as error:

@@ -183,7 +183,8 @@ class RunFolder:
         found = self._read_json("config.json")
         try:
             with self.naming_code():
-                return RunConfig.from_dict(found)
+                # Fitted when it was written: a task that must read its data to know its tokens is not asked.
+                return RunConfig.from_dict(found, fit=False)
         except ValueError as error:
             raise ValueError(f"{self.path / 'config.json'}: {error}") from error
 
