@@ -13,14 +13,10 @@ from torch import Tensor
 
 from lmsleep.ops.precision import exact
 from lmsleep.ops.rules import gated_delta, gated_linear, kda, raven
-from lmsleep.ops.rules.rule import Recurrence, Rule
+from lmsleep.ops.rules.rule import NOTHING_LEFT, Recurrence, Rule
 from lmsleep.plugins import Plugin
 
 Backend = Literal["auto", "reference", "chunked", "fla"]
-
-# Chunks sum log decays, and multiply them by masks: -inf would make NaN of both. e to this is 0 in float64
-# too, so neither values nor gradients (of what is forgotten: 0) change.
-NOTHING_LEFT = -750.0
 
 RULES: dict[str, Rule] = {
     "gated_delta_rule": gated_delta.RULE,
@@ -160,12 +156,11 @@ def update(
         state = initial_state.to(dtype)
     if scale is None:
         scale = chosen.scale(K)
-    g = g.clamp(min=NOTHING_LEFT)
     form, casts = _choose(rule, chosen, backend, q)
     if casts:  # fla's kernels take low precision as it is and accumulate in float32
         q, k, v, g, beta = (x.to(dtype) for x in (q, k, v, g, beta))
     else:  # in one dtype: CUDA's autocast norms q and k in float32
-        q, k = q.to(v.dtype), k.to(v.dtype)
+        q, k, g = q.to(v.dtype), k.to(v.dtype), g.clamp(min=NOTHING_LEFT)
     with exact(q.device):  # S is summed over a whole stream
         o, state = form(q, k, v, g, beta, scale, state)
     # `inputs` has v as it was given; `v` itself may have been cast.

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lmsleep.ops.precision import exact
+from lmsleep.ops.rules.rule import NOTHING_LEFT
 
 
 def in_chunks(
@@ -73,6 +74,7 @@ class _Chunked(torch.autograd.Function):
         B, T, H, K = q.shape
         n, C = chunks(T, K, v.shape[-1])
         q, k, v, g, beta = (_split(x, n, C) for x in (q, k, v, g, beta[..., None]))
+        g.clamp_(min=NOTHING_LEFT)  # a copy
         lower = torch.ones(C, C, dtype=S.dtype, device=S.device).tril()
         # e^{G_t - G_s}, s <= t; summing the terms between s and t does not cancel as G_t - G_s would
         decay = ((g[:, None] * lower) @ lower.tril(-1)).exp_().mul_(lower)
