@@ -123,6 +123,13 @@ def test_a_run_of_before_hashes_goes_on(here, capsys):
     assert Trainer.take_up(RunFolder("run")).step == 2
 
 
+def test_damaged_hashes_are_named(here, capsys):
+    config = json.loads((here / "run/config.json").read_text())
+    (here / "run/config.json").write_text(json.dumps({**config, "data": ["book.txt"]}))
+    code, _, err = run_command(capsys, "train", "--resume", "run")
+    assert code == 2 and "config.json is damaged: data must be an object" in err
+
+
 def test_what_is_hashed_of_folders(tmp_path):
     datasets.Dataset.from_list([{"text": str(i)} for i in range(9)]).save_to_disk(tmp_path / "set")
     (tmp_path / "tokenizer").mkdir()

@@ -17,7 +17,6 @@ from lmsleep.progress import progress
 from lmsleep.sleep import Backbone, SleepConfig
 from lmsleep.tasks import Task, Text
 from lmsleep.tasks.reading import check_known
-from lmsleep.training import RunFolder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +111,7 @@ def _evaluated(options: EvalOptions) -> _Evaluated:
     if isinstance(task, Text) and options.data:
         check_known(task, f"--data in {task.tokenizer}", model.vocab_size)
     else:
-        RunFolder(place.path).check_data("name what to evaluate on with --data")
+        place.folder.check_data("name what to evaluate on with --data")
     return _Evaluated(model, task, sleep, train.batch_size, train.accumulate)
 
 

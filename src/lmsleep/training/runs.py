@@ -207,12 +207,15 @@ class RunFolder:
             remedy: what to do instead, for the message.
 
         Raises:
-            ValueError: naming the file that is gone or has changed.
+            ValueError: naming the file that is gone or has changed, or a damaged config.json.
         """
         recorded = self._read_json("config.json").get("data")
         # Runs of before hashes were kept have nothing to compare with.
-        if recorded is not None:
-            data.check(self.path, recorded, self.config().task, remedy)
+        if recorded is None:
+            return
+        if not isinstance(recorded, dict):
+            raise ValueError(f"{self.path / 'config.json'} is damaged: data must be an object")
+        data.check(self.path, recorded, self.config().task, remedy)
 
     def log(self, record: dict[str, Any]) -> None:
         """Append one line to the metrics."""
