@@ -389,5 +389,5 @@ def test_lm_evals_cache_of_answers_is_of_one_model_and_sleep(folder, own, tmp_pa
 
 def test_a_template_that_refuses_a_chat_is_one_line(own, monkeypatch):
     monkeypatch.setattr(own.tokenizer, "chat_template", "{{ raise_exception('no system here') }}")
-    with pytest.raises(ValueError, match="chat template refuses this chat: no system here"):
+    with pytest.raises(ValueError, match="no system here"):
         own.apply_chat_template([{"role": "system", "content": "ab"}])

@@ -111,6 +111,11 @@ class SleepLM(TemplateLM):  # type: ignore[misc]
         return begin[-1] if begin else self.eot_token_id if bos is None else bos
 
     @property
+    def _before(self) -> list[int]:
+        """What is read before a text without context, or its first token could not be predicted."""
+        return [*self.words.begin] or [self.prefix_token_id]
+
+    @property
     def eot_token_id(self) -> int:
         """The end of a text, or else a line end."""
         if self.words.end is not None:
@@ -202,7 +207,7 @@ class SleepLM(TemplateLM):  # type: ignore[misc]
         # Something must predict the first token. A text may bring its own.
         if whole[0] == self.prefix_token_id and len(whole) > 1:
             return whole[:1], whole[1:]
-        return [self.prefix_token_id], whole
+        return self._before, whole
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Scored], disable_tqdm: bool = False, **kwargs: Any
@@ -249,8 +254,7 @@ class SleepLM(TemplateLM):  # type: ignore[misc]
             found = []
             for request in some:
                 reader = self.session.fork()
-                # Without a token before it, the first token of the text could not be predicted.
-                reader.read([*self.words.begin] or [self.prefix_token_id])
+                reader.read(self._before)
                 text = self.tok_encode(request.args[0], add_special_tokens=False)
                 found.append(_known(reader.score(text)))
                 self.cache_hook.add_partial("loglikelihood_rolling", request.args, found[-1])
@@ -284,7 +288,7 @@ class SleepLM(TemplateLM):  # type: ignore[misc]
         """Answer prompts, each with its seed, by `how`."""
         batch = SessionBatch([self.session.fork() for _ in asked])
         # Generation goes on from logits, so something must be read even of an empty prompt.
-        prompts = [self.tok_encode(texts[0]) or [self.prefix_token_id] for texts, _ in asked]
+        prompts = [self.tok_encode(texts[0]) or self._before for texts, _ in asked]
         written = batch.generate(prompts, seeds=[seed for _, seed in asked], **how)
         found = [self._plain(str(answer)) for answer in written]
         for (texts, _), answer in zip(asked, found, strict=True):
