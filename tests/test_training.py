@@ -868,7 +868,7 @@ def test_foreign_metrics_are_named(tmp_path):
 
 
 def test_a_device_that_there_is_not_is_named():
-    with pytest.raises(ValueError, match="device='foo' is none"):
+    with pytest.raises(ValueError, match="device='foo' cannot compute here"):
         choose_device("foo")
 
 
@@ -949,7 +949,7 @@ def test_a_run_started_again_from_nothing_forgets_its_old_metrics(tmp_path, monk
 
 @pytest.mark.parametrize(("gpus", "workers", "dealt"), [(0, 2, []), (2, 2, [0, 1]), (2, 3, [0, 1, 0])])
 def test_workers_share_gpus_and_cores(monkeypatch, gpus, workers, dealt):
-    monkeypatch.setattr(jobs, "leave_with_parent", lambda: None)
+    monkeypatch.setattr(jobs, "leave_with_parent", lambda *ignored: None)
     monkeypatch.setattr(jobs.tqdm, "set_lock", lambda lock: None)
     monkeypatch.setattr(jobs.signal, "signal", lambda signum, handler: None)
     monkeypatch.setattr(os, "cpu_count", lambda: 5)

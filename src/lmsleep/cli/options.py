@@ -116,7 +116,8 @@ def _after_which(unknown: str, argv: Sequence[str]) -> str:
     if unknown.startswith("-"):
         return ""
     words = [word for argument in argv for word in argument.split("=", 1)]
-    flags = [a for a, b in itertools.pairwise(words) if a.startswith("--") and unknown.startswith(b)]
+    pairs = [(flag, " ".join(value.split())) for flag, value in itertools.pairwise(words)]
+    flags = [flag for flag, value in pairs if flag.startswith("--") and unknown.startswith(value)]
     return f" (after {flags[0]})" if flags else ""
 
 
