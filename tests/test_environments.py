@@ -1,3 +1,4 @@
+import logging
 import re
 from pathlib import Path
 
@@ -60,3 +61,9 @@ def test_where_the_oldest_torch_is_named_it_is_the_declared(file):
     oldest = noxfile.oldest(noxfile.ranges(noxfile.PYPROJECT)["torch"]).partition("==")[2]
     found = re.findall(r"torch(?: of your own \(|\s*>= ?)(\d+\.\d+)", (ROOT / file).read_text())
     assert found == [oldest]
+
+
+@pytest.mark.parametrize("library", ["transformers.models", "datasets.load", "huggingface_hub.utils", "peft"])
+def test_a_deprecation_that_is_logged_is_an_error_too(library):
+    with pytest.raises(DeprecationWarning, match="that is deprecated"):
+        logging.getLogger(library).warning("%s is deprecated", "that")
