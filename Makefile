@@ -4,12 +4,17 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types unit format site notebooks release clean
+# What meets the packages that lmsleep runs beside: with their oldest versions it must pass too. `nox` runs the rest.
+OLDEST := $(wildcard tests/test_hf_*.py) $(patsubst %,tests/test_%.py,cli documents environments finetune harness \
+	insertion jet lm_eval memory_file microscope opening ouro release site text_files tokenizers) \
+	tests/test_training.py::test_tensorboard_holds_the_metrics_once_also_after_a_resume
+
+.PHONY: demo test lint types unit oldest format site notebooks release clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo   what longer sleep buys: shipped models answer, then two are trained (minutes on 2 cores)"
-	@echo "make test   lint, types and tests"
+	@echo "make test   lint, types and tests, with the newest and the oldest packages"
 	@echo "make format rewrite the sources the way the linter wants them"
 	@echo "make site   the documentation as pages: site/index.html"
 	@echo "make notebooks  execute docs/notebooks and write their outputs anew"
@@ -31,7 +36,7 @@ $(VENV)/.dev: $(VENV)/.base
 demo: $(VENV)/.base
 	$(BIN)/lmsleep demo
 
-test: lint types unit
+test: lint types unit oldest
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -44,6 +49,9 @@ types: $(VENV)/.dev
 
 unit: $(VENV)/.dev
 	$(BIN)/pytest -n 2 --durations=25
+
+oldest: $(VENV)/.dev
+	CONSTRAINTS=$(CONSTRAINTS) $(BIN)/nox --session oldest -- $(OLDEST)
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix-only .
@@ -59,4 +67,4 @@ release: $(VENV)/.dev
 	$(BIN)/python tools/release.py $(CONSTRAINTS)
 
 clean:
-	rm -rf $(VENV) dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .nox dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

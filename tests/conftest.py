@@ -1,3 +1,4 @@
+import logging
 import os
 import tempfile
 
@@ -15,6 +16,17 @@ settings.register_profile("suite", deadline=None, derandomize=True, max_examples
 settings.load_profile("suite")
 
 VOCAB = 11
+
+
+class Deprecations(logging.Handler):
+    # What a library logs of a use that will end is an error, as its warnings are (filterwarnings).
+    def emit(self, record: logging.LogRecord) -> None:
+        if "deprecated" in record.getMessage():
+            raise DeprecationWarning(record.getMessage())
+
+
+for library in (None, "transformers", "datasets", "huggingface_hub"):  # None: the root; these do not tell it
+    logging.getLogger(library).addHandler(Deprecations())
 
 
 def tiny(*blocks, **options) -> HybridConfig:
