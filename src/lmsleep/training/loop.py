@@ -126,7 +126,10 @@ class Trainer:
         try:
             # weights_only: a checkpoint is data and must not run code when it is opened.
             trainer._restore(torch.load(path / TRAINER, map_location=trainer.device, weights_only=True))
-        # A damaged file makes torch raise nearly anything, and say it in many lines.
+        # Of a file that may be whole: it cannot be read, or finds no room.
+        except (PermissionError, MemoryError, torch.OutOfMemoryError):
+            raise
+        # A damaged file makes torch raise nearly anything else, and say it in many lines.
         except Exception as error:
             raise ValueError(f"{path / TRAINER} is damaged or foreign; {folder.without(path)}") from error
         return trainer

@@ -307,9 +307,9 @@ class RunFolder:
 
     def checkpoints(self) -> list[Path]:
         """List the checkpoints, oldest first."""
-        found = (self.path / "checkpoints").glob("step-????????")
-        # Others may have been removed half, by older versions.
-        return sorted(p for p in found if p.name[-8:].isdecimal() and any(p.glob("*.safetensors")))
+        found = (p for p in self.path.glob("checkpoints/step-????????") if p.name[-8:].isdecimal())
+        # Others are what older versions, when they were killed, left of one that they removed.
+        return sorted(p for p in found if (p / TRAINER).is_file() or any(p.glob("*.safetensors")))
 
     def latest(self, *, resumable: bool = False) -> Path:
         """Return the newest checkpoint; `resumable`: that training can go on from, not a model alone.
@@ -368,10 +368,13 @@ class RunFolder:
         """Return the run that exports the pretrained model of this one, if it was not finished yet."""
         model = self.config().model
         folder = kind_of(model).source(model)
-        if folder is None or folder.exists():
+        if folder is None:
             return None
         run = RunFolder(folder.parent, trust=self.trust)
-        return run if folder.name == run.exported.name and (run.path / "config.json").is_file() else None
+        if folder.name != run.exported.name or not run.is_run():
+            return None
+        # The report comes after the export.
+        return None if folder.exists() and (run.path / "report.json").exists() else run
 
     def report(self) -> dict[str, Any] | None:
         """Return the final report, if the run has ended; raises ValueError if it is damaged."""
