@@ -213,7 +213,7 @@ def test_show_says_what_is_in_an_open_window(graphs, capsys, here):
         (["read", "MODEL", "a.txt", "--memory", "m.mem", "--tag", "x"], "tag must be KEY=VALUE"),
         (["read", "MODEL", "a.txt", "--memory", "a.txt"], "not a memory file of lmsleep"),
         (["read", "MODEL", "a.txt", "--memory", "."], "Is a directory"),
-        (["read", "MODEL", "a.txt", "--memory", ""], "Is a directory"),
+        (["read", "MODEL", "a.txt", "--memory", ""], "--memory is empty"),
         (["read", "MODEL", "a.txt", "--memory", "m" * 256], "name too long"),
         (["read", "MODEL", "a.txt", "--memory", "m.mem", "--tag", "a=\ud800"], "tags must map texts"),
         (["read", "MODEL", "a.txt", "--memory", "m.mem", "--passes", "1000000000000"], "at most 10,000"),
