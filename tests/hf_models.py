@@ -142,7 +142,6 @@ def _jamba() -> Any:
             mamba_d_state=8,
             attn_layer_period=2,
             attn_layer_offset=1,
-            use_mamba_kernels=False,
         )
     )
 

@@ -237,8 +237,9 @@ def test_a_saved_model_sleeps_again(tmp_path):
         from_pretrained(tmp_path)
     awake.config.sleep = {"window": "5"}
     awake.save_pretrained(tmp_path)
-    said = r"field sleep of config\.json is damaged: window must be int \| None, got '5'"
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(
+        ValueError, match=r"field sleep of config\.json is damaged: window must be int \| None, got '5'"
+    ):
         from_pretrained(tmp_path)
 
 
