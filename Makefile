@@ -4,7 +4,7 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 
-# What meets the packages that lmsleep runs beside: with their oldest versions it must pass too. `nox` runs the rest.
+# Files that meet the packages that lmsleep runs beside; `nox --session oldest` runs all tests with the oldest.
 OLDEST := $(patsubst %,tests/test_%.py,documents environments hf_loading hf_sleeping tokenizers)
 
 .PHONY: demo test lint types unit oldest format site notebooks release clean
