@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
+from heapq import nsmallest
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -15,6 +16,7 @@ FILES = (
     "special_tokens_map.json", "chat_template*",
 )  # fmt: skip
 SAMPLE = "a"  # any text, to see what a tokenizer puts before it
+WORDS = 64  # of its own that are tried where it does not know that
 
 
 class Tokenizer(Protocol):
@@ -163,7 +165,8 @@ class HuggingFace:
         if not numbers:
             raise ValueError(f"{told}: it has no tokens; copy its files again")
         with reading(told):
-            self.vocab_size, self.begin = max(numbers.values()) + 1, self._begin(numbers)
+            self.vocab_size = max(numbers.values()) + 1
+            self.begin = self._begin(nsmallest(WORDS, numbers, numbers.get))
         own = self.tokenizer.eos_token_id
         self._ends = list(dict.fromkeys([*([] if own is None else [own]), *_ends(model or folder)]))
 
@@ -205,16 +208,17 @@ class HuggingFace:
         return str(self.tokenizer.decode(list(tokens)))
 
     def _begin(self, words: Iterable[str]) -> list[int]:
-        """See what it puts before a sample, or before one of its own words if it does not know that."""
+        """See what it puts before a sample, or before one of its own `words` if it does not know that."""
         for sample in (SAMPLE, *words):
             try:
                 plain, whole = self.encode(sample), list(self.tokenizer.encode(sample))
             except ValueError:
                 continue
             # Looked for, not read from a field: what is added depends on classes, flags and templates.
-            places = range(len(whole) - len(plain) + 1)
-            if plain:
-                return whole[: next((i for i in places if whole[i : i + len(plain)] == plain), 0)]
+            places = [i for i in range(len(whole)) if whole[i : i + len(plain)] == plain]
+            # A word that is one of the marks itself stands in several places and tells nothing.
+            if plain and len(places) == 1:
+                return whole[: places[0]]
         return []
 
 
