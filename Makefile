@@ -46,7 +46,7 @@ types: $(VENV)/.dev
 	$(BIN)/mypy
 
 unit: $(VENV)/.dev
-	$(BIN)/pytest -n 2 --durations=25
+	$(BIN)/pytest -n 2 --dist worksteal --durations=25
 
 oldest: $(VENV)/.dev
 	CONSTRAINTS=$(CONSTRAINTS) $(BIN)/nox --session oldest -- $(OLDEST)

@@ -69,7 +69,7 @@ def test(session: nox.Session, requirements: Iterable[str], *options: str) -> No
     """Install lmsleep beside the requirements into the environment of a session, and run the tests there."""
     constraints = ["--constraint", CONSTRAINTS] if CONSTRAINTS else []
     session.install("--upgrade", "--editable", ".", *requirements, *constraints)
-    session.run("pytest", "-n", "2", *options, *session.posargs)
+    session.run("pytest", "-n", "2", "--dist", "worksteal", *options, *session.posargs)
 
 
 @nox.session(name="oldest", python=OLDEST_PYTHON, default=False)

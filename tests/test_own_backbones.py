@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import run_command
-from test_own_rules import in_a_process_of_its_own
+from processes import in_a_process_of_its_own
 
 import lmsleep
 from lmsleep import SleepConfig, sleep_forward

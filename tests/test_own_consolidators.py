@@ -8,7 +8,8 @@ import pytest
 import torch
 from conftest import close, lively, random_tokens, run_command, same_memory, tiny
 from hf_models import family
-from test_own_rules import RULE, in_a_process_of_its_own
+from processes import in_a_process_of_its_own
+from test_own_rules import RULE
 
 from lmsleep import Passes, Session, SleepConfig, sleep_forward
 from lmsleep.hf import from_pretrained, sleepify

@@ -1,11 +1,11 @@
 import json
 import re
-import subprocess
 import sys
 
 import pytest
 import torch
 from conftest import run_command
+from processes import in_a_process_of_its_own
 
 from lmsleep import HybridConfig, HybridLM, ops
 
@@ -35,13 +35,6 @@ def file(tmp_path):
     path.write_text(RULE)
     yield path
     sys.modules.pop(str(path), None)
-
-
-def in_a_process_of_its_own(folder, *words):
-    command = [sys.executable, "-m", "lmsleep", *map(str, words)]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def test_a_rule_in_a_file_crosses_every_process(file, tmp_path):
