@@ -384,7 +384,6 @@ def test_a_loop_without_fast_weights_is_refused():
 def test_nothing_heavy_is_imported_with_the_package():
     code = "import sys, lmsleep; print({'transformers', 'peft', 'triton', 'fla'} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"
-    assert "triton" not in sys.modules
 
 
 def test_the_memory_of_an_adapted_model_knows_its_kinds(tmp_path):

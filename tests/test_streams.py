@@ -70,11 +70,14 @@ def test_an_interrupt_that_an_import_turned_into_another_error_is_one(monkeypatc
             raise ImportError("numpy failed to import") from None
 
     monkeypatch.setattr(import_module("lmsleep.cli.main"), "_command", lambda name: command)
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(SystemExit) as leaving:
-        main(["info", "depo-N4"])
-    assert leaving.value.code == interrupts.CODE and capsys.readouterr().err == "lmsleep: interrupted\n"
-    assert signal.getsignal(signal.SIGINT) is before
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    try:
+        with pytest.raises(SystemExit) as leaving:
+            main(["info", "depo-N4"])
+        assert leaving.value.code == interrupts.CODE and capsys.readouterr().err == "lmsleep: interrupted\n"
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_numbers_that_json_lacks_are_null():
