@@ -1,0 +1,105 @@
+"""The application: endpoints, errors and the life of the engine behind them."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
+
+from lmsleep.serve import chat
+from lmsleep.serve.context import Context, Who
+from lmsleep.serve.errors import ApiError, not_found
+
+
+def create_app(here: Context) -> FastAPI:
+    """Return the application around a service whose engine has not been started."""
+
+    @asynccontextmanager
+    async def life(app: FastAPI) -> AsyncIterator[None]:
+        here.service.engine.start()
+        yield
+        here.ready = False
+        here.service.engine.close(60)
+        here.service.store.close()
+
+    app = FastAPI(title="lmsleep", version=version("lmsleep"), lifespan=life)
+    app.state.context = here
+    app.include_router(chat.router)
+    app.add_exception_handler(ApiError, _api_error)
+    app.add_exception_handler(RequestValidationError, _not_valid)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(Exception, _failed)
+
+    @app.get("/v1/models", tags=["models"])
+    async def models(who: Who) -> dict[str, Any]:
+        """List the model, under all its names."""
+        return {"object": "list", "data": [_model(here, name) for name in here.names]}
+
+    @app.get("/v1/models/{model:path}", tags=["models"])
+    async def model(model: str, who: Who) -> dict[str, Any]:
+        """Describe the model."""
+        if model not in here.names:
+            raise not_found("model", model, param="model")
+        return _model(here, model)
+
+    @app.get("/health", tags=["operations"])
+    async def health() -> dict[str, str]:
+        """Say that the process is there."""
+        return {"status": "ok"}
+
+    @app.get("/ready", tags=["operations"])
+    async def ready() -> JSONResponse:
+        """Say whether requests are taken."""
+        return JSONResponse({"ready": here.ready}, 200 if here.ready else 503)
+
+    @app.get("/version", tags=["operations"])
+    async def told_version() -> dict[str, str]:
+        """Tell the version."""
+        return {"version": version("lmsleep")}
+
+    @app.get("/metrics", tags=["operations"])
+    async def metrics() -> Response:
+        """Tell what Prometheus scrapes."""
+        return Response(here.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    return app
+
+
+def _model(here: Context, name: str) -> dict[str, Any]:
+    sleep = here.service.engine.sleep
+    said = {"id": name, "object": "model", "created": here.service.created, "owned_by": "lmsleep"}
+    return {**said, "window": sleep.window, "passes": sleep.passes}
+
+
+def _error(status: int, body: dict[str, Any], headers: dict[str, str] | None = None) -> JSONResponse:
+    return JSONResponse({"error": body}, status, headers)
+
+
+async def _api_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, ApiError)
+    return _error(error.status, error.body, error.headers)
+
+
+async def _not_valid(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"] if part not in ("body", "query", "path"))
+    said = ApiError(400, f"{where}: {first['msg']}" if where else first["msg"], code="invalid_request", param=where or None)
+    return _error(400, said.body)
+
+
+async def _http_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    said = ApiError(error.status_code, str(error.detail))
+    return _error(error.status_code, said.body, dict(error.headers or {}))
+
+
+async def _failed(request: Request, error: Exception) -> JSONResponse:
+    # Without the error: it may hold paths.
+    return _error(500, ApiError(500, "the server failed on this request", code="internal_error").body)
+
+

@@ -1,0 +1,71 @@
+"""What every endpoint has at hand: the service, who asks, and what is counted."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from lmsleep.serve.errors import ApiError
+from lmsleep.serve.keys import Keys, Owner
+from lmsleep.serve.metrics import Metrics
+from lmsleep.serve.service import Service, Written
+from lmsleep.serve.wire import Body
+
+
+@dataclass(eq=False)
+class Context:
+    """The server as endpoints see it.
+
+    Attributes:
+        service: reads and writes.
+        keys: knows who asks.
+        metrics: counts.
+        names: that the model answers to.
+        fingerprint: of model and sleep: equal ones give equal answers to equal seeds.
+        ready: whether new work is taken.
+    """
+
+    service: Service
+    keys: Keys
+    metrics: Metrics
+    names: tuple[str, ...]
+    fingerprint: str
+    ready: bool = True
+
+    def check(self, body: Body) -> None:
+        """Refuse what this server cannot do.
+
+        Raises:
+            ApiError: naming the field.
+        """
+        if not self.ready:
+            raise ApiError(503, "the server is shutting down", code="draining", retry_after=5)
+        model = getattr(body, "model", None)
+        if model is not None and model not in self.names:
+            raise ApiError(404, f"there is no model {model!r}; there is {self.names[0]!r}", code="model_not_found", param="model")
+        body.check()
+
+    def told(self, who: Owner, written: Written) -> None:
+        """Count an answer that is complete."""
+        name = self.names[0]
+        self.metrics.success.labels(model_name=name, finished_reason=written.finish_reason).inc()
+        self.metrics.prompt.labels(model_name=name).inc(written.prompt_tokens)
+        self.metrics.known.labels(model_name=name).inc(written.known)
+        self.keys.spend(who, len(written.prompt) + len(written.tokens))
+
+
+def context(request: Request) -> Context:
+    """Return the server that a request came to."""
+    found: Context = request.app.state.context
+    return found
+
+
+def _who(request: Request) -> Owner:
+    here = context(request)
+    owner = here.keys.owner(request.headers.get("authorization"))
+    if request.method == "POST":
+        here.keys.admit(owner)
+    return owner
+
+
+Who = Annotated[Owner, Depends(_who)]

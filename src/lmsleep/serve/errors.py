@@ -1,0 +1,41 @@
+"""Errors as every client of this API expects them: a status, and a message with type, code and parameter."""
+
+from typing import Any
+
+
+class ApiError(Exception):
+    """Is answered with `status` and `{"error": ...}`.
+
+    Attributes:
+        status: of HTTP.
+        headers: of the answer.
+        body: the error as a client reads it.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        retry_after: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.headers = {} if retry_after is None else {"Retry-After": str(retry_after)}
+        kind = TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+        self.body: dict[str, Any] = {"message": message, "type": kind, "param": param, "code": code}
+
+
+TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+def not_found(kind: str, name: str, code: str | None = None, param: str | None = None) -> ApiError:
+    """Return the error for a name that nothing of this owner has."""
+    return ApiError(404, f"there is no {kind} {name!r}", code=code or f"{kind}_not_found", param=param)
+
+
+def invalid(message: str, param: str | None = None, code: str = "invalid_value") -> ApiError:
+    """Return the error for a value that cannot be used."""
+    return ApiError(400, message, code=code, param=param)
