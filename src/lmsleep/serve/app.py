@@ -10,7 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
-from lmsleep.serve import chat
+from lmsleep.serve import chat, conversations, responses
 from lmsleep.serve.context import Context, Who
 from lmsleep.serve.errors import ApiError, not_found
 
@@ -28,7 +28,8 @@ def create_app(here: Context) -> FastAPI:
 
     app = FastAPI(title="lmsleep", version=version("lmsleep"), lifespan=life)
     app.state.context = here
-    app.include_router(chat.router)
+    for part in (chat, responses, conversations):
+        app.include_router(part.router)
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(RequestValidationError, _not_valid)
     app.add_exception_handler(HTTPException, _http_error)

@@ -1,6 +1,7 @@
 """What every endpoint has at hand: the service, who asks, and what is counted."""
 
-from dataclasses import dataclass
+import asyncio
+from dataclasses import dataclass, field
 from typing import Annotated
 
 from fastapi import Depends, Request
@@ -23,6 +24,7 @@ class Context:
         names: that the model answers to.
         fingerprint: of model and sleep: equal ones give equal answers to equal seeds.
         ready: whether new work is taken.
+        running: responses that are made in the background.
     """
 
     service: Service
@@ -31,6 +33,7 @@ class Context:
     names: tuple[str, ...]
     fingerprint: str
     ready: bool = True
+    running: dict[str, "asyncio.Task[None]"] = field(default_factory=dict)
 
     def check(self, body: Body) -> None:
         """Refuse what this server cannot do.

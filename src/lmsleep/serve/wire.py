@@ -35,7 +35,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "truncation": ("disabled", "auto"),
     "verbosity": ("medium",),
     "web_search_options": (),
-    "background": (False,),
 }
 # Said about a request, with no effect on the answer.
 ABOUT = {
@@ -166,6 +165,16 @@ class ResponseBody(Written):
     context_management: list[Compaction] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     stream_options: dict[str, Any] | None = None
+    background: bool | None = None
+
+
+class CompactBody(Body):
+    """POST /v1/responses/compact."""
+
+    model: str
+    input: str | list[dict[str, Any]] | None = None
+    instructions: str | None = None
+    previous_response_id: str | None = None
 
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")

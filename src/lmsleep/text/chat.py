@@ -1,6 +1,7 @@
 """Conversations as tokens: by the template of a tokenizer, or a message a line where it has none."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 from lmsleep.text.tokenizers import HuggingFace, Spelled, Tokenizer
@@ -20,6 +21,8 @@ class Chat(Protocol):
 
     stop: tuple[str | int, ...]
     """Texts and tokens that end an answer."""
+    opening: int
+    """Tokens at the end of a prompt that announce the answer and are no message; at least 1."""
 
     def begin(self, messages: Sequence[Message]) -> list[int]:
         """Return the tokens of a conversation up to where the next answer begins."""
@@ -35,6 +38,8 @@ class Chat(Protocol):
 
 class Lines:
     """A message is a line, whoever wrote it, and so is an answer; in the vocabulary of a task just its words."""
+
+    opening = 1
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
@@ -60,6 +65,13 @@ class Templated:
         self.tokenizer = tokenizer
         self.stop: tuple[str | int, ...] = () if tokenizer.end is None else (tokenizer.end,)
 
+    @cached_property
+    def opening(self) -> int:
+        """See `Chat.opening`."""
+        one = [Message("user", MARK)]
+        asked, said = (self.tokenizer.encode(self._text(one, opening=o)) for o in (True, False))
+        return max(len(asked) - len(said), 1)
+
     def begin(self, messages: Sequence[Message]) -> list[int]:
         """See `Chat.begin`.
 
@@ -84,11 +96,11 @@ class Templated:
         # The answer may have written the end of its message itself.
         return tokens[1:] if tokens[:1] == [last] else tokens
 
-    def _text(self, messages: Sequence[Message]) -> str:
+    def _text(self, messages: Sequence[Message], *, opening: bool = True) -> str:
         said: list[dict[str, Any]] = [message._asdict() for message in messages]
         try:
             return str(
-                self.tokenizer.tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+                self.tokenizer.tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=opening)
             )
         except Exception as error:  # a template raises what it likes
             reason = str(error).partition("\n")[0]
