@@ -10,7 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
-from lmsleep.serve import chat, conversations, responses
+from lmsleep.serve import chat, conversations, memories, responses
 from lmsleep.serve.context import Context, Who
 from lmsleep.serve.errors import ApiError, not_found
 
@@ -21,14 +21,16 @@ def create_app(here: Context) -> FastAPI:
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
         here.service.engine.start()
+        here.reader.take_up()
         yield
         here.ready = False
+        await here.reader.pause()
         here.service.engine.close(60)
         here.service.store.close()
 
     app = FastAPI(title="lmsleep", version=version("lmsleep"), lifespan=life)
     app.state.context = here
-    for part in (chat, responses, conversations):
+    for part in (chat, responses, conversations, memories):
         app.include_router(part.router)
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(RequestValidationError, _not_valid)

@@ -9,6 +9,7 @@ from fastapi import Depends, Request
 from lmsleep.serve.errors import ApiError
 from lmsleep.serve.keys import Keys, Owner
 from lmsleep.serve.metrics import Metrics
+from lmsleep.serve.reader import Reader
 from lmsleep.serve.service import Service, Written
 from lmsleep.serve.wire import Body
 
@@ -25,6 +26,8 @@ class Context:
         fingerprint: of model and sleep: equal ones give equal answers to equal seeds.
         ready: whether new work is taken.
         running: responses that are made in the background.
+        most_bytes: of the body of a request.
+        reader: reads texts into memories.
     """
 
     service: Service
@@ -34,6 +37,10 @@ class Context:
     fingerprint: str
     ready: bool = True
     running: dict[str, "asyncio.Task[None]"] = field(default_factory=dict)
+    most_bytes: int = 256 * 2**20
+
+    def __post_init__(self) -> None:
+        self.reader = Reader(self.service)
 
     def check(self, body: Body) -> None:
         """Refuse what this server cannot do.
@@ -47,6 +54,19 @@ class Context:
         if model is not None and model not in self.names:
             raise ApiError(404, f"there is no model {model!r}; there is {self.names[0]!r}", code="model_not_found", param="model")
         body.check()
+
+    async def body(self, request: Request) -> bytes:
+        """Return the body of a request that is no JSON.
+
+        Raises:
+            ApiError: 413 if it is too long.
+        """
+        data = bytearray()
+        async for part in request.stream():
+            data += part
+            if len(data) > self.most_bytes:
+                raise ApiError(413, f"a body of more than {self.most_bytes} bytes is not taken", code="too_large")
+        return bytes(data)
 
     def told(self, who: Owner, written: Written) -> None:
         """Count an answer that is complete."""

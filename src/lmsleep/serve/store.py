@@ -48,6 +48,7 @@ CREATE TABLE things (
 );
 CREATE INDEX things_by_owner ON things (owner, kind, created);
 CREATE INDEX things_by_stream ON things (stream);
+CREATE TABLE unread (thing TEXT PRIMARY KEY REFERENCES things (id) ON DELETE CASCADE, owner TEXT NOT NULL, tokens BLOB NOT NULL);
 """
 
 
@@ -188,7 +189,7 @@ class Store:
         name = secrets.token_hex(12)
         with self._changes():
             start, chain = self._start(owner, before, read, after)
-            row = (name, owner, start, after.window.numpy().tobytes(), time.time())
+            row = (name, owner, start, _blob(after.window), time.time())
             self._db.execute("INSERT INTO streams VALUES (?, ?, ?, ?, ?)", row)
         return self._remember(Kept(name, start, chain, after, NO_TOKENS))
 
@@ -197,7 +198,7 @@ class Store:
         with self._changes():
             start, chain = self._start(owner, kept, NO_TOKENS, after)
             change = "UPDATE streams SET start = ?, window = ? WHERE id = ?"
-            found = self._db.execute(change, (start, after.window.numpy().tobytes(), kept.id)).rowcount
+            found = self._db.execute(change, (start, _blob(after.window), kept.id)).rowcount
         if found:  # it may have been deleted meanwhile
             self._remember(Kept(kept.id, start, chain, after, NO_TOKENS))
         self._sweep()
@@ -241,6 +242,31 @@ class Store:
                 chains.append(hashlib.sha256(chains[-1] + window.numpy().tobytes()).digest())
         return chains
 
+    def bring(self, owner: str, begun: Stream, window: Tensor | None = None) -> Kept:
+        """Keep a stream that came from elsewhere: where its window began, and the tokens of the window.
+
+        Raises:
+            ValueError: as `keep`.
+            OSError: as `keep`.
+        """
+        name, start = secrets.token_hex(12), secrets.token_hex(12)
+        unread = NO_TOKENS if window is None else window
+        with self._changes():
+            self._write_start(owner, start, None, begun)
+            row = (name, owner, start, _blob(unread), time.time())
+            self._db.execute("INSERT INTO streams VALUES (?, ?, ?, ?, ?)", row)
+        return self._remember(Kept(name, start, None, begun, unread))
+
+    def position(self, owner: str, stream: str) -> tuple[int, int, int]:
+        """Return tokens read, sleeps, and tokens in the open window of a stream; zeros if there is none."""
+        with self._lock:
+            row = self._db.execute(
+                "SELECT b.tokens + length(s.window) / 8, b.sleeps, length(s.window) / 8 "
+                "FROM streams s JOIN starts b ON b.id = s.start WHERE s.id = ? AND s.owner = ?",
+                (stream, owner),
+            ).fetchone()
+        return (0, 0, 0) if row is None else (int(row[0]), int(row[1]), int(row[2]))
+
     def find(self, owner: str, stream: str) -> Kept | None:
         """Return a stream of this owner."""
         with self._lock:
@@ -259,7 +285,7 @@ class Store:
         return self._from_disk(stream, start, chain, window)
 
     def _from_disk(self, name: str, start: str, chain: bytes | None, window: bytes) -> Kept:
-        tokens = torch.frombuffer(bytearray(window), dtype=torch.int64) if window else NO_TOKENS
+        tokens = _tokens(window)
         if start == "":
             return Kept(name, start, chain, self.nothing().stream, tokens)
         state, origin, _, _ = saving.read(self._path(start), self.model, self.sleep)
@@ -372,6 +398,52 @@ class Store:
         self._sweep()
         return len(old)
 
+    def count(self, owner: str, kind: str) -> int:
+        """Count documents of this owner."""
+        with self._lock:
+            found = self._db.execute("SELECT count(*) FROM things WHERE owner = ? AND kind = ?", (owner, kind))
+            (number,) = found.fetchone()
+        return int(number)
+
+    # Texts that are being read
+
+    def put_unread(self, owner: str, name: str, tokens: Tensor) -> None:
+        """Remember what a document still has to read."""
+        with self._changes():
+            values = (name, owner, _blob(tokens))
+            self._db.execute("INSERT OR REPLACE INTO unread VALUES (?, ?, ?)", values)
+
+    def all_unread(self) -> list[tuple[str, str, Tensor]]:
+        """Return owner, document and tokens of all that is still to be read."""
+        with self._lock:
+            rows = self._db.execute("SELECT owner, thing, tokens FROM unread").fetchall()
+        return [(owner, thing, _tokens(tokens)) for owner, thing, tokens in rows]
+
+    def progress(self, owner: str, name: str, stream: str, left: Tensor) -> None:
+        """Give a document the stream that it has come to, and what it still has to read."""
+        with self._changes():
+            row = self._db.execute("SELECT stream FROM things WHERE id = ? AND owner = ?", (name, owner)).fetchone()
+            self._db.execute("UPDATE things SET stream = ? WHERE id = ? AND owner = ?", (stream, name, owner))
+            if len(left):
+                self._db.execute("UPDATE unread SET tokens = ? WHERE thing = ?", (_blob(left), name))
+            else:
+                self._db.execute("DELETE FROM unread WHERE thing = ?", (name,))
+            # Deleted meanwhile: then nobody needs the new one; else nobody needs the old one.
+            self._drop_stream(stream if row is None else row[0])
+        self._sweep()
+
+    def fail(self, owner: str, name: str, body: Mapping[str, Any]) -> None:
+        """Say what ended the reading of a document, which keeps the stream that it had come to."""
+        with self._changes():
+            change = "UPDATE things SET body = ? WHERE id = ? AND owner = ?"
+            self._db.execute(change, (json.dumps(body), name, owner))
+            self._db.execute("DELETE FROM unread WHERE thing = ?", (name,))
+
+    def drop_unread(self, name: str) -> None:
+        """Forget what a document still had to read."""
+        with self._changes():
+            self._db.execute("DELETE FROM unread WHERE thing = ?", (name,))
+
     def bytes(self, owner: str | None = None) -> dict[str, int]:
         """Count bytes in memory and on disk, of all owners or of one."""
         with self._lock:
@@ -379,3 +451,11 @@ class Store:
             (disk,) = self._db.execute(f"SELECT coalesce(sum(bytes), 0) FROM starts {where}", values).fetchone()
         return {"memory": self._held, "disk": disk}
 
+
+def _blob(tokens: Tensor) -> bytes:
+    return tokens.to(torch.int64).numpy().tobytes()
+
+
+def _tokens(blob: bytes) -> Tensor:
+    # An empty buffer is refused, and one that cannot be written to warned of.
+    return torch.frombuffer(bytearray(blob), dtype=torch.int64) if blob else NO_TOKENS
