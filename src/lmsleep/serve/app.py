@@ -22,6 +22,7 @@ def create_app(here: Context) -> FastAPI:
     async def life(app: FastAPI) -> AsyncIterator[None]:
         here.service.engine.start()
         here.reader.take_up()
+        here.started()
         yield
         here.ready = False
         await here.reader.pause()

@@ -1,6 +1,7 @@
 """What every endpoint has at hand: the service, who asks, and what is counted."""
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -27,6 +28,7 @@ class Context:
         ready: whether new work is taken.
         running: responses that are made in the background.
         most_bytes: of the body of a request.
+        started: is called once requests can be answered.
         reader: reads texts into memories.
     """
 
@@ -38,6 +40,7 @@ class Context:
     ready: bool = True
     running: dict[str, "asyncio.Task[None]"] = field(default_factory=dict)
     most_bytes: int = 256 * 2**20
+    started: Callable[[], None] = lambda: None
 
     def __post_init__(self) -> None:
         self.reader = Reader(self.service)

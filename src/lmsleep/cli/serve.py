@@ -1,0 +1,118 @@
+"""`lmsleep serve`: sessions that sleep, behind the API that clients of OpenAI speak."""
+
+import ipaddress
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from lmsleep.cli.opening import SleepOptions, new_session
+from lmsleep.cli.options import parse
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions(SleepOptions):
+    """Serve a model: chat, responses and memories that sleep, for any client of the OpenAI API."""
+
+    model: Positional[Path] = Path("depo-N4")
+    """Folder of a run, a saved model or a Hugging Face model, or a shipped one: depo-N1, depo-N4."""
+    host: str = "127.0.0.1"
+    """Address to listen at; any but this machine's own asks for --keys."""
+    port: int = 8000
+    """Port to listen at; 0: any that is free."""
+    store: Path = Path("lmsleep-store")
+    """Folder in which streams, responses and memories outlive the server."""
+    keys: Path | None = None
+    """File of keys, a line each: NAME KEY. Every name is a namespace of its own."""
+    alias: tuple[str, ...] = ()
+    """Further names of the model, for clients that insist on one (gpt-4o)."""
+    max_tokens: int = 1024
+    """Longest answer where a request does not say."""
+    debt: int | None = None
+    """Tokens that an answer may run past the end of its window before it must sleep; default L / 4."""
+    portion: int = 64
+    """Most tokens of prompts that a step reads while somebody waits for a next token."""
+    max_waiting: int = 1024
+    """Requests at a time; more are told to come back."""
+    max_rows: int = 64
+    """Rows in one step."""
+    memory_bytes: int = 2**30
+    """Bytes of states that are held in memory; all are on disk."""
+    requests_a_minute: int | None = None
+    """Of each owner; default without limit."""
+    tokens_a_minute: int | None = None
+    """Of each owner; default without limit."""
+    max_memories: int | None = None
+    """Of each owner; default without limit."""
+    max_bytes: int | None = None
+    """On disk, of each owner; default without limit."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port < 2**16:
+            raise ValueError(f"port must lie in 0 ... 65535, got {self.port}")
+        for name in ("max_tokens", "portion", "max_waiting", "max_rows", "memory_bytes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.debt is not None and self.debt < 0:
+            raise ValueError(f"debt must not be negative, got {self.debt}")
+        if self.keys is None and not _own(self.host):
+            raise ValueError(f"host={self.host} can be reached from elsewhere: name the --keys of those who may")
+
+
+def serve(argv: list[str]) -> None:
+    """Run `lmsleep serve MODEL`."""
+    options = parse(ServeOptions, argv, "lmsleep serve")
+    try:
+        from lmsleep.serve.run import run
+    except ModuleNotFoundError as error:
+        raise ValueError(f"serve needs {error.name}: pip install 'lmsleep[serve]'") from None
+    from lmsleep.serve.keys import Keys, Quota
+
+    quota = Quota(
+        requests_a_minute=options.requests_a_minute,
+        tokens_a_minute=options.tokens_a_minute,
+        memories=options.max_memories,
+        bytes=options.max_bytes,
+    )
+    keys = Keys(options.keys, quota)
+    session = new_session(options.model, options)
+    name = options.model.resolve().name
+    window = session.sleep_config.window
+    run(
+        session,
+        names=(name, *options.alias),
+        host=options.host,
+        port=options.port,
+        store=options.store,
+        keys=keys,
+        longest=options.max_tokens,
+        debt=(window or 0) // 4 if options.debt is None else options.debt,
+        portion=options.portion,
+        most_waiting=options.max_waiting,
+        most_rows=options.max_rows,
+        most_bytes=options.memory_bytes,
+        tell=lambda url: _tell(url, name),
+    )
+
+
+def _tell(url: str, name: str) -> None:
+    """Say where the server is, and what to try."""
+    sys.stdout.write(
+        f"lmsleep serves {name} at {url}\n"
+        f"  a page to talk to it:  {url}/\n"
+        f"  its API:               {url}/docs\n"
+        f"  with any client:       OpenAI(base_url=\"{url}/v1\", api_key=\"...\")\n"
+        "Ctrl-C ends it; what was answered is kept.\n"
+    )
+    sys.stdout.flush()
+
+
+def _own(host: str) -> bool:
+    """Say whether an address is reached from this machine alone."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,77 @@
+"""Run the server until a signal ends it."""
+
+import hashlib
+import json
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import uvicorn
+
+from lmsleep.serve.app import create_app
+from lmsleep.serve.context import Context
+from lmsleep.serve.engine import Engine
+from lmsleep.serve.keys import Keys
+from lmsleep.serve.metrics import Metrics
+from lmsleep.serve.service import Service
+from lmsleep.serve.store import Store
+from lmsleep.session import Session
+from lmsleep.text.chat import chat_of
+
+DRAIN = 60  # seconds that answers under way may take after a signal
+
+
+def run(
+    session: Session,
+    *,
+    names: tuple[str, ...],
+    host: str,
+    port: int,
+    store: Path,
+    keys: Keys,
+    longest: int,
+    debt: int,
+    portion: int,
+    most_waiting: int,
+    most_rows: int,
+    most_bytes: int,
+    tell: Callable[[str], None],
+) -> None:
+    """Serve until SIGINT or SIGTERM; answers under way are brought to their end first.
+
+    `session` has read nothing: its model, sleep and tokenizer are what is served. `tell` is called with the
+    address once it can be reached.
+
+    Raises:
+        ValueError: for a store that is in use, or of another model.
+        OSError: if the address is taken, or the store cannot be written.
+    """
+    assert session.tokenizer is not None
+    listening = _listen(host, port)
+    model, sleep = session.model, session.sleep_config
+    engine = Engine(model, sleep, portion=portion, debt=debt, most_waiting=most_waiting, most_rows=most_rows)
+    kept = Store(store, model, sleep, most_bytes=most_bytes)
+    service = Service(engine, kept, session.tokenizer, chat_of(session.tokenizer), name=names[0], longest=longest)
+    said = f"{kept.origin.model} {json.dumps(sleep.to_dict())}"
+    fingerprint = f"fp_{hashlib.sha256(said.encode()).hexdigest()[:16]}"
+    here = Context(service, keys, Metrics(engine, kept, names[0]), names, fingerprint)
+    config = uvicorn.Config(
+        create_app(here), log_level="warning", timeout_graceful_shutdown=DRAIN, server_header=False
+    )
+    address, bound = listening.getsockname()[:2]
+    shown = f"[{address}]" if ":" in address else address
+    here.started = lambda: tell(f"http://{shown}:{bound}")
+    uvicorn.Server(config).run(sockets=[listening])
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Take the address before anything is loaded that would have been loaded in vain."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((host, port))
+    except OSError as error:
+        listening.close()
+        raise OSError(f"host={host} and port={port} cannot be listened at: {error.strerror}") from None
+    return listening
