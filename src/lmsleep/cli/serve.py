@@ -57,7 +57,9 @@ class ServeOptions(SleepOptions):
         if self.debt is not None and self.debt < 0:
             raise ValueError(f"debt must not be negative, got {self.debt}")
         if self.keys is None and not _own(self.host):
-            raise ValueError(f"host={self.host} can be reached from elsewhere: name the --keys of those who may")
+            raise ValueError(
+                f"host={self.host} can be reached from elsewhere: name the --keys of those who may"
+            )
 
 
 def serve(argv: list[str]) -> None:
@@ -102,7 +104,7 @@ def _tell(url: str, name: str) -> None:
         f"lmsleep serves {name} at {url}\n"
         f"  a page to talk to it:  {url}/\n"
         f"  its API:               {url}/docs\n"
-        f"  with any client:       OpenAI(base_url=\"{url}/v1\", api_key=\"...\")\n"
+        f'  with any client:       OpenAI(base_url="{url}/v1", api_key="...")\n'
         "Ctrl-C ends it; what was answered is kept.\n"
     )
     sys.stdout.flush()

@@ -3,16 +3,20 @@
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import FileResponse, JSONResponse, Response
+from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 
 from lmsleep.serve import chat, conversations, memories, responses
 from lmsleep.serve.context import Context, Who
 from lmsleep.serve.errors import ApiError, not_found
+
+PAGE = Path(__file__).parent / "page"
 
 
 def create_app(here: Context) -> FastAPI:
@@ -49,6 +53,13 @@ def create_app(here: Context) -> FastAPI:
         if model not in here.names:
             raise not_found("model", model, param="model")
         return _model(here, model)
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> FileResponse:
+        """Return the page."""
+        return FileResponse(PAGE / "index.html")
+
+    app.mount("/page", StaticFiles(directory=PAGE))
 
     @app.get("/health", tags=["operations"])
     async def health() -> dict[str, str]:
@@ -92,7 +103,12 @@ async def _not_valid(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"] if part not in ("body", "query", "path"))
-    said = ApiError(400, f"{where}: {first['msg']}" if where else first["msg"], code="invalid_request", param=where or None)
+    said = ApiError(
+        400,
+        f"{where}: {first['msg']}" if where else first["msg"],
+        code="invalid_request",
+        param=where or None,
+    )
     return _error(400, said.body)
 
 
@@ -105,5 +121,3 @@ async def _http_error(request: Request, error: Exception) -> JSONResponse:
 async def _failed(request: Request, error: Exception) -> JSONResponse:
     # Without the error: it may hold paths.
     return _error(500, ApiError(500, "the server failed on this request", code="internal_error").body)
-
-

@@ -86,7 +86,13 @@ def _wanted(service: Service, body: Many, longest: int | None, odds: int | None)
 
 
 async def _answer(
-    here: Context, who: Who, body: Many, prompts: Sequence[Tensor], wanted: Wanted, form: _Form, request: Request
+    here: Context,
+    who: Who,
+    body: Many,
+    prompts: Sequence[Tensor],
+    wanted: Wanted,
+    form: _Form,
+    request: Request,
 ) -> Response:
     """Write n answers to each prompt, and send them at once or as they are written."""
     began = time.perf_counter()
@@ -127,7 +133,9 @@ async def _gone(request: Request) -> None:
         await asyncio.sleep(0.25)
 
 
-async def _whole(here: Context, who: Who, written: Written, wanted: Wanted, number: int, began: float) -> None:
+async def _whole(
+    here: Context, who: Who, written: Written, wanted: Wanted, number: int, began: float
+) -> None:
     async for _ in _steps(here, who, written, _numbered(wanted, number), began):
         pass
 
@@ -147,7 +155,9 @@ async def _steps(
     async for event in here.service.write(written, wanted):
         now = time.perf_counter()
         if event.what == "wrote":
-            (here.metrics.first_token if last is None else here.metrics.between).observe(now - (last or began))
+            (here.metrics.first_token if last is None else here.metrics.between).observe(
+                now - (last or began)
+            )
             last = now
             yield "".join(map(str, event.pieces)), event.odds, "wrote"
         elif event.what in ("sleeping", "slept", "read"):
@@ -269,5 +279,10 @@ def usage_of(asked: Sequence[Written]) -> dict[str, Any]:
         "completion_tokens": written,
         "total_tokens": prompt + written,
         "prompt_tokens_details": {"cached_tokens": known, "audio_tokens": 0},
-        "completion_tokens_details": {"reasoning_tokens": 0, "audio_tokens": 0, "accepted_prediction_tokens": 0, "rejected_prediction_tokens": 0},
+        "completion_tokens_details": {
+            "reasoning_tokens": 0,
+            "audio_tokens": 0,
+            "accepted_prediction_tokens": 0,
+            "rejected_prediction_tokens": 0,
+        },
     }

@@ -55,7 +55,12 @@ class Context:
             raise ApiError(503, "the server is shutting down", code="draining", retry_after=5)
         model = getattr(body, "model", None)
         if model is not None and model not in self.names:
-            raise ApiError(404, f"there is no model {model!r}; there is {self.names[0]!r}", code="model_not_found", param="model")
+            raise ApiError(
+                404,
+                f"there is no model {model!r}; there is {self.names[0]!r}",
+                code="model_not_found",
+                param="model",
+            )
         body.check()
 
     async def body(self, request: Request) -> bytes:
@@ -68,7 +73,9 @@ class Context:
         async for part in request.stream():
             data += part
             if len(data) > self.most_bytes:
-                raise ApiError(413, f"a body of more than {self.most_bytes} bytes is not taken", code="too_large")
+                raise ApiError(
+                    413, f"a body of more than {self.most_bytes} bytes is not taken", code="too_large"
+                )
         return bytes(data)
 
     def told(self, who: Owner, written: Written) -> None:

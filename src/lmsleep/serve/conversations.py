@@ -99,7 +99,9 @@ async def remove(id: str, item: str, request: Request, who: Who) -> dict[str, An
     pending = [found for found in thing.body["pending"] if found["id"] != item]
     if len(pending) == len(thing.body["pending"]):
         if any(found["id"] == item for found in thing.body["items"]):
-            raise invalid("this item has been read, and a memory cannot unread it; delete the conversation", "item")
+            raise invalid(
+                "this item has been read, and a memory cannot unread it; delete the conversation", "item"
+            )
         raise not_found("item", item)
     left = [found for found in thing.body["items"] if found["id"] != item]
     said = {**thing.body, "items": left, "pending": pending}
@@ -112,7 +114,9 @@ def _items(given: list[dict[str, Any]]) -> list[dict[str, Any]]:
     said = []
     for i, item in enumerate(given):
         if item.get("type", "message") != "message":
-            raise invalid(f"items of type {item['type']!r} are not supported", f"items[{i}]", "unsupported_content")
+            raise invalid(
+                f"items of type {item['type']!r} are not supported", f"items[{i}]", "unsupported_content"
+            )
         said.append(message_item(message(str(item.get("role")), item.get("content"), f"items[{i}]")))
     return said
 

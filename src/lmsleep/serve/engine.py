@@ -23,7 +23,6 @@ from lmsleep.session.answer import Piece
 from lmsleep.session.rows import Odds, Row, advance
 from lmsleep.sleep import Backbone, SleepConfig
 
-
 What = Literal["read", "wrote", "sleeping", "slept", "done"]
 
 

@@ -28,7 +28,12 @@ class ApiError(Exception):
         self.body: dict[str, Any] = {"message": message, "type": kind, "param": param, "code": code}
 
 
-TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+}
 
 
 def not_found(kind: str, name: str, code: str | None = None, param: str | None = None) -> ApiError:

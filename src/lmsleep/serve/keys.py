@@ -57,7 +57,9 @@ class Keys:
                 continue
             name, _, key = line.strip().partition(" ")
             if len(key.strip()) < 16:
-                raise ValueError(f"{file}, line {number}: write NAME KEY, with a key of 16 characters or more")
+                raise ValueError(
+                    f"{file}, line {number}: write NAME KEY, with a key of 16 characters or more"
+                )
             digest = _digest(key.strip())
             if digest in self._owners:
                 raise ValueError(f"{file}, line {number}: this key is there twice")
@@ -97,9 +99,13 @@ class Keys:
         wait = int(owner.spent[0][0] + MINUTE - now) + 1 if owner.spent else 1
         requests, tokens = self.quota.requests_a_minute, self.quota.tokens_a_minute
         if requests is not None and sum(n == 0 for _, n in owner.spent) >= requests:
-            raise ApiError(429, f"{requests} requests a minute are used up", code="rate_limit_exceeded", retry_after=wait)
+            raise ApiError(
+                429, f"{requests} requests a minute are used up", code="rate_limit_exceeded", retry_after=wait
+            )
         if tokens is not None and sum(n for _, n in owner.spent) >= tokens:
-            raise ApiError(429, f"{tokens} tokens a minute are used up", code="rate_limit_exceeded", retry_after=wait)
+            raise ApiError(
+                429, f"{tokens} tokens a minute are used up", code="rate_limit_exceeded", retry_after=wait
+            )
         owner.spent.append((now, 0))
 
     def spend(self, owner: Owner, tokens: int) -> None:

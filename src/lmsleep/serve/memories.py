@@ -98,7 +98,9 @@ async def create(body: NewMemory, request: Request, who: Who) -> JSONResponse:
 
 
 @router.get("")
-async def all(request: Request, who: Who, limit: Annotated[int, Query(ge=1, le=100)] = 20, after: str = "") -> dict[str, Any]:
+async def all(
+    request: Request, who: Who, limit: Annotated[int, Query(ge=1, le=100)] = 20, after: str = ""
+) -> dict[str, Any]:
     """List memories, the newest first."""
     here = context(request)
     found = await asyncio.to_thread(here.service.store.all, who.name, MEMORY, limit + 1, after)
@@ -174,7 +176,13 @@ async def ask(id: str, body: Question, request: Request, who: Who) -> dict[str, 
         pass
     here.told(who, written)
     usage = {"read": len(written.prompt), "written": len(written.tokens), "sleeps": written.sleeps}
-    return {"object": "memory.answer", "memory": id, "answer": written.text, "finish_reason": written.finish_reason, "usage": usage}
+    return {
+        "object": "memory.answer",
+        "memory": id,
+        "answer": written.text,
+        "finish_reason": written.finish_reason,
+        "usage": usage,
+    }
 
 
 @router.post("/{id}/fork", status_code=201)
@@ -186,7 +194,9 @@ async def fork(id: str, body: Fork, request: Request, who: Who) -> dict[str, Any
     new = f"mem_{secrets.token_hex(12)}"
     name = thing.body["name"] if body.name is None else body.name
     child = {"name": name, "origin": Origin().id, "parents": [thing.body["origin"]], "status": "ready"}
-    await asyncio.to_thread(here.service.store.put, who.name, MEMORY, new, {**thing.body, **child}, thing.stream)
+    await asyncio.to_thread(
+        here.service.store.put, who.name, MEMORY, new, {**thing.body, **child}, thing.stream
+    )
     return _resource(here, who, _find(here, who, new))
 
 
@@ -263,7 +273,11 @@ async def upload(request: Request, who: Who, name: str = "") -> dict[str, Any]:
             except ValueError as error:
                 raise invalid(str(error).replace(str(path), "the file"), "file", "foreign_memory") from None
         if sleep != store.sleep:
-            raise invalid(f"the file was read with {sleep}, this server sleeps by {store.sleep}", "file", "foreign_memory")
+            raise invalid(
+                f"the file was read with {sleep}, this server sleeps by {store.sleep}",
+                "file",
+                "foreign_memory",
+            )
         return state, origin, window
 
     state, origin, window = await asyncio.to_thread(read)
@@ -326,13 +340,7 @@ async def _kept(here: Context, who: Who, thing: Thing) -> Kept:
 
 async def _whole(here: Context, who: Who, id: str) -> Kept:
     """Return a memory whose open window has been read, so that its state is what it knows."""
-    kept = await _kept(here, who, _find(here, who, id))
-    if not len(kept.unread):
-        return kept
-    row = Row(stream=kept.stream, unread=kept.unread)
-    async for event in here.service.follow(row):
-        row = event.row
-    return replace(kept, stream=row.stream, unread=kept.unread[:0])
+    return await here.service.whole(await _kept(here, who, _find(here, who, id)))
 
 
 def _resource(here: Context, who: Who, thing: Thing) -> dict[str, Any]:

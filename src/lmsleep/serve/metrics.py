@@ -25,7 +25,9 @@ class Metrics:
         self.engine, self.store = engine, store
 
         def histogram(metric: str, help: str) -> Histogram:
-            made = Histogram(f"lmsleep_{metric}", help, ["model_name"], buckets=SECONDS, registry=self.registry)
+            made = Histogram(
+                f"lmsleep_{metric}", help, ["model_name"], buckets=SECONDS, registry=self.registry
+            )
             return made.labels(model_name=name)
 
         self.first_token = histogram("time_to_first_token_seconds", "From the request to its first token.")
@@ -35,7 +37,9 @@ class Metrics:
             "lmsleep_request_success", "Answers, by why they ended.", ["model_name", "finished_reason"],
             registry=self.registry,
         )  # fmt: skip
-        self.prompt = Counter("lmsleep_prompt_tokens", "Tokens of prompts.", ["model_name"], registry=self.registry)
+        self.prompt = Counter(
+            "lmsleep_prompt_tokens", "Tokens of prompts.", ["model_name"], registry=self.registry
+        )
         self.known = Counter(
             "lmsleep_prompt_tokens_cached", "Of them known before.", ["model_name"], registry=self.registry
         )
@@ -60,21 +64,45 @@ class _Asked:
         N, L = str(engine.sleep.passes), str(engine.sleep.window)
         found: list[CounterMetricFamily | GaugeMetricFamily] = []
 
-        def tell(kind: Callable[..., CounterMetricFamily | GaugeMetricFamily], name: str, help: str, values: dict[tuple[str, ...], float], labels: tuple[str, ...] = ()) -> None:
+        def tell(
+            kind: Callable[..., CounterMetricFamily | GaugeMetricFamily],
+            name: str,
+            help: str,
+            values: dict[tuple[str, ...], float],
+            labels: tuple[str, ...] = (),
+        ) -> None:
             family = kind(f"lmsleep_{name}", help, labels=["model_name", *labels])
             for key, value in values.items():
                 family.add_metric([self.metrics.name, *key], value)
             found.append(family)
 
         tell(GaugeMetricFamily, "num_requests_running", "Requests that read or write.", {(): states["awake"]})
-        tell(GaugeMetricFamily, "num_requests_waiting", "Requests that are due to sleep.", {(): states["due"]})
-        tell(GaugeMetricFamily, "sessions", "Requests by state.", {(s,): n for s, n in states.items()}, ("state",))
+        tell(
+            GaugeMetricFamily, "num_requests_waiting", "Requests that are due to sleep.", {(): states["due"]}
+        )
+        tell(
+            GaugeMetricFamily,
+            "sessions",
+            "Requests by state.",
+            {(s,): n for s, n in states.items()},
+            ("state",),
+        )
         tell(CounterMetricFamily, "generation_tokens", "Tokens written.", {(): counts.tokens_written})
         tell(CounterMetricFamily, "tokens_read", "Tokens read.", {(): counts.tokens_read})
         tell(CounterMetricFamily, "sleeps", "Sleeps.", {(N, L): counts.sleeps}, ("passes", "window"))
-        tell(CounterMetricFamily, "sleep_seconds", "Time asleep.", {(N, L): counts.seconds_asleep}, ("passes", "window"))
+        tell(
+            CounterMetricFamily,
+            "sleep_seconds",
+            "Time asleep.",
+            {(N, L): counts.seconds_asleep},
+            ("passes", "window"),
+        )
         tell(CounterMetricFamily, "broken_requests", "Requests that ended in an error.", {(): counts.broken})
-        tell(GaugeMetricFamily, "memory_bytes", "Bytes by tier.", {(t,): n for t, n in bytes.items()}, ("tier",))
+        tell(
+            GaugeMetricFamily,
+            "memory_bytes",
+            "Bytes by tier.",
+            {(t,): n for t, n in bytes.items()},
+            ("tier",),
+        )
         return found
-
-

@@ -91,7 +91,9 @@ class Reader:
         began, offset = time.monotonic(), 0
         saved = began
         try:
-            async for event in self.service.follow(Row(stream=kept.stream, unread=torch.cat([kept.unread, tokens]))):
+            async for event in self.service.follow(
+                Row(stream=kept.stream, unread=torch.cat([kept.unread, tokens]))
+            ):
                 now, done = time.monotonic(), event.what == "done"
                 # Negative while the window that was open is read once more.
                 count = event.row.stream.tokens - kept.stream.tokens - len(kept.unread)

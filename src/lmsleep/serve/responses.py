@@ -13,13 +13,14 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from torch import Tensor
 
+from lmsleep.memory.figures import diff_rows
 from lmsleep.serve.chat import NO_BUFFER
 from lmsleep.serve.context import Context, Who, context
 from lmsleep.serve.errors import ApiError, invalid, not_found
 from lmsleep.serve.service import Wanted, Written
 from lmsleep.serve.store import Kept
 from lmsleep.serve.wire import CompactBody, ResponseBody, message
-from lmsleep.session import Row
+from lmsleep.session import Row, Stream
 from lmsleep.session.rows import Odds
 from lmsleep.text.chat import Message
 
@@ -135,12 +136,33 @@ async def cancel(id: str, request: Request, who: Who) -> dict[str, Any]:
 
 
 @router.get("/responses/{id}/input_items")
-async def input_items(id: str, request: Request, who: Who, limit: int = 20, order: str = "desc") -> dict[str, Any]:
+async def input_items(
+    id: str, request: Request, who: Who, limit: int = 20, order: str = "desc"
+) -> dict[str, Any]:
     """List what a response was given."""
     found = context(request).service.store.get(who.name, RESPONSE, id)
     if found is None:
         raise not_found("response", id)
     return listed(found.body["input"], limit, order)
+
+
+@router.get("/responses/{id}/changed")
+async def changed(id: str, request: Request, who: Who) -> dict[str, Any]:
+    """Say what a response changed in the fast weights that it went on from, head by head."""
+    here = context(request)
+    store = here.service.store
+    thing = store.get(who.name, RESPONSE, id)
+    after = None if thing is None or thing.stream is None else await here.service.find(who.name, thing.stream)
+    if thing is None or after is None:
+        raise not_found("response", id)
+    before: Kept | None = store.nothing()
+    if (previous := thing.body["response"]["previous_response_id"]) is not None:
+        old = store.get(who.name, RESPONSE, previous)
+        before = None if old is None or old.stream is None else await here.service.find(who.name, old.stream)
+    if before is None:
+        raise not_found("response", str(previous))
+    memories = [(await here.service.whole(kept)).stream.state.memory for kept in (after, before)]
+    return {"object": "response.changed", "id": id, "heads": await asyncio.to_thread(diff_rows, *memories)}
 
 
 @router.post("/responses/compact")
@@ -152,7 +174,13 @@ async def compact(body: CompactBody, request: Request, who: Who) -> dict[str, An
     item, written = await _compact(here, who, given.kept, given.tokens)
     usage = _usage(written, given.known)
     id = f"resp_{secrets.token_hex(12)}"
-    return {"id": id, "object": "response.compaction", "created_at": int(time.time()), "output": [item], "usage": usage}
+    return {
+        "id": id,
+        "object": "response.compaction",
+        "created_at": int(time.time()),
+        "output": [item],
+        "usage": usage,
+    }
 
 
 def listed(items: Sequence[dict[str, Any]], limit: int, order: str) -> dict[str, Any]:
@@ -162,8 +190,14 @@ def listed(items: Sequence[dict[str, Any]], limit: int, order: str) -> dict[str,
     if order not in ("asc", "desc"):
         raise invalid(f"order must be asc or desc, got {order!r}", "order")
     page = [*items][:: -1 if order == "desc" else 1]
-    first, last = (page[0]["id"], page[: limit][-1]["id"]) if page else (None, None)
-    return {"object": "list", "data": page[:limit], "first_id": first, "last_id": last, "has_more": len(page) > limit}
+    first, last = (page[0]["id"], page[:limit][-1]["id"]) if page else (None, None)
+    return {
+        "object": "list",
+        "data": page[:limit],
+        "first_id": first,
+        "last_id": last,
+        "has_more": len(page) > limit,
+    }
 
 
 async def _input(here: Context, who: Who, body: ResponseBody | CompactBody, *, answer: bool = True) -> Input:
@@ -198,7 +232,9 @@ async def _input(here: Context, who: Who, body: ResponseBody | CompactBody, *, a
             before, messages, items = found.stream, [], [item]
             continue
         if kind != "message":
-            raise invalid(f"items of type {kind!r} are not supported by a model of text", where, "unsupported_content")
+            raise invalid(
+                f"items of type {kind!r} are not supported by a model of text", where, "unsupported_content"
+            )
         said = message(str(item.get("role")), item.get("content"), where)
         messages.append(said)
         items.append(item if "id" in item else message_item(said))
@@ -248,7 +284,9 @@ async def _compact(here: Context, who: Who, kept: Kept, tokens: Tensor) -> tuple
 async def _events(here: Context, who: Who, made: Making) -> AsyncIterator[dict[str, Any] | str]:
     """Make a response, and tell of it as the API streams it; strings are comments."""
     body, service, given = made.body, here.service, made.input
-    threshold = min((c.compact_threshold for c in body.context_management or [] if c.compact_threshold), default=None)
+    threshold = min(
+        (c.compact_threshold for c in body.context_management or [] if c.compact_threshold), default=None
+    )
     kept, tokens = given.kept, given.tokens
     began, last = time.perf_counter(), None
     number = 0
@@ -256,7 +294,10 @@ async def _events(here: Context, who: Who, made: Making) -> AsyncIterator[dict[s
         raise invalid("input has no token", "input")
     yield {"type": "response.created", "response": _resource(here, made)}
     yield {"type": "response.in_progress", "response": _resource(here, made)}
-    if threshold is not None and kept.stream.tokens + len(kept.unread) + len(tokens) - kept.compacted >= threshold:
+    if (
+        threshold is not None
+        and kept.stream.tokens + len(kept.unread) + len(tokens) - kept.compacted >= threshold
+    ):
         split = len(tokens) - min(service.chat.opening, len(tokens))
         made.compacted, compacted = await _compact(here, who, kept, tokens[:split])
         assert compacted.after is not None
@@ -264,6 +305,7 @@ async def _events(here: Context, who: Who, made: Making) -> AsyncIterator[dict[s
         yield {"type": "response.output_item.added", "output_index": 0, "item": made.compacted}
         yield {"type": "response.output_item.done", "output_index": 0, "item": made.compacted}
         number = 1
+    tells = bool((body.stream_options or {}).get("include_state"))
     wanted = Wanted(
         sampling=body.sampling(),
         longest=body.max_output_tokens or service.longest,
@@ -272,19 +314,27 @@ async def _events(here: Context, who: Who, made: Making) -> AsyncIterator[dict[s
     )
     made.written = written = Written(kept, tokens, given.known)
     item, part = {"output_index": number, "item_id": made.message_id}, {"content_index": 0}
-    yield {"type": "response.output_item.added", "output_index": number, "item": _message(made, "in_progress", [])}
+    yield {
+        "type": "response.output_item.added",
+        "output_index": number,
+        "item": _message(made, "in_progress", []),
+    }
     empty = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
     yield {"type": "response.content_part.added", **item, **part, "part": empty}
     async for event in service.write(written, wanted):
         if event.what == "wrote":
             now = time.perf_counter()
-            (here.metrics.first_token if last is None else here.metrics.between).observe(now - (last or began))
+            (here.metrics.first_token if last is None else here.metrics.between).observe(
+                now - (last or began)
+            )
             last = now
             text = "".join(map(str, event.pieces))
             odds = [] if event.odds is None else _logprobs(here, [event.odds])
             if text:
                 yield {"type": "response.output_text.delta", **item, **part, "delta": text, "logprobs": odds}
-        elif event.what != "done":
+        if tells:
+            yield json.dumps({"what": event.what, **stream_of(event.row.stream)})
+        elif event.what not in ("wrote", "done"):
             yield event.what
     here.metrics.whole.observe(time.perf_counter() - began)
     here.told(who, written)
@@ -293,9 +343,19 @@ async def _events(here: Context, who: Who, made: Making) -> AsyncIterator[dict[s
         await service.keep(who.name, written)
         await asyncio.to_thread(_put, here, who, made)
     done = _content(here, made)
-    yield {"type": "response.output_text.done", **item, **part, "text": written.text, "logprobs": done["logprobs"]}
+    yield {
+        "type": "response.output_text.done",
+        **item,
+        **part,
+        "text": written.text,
+        "logprobs": done["logprobs"],
+    }
     yield {"type": "response.content_part.done", **item, **part, "part": done}
-    yield {"type": "response.output_item.done", "output_index": number, "item": _message(made, made.status, [done])}
+    yield {
+        "type": "response.output_item.done",
+        "output_index": number,
+        "item": _message(made, made.status, [done]),
+    }
     yield {"type": f"response.{made.status}", "response": _resource(here, made)}
 
 
@@ -308,7 +368,11 @@ def _put(here: Context, who: Who, made: Making) -> None:
     if given.conversation is not None and after is not None:
         thing = store.get(who.name, CONVERSATION, given.conversation)
         if thing is not None:  # it may have been deleted meanwhile
-            said = [*thing.body["items"], *given.items[len(thing.body["pending"]) :], *body["response"]["output"]]
+            said = [
+                *thing.body["items"],
+                *given.items[len(thing.body["pending"]) :],
+                *body["response"]["output"],
+            ]
             store.put(who.name, CONVERSATION, thing.id, {**thing.body, "items": said, "pending": []}, after)
 
 
@@ -355,7 +419,13 @@ def message_item(said: Message) -> dict[str, Any]:
 
 
 def _message(made: Making, status: str, content: list[dict[str, Any]]) -> dict[str, Any]:
-    return {"type": "message", "id": made.message_id, "status": status, "role": "assistant", "content": content}
+    return {
+        "type": "message",
+        "id": made.message_id,
+        "status": status,
+        "role": "assistant",
+        "content": content,
+    }
 
 
 def _content(here: Context, made: Making) -> dict[str, Any]:
@@ -425,8 +495,15 @@ def _resource(here: Context, made: Making) -> dict[str, Any]:
         "metadata": body.metadata or {},
         "safety_identifier": None,
         "prompt_cache_key": None,
-        "sleeps": 0 if written is None else written.sleeps,
+        "stream": stream_of(
+            made.input.kept.stream if written is None or written.row is None else written.row.stream
+        ),
     }
+
+
+def stream_of(stream: Stream) -> dict[str, int]:
+    """Say how far a stream is."""
+    return {"tokens": stream.tokens, "sleeps": stream.sleeps, "window_tokens": len(stream.window)}
 
 
 def previous_tokens(made: Making) -> int:

@@ -51,7 +51,9 @@ def run(
     model, sleep = session.model, session.sleep_config
     engine = Engine(model, sleep, portion=portion, debt=debt, most_waiting=most_waiting, most_rows=most_rows)
     kept = Store(store, model, sleep, most_bytes=most_bytes)
-    service = Service(engine, kept, session.tokenizer, chat_of(session.tokenizer), name=names[0], longest=longest)
+    service = Service(
+        engine, kept, session.tokenizer, chat_of(session.tokenizer), name=names[0], longest=longest
+    )
     said = f"{kept.origin.model} {json.dumps(sleep.to_dict())}"
     fingerprint = f"fp_{hashlib.sha256(said.encode()).hexdigest()[:16]}"
     here = Context(service, keys, Metrics(engine, kept, names[0]), names, fingerprint)

@@ -80,7 +80,14 @@ class Service:
     """Ties engine, store and tokenizer together; all its methods run in the event loop."""
 
     def __init__(
-        self, engine: Engine, store: Store, tokenizer: Tokenizer, chat: Chat, *, name: str, longest: int = 1024
+        self,
+        engine: Engine,
+        store: Store,
+        tokenizer: Tokenizer,
+        chat: Chat,
+        *,
+        name: str,
+        longest: int = 1024,
     ) -> None:
         self.engine, self.store, self.tokenizer, self.chat, self.name = engine, store, tokenizer, chat, name
         # A task answers with one token; a text has no natural end but its own.
@@ -95,7 +102,9 @@ class Service:
             ApiError: for what the model cannot read.
         """
         try:
-            found = torch.tensor(self.tokenizer.encode(text) if isinstance(text, str) else list(text), dtype=torch.int64)
+            found = torch.tensor(
+                self.tokenizer.encode(text) if isinstance(text, str) else list(text), dtype=torch.int64
+            )
             check_tokens(found, self.engine.model.vocab_size)
         except (ValueError, OverflowError, RuntimeError) as error:
             raise invalid(str(error), param) from None
@@ -111,6 +120,15 @@ class Service:
         if (task := self._settling.get(stream)) is not None:
             await asyncio.shield(task)
         return await asyncio.to_thread(self.store.find, owner, stream)
+
+    async def whole(self, kept: Kept) -> Kept:
+        """Return a stream whose open window has been read, so that its state is what it knows."""
+        if not len(kept.unread):
+            return kept
+        row = Row(stream=kept.stream, unread=kept.unread)
+        async for event in self.follow(row):
+            row = event.row
+        return replace(kept, stream=row.stream, unread=kept.unread[:0])
 
     async def write(self, written: Written, wanted: Wanted) -> AsyncIterator[Happened]:
         """Read the prompt and write the answer; what happens is told as it happens.
@@ -143,7 +161,11 @@ class Service:
                     if event.odds is not None:
                         written.odds.append(event.odds)
                 yield event
-        written.sleeps = row.stream.sleeps - begin.sleeps if written.row is None else written.row.stream.sleeps - begin.sleeps
+        written.sleeps = (
+            row.stream.sleeps - begin.sleeps
+            if written.row is None
+            else written.row.stream.sleeps - begin.sleeps
+        )
 
     async def follow(self, row: Row) -> AsyncIterator[Happened]:
         """Let a row go through the engine and tell what happens to it.
@@ -181,7 +203,9 @@ class Service:
         if isinstance(error, ValueError):
             return ApiError(500, str(error), code="broken_row")
         # Anything else may hold paths or the like: it goes to the log alone.
-        return ApiError(500, "the model failed on this request; the log of the server says how", code="model_failed")
+        return ApiError(
+            500, "the model failed on this request; the log of the server says how", code="model_failed"
+        )
 
     async def keep(self, owner: str, written: Written) -> Kept:
         """Keep where an answer has ended, on disk when this returns."""

@@ -129,7 +129,11 @@ class Store:
 
     def _begin(self) -> None:
         """Make the tables, or check whose they are; sweep what a kill has left."""
-        about = {"version": str(VERSION), "model": self.origin.model or "", "sleep": json.dumps(self.sleep.to_dict())}
+        about = {
+            "version": str(VERSION),
+            "model": self.origin.model or "",
+            "sleep": json.dumps(self.sleep.to_dict()),
+        }
         with self._changes():
             if not self._db.execute("SELECT 1 FROM sqlite_master WHERE name = 'about'").fetchone():
                 for statement in TABLES.split(";"):
@@ -229,7 +233,9 @@ class Store:
         self._db.execute("INSERT INTO starts VALUES (?, ?, ?, ?, ?, ?)", row)
 
     def _origin(self, stream: Stream) -> Origin:
-        return Origin(model=self.origin.model, tokens=stream.tokens, sleeps=stream.sleeps, passes=self.sleep.passes)
+        return Origin(
+            model=self.origin.model, tokens=stream.tokens, sleeps=stream.sleeps, passes=self.sleep.passes
+        )
 
     def _path(self, start: str) -> Path:
         return self.starts / f"{start}.mem"
@@ -289,7 +295,9 @@ class Store:
         if start == "":
             return Kept(name, start, chain, self.nothing().stream, tokens)
         state, origin, _, _ = saving.read(self._path(start), self.model, self.sleep)
-        return Kept(name, start, chain, Stream.begin(state, tokens=origin.tokens, sleeps=origin.sleeps), tokens)
+        return Kept(
+            name, start, chain, Stream.begin(state, tokens=origin.tokens, sleeps=origin.sleeps), tokens
+        )
 
     def longest_prefix(self, owner: str, tokens: Tensor) -> tuple[Kept, int]:
         """Return the stream of this owner that has read most of the beginning of `tokens`, and how many.
@@ -326,7 +334,9 @@ class Store:
 
     # Documents
 
-    def put(self, owner: str, kind: str, name: str, body: Mapping[str, Any], stream: str | None = None) -> None:
+    def put(
+        self, owner: str, kind: str, name: str, body: Mapping[str, Any], stream: str | None = None
+    ) -> None:
         """Write a document, over an older one of that name and owner."""
         with self._changes():
             self._db.execute(
@@ -359,7 +369,8 @@ class Store:
         """Delete a document and what nothing else needs any more: its stream, and where its window began."""
         with self._changes():
             row = self._db.execute(
-                "DELETE FROM things WHERE id = ? AND owner = ? AND kind = ? RETURNING stream", (name, owner, kind)
+                "DELETE FROM things WHERE id = ? AND owner = ? AND kind = ? RETURNING stream",
+                (name, owner, kind),
             ).fetchone()
             if row is None:
                 return False
@@ -401,7 +412,9 @@ class Store:
     def count(self, owner: str, kind: str) -> int:
         """Count documents of this owner."""
         with self._lock:
-            found = self._db.execute("SELECT count(*) FROM things WHERE owner = ? AND kind = ?", (owner, kind))
+            found = self._db.execute(
+                "SELECT count(*) FROM things WHERE owner = ? AND kind = ?", (owner, kind)
+            )
             (number,) = found.fetchone()
         return int(number)
 
@@ -422,7 +435,9 @@ class Store:
     def progress(self, owner: str, name: str, stream: str, left: Tensor) -> None:
         """Give a document the stream that it has come to, and what it still has to read."""
         with self._changes():
-            row = self._db.execute("SELECT stream FROM things WHERE id = ? AND owner = ?", (name, owner)).fetchone()
+            row = self._db.execute(
+                "SELECT stream FROM things WHERE id = ? AND owner = ?", (name, owner)
+            ).fetchone()
             self._db.execute("UPDATE things SET stream = ? WHERE id = ? AND owner = ?", (stream, name, owner))
             if len(left):
                 self._db.execute("UPDATE unread SET tokens = ? WHERE thing = ?", (_blob(left), name))
@@ -448,7 +463,9 @@ class Store:
         """Count bytes in memory and on disk, of all owners or of one."""
         with self._lock:
             where, values = ("WHERE owner = ?", (owner,)) if owner is not None else ("", ())
-            (disk,) = self._db.execute(f"SELECT coalesce(sum(bytes), 0) FROM starts {where}", values).fetchone()
+            (disk,) = self._db.execute(
+                f"SELECT coalesce(sum(bytes), 0) FROM starts {where}", values
+            ).fetchone()
         return {"memory": self._held, "disk": disk}
 
 

@@ -194,9 +194,15 @@ def message(role: str, content: Any, param: str) -> Message:
         texts = []
         for part in content:
             said = part if isinstance(part, dict) else part.model_dump()
-            if said.get("type") not in ("text", "input_text", "output_text") or not isinstance(said.get("text"), str):
+            if said.get("type") not in ("text", "input_text", "output_text") or not isinstance(
+                said.get("text"), str
+            ):
                 what = said.get("type")
-                raise invalid(f"content of type {what!r} is not supported by a model of text", param, "unsupported_content")
+                raise invalid(
+                    f"content of type {what!r} is not supported by a model of text",
+                    param,
+                    "unsupported_content",
+                )
             texts.append(said["text"])
         content = "".join(texts)
     if not isinstance(content, str):

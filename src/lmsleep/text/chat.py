@@ -100,7 +100,9 @@ class Templated:
         said: list[dict[str, Any]] = [message._asdict() for message in messages]
         try:
             return str(
-                self.tokenizer.tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=opening)
+                self.tokenizer.tokenizer.apply_chat_template(
+                    said, tokenize=False, add_generation_prompt=opening
+                )
             )
         except Exception as error:  # a template raises what it likes
             reason = str(error).partition("\n")[0]
