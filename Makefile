@@ -4,12 +4,15 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types unit format site notebooks release clean
+# Files that meet the packages that lmsleep runs beside; `nox --session oldest` runs all tests with the oldest.
+OLDEST := $(patsubst %,tests/test_%.py,documents environments hf_loading hf_sleeping tokenizers)
+
+.PHONY: demo test lint types unit oldest format site notebooks release clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo   what longer sleep buys: shipped models answer, then two are trained (minutes on 2 cores)"
-	@echo "make test   lint, types and tests"
+	@echo "make test   lint, types and tests, with the newest and the oldest packages"
 	@echo "make format rewrite the sources the way the linter wants them"
 	@echo "make site   the documentation as pages: site/index.html"
 	@echo "make notebooks  execute docs/notebooks and write their outputs anew"
@@ -31,7 +34,7 @@ $(VENV)/.dev: $(VENV)/.base
 demo: $(VENV)/.base
 	$(BIN)/lmsleep demo
 
-test: lint types unit
+test: lint types unit oldest
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -44,6 +47,9 @@ types: $(VENV)/.dev
 
 unit: $(VENV)/.dev
 	$(BIN)/pytest -n 2 --durations=25
+
+oldest: $(VENV)/.dev
+	CONSTRAINTS=$(CONSTRAINTS) $(BIN)/nox --session oldest -- $(OLDEST)
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix-only .
@@ -59,4 +65,4 @@ release: $(VENV)/.dev
 	$(BIN)/python tools/release.py $(CONSTRAINTS)
 
 clean:
-	rm -rf $(VENV) dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .nox dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -14,6 +14,7 @@ from benchmarks import data, floors, recurrence, rules, sessions, step, window
 from benchmarks.processor import Processor
 from benchmarks.table import Table, as_page
 from lmsleep.files import write_atomic
+from lmsleep.plain import to_json
 from lmsleep.recipes.table import published
 from lmsleep.training import choose_device
 from lmsleep.training.runs import provenance
@@ -31,9 +32,17 @@ ON_ANY: dict[str, Callable[[int, bool, Processor], Measures]] = {
 }
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says in one line what does not fit."""
+
+    def error(self, message: str) -> NoReturn:
+        """Leave with 2."""
+        self.exit(2, f"{self.prog}: {' '.join(message.split())} (see --help)\n")
+
+
 def main(argv: list[str], prog: str = "python -m benchmarks") -> None:
     """Measure, on a CPU in one thread."""
-    parser = argparse.ArgumentParser(prog=prog, description=__doc__)
+    parser = _Parser(prog=prog, description=__doc__)
     parser.add_argument("name", choices=sorted([*ON_CPU, *ON_ANY]))
     parser.add_argument("--only", nargs="+", metavar="TABLE", help="measure these tables; default: all")
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of tables")
@@ -44,7 +53,9 @@ def main(argv: list[str], prog: str = "python -m benchmarks") -> None:
     parser.add_argument("--publish", action="store_true",
                         help="write benchmarks/results/NAME.json and the tables in docs/")  # fmt: skip
     options = parser.parse_args(argv)
-    repeats, result = max(1, options.repeats), options.name
+    repeats, result = options.repeats, options.name
+    if repeats < 1:
+        parser.error(f"--repeats must be at least 1, got {repeats}")
     if options.name in ON_CPU:
         if options.device != "cpu":
             parser.error(f"--device {options.device}: {options.name} is measured on a CPU; leave it out")
@@ -69,7 +80,7 @@ def main(argv: list[str], prog: str = "python -m benchmarks") -> None:
         if not options.json:
             print(f"{as_page(results[name])}\n")
     if options.json:
-        print(json.dumps(results, indent=2))
+        print(to_json(results))
 
 
 def publish(name: str, results: dict[str, Any], root: Path = ROOT) -> None:

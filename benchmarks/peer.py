@@ -66,7 +66,8 @@ class Block(nn.Module):
         if isinstance(self.mixer, LlamaAttention):
             h = h + self.mixer(x, positions)[0]
         else:
-            h = h + self.mixer(x, cache_params=memory)
+            # By place: its name is another from transformers 5.24 on.
+            h = h + self.mixer(x, memory)
         return h + self.mlp(self.post_attention_layernorm(h)), memory.S
 
 

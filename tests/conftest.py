@@ -1,3 +1,7 @@
+import logging
+import os
+import tempfile
+
 import torch
 from hypothesis import settings
 from torch import Tensor
@@ -6,10 +10,23 @@ from lmsleep import HybridConfig, HybridLM
 from lmsleep.cli import main
 
 torch.set_num_threads(1)
+# What tests train with may run here; nothing of it is remembered for the user who runs them.
+os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp()
 settings.register_profile("suite", deadline=None, derandomize=True, max_examples=30)
 settings.load_profile("suite")
 
 VOCAB = 11
+
+
+class Deprecations(logging.Handler):
+    # What a library logs of a use that will end is an error, as its warnings are (filterwarnings).
+    def emit(self, record: logging.LogRecord) -> None:
+        if "deprecated" in record.getMessage():
+            raise DeprecationWarning(record.getMessage())
+
+
+for library in (None, "transformers", "datasets", "huggingface_hub"):  # None: the root; these do not tell it
+    logging.getLogger(library).addHandler(Deprecations())
 
 
 def tiny(*blocks, **options) -> HybridConfig:

@@ -142,7 +142,6 @@ def _jamba() -> Any:
             mamba_d_state=8,
             attn_layer_period=2,
             attn_layer_offset=1,
-            use_mamba_kernels=False,
         )
     )
 
@@ -203,3 +202,31 @@ def family(name: str, seed: int = 0) -> Any:
 def held(out):
     """The cache in an output of transformers, under the name of its version."""
     return getattr(out, cache_name())
+
+
+def _windowed(kind: str, **more: Any) -> Any:
+    """A model with attention alone, of which some or all blocks have a window of the model's own."""
+    config = getattr(t, f"{kind}Config")(**SMALL, **HEADS, **FOUR, sliding_window=5, **more)
+    return getattr(t, f"{kind}ForCausalLM")(config)
+
+
+MOE: dict[str, Any] = {"num_local_experts": 2, "num_experts_per_tok": 1}
+# Some say in each block whether it slides, some only in the configuration; some cap or scale logits.
+WINDOWED: dict[str, dict[str, Any]] = {
+    "Mistral": {}, "Mixtral": MOE, "Phi3": {}, "Starcoder2": {}, "Ministral": {"head_dim": 8},
+    "SmolLM3": {"use_sliding_window": True, "bos_token_id": None, "eos_token_id": None},
+    "Exaone4": {"head_dim": 8}, "Qwen2": {"use_sliding_window": True, "max_window_layers": 2},
+    "Gemma2": {"head_dim": 8, "final_logit_softcapping": 0.5}, "Cohere2": {"logit_scale": 0.25},
+    "GptOss": {**MOE, "head_dim": 8},
+}  # fmt: skip
+
+
+def windowed(kind: str) -> Any:
+    """A tiny model of `WINDOWED` with memory layers, whose window shows."""
+    torch.manual_seed(0)
+    model = _windowed(kind, **WINDOWED[kind]).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim == 2:
+                p.mul_(3.0)
+    return with_memory(model, 2, "gated_delta_net")

@@ -302,3 +302,23 @@ def test_what_the_command_needs_is_named(capsys, monkeypatch, tmp_path, missing,
     with pytest.raises(SystemExit) as stopped:
         main(["bench", "floors"])
     assert stopped.value.code == 2 and said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ([], "name"),
+        (["nosuch"], "nosuch"),
+        (["data", "--repeats", "x"], "--repeats"),
+        (["data", "--repeats", "0"], "--repeats"),
+        (["data", "--device", "xpu"], "--device"),
+        (["data", "--device", "cuda"], "--device"),
+        (["data", "--only", "no\nthing"], "--only"),
+        (["data", "--bogus"], "--bogus"),
+    ],
+)
+def test_what_does_not_fit_is_one_line(argv, said, capsys):
+    with pytest.raises(SystemExit) as leaving:
+        benchmarks.main(argv)
+    out, err = capsys.readouterr()
+    assert leaving.value.code == 2 and not out and said in err and err.count("\n") == 1

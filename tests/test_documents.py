@@ -1,5 +1,6 @@
 import json
 import logging
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -16,6 +17,8 @@ from lmsleep.tasks.reading import read_batch
 from lmsleep.tasks.samples import EVICTED, records, show
 from lmsleep.text.documents import read_set
 from lmsleep.text.packing import POOL, alike, pad
+from lmsleep.text.splits import split_of, splits_of
+from lmsleep.text.tokenizers import HuggingFace
 
 datasets.disable_progress_bars()
 WORDS = ["the", "pond", "has", "frogs", "many", "few", "[UNK]"]
@@ -98,6 +101,12 @@ def test_a_folder_of_datasets_reads_like_the_same_rows_as_json_lines(tmp_path, q
     assert list(read_set(tmp_path / "set")) == list(read_set(question_set))
 
 
+def save_splits(folder, splits):
+    parts = {name: datasets.Dataset.from_list(rows) for name, rows in splits.items()}
+    datasets.DatasetDict(parts).save_to_disk(folder)
+    return folder
+
+
 def test_the_splits_of_a_folder_are_kept(tmp_path):
     rows = texts(12)
     parts = {"train": rows[:6], "validation": rows[6:9], "other": rows[9:]}
@@ -108,9 +117,83 @@ def test_the_splits_of_a_folder_are_kept(tmp_path):
     assert kept == [(r["text"], "train") for r in rows[:6]] + [(r["text"], "test") for r in rows[6:9]]
 
 
+HELD_OUT_NAMES = [
+    "test", "validation", "valid", "val", "dev", "eval", "test_sft", "dev2", "validation_matched", "heldOut",
+    "held_out", "test-00000-of-00001", "testset", "test.clean",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("trained", ["train", "train_sft", "training", "train.clean.100"])
+@pytest.mark.parametrize("held_out", HELD_OUT_NAMES)
+def test_names_of_splits_say_what_is_held_out(trained, held_out):
+    assert splits_of([trained, "other", held_out]) == {trained: "train", held_out: "test"}
+    assert splits_of([trained, "other"]) == splits_of([held_out, "other"]) == splits_of(["other"]) == {}
+    assert split_of("pretrained") is split_of("contest") is split_of("devil") is None
+
+
+@pytest.mark.parametrize("held_out", ["test", "test_sft", "dev", "eval"])
+def test_held_out_splits_of_a_folder_are_never_trained_on(tmp_path, held_out):
+    rows = texts(60)
+    names = {"train_sft": rows[:20], "train_more": rows[20:40], held_out: rows[40:]}
+    for document in read_set(save_splits(tmp_path / "set", names)):
+        assert document.split == ("test" if {"text": document.fields[0]} in rows[40:] else "train")
+
+
+@pytest.mark.parametrize("names", [["test"], ["test", "validation"], ["en", "de"], ["en", "test"]])
+def test_splits_that_no_name_explains_are_refused_and_can_be_named_alone(tmp_path, names):
+    folder = save_splits(tmp_path / "set", dict.fromkeys(names, texts(40)))
+    with pytest.raises(ValueError, match=f"splits {', '.join(names)}, of which none is called train"):
+        list(read_set(folder))
+    assert {d.split for d in read_set(folder / names[0])} == {"train", "test"}
+
+
+def test_a_folder_with_one_split_or_rows_for_training_alone_is_held_out_by_hash(tmp_path, text_set):
+    by_hash = list(read_set(text_set))
+    assert list(read_set(save_splits(tmp_path / "a", {"en": texts()}))) == by_hash
+    assert list(read_set(save_splits(tmp_path / "b", {"train": texts(), "more": texts()}))) == by_hash
+
+
+@pytest.mark.parametrize("names", [["train", "test"], ["a/train/1", "a/dev/1"], ["gsm_train", "x/gsm_eval"]])
+@pytest.mark.parametrize("kind", ["jsonl", "txt"])
+def test_files_called_train_and_test_are_kept_apart(tmp_path, names, kind):
+    paths = [tmp_path / f"{name}.{kind}" for name in names]
+    for path, letter in zip(paths, "ab", strict=True):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if kind == "jsonl":
+            write_rows(path, [{"text": letter * 20 + f" {i}"} for i in range(40)])
+        else:
+            path.write_text(letter * 1000)
+    for data in (paths, paths[::-1]):
+        task = Text(data=tuple(data), length=20)
+        assert {chr(t) for t in draw(task, 60).tokens[:, 1].tolist()} == {"a"}
+        assert {chr(t) for t in draw(task, 60, "test").tokens[:, 1].tolist()} == {"b"}
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
+        (
+            '{"text": "a", "score": NaN}\n{"text": "b\\ud83d"}\n',
+            r"line 2: field 'text': character 2 is half a sur",
+        ),
+        (
+            '{"prompt": "\\udc00", "completion": "b"}\n',
+            r"line 1: field 'prompt': character 1 is half a surrogate",
+        ),
+        ('{"question": "a", "answer": NaN}\n', r"line 1: field 'answer' must be text or a number, got nan"),
+        ('{"question": "a", "answer": -Infinity}\n', r"line 1: field 'answer' must be .* got -inf"),
+        ('{"question": "a", "answer": 1e999}\n', r"line 1: field 'answer' must be .* got inf"),
+        ('{"question": "a", "answer": null}\n', r"line 1: field 'answer' must be .* got NoneType"),
+        (
+            '{"messages": [{"role": "user", "content": "a"}]}\n',
+            r"line 1: field 'messages' is a conversation, which",
+        ),
+        ('{"messages": [{"from": "user", "value": "a"}]}\n', r"must have role and content, got from, value"),
+        (
+            '{"prompt": [{"role": "user", "content": "a"}], "completion": "a"}\n',
+            r"must be texts; of a conversation",
+        ),
+        ('{"messages": []}\n', r"line 1: field 'messages' must be text or a number, got list"),
         ('{"text": "a"}\n\n{"text": \n', r"rows\.jsonl, line 3: not JSON"),
         (b'{"text": "\xff"}\n', r"rows\.jsonl, line 1: not JSON"),
         ('["a"]\n', r"line 1: must be a JSON object, got list"),
@@ -126,7 +209,7 @@ def test_bad_rows_are_named_with_their_line(tmp_path, content, said):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=said):
-        Text(data=(path,))
+        draw(Text(data=(path,)))
 
 
 def test_sources_that_do_not_fit_are_refused(tmp_path, text_set, question_set):
@@ -142,7 +225,7 @@ def test_sources_that_do_not_fit_are_refused(tmp_path, text_set, question_set):
         ((book,), {"tokenizer": str(tmp_path / "empty")}, "holds no tokenizer"),
     ):
         with pytest.raises(ValueError, match=said):
-            Text(data=data, **options)
+            draw(Text(data=data, **options))
 
 
 # Tokens
@@ -164,11 +247,44 @@ def test_a_file_in_the_tokens_of_a_tokenizer(tmp_path, tokenizer, caplog):
     assert task.floors()["chance"] == 1 / 7
 
 
+CHAT = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+
+
+def test_a_conversation_is_written_by_the_chat_template(tmp_path, tokenizer):
+    asked = [{"role": "user", "content": f"the pond {i}"} for i in range(60)]
+    rows = [{"messages": [m, {"role": "assistant", "content": "few frogs", "name": None}]} for m in asked]
+    lines = write_rows(tmp_path / "chat.jsonl", rows)
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "chat")
+    with pytest.raises(ValueError, match=r"line 1: field 'messages': .* template, and this one has none"):
+        draw(Text(data=(lines,), tokenizer=tokenizer))
+    found = HuggingFace(Path(tokenizer))
+    found.tokenizer.chat_template = CHAT
+    found.tokenizer.save_pretrained(tokenizer)
+    read = list(read_set(lines, chat=HuggingFace(Path(tokenizer)).chat))
+    assert read == list(read_set(tmp_path / "chat", chat=found.chat)) and len({d.split for d in read}) == 2
+    assert read[7].fields == ("user: the pond 7\nassistant: few frogs\n",)
+    task = Text(data=(lines,), tokenizer=tokenizer)
+    assert not task.asks and "few frogs" in task.spell(draw(task, 1).row(0)[1])
+    # What a template refuses is said of the row.
+    found.tokenizer.chat_template = "{{ raise_exception('no roles here') }}"
+    with pytest.raises(ValueError, match=r"chat\.jsonl, line 1: field 'messages': no roles here"):
+        list(read_set(lines, chat=found.chat))
+
+
+def test_equal_questions_of_conversations_are_in_one_split(tmp_path):
+    def row(i, answer):
+        return {"messages": [{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": answer}]}
+
+    rows = [row(i, answer) for i in range(60) for answer in ("yes", "no")]
+    read = list(read_set(write_rows(tmp_path / "a.jsonl", rows), chat=str))
+    assert [d.split for d in read[::2]] == [d.split for d in read[1::2]]
+
+
 def test_a_tokenizer_needs_text(tmp_path, tokenizer):
     path = tmp_path / "latin.txt"
     path.write_bytes("Frösche ".encode("latin-1") * 99)
     with pytest.raises(ValueError, match=r"latin\.txt is not UTF-8"):
-        Text(data=(path,), tokenizer=tokenizer)
+        draw(Text(data=(path,), tokenizer=tokenizer))
 
 
 # Packing

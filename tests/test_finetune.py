@@ -1,9 +1,11 @@
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from conftest import close, run_command
 from hf_models import HEADS, JET, SMALL, VOCAB, family
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -13,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from lmsleep import SleepConfig, adapt, sleep_forward
 from lmsleep.cli.opening import SleepOptions, new_session
 from lmsleep.hf import load_pretrained
-from lmsleep.hf.finetune import FineTune, memory_layers, merged, pretrained_backbone
+from lmsleep.hf.finetune import FineTune, export, memory_layers, merged, pretrained_backbone
 from lmsleep.hf.jet_nemotron import JetNemotronConfig, JetNemotronForCausalLM
 from lmsleep.recipes import RECIPES, catalogue
 from lmsleep.recipes.run import _chain
@@ -103,6 +105,29 @@ def test_only_the_memory_layers_or_everything(train, folder):
     memory = ("model.layers.0.self_attn.", "model.layers.2.self_attn.")
     assert moved == (everything if train == "full" else {n for n in everything if n.startswith(memory)})
     assert close(loss_of(adapt(merged(tuned, options))), loss_of(tuned), 1e-6)
+
+
+def test_a_generation_config_that_contradicts_itself_comes_along(folder, tmp_path, monkeypatch):
+    # As published ones do; transformers 5.21 and 5.22 read them and refuse to write them.
+    source = tmp_path / "source"
+    shutil.copytree(folder("qwen3_5"), source)
+    told = json.dumps({"do_sample": False, "temperature": 0.6, "eos_token_id": 63})
+    (source / "generation_config.json").write_text(told)
+    write = transformers.GenerationConfig.save_pretrained
+
+    def strict(self, *args, **kwargs):
+        if self.temperature not in (None, 1.0) and not self.do_sample:
+            raise ValueError("the generation config is invalid")
+        return write(self, *args, **kwargs)
+
+    monkeypatch.setattr(transformers.GenerationConfig, "save_pretrained", strict)
+    options = FineTune(folder=source)
+    export(pretrained_backbone(options), options, SLEEP, tmp_path / "model")
+    assert (tmp_path / "model/generation_config.json").read_text() == told
+    assert load_pretrained(tmp_path / "model").generation_config.eos_token_id == 63
+    (source / "generation_config.json").unlink()
+    export(pretrained_backbone(options), options, SLEEP, tmp_path / "model")
+    assert load_pretrained(tmp_path / "model").generation_config is not None
 
 
 def test_muon_takes_matrices_and_leaves_gates_and_adapters_to_adamw(with_words):
@@ -276,7 +301,7 @@ def first_model(out: Path) -> Path:
         (["--task", "mqar", "--loop", "1", "2"], "loop=(1, 2) has no block with fast weights"),
         (["--task", "mqar", "--loop", "0", "9"], "loop=(0, 9) reaches outside the model"),
         (["--task", "mqar", "--wake-passes", "2"], "wake_passes"),
-        (["--task", "mqar", "--keys", "900"], "tokens, the model only"),
+        (["--task", "mqar", "--keys", "900"], "alone; use its own tokenizer"),
         ([], "--task: name what is learned"),
         (["--task", "mqar", "--preset", "none"], "preset='none' is unknown; choose one of lora, full, two-"),
         (["--task", "gsm-infinite", "--tokenizer", "bytes"], "tokenizer='bytes' is not that of the model in"),

@@ -1,5 +1,7 @@
 import json
 import math
+import shutil
+import sys
 
 import pytest
 import torch
@@ -9,6 +11,13 @@ from lm_eval.api.registry import get_model
 from test_hf_cli import SLEEP, folder, session  # noqa: F401
 
 from lmsleep.integrations.lm_eval import SleepLM
+
+
+@pytest.fixture(autouse=True)
+def no_look_at_the_machine(monkeypatch):
+    # lm-eval asks compilers and drivers for their versions after each evaluation, for seconds.
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
+
 
 CONTEXTS = [" ".join(f"w{7 + (i * k) % 50}" for i in range(20)) for k in (3, 7)]
 
@@ -57,13 +66,16 @@ def test_answers_are_written_until_they_end(folder):  # noqa: F811
 
 def test_lm_eval_finds_the_model_by_name(folder):  # noqa: F811
     made = get_model("lmsleep").create_from_arg_string(f"pretrained={folder},passes=2", {"batch_size": 4})
-    assert made.session.sleep_config == SLEEP.with_passes(2) and made.batch_size == 4
+    assert made.session.sleep_config == SLEEP.with_passes(2) and made.batches.size == 4
     with pytest.raises(ValueError, match="does not know dtype"):
         get_model("lmsleep").create_from_arg_obj({"pretrained": str(folder), "dtype": "float16"})
     with pytest.raises(ValueError, match="pretrained is missing"):
         get_model("lmsleep").create_from_arg_string("passes=2")
     with pytest.raises(ValueError, match="no chat template"):
         made.apply_chat_template([{"role": "user", "content": "w1"}])
+    made.tokenizer.chat_template = "{{ raise_exception('no\\n system') }}"
+    with pytest.raises(ValueError, match=r"^the chat template of the model's tokenizer: .*no system$"):
+        made.apply_chat_template([{"role": "system", "content": "w1"}])
 
 
 @pytest.fixture
@@ -107,3 +119,194 @@ def test_the_command_runs_tasks_of_ones_own_without_a_network(folder, tasks, cap
     assert found["passes"]["3"]["choose"]["acc,none"] == sum(right) / 2
     code, _, err = run_command(capsys, "lm-eval", folder, "--include-path", tasks / "no", "--tasks", "choose")
     assert code == 2 and "include_path: there is no folder" in err
+
+
+def test_names_are_patterns_lists_and_files(folder, tasks, capsys):  # noqa: F811
+    argv = ["lm-eval", folder, "--include-path", tasks, "--json", "--limit", 0.5, "--tasks"]
+    for names in (["*oose", "write"], ["choose,write"], ["choose,write", "w*"]):
+        code, out, err = run_command(capsys, *argv, *names)
+        assert code == 0, err
+        assert set(json.loads(out)["passes"]["3"]) == {"choose", "write"} and json.loads(out)["limit"] == 0.5
+
+
+def test_what_is_asked_and_answered_can_be_kept(folder, tasks, capsys):  # noqa: F811
+    argv = ["lm-eval", folder, "--include-path", tasks, "--tasks", "write", "--passes", 1, 3]
+    argv += ["--gen-kwargs", "do_sample=true,temperature=1.0", "max_new_tokens=5", '{"until": ["w1"]}']
+    kept = []
+    for seed in (1, 1, 2):
+        code, out, err = run_command(
+            capsys, *argv, "--seed", seed, "--log-samples", tasks / "s.jsonl", "--json"
+        )
+        assert code == 0, err
+        kept.append([json.loads(line) for line in (tasks / "s.jsonl").read_text().splitlines()])
+    assert [(s["passes"], s["task"], s["doc_id"]) for s in kept[0]] == [
+        (n, "write", i) for n in (1, 3) for i in (0, 1)
+    ]
+    # The command line's word for the length stands over the task's, whatever its name.
+    assert json.loads(out)["gen_kwargs"] == {
+        "do_sample": True, "temperature": 1.0, "until": ["w1"], "max_gen_toks": 5,
+    }  # fmt: skip
+    answers = [[s["resps"][0][0] for s in run] for run in kept]
+    assert answers[0] == answers[1] != answers[2] and max(len(a.split()) for a in answers[0]) == 5
+
+
+MAKES = """task: {name}
+custom_dataset: !function {name}.make
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{input}}}}"
+doc_to_target: "w4"
+generation_kwargs: {{until: [], max_gen_toks: 2}}
+metric_list: [{{metric: exact_match}}]
+{more}
+"""
+SIZED = """
+import random
+import datasets
+from transformers import AutoTokenizer
+def make(tokenizer=None, pretrained=None, lengths=(3,), **others):
+    assert tokenizer or pretrained, "no tokenizer"
+    words = AutoTokenizer.from_pretrained(tokenizer or pretrained)
+    print("made by chance")
+    texts = [" ".join(f"w{random.randrange(60)}" for _ in range(n)) for n in lengths]
+    assert [len(words(text).input_ids) for text in texts] == list(lengths)
+    return {"test": datasets.Dataset.from_list([{"input": text} for text in texts])}
+"""
+
+
+def of_ones_own(place, code, name="made", more=""):
+    (place / f"{name}.yaml").write_text(MAKES.format(name=name, more=more))
+    (place / f"{name}.py").write_text(code)
+    return ["--include-path", place, "--tasks", name]
+
+
+def test_tasks_that_make_their_data_are_told_the_tokenizer(folder, tmp_path, capsys):  # noqa: F811
+    argv = ["lm-eval", folder, *of_ones_own(tmp_path, SIZED), "--json", "--log-samples", tmp_path / "s"]
+
+    def asked(*more):
+        code, out, err = run_command(capsys, *argv, *more)
+        assert code == 0, err
+        assert json.loads(out)["passes"]  # what a task prints is no part of the document
+        return [json.loads(line)["doc"]["input"] for line in (tmp_path / "s").read_text().splitlines()]
+
+    first = asked("--metadata", "lengths=[5,9]")
+    assert [len(text.split()) for text in first] == [5, 9]
+    assert (
+        asked("--metadata", '{"lengths": [5, 9]}', "--passes", 1)
+        == first
+        != asked("--metadata", "lengths=[5,9]", "--seed", 3)
+    )
+    code, _, err = run_command(capsys, "lm-eval", "depo-N1", *argv[2:])
+    assert code == 2 and err == "lmsleep: tasks: made cannot be loaded: AssertionError: no tokenizer\n"
+
+
+def test_a_folder_with_code_is_told_to_no_task(folder, tmp_path, capsys):  # noqa: F811
+    other = tmp_path / "coded"
+    shutil.copytree(folder, other)
+    file = other / "tokenizer_config.json"
+    file.write_text(
+        json.dumps({**json.loads(file.read_text()), "auto_map": {"AutoTokenizer": ["x.X", None]}})
+    )
+    code = (
+        "def make(tokenizer=None, pretrained=None, **_):\n    raise ValueError(f'{tokenizer} {pretrained}')"
+    )
+    status, _, err = run_command(capsys, "lm-eval", other, *of_ones_own(tmp_path, code))
+    assert status == 2 and "cannot be loaded: None None" in err
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("import nothing_of_this_name", "No module named 'nothing_of_this_name'; install that package"),
+        ("raise ImportError('install `ruler`\\nnow')", "install `ruler`"),
+        ("def make(**given):\n    assert 0, 'no lengths'", "AssertionError: no lengths"),
+        (
+            "def make(**given):\n    raise ConnectionError('no Hub')",
+            "no Hub; its data lie there, so a network",
+        ),
+        ("def make(**given):\n    raise FileNotFoundError('x.jsonl is missing')", "x.jsonl is missing"),
+        ("def make(**given):\n    return {}['test']", "KeyError: 'test'"),
+        (
+            "import datasets as d\ndef make(**given):\n    return {'test': d.Dataset.from_list([{'a': 1}])}",
+            "input",
+        ),
+    ],
+)
+def test_a_task_that_cannot_be_loaded_is_one_line_before_the_model_is(
+    folder, tmp_path, capsys, monkeypatch, code, said  # noqa: F811
+):  # fmt: skip
+    monkeypatch.setattr("lmsleep.cli.harness.new_session", None)
+    status, out, err = run_command(capsys, "lm-eval", folder, *of_ones_own(tmp_path, code))
+    assert status == 2 and not out
+    assert err.splitlines()[-1].startswith("lmsleep: tasks: made cannot be loaded: ") and said in err
+    assert "Traceback" not in err and len(err.splitlines()) == 1
+
+
+def test_a_task_that_cannot_score_is_one_line(folder, tmp_path, capsys):  # noqa: F811
+    argv = of_ones_own(
+        tmp_path,
+        SIZED + "def score(doc, answers):\n    return 1 / 0\n",
+        more="process_results: !function made.score",
+    )
+    code, out, err = run_command(capsys, "lm-eval", folder, *argv)
+    assert code == 2 and not out and "Traceback" not in err
+    last = err.splitlines()[-1]
+    assert (
+        last.startswith("lmsleep: tasks: ZeroDivisionError: division by zero (in ")
+        and "made.py, line" in last
+    )
+
+
+@pytest.mark.parametrize(
+    ("more", "argv", "said"),
+    [
+        (
+            "unsafe_code: true",
+            [],
+            "runs code that the model writes on this machine; --confirm-run-unsafe-code",
+        ),
+        ("", ["--gen-kwargs", "num_beams=3"], "does not know num_beams=3"),
+        ("doc_to_image: [input]", [], "pictures"),
+    ],
+)
+def test_a_task_that_a_sleeping_model_cannot_do_is_refused_before_the_model_is(
+    folder, tmp_path, capsys, monkeypatch, more, argv, said  # noqa: F811
+):  # fmt: skip
+    monkeypatch.setattr("lmsleep.cli.harness.new_session", None)
+    code = "import datasets as d\ndef make(**_):\n    return {'test': d.Dataset.from_list([{'input': 'w1'}])}"
+    status, _, err = run_command(capsys, "lm-eval", folder, *of_ones_own(tmp_path, code, more=more), *argv)
+    assert status == 2 and said in err and len(err.splitlines()) == 1, err
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--out", "."], "out=. is a folder; name a file"),
+        (["--out", "none/r.json"], "there is no folder none"),
+        (["--log-samples", "none/s"], "there is no folder none"),
+        (["--use-cache", "none/c"], "there is no folder none"),
+        (["--passes", 1, 0], "passes must be at least 1, got 0"),
+        (["--batch-size", 0], "batch_size must be a whole number from 1, or auto, got 0"),
+        (["--batch-size", "auto:x"], "batch_size must be a whole number from 1, or auto, got auto:x"),
+        (["--limit", 0], "limit must be a whole number from 1, or a part"),
+        (["--limit", 1.5], "limit must be a whole number from 1, or a part"),
+        (["--num-fewshot", -1], "num_fewshot must not be negative, got -1"),
+        (["--metadata", "lengths"], "metadata='lengths' is neither KEY=VALUE nor a JSON object"),
+        (["--gen-kwargs", "{"], "gen_kwargs={: no JSON"),
+        (["--include-path", "none"], "include_path: there is no folder none"),
+        (["--apply-chat-template"], "no chat template"),
+        (["--tokenizer", "none"], "tokenizer='none'"),
+    ],
+)
+def test_what_is_wrong_at_first_sight_is_said_before_lm_eval_is_imported(
+    folder, capsys, monkeypatch, argv, said  # noqa: F811
+):  # fmt: skip
+    monkeypatch.setitem(sys.modules, "lm_eval", None)  # its import would fail
+    code, _, err = run_command(capsys, "lm-eval", folder, "--tasks", "choose", *argv)
+    assert code == 2 and said in err and len(err.splitlines()) == 1, err
+
+
+def test_a_name_that_is_none_is_refused(folder, capsys):  # noqa: F811
+    for names in ([""], ["choose,"]):
+        code, _, err = run_command(capsys, "lm-eval", folder, "--tasks", *names)
+        assert code == 2 and "empty" in err and len(err.splitlines()) == 1

@@ -4,7 +4,8 @@ import sys
 import pytest
 import torch
 from conftest import close, random_tokens, same_memory
-from hf_models import FAMILIES, VOCAB, family
+from hf_models import FAMILIES, VOCAB, WINDOWED, family, windowed
+from transformers import MambaConfig, MambaForCausalLM
 
 from lmsleep import Cache, Memory, Session, SessionBatch, SleepConfig, State, adapt, sleep_forward
 from lmsleep.hf import positions
@@ -278,6 +279,39 @@ def test_the_model_is_left_as_it_was():
     assert backbone.kinds == ("attention+fast_weights",) * 4
 
 
+@pytest.mark.parametrize("kind", WINDOWED)
+def test_windows_of_the_models_own_are_heeded(kind):
+    model, x = windowed(kind), text(2, 14)
+    for attention in {model.config._attn_implementation, "eager"}:
+        model.set_attn_implementation(attention)
+        with torch.no_grad():
+            backbone, wanted = adapt(model), model(x, use_cache=False).logits
+            assert model.config.sliding_window == 5 and any(layout.slides for layout in backbone.layouts)
+            out = sleep_forward(backbone, x, None, SleepConfig())
+            assert torch.equal(out.logits, wanted)
+            session = Session(backbone, SleepConfig(window=14))  # longer than its own
+            assert close(session.logits(x[0]), wanted[0], 1e-4)
+    # Longer than the trial: how it will be heeded is known all the same.
+    model.config.sliding_window = 4096
+    assert adapt(model).layouts == backbone.layouts and model.config.sliding_window == 4096
+
+
+def test_a_window_that_no_mask_shows_is_refused():
+    model = windowed("Mistral")
+    for block in model.model.layers:  # one that hides by itself what only the configuration says
+        forward = block.self_attn.forward
+
+        def hiding(*args, forward=forward, attention_mask=None, **kwargs):
+            T = kwargs["hidden_states"].shape[1]
+            near = torch.ones(T, T, dtype=torch.bool).tril().triu(1 - model.config.sliding_window)
+            return forward(*args, attention_mask=near[None, None], **kwargs)
+
+        block.self_attn.forward = hiding
+    model.config.layer_types = ["full_attention"] * 4
+    with pytest.raises(ValueError, match="mistral cannot sleep"):
+        adapt(model)
+
+
 def test_what_cannot_sleep_says_why(monkeypatch):
     with pytest.raises(ValueError, match=r"jamba cannot sleep: .*not a matrix per head"):
         adapt(family("jamba"))
@@ -285,6 +319,12 @@ def test_what_cannot_sleep_says_why(monkeypatch):
         ValueError, match=r"llama cannot sleep: no block has fast weights.*insert_memory_layers"
     ):
         adapt(family("llama"))
+    # Recurrent, and yet memory layers cannot be the advice. Its state is no matrix per head, and is not where
+    # transformers keeps keys and values before 5.24.
+    small = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8, "eos_token_id": 0}
+    with pytest.raises(ValueError, match=r"mamba cannot sleep: .*matrix per head") as caught:
+        adapt(MambaForCausalLM(MambaConfig(**small, bos_token_id=0)))
+    assert "insert" not in str(caught.value)
     with pytest.raises(ValueError, match="no decoder with a list of blocks"):
         adapt(torch.nn.Linear(1, 1))
     model = family("qwen3_5")

@@ -1,3 +1,4 @@
+import io
 import json
 import shutil
 from pathlib import Path
@@ -5,12 +6,14 @@ from pathlib import Path
 import pytest
 from conftest import run_command
 from hf_models import VOCAB, family
+from lm_eval.api.instance import Instance
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from lmsleep import Session, SleepConfig, adapt
 from lmsleep.cli.opening import SleepOptions, new_session
 from lmsleep.hf import load_pretrained, sleepify
+from lmsleep.integrations.lm_eval import SleepLM
 from lmsleep.text.tokenizers import Spelled, load_tokenizer
 
 SLEEP = SleepConfig(window=6, passes=3, loop=(0, 3))
@@ -73,6 +76,31 @@ def test_answers_end_with_the_text(folder, tmp_path, capsys):
     )
     assert code == 0, err
     assert out.split() == tokens[:first]
+
+
+def test_answers_end_with_all_that_the_model_ends_at(folder, tmp_path, capsys, monkeypatch):
+    own = session(folder)
+    tokens = own.fork().generate("w9 w8 w7", 12).split()
+    ended, memory = tmp_path / "ended", tmp_path / "m"
+    shutil.copytree(folder, ended)
+    turn = [63, int(tokens[2][1:])]  # a turn, as chats of published models end it
+    (ended / "generation_config.json").write_text(json.dumps({"eos_token_id": turn}))
+    wanted = tokens[: tokens.index(tokens[2])]
+    again = session(ended)
+    assert again.fork().generate("w9 w8 w7", 12).split() == wanted
+    assert "".join(again.fork().generate("w9 w8 w7", 12, stream=True)).split() == wanted
+    assert SleepLM(again).generate_until([Instance("x", {}, ("w9 w8 w7", {}), 0)])[0].split() == wanted
+    (tmp_path / "none").write_text("")
+    for words in ((), ("--tokenizer", folder)):  # the ends are the model's, wherever its words come from
+        memory.unlink(missing_ok=True)
+        run_command(capsys, "read", ended, tmp_path / "none", "--memory", memory)
+        _, out, err = run_command(
+            capsys, "ask", ended, "w9 w8 w7", "--memory", memory, "--max-new-tokens", 12, *words
+        )
+        assert out.split() == wanted, err
+    monkeypatch.setattr("sys.stdin", io.StringIO("w9 w8 w7\n"))
+    _, out, _ = run_command(capsys, "chat", ended, "--max-new-tokens", 12)
+    assert out.split("> ")[1].splitlines()[0].split() == wanted
 
 
 def test_chat_and_inspect(folder, book, capsys, monkeypatch):

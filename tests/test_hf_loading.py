@@ -1,15 +1,23 @@
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 from conftest import run_command
-from hf_models import FAMILIES, family
+from hf_models import FAMILIES, FOUR, HEADS, SMALL, family
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from lmsleep import Session, SleepConfig, adapt
 from lmsleep.cli.opening import SleepOptions, new_session
-from lmsleep.hf import load_pretrained
+from lmsleep.evaluation.cost import on_meta
+from lmsleep.hf import insert_memory_layers, load_pretrained
+from lmsleep.session import BrokenSleep
 
 
 @pytest.fixture
@@ -116,18 +124,161 @@ def test_a_sharded_checkpoint_with_a_missing_shard_is_refused(folder):
         load_pretrained(folder)
 
 
-def test_a_tokenizer_of_another_model_is_refused(folder):
-    tokenizer(folder, 64)
-    load_pretrained(folder)
-    tokenizer(folder, 65)
-    with pytest.raises(ValueError, match=r"tokenizer has 65 tokens, the model \(vocab_size .*\) only 64"):
-        load_pretrained(folder)
+def test_a_tokenizer_may_be_larger_than_its_model(folder, tmp_path, capsys):
+    tokenizer(folder, 66)  # as of Gemma 3 and CodeLlama
+    session = new_session(folder, SleepOptions(window=4, passes=2))
+    session.read("w1 w2 w63")
+    with pytest.raises(ValueError, match=r"0 \.\.\. 63, got 65: 'w65', which this model does not know"):
+        session.read("w3 w65")
+    book, told = tmp_path / "book.txt", "got 64: 'w64', which this model does not know"
+    book.write_text("w1 w2 w3 w64 " * 90)
+    for command in (
+        ["read", folder, book, "--memory", tmp_path / "a.mem"],
+        ["probe", folder, "--text", book, "--window", 60],
+        ["inspect", folder, "--file", book],
+    ):
+        code, _, err = run_command(capsys, *command)
+        assert code == 2 and told in err and err.count("\n") == 1, err
+    train = ["finetune", folder, "--task", "text", "--data", book, "--length", 8, "--out", tmp_path / "run"]
+    for command in (["eval", folder, "--data", book, "--length", 8], train):
+        code, _, err = run_command(capsys, *command)
+        assert code == 2 and "holds token 64 ('w64')" in err and err.count("\n") == 1, err
+    book.write_text("w1 w2 w3 w63 " * 90)
+    code, _, err = run_command(capsys, "eval", folder, "--data", book, "--length", 8, "--batches", 1)
+    assert code == 0, err
+
+
+def test_a_tokenizer_that_is_none_is_refused(folder):
     tokenizer(folder, 0)
-    with pytest.raises(ValueError, match="tokenizer has no tokens"):
+    with pytest.raises(ValueError, match="no tokens"):
         load_pretrained(folder)
     (folder / "tokenizer.json").write_text("{")
     with pytest.raises(ValueError, match="no tokenizer that transformers can load"):
         load_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"quant_method": "gptq", "bits": 4, "group_size": 128},
+        {"quant_method": "awq", "bits": 4},
+        {"quant_method": "bitsandbytes", "load_in_4bit": True},
+        {"quant_method": "compressed-tensors", "format": "float-quantized"},
+        {"quant_method": "torchao"},
+        {},
+        "gptq",
+        [4],
+    ],
+)
+def test_quantised_folders_are_refused_in_one_line(given, folder, capsys):
+    edit(folder / "config.json", quantization_config=given)
+    with pytest.raises(ValueError, match=r"config\.json") as caught:
+        load_pretrained(folder)
+    assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
+
+
+def test_code_in_a_folder_is_never_run(folder, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    for name in ("mine.py", "custom_generate/generate.py"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("raise SystemExit('was run')")
+    own = {"AutoConfig": "mine.C", "AutoModelForCausalLM": "mine.M", "AutoTokenizer": ["mine.T", "mine.T"]}
+    edit(folder / "config.json", auto_map=own)
+    tokenizer(folder, 64)
+    for options in ({}, {"trust_remote_code": True}):
+        assert type(load_pretrained(folder, **options)).__name__ == "Qwen3_5ForCausalLM"
+    edit(folder / "tokenizer_config.json", auto_map=own, tokenizer_class="T")
+    load_pretrained(folder, trust_remote_code=True)  # of this family transformers knows better
+    edit(folder / "config.json", model_type="jet_nemotron")
+    with pytest.raises(ValueError):
+        load_pretrained(folder, trust_remote_code=True)
+
+
+VALUES = [None, True, 0, -1, 10**20, 0.5, float("nan"), "", "x", [], [1], [[]], {}, {"a": []}]
+
+
+def places(value, path=()):
+    yield path
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, part in inner:
+        yield from places(part, (*path, key))
+
+
+def usable(folder):
+    """Use a folder; an error must be one line of a kind that commands catch."""
+    try:
+        session = new_session(folder, SleepOptions(window=4, passes=2, device="cpu"))
+        session.read("w1 w2 w3")
+        session.generate("w4", 3)
+    except (ValueError, OSError, BrokenSleep) as error:
+        assert str(error) and "\n" not in str(error)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "model"
+    family("qwen3_5").save_pretrained(folder, max_shard_size="50KB")
+    tokenizer(folder, 64)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("file", "fields"),
+    [
+        *(("model.safetensors.index.json", {"weight_map": v}) for v in (1, "x", [1], {"a": 1}, {"a": True})),
+        *(("model.safetensors.index.json", {"weight_map": {"a": v}}) for v in ([], None, "../x", "/x", "")),
+        ("config.json", {"rope_parameters": {"rope_type": []}}),
+        ("config.json", {"rope_scaling": {"rope_type": []}}),
+        *(("config.json", {"dtype": v}) for v in (1, "x", [])),
+        *(("config.json", {"layer_types": v}) for v in (1, "x", ["new"] * 4)),
+        *(("config.json", {"hidden_act": v}) for v in (1, [], "x")),
+        ("config.json", {"num_attention_heads": 0}),
+        ("config.json", {"architectures": 1}),
+        *(("tokenizer_config.json", {"model_max_length": v}) for v in ("", [], None)),
+        *(("tokenizer_config.json", {"auto_map": v}) for v in (1, [], {"AutoTokenizer": 1})),
+        *(("tokenizer_config.json", {"tokenizer_class": v}) for v in (1, [], "")),
+        *(("tokenizer.json", {"model": v}) for v in (1, {}, {"type": "BPE"})),
+        *(("generation_config.json", {"eos_token_id": v}) for v in ("x", [None], 10**30)),
+        *(("generation_config.json", {"temperature": v}) for v in ("x", [])),
+    ],
+)
+def test_fields_of_other_types_are_refused_in_one_line(file, fields, whole, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(whole, folder)
+    edit(folder / file, **fields)
+    usable(folder)
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_mutated_folders_load_or_are_refused_in_one_line(data, whole):
+    file = data.draw(st.sampled_from(sorted(whole.glob("*.json"))))
+    fields = before = json.loads(file.read_text())
+    text = file.read_text()
+    *way, last = data.draw(st.sampled_from([path for path in places(before) if 0 < len(path) < 4]))
+    for key in way:
+        fields = fields[key]
+    if data.draw(st.integers(0, 9)):
+        fields[last] = data.draw(st.sampled_from(VALUES))
+    else:
+        del fields[last]
+    try:
+        file.write_text(json.dumps(before))
+        usable(whole)
+    finally:
+        file.write_text(text)
+
+
+def test_commands_print_no_warning_of_a_library(folder, tmp_path):
+    tokenizer(folder, 64)
+    edit(folder / "config.json", rope_scaling={"rope_type": "unheard-of"})
+    (tmp_path / "book.txt").write_text("w1 w2 w3")
+    (folder / "model.safetensors").rename(tmp_path / "away")
+    argv = ["read", folder, tmp_path / "book.txt", "--memory", tmp_path / "a.mem"]
+    done = subprocess.run(
+        [sys.executable, "-m", "lmsleep", *map(str, argv)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and not done.stdout, done.stderr
 
 
 def test_commands_take_the_folder_of_a_pretrained_model(folder, capsys):
@@ -142,3 +293,14 @@ def test_commands_take_the_folder_of_a_pretrained_model(folder, capsys):
     (folder / "model.safetensors").unlink()
     code, _, err = run_command(capsys, "probe", folder, "--text", folder / "config.json")
     assert code == 2 and "holds no weights" in err and len(err.splitlines()) == 1
+
+
+def test_info_counts_tied_weights_once(tmp_path, capsys):
+    model = LlamaForCausalLM(LlamaConfig(**SMALL, **HEADS, **FOUR, tie_word_embeddings=True))
+    insert_memory_layers(model, 2)
+    model.save_pretrained(tmp_path / "model")
+    code, out, err = run_command(capsys, "info", tmp_path / "model", "--json")
+    assert code == 0 and json.loads(out)["parameters"] == model.num_parameters(), err
+    tied = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.ModuleList([nn.Linear(4, 4)])})
+    tied["b"][0].weight = tied["a"].weight
+    assert sum(p.numel() for p in on_meta(tied).parameters()) == 24 and tied["a"].weight.is_meta

@@ -1,6 +1,9 @@
 import copy
+import io
 import json
 import math
+import pickle
+import types
 from dataclasses import replace
 
 import pytest
@@ -9,7 +12,7 @@ import transformers
 from conftest import close, random_tokens
 from hf_models import VOCAB, family, held
 from huggingface_hub import ModelCard
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from lmsleep import Session, SleepConfig, adapt, sleep_forward
 from lmsleep.hf import SleepCache, from_pretrained, load_pretrained, sleepify
@@ -234,7 +237,9 @@ def test_a_saved_model_sleeps_again(tmp_path):
         from_pretrained(tmp_path)
     awake.config.sleep = {"window": "5"}
     awake.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"field sleep of config\.json is damaged: window='5'"):
+    with pytest.raises(
+        ValueError, match=r"field sleep of config\.json is damaged: window must be int \| None, got '5'"
+    ):
         from_pretrained(tmp_path)
 
 
@@ -283,3 +288,173 @@ def test_the_card_of_jet_nemotron_says_that_its_weights_are_not_for_commerce():
     config.model_type = "jet_nemotron"
     text = card(config, SLEEP)
     assert ModelCard(text).data.license == "other" and "research and evaluation only" in text
+
+
+def head_over_the_decoder(self, input_ids, labels=None, use_cache=None, **kwargs):
+    # As trl's trainers and Liger do it, past the forward of the model.
+    hidden = self.base_model(input_ids=input_ids, use_cache=False, **kwargs).last_hidden_state
+    logits = self.get_output_embeddings()(hidden)
+    loss = None
+    if labels is not None:
+        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    return transformers.modeling_outputs.CausalLMOutputWithPast(loss=loss, logits=logits)
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "olmo_hybrid", "jet_nemotron", "llama_with_jet"])
+def test_a_forward_put_over_the_models_trains_a_model_that_sleeps(name):
+    model, x = sleeping(name), text(2, 2 * L + 3)
+    wanted = model(x, labels=x)
+    wanted.loss.backward()
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    model.forward = types.MethodType(head_over_the_decoder, model)
+    for frugal in (False, True):
+        if frugal:
+            model.train().gradient_checkpointing_enable()
+        out = model(x, labels=x)
+        out.loss.backward()
+        assert close(out.logits, wanted.logits, 1e-6) and close(out.loss, wanted.loss, 1e-6)
+        assert all(close(p.grad, gradients[n], 1e-4) for n, p in model.named_parameters() if n in gradients)
+        model.zero_grad()
+    sleepify(model, SleepConfig())  # with another sleep, and the forward still over it
+    assert not close(model(x, labels=x).logits, wanted.logits, 1e-3)
+
+
+def test_what_is_called_past_the_model_sleeps_or_is_refused():
+    model, x = sleeping(), padded(text(3, 13), [13, 6, 4], "left")
+    wanted, rows = model(**x).logits, x["attention_mask"].bool()
+    for decoder in (model.model, model.base_model, model.get_decoder()):
+        for found in (decoder(**x).last_hidden_state, decoder.forward(**x, return_dict=False)[0]):
+            assert close(model.lm_head(found)[rows], wanted[rows], 1e-6)
+    own = type(family("qwen3_5")).forward  # of the class, as some put it back
+    assert close(own(model, **x, use_cache=False).logits[rows], wanted[rows], 1e-6)
+    for given in ({"use_cache": True}, {"inputs_embeds": x}, {"output_hidden_states": True}):
+        with pytest.raises(ValueError, match="reads input_ids alone"):
+            model.model(**x, **given)
+    ids = x["input_ids"]
+    with pytest.raises(ValueError, match="packed texts"):
+        model.model(ids, position_ids=torch.arange(13) % 7)
+    # Who brings a decoder of his own runs its blocks, which would be awake.
+    plain = type(family("qwen3_5").model).forward
+    model.model.forward = types.MethodType(plain, model.model)
+    model.forward = types.MethodType(own, model)
+    with pytest.raises(ValueError, match="calls the blocks of a model that sleeps past its forward"):
+        model(ids)
+    for patched in ("forward", "model.forward"):
+        other = family("qwen3_5")
+        place = other.model if "." in patched else other
+        place.forward = types.MethodType(type(place).forward, place)
+        with pytest.raises(ValueError, match=r"has put a forward over that of Qwen3_5.*; sleepify the model"):
+            sleepify(other, SLEEP)
+    with pytest.raises(ValueError, match="sleep_on_loss=False"):
+        sleeping(sleep=replace(SLEEP, sleep_on_loss=False)).model(ids)
+
+
+def test_a_class_that_is_patched_still_sleeps(monkeypatch):
+    before, x = sleeping(), text(1, 13)
+    wanted = before(x).logits
+    monkeypatch.setattr(transformers.Qwen3_5ForCausalLM, "forward", head_over_the_decoder)
+    assert torch.equal(before(x).logits, wanted) and torch.equal(sleeping()(x).logits, wanted)
+
+
+def test_a_model_that_sleeps_is_adapted_already():
+    model = sleeping()
+    assert adapt(model) is model.backbone
+
+
+def replicas(module):
+    # What `nn.DataParallel` makes on another device: copies of the modules, with weights of their own.
+    made = {m: m._replicate_for_data_parallel() for m in module.modules()}
+    for m, replica in made.items():
+        for name, child in m._modules.items():
+            replica._modules[name] = None if child is None else made[child]
+        for name, p in m._parameters.items():
+            setattr(replica, name, None if p is None else p.detach() * 0.5)
+    return made[module]
+
+
+def test_a_replica_reads_with_its_own_weights():
+    model, x = sleeping(), text(1, 13)
+    halved = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in {id(p): p for p in halved.parameters()}.values():
+            p.mul_(0.5)
+    replica, wanted = replicas(model), halved(x).logits
+    assert torch.equal(replica(x).logits, wanted) and not torch.equal(model(x).logits, wanted)
+    assert torch.equal(replica.model(x).last_hidden_state, halved.model(x).last_hidden_state)
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "llama_with_jet"])
+def test_a_pickled_model_sleeps_again(name):
+    model, x = sleeping(name), text(1, 13)
+    held = io.BytesIO()
+    torch.save(model, held)
+    held.seek(0)
+    for other in (pickle.loads(pickle.dumps(model)), torch.load(held, weights_only=False)):
+        assert type(other) is type(model) and other.backbone.model is other
+        assert torch.equal(other(x).logits, model(x).logits)
+        assert torch.equal(other.model(x).last_hidden_state, model.model(x).last_hidden_state)
+
+
+def test_inputs_of_other_shapes_are_named():
+    model, x = sleeping(), text(2, 8)
+    logits = model(x).logits
+    for places in (torch.tensor([0, 5]), torch.tensor([-1])):
+        assert torch.equal(model(x, logits_to_keep=places).logits, logits[:, places])
+        assert close(model(x, logits_to_keep=places, use_cache=True).logits, logits[:, places], 1e-5)
+    assert model(x, logits_to_keep=99, use_cache=True).logits.shape == logits.shape
+    for message, given in {
+        "logits_to_keep=-2 must be": {"logits_to_keep": -2},
+        r"labels must be \[2, 8\].*got \[2, 4\]": {"labels": x[:, :4]},
+        r"position_ids must be .*got \[1, 4\]": {"position_ids": torch.arange(4)[None]},
+        r"attention_mask must be .*got dict": {"attention_mask": {}},
+        r"attention_mask must be .*got \[2, 12\]": {"attention_mask": torch.ones(2, 12)},
+        "input_ids must hold new tokens": {"input_ids": x[:0]},
+        "inputs_embeds: a model": {"inputs_embeds": torch.ones(2, 8, 32)},
+    }.items():  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            model(**{"input_ids": x, **given})
+
+
+def test_options_of_generate_work_or_are_named():
+    model, x = sleeping(), text(1, 8)
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())[:VOCAB]
+    made = Tokenizer(models.BPE({c: i for i, c in enumerate(letters)}, []))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    words = {"tokenizer": transformers.PreTrainedTokenizerFast(tokenizer_object=made)}
+    plain = model.generate(x, max_new_tokens=4, **GREEDY)
+    stop = letters[int(plain[0, 9])]
+    stopped = model.generate(x, max_new_tokens=4, stop_strings=[stop], **words, **GREEDY)
+    assert torch.equal(stopped, plain[:, :10])
+    for same in (
+        {"max_time": 60.0}, {"prefill_chunk_size": 3}, {"logits_to_keep": 1}, words, {"use_cache": False},
+        {"synced_gpus": False}, {"renormalize_logits": True}, {"min_new_tokens": 2}, {"logits_processor": []},
+        {"position_ids": torch.arange(8)[None]},
+    ):  # fmt: skip
+        found = model.generate(x, max_new_tokens=4, **same, **GREEDY)
+        assert torch.equal(found, plain) or same == {"use_cache": False}
+    model.generation_config.cache_implementation = "static"  # what a folder says of a plain cache
+    assert torch.equal(sleepify(model, SLEEP).generate(x, max_new_tokens=4, **GREEDY), plain)
+    for message, given in {
+        "cache_implementation='static': a model that sleeps": {"cache_implementation": "static"},
+        "output_hidden_states: a model that": {"output_hidden_states": True},
+        "inputs_embeds": {"inputs_embeds": torch.ones(1, 8, 32)},
+        "not used by the model": {"typo": 1},
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            model.generate(**{"inputs": x, **given}, max_new_tokens=2, **GREEDY)
+
+
+@pytest.mark.parametrize("way", [{}, {"use_cache": False}, {"do_sample": True}, {"num_beams": 2}])
+def test_nothing_is_written_from_no_prompt_or_from_nan(way):
+    model, x = sleeping(), text(2, 8)
+    options = {"max_new_tokens": 2, **GREEDY, **way}
+    mask = torch.ones_like(x)
+    mask[1] = 0
+    with pytest.raises(ValueError, match=r"attention_mask (hides the whole|ends with padding)"):
+        model.generate(x, attention_mask=mask, **options)
+    with torch.no_grad():
+        model.lm_head.weight[3] = torch.nan
+    with pytest.raises(ValueError, match=r"logits of row 0, 1.* are NaN, so no token can be drawn"):
+        model.generate(x, **options)
+    assert model.generate(x, remove_invalid_values=True, **options).shape == (2, 10)  # as was asked for

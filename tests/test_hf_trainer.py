@@ -72,10 +72,13 @@ def test_batches_in_parts_have_the_gradient_of_the_whole(data, tmp_path):
 
 
 def test_activation_checkpointing_of_trainer_recomputes_passes(data, tmp_path):
+    # The name from transformers 5.22 on, and the one before it.
+    named = hasattr(transformers.TrainingArguments, "activation_checkpointing")
+    option = "activation_checkpointing" if named else "gradient_checkpointing"
     found = []
     for frugal in (False, True):
         model = sleepify(family("qwen3_5"), SLEEP)
-        run = trainer(model, data, tmp_path, activation_checkpointing=frugal, optim="sgd", max_steps=1)
+        run = trainer(model, data, tmp_path, **{option: frugal}, optim="sgd", max_steps=1)
         run.train()
         assert model.is_gradient_checkpointing == frugal
         found.append(torch.cat([p.detach().flatten() for p in model.parameters()]))

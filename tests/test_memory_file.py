@@ -1,20 +1,28 @@
+import gc
 import json
+import os
+import socket
 import struct
+import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from conftest import lively, random_tokens, same_memory, tiny
+from conftest import lively, random_tokens, run_command, same_memory, tiny
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lmsleep import (
+    Consolidator,
+    GradientSteps,
     Memory,
     Origin,
+    Passes,
     Session,
     SleepConfig,
     State,
@@ -234,7 +242,7 @@ CHANGES = {
     "is cut short, or not": lambda p: p.write_bytes(p.read_bytes()[:100]),
     "edited or damaged": edited,
     "edited or damaged: ": lambda p: rewritten(p, tokens="1"),
-    "has format version 2; this lmsleep reads 1": lambda p: rewritten(p, version="2"),
+    "has format version '2'; this lmsleep reads 1": lambda p: rewritten(p, version="2"),
     "is not a memory file": lambda p: p.write_text("Once upon a time there was a text."),
     "is not a memory file ": lambda p: save_file({"S.1": torch.zeros(1)}, p),
     "is not a memory file of": lambda p: save_file({"S.1": torch.zeros(1)}, p, {"format": "pt"}),
@@ -349,7 +357,7 @@ def test_any_json_where_the_index_should_be_is_refused(model, saved, header):
     [
         ({}, "lacks a field"),
         ({**asdict(Origin()), "blocks": "x"}, "is no memory"),
-        ({**asdict(Origin(model="m")), "tokens": "many", "blocks": 3}, "another type"),
+        ({**asdict(Origin(model="m")), "tokens": "many", "blocks": 3}, "must be a count"),
         ({**asdict(Origin()), "blocks": 3}, "another model"),
     ],
 )
@@ -363,21 +371,21 @@ def test_a_header_with_a_checksum_of_its_own_is_still_checked(model, tmp_path, h
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [
-        ("blocks", float("inf"), "blocks must lie in"),
-        ("blocks", float("nan"), "blocks must lie in"),
         ("blocks", -1, "blocks must lie in"),
         ("blocks", 10**12, "blocks must lie in"),
         ("blocks", 3.0, "blocks must lie in"),
         ("blocks", True, "blocks must lie in"),
-        ("tokens", -1, "counts -1 tokens"),
-        ("tokens", True, "another type"),
-        ("sleeps", -2, "-2 sleeps"),
-        ("sleeps", 1.5, "another type"),
-        ("passes", 2.5, "another type"),
-        ("tags", ["a"], "tags .* of another type"),
-        ("tags", "a", "another type"),
-        ("model", ["m"], "another type"),
-        ("rule", [1], "another type"),
+        ("tokens", -1, "must be a count, got -1"),
+        ("tokens", True, "must be a count"),
+        ("sleeps", -2, "must be a count, got -2"),
+        ("sleeps", 1.5, "must be a count"),
+        ("passes", 2.5, "must be a count"),
+        ("tags", ["a"], "tags must map texts"),
+        ("tags", "a", "tags must map texts"),
+        ("tags", {"a": "\ud800"}, "tags must map texts"),
+        ("model", ["m"], "must be text"),
+        ("rule", [1], "must be text"),
+        ("parents", [None], "must be text"),
     ],
 )
 def test_headers_that_no_session_has_are_refused(model, saved, load, key, value, said):
@@ -391,11 +399,12 @@ def test_headers_that_no_session_has_are_refused(model, saved, load, key, value,
 
 @pytest.mark.parametrize(
     "change",
-    [{"window": True}, {"window": float("inf")}, {"eviction": ["hard"]}, {"nosuch": 1}, {"consolidator": {}},
+    [{"window": True}, {"window": 10**30}, {"eviction": ["hard"]}, {"nosuch": 1}, {"consolidator": {}},
      {"eviction": {"name": "hard", "more": 1}}, {"consolidator": {"name": "nosuch"}},
      {"consolidator": {"name": 3}},
      *({"consolidator": {"name": "passes", **options}}
-       for options in ({"passes": 2.5}, {"loop": [0.0, 1.0]}, {"loop": [1]}, {"normalize": "no"}))],
+       for options in ({"passes": 2.5}, {"passes": 10**12}, {"loop": [0.0, 1.0]}, {"loop": [1]}, {"loop": []},
+                       {"normalize": "no"}, {"normalize": 1}))],
     ids=str,
 )  # fmt: skip
 def test_a_sleep_with_options_of_another_type_is_refused(model, saved, change):
@@ -495,3 +504,226 @@ def test_threads_may_save_one_path(session, tmp_path):
     data = (tmp_path / "a").read_bytes()
     assert len(data) == 100_000 and len(set(data)) == 1
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+@dataclass(frozen=True)
+class Own(Consolidator):
+    """A consolidator with an option that may be anything."""
+
+    extra: Any = None
+
+    def sleep_on(self, model, window, *, logits=True):
+        return self.read(model, window, logits=logits)
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4) | st.just("\ud800")
+    | st.builds(object),
+    lambda x: st.lists(x, max_size=2) | st.tuples(x) | st.dictionaries(st.text() | st.integers(), x),
+    max_leaves=4,
+)  # fmt: skip
+
+
+@given(
+    tags=st.dictionaries(st.text(max_size=3), st.text(max_size=3) | ANYTHING, max_size=2),
+    extra=ANYTHING,
+    scale=st.sampled_from([1.0, 0.0, 1e-300, 1e39, 1e300, float("inf")]),
+    storage=st.sampled_from([None, "float32", "bfloat16", "int8", "float8", 1]),
+)
+def test_what_save_accepts_load_accepts_and_what_it_refuses_changes_nothing(
+    model, tmp_path_factory, tags, extra, scale, storage
+):
+    path = tmp_path_factory.mktemp("kept") / "a.mem"
+    kept = Session(model, SleepConfig(window=L, passes=2))
+    kept.save(path)
+    before, memory = path.read_bytes(), kept.memory.map(lambda S: torch.ones_like(S) * scale)
+    session = Session(model, SleepConfig(window=L, consolidator=Own(2, extra)), memory=memory)
+    origin = session.origin
+    try:
+        session.save(path, tags=tags, storage=storage)
+    except ValueError:
+        assert path.read_bytes() == before and session.origin is origin
+        assert [p.name for p in path.parent.iterdir()] == ["a.mem"]
+    else:
+        again = Session.load(path, model, sleep=session.sleep_config)
+        assert again.origin.tags == session.origin.tags == tags
+
+
+TENSORS = st.builds(
+    lambda shape, dtype, scale: (torch.ones(shape) * scale).to(dtype),
+    st.lists(st.integers(0, 2), max_size=4),
+    st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int8,
+                     torch.bool, torch.complex64, torch.uint16]),
+    st.sampled_from([0.0, 1.0, 100.0]),
+)  # fmt: skip
+
+
+@given(layers=st.lists(st.none() | TENSORS | st.tuples(TENSORS, TENSORS), max_size=3), data=st.data())
+def test_a_memory_that_is_saved_is_one_that_loads(tmp_path_factory, layers, data):
+    path = tmp_path_factory.mktemp("memories") / "a.mem"
+    memory = Memory(tuple(layers), Origin(model="m"))
+    try:
+        memory.save(path, storage=data.draw(st.sampled_from([None, "float32", "bfloat16", "int8"])))
+    except ValueError:
+        assert not path.exists()
+    else:
+        again = Memory.load(path)
+        assert [t.shape for t in again.tensors()] == [t.shape for t in memory.tensors()]
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (SleepConfig, {"window": True}), (SleepConfig, {"window": 2.0}), (SleepConfig, {"window": 10**30}),
+        (SleepConfig, {"sleep_on_loss": 0}), (SleepConfig, {"normalize": 1}), (SleepConfig, {"passes": True}),
+        (Passes, {"passes": "2"}), (Passes, {"passes": 10**12}), (Passes, {"loop": []}),
+        (Passes, {"loop": (0, 1.5)}), (Passes, {"loop": "center"}), (Passes, {"reset": 1}),
+        (Passes, {"normalize": None}), (Passes, {"reinject": 1}), (Passes, {"wake_passes": 1.0}),
+        (GradientSteps, {"rate": True}), (GradientSteps, {"rate": "1"}),
+        (GradientSteps, {"rate": float("inf")}), (GradientSteps, {"rate": float("nan")}),
+        (Origin, {"tags": {"a": 1}}), (Origin, {"tokens": True}), (Origin, {"parents": "ab"}),
+        (Origin, {"rule": (1,)}), (Origin, {"id": None}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_values_of_another_type_are_refused_where_they_are_given(kind, options):
+    [name] = options
+    with pytest.raises(ValueError, match=name):
+        kind(**options)
+
+
+# Reading what is there, and no more
+
+
+def special(path, kind):
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "sparse":
+        path.touch()
+        os.truncate(path, 2**40)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as its:
+            its.bind(str(path))
+    else:
+        path.symlink_to(f"/dev/{kind}")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "sparse", "folder", "socket", "zero", "null"])
+def test_what_is_no_file_is_refused_unread(model, tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)  # names of sockets must be short
+    special(Path("a.mem"), kind)
+    for load in (Memory.load, Memory.log, lambda path: Session.load(path, model)):
+        with pytest.raises((ValueError, OSError), match=r"a\.mem"):
+            load("a.mem")
+
+
+def test_a_file_that_goes_on_behind_its_end_is_refused_unread(saved):
+    path = saved[0].parent / "longer.mem"
+    path.write_bytes(saved[1])
+    os.truncate(path, 2**40)
+    with pytest.raises(ValueError, match="edited or damaged: it has more than it says"):
+        Memory.load(path)
+
+
+def peak(call):
+    # Bytes of main memory that a call takes beyond what is there, at the most.
+    def held(name):
+        [line] = [x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(name)]
+        return int(line.split()[1]) * 1024
+
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = held("VmRSS")
+    result = call()
+    return held("VmHWM") - before, result
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("storage", [None, "bfloat16", "int8"])
+def test_saving_and_loading_take_no_more_than_the_memory(tmp_path, storage):
+    memory = Memory((torch.randn(1, 4, 1024, 2048), torch.randn(1, 4, 1024, 2048)), Origin(model="m"))
+    size, slack = memory.nbytes, 8 << 20  # 64 MiB
+    taken, _ = peak(lambda: memory.save(tmp_path / "a.mem", storage=storage))
+    assert taken < (0.2 if storage is None else 1.8) * size + slack  # of the packed tensors and their check
+    taken, loaded = peak(lambda: Memory.load(tmp_path / "a.mem"))
+    assert taken < (1.2 if storage is None else 2.2) * size + slack and loaded.nbytes == size
+
+
+# Files whose checksum is right, though no session wrote them
+
+
+def crafted(saved, tensors=(), **header):
+    path = saved[0].parent / "crafted.mem"
+    there, said = file.read(saved[0])
+    del said["time"]
+    file.write(path, {**there, **dict(tensors)}, {**said, **header})
+    return path
+
+
+@pytest.mark.parametrize("empty_window", [False, True])
+@pytest.mark.parametrize("name", ["cache.0.0", "cache.0.1"])
+@pytest.mark.parametrize("change", [lambda t: t[:, :1], lambda t: torch.cat([t, t], 1)])
+def test_a_working_memory_that_does_not_fit_together_is_refused(model, saved, name, change, empty_window):
+    tensors = {name: change(file.read(saved[0])[0][name])}
+    if empty_window:
+        tensors["window"] = torch.empty(0, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"crafted\.mem: its working memory does not fit together"):
+        Session.load(crafted(saved, tensors), model)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "said"),
+    [
+        ({"window": torch.tensor(3)}, "open window is no row of tokens"),
+        ({"window": torch.ones(2, 2, dtype=torch.int64)}, "open window is no row of tokens"),
+        ({"window": torch.ones(2)}, "open window is no row of tokens"),
+        ({"cache.0.0": torch.full((1, 4, 2, 8), 1e300, dtype=torch.float64)}, "holds NaN or infinity"),
+        ({"cache.7.0": torch.ones(1, 4, 2, 8)}, "belongs to no block"),
+        ({"S.1": torch.full((1, 2, 8, 8), 1e300, dtype=torch.float64)}, "too large for the model's dtype"),
+    ],
+)
+def test_tensors_that_no_session_has_are_refused(saved, tensors, said, capsys):
+    model = lively(tiny("attention", "gated_delta_net", "gated_linear"), dtype=torch.float32)
+    path = crafted(saved, tensors, model=fingerprint(model))
+    with pytest.raises(ValueError, match=said):
+        Session.load(path, model)
+    if "window" in tensors:
+        for argv in (["show", path], ["merge", path, path, "--out", path.parent / "merged.mem"]):
+            code, _, err = run_command(capsys, "memory", *argv)
+            assert code == 2 and said in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("tensor", [torch.tensor([[[float("nan")]]]), torch.ones(1, 4, 2, 8) * 1j])
+def test_what_others_wrote_into_a_cache_is_checked(model, saved, tensor):
+    # Not by way of our writer, which refuses such tensors itself.
+    path = saved[0].parent / "foreign.mem"
+    with safe_open(saved[0], "pt") as opened:
+        meta = opened.metadata()
+    save_file({**load_file(saved[0]), "cache.0.0": tensor}, path, {**meta, "sha256": ""})
+    length = struct.unpack("<Q", path.read_bytes()[:8])[0]
+    data = path.read_bytes()
+    digest = file._digest(json.loads(data[8 : 8 + length]))
+    digest.update(data[8 + length :])
+    save_file({**load_file(saved[0]), "cache.0.0": tensor}, path, {**meta, "sha256": digest.hexdigest()})
+    with pytest.raises(ValueError, match=r"foreign\.mem"):
+        Session.load(path, model)
+
+
+@pytest.mark.parametrize("key", ["version", "time", "id", "blocks", "sleep", "tags", "rule", "passes"])
+def test_an_error_about_a_file_is_one_line_whatever_it_says(model, saved, key):
+    text = json.dumps({"a\nb": ["c\nd", {"e\nf": "\n" * 5000}]})
+    path = saved[0].parent / "lines.mem"
+    path.write_bytes(saved[1])
+    for value in (text, "x\ny", "NaN", "1e999", "[" * 5000):
+        rewritten(path, **{key: value})
+        data = path.read_bytes()
+        index = json.loads(data[8 : 8 + struct.unpack("<Q", data[:8])[0]])
+        digest = file._digest(index)
+        digest.update(data[8 + struct.unpack("<Q", data[:8])[0] :])
+        rewritten(path, sha256=digest.hexdigest(), **{key: value})
+        try:
+            Session.load(path, model)
+        except ValueError as error:
+            assert "\n" not in str(error) and len(str(error)) < 400 + len(str(path))

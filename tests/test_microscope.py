@@ -79,12 +79,35 @@ def test_what_tokens_write_explains_what_every_pass_leaves():
             before = each.memory
 
 
-def test_hooks_are_gone_after_watching_even_if_it_failed():
+def test_nobody_else_is_heard_while_a_stream_is_watched(monkeypatch):
+    model, read_window = lively(tiny()), lmsleep.microscope.trace.read_window
+    alone, session = windows(model), Session(model, SLEEP)
+
+    def beside(*args, **options):
+        # Another session reads on the model between what is watched.
+        assert not any(module._forward_pre_hooks for module in model.modules())
+        session.read(random_tokens(9, seed=5))
+        seen = read_window(*args, **options)
+        session.read(random_tokens(4, seed=6))
+        return seen
+
+    monkeypatch.setattr(lmsleep.microscope.trace, "read_window", beside)
+    for one, other in zip(alone, windows(model), strict=True):
+        for a, b in zip(one.passes, other.passes, strict=True):
+            assert all(
+                torch.equal(x, y) for i in a.writes for x, y in zip(a.writes[i], b.writes[i], strict=True)
+            )
+            assert a.writes.keys() == b.writes.keys() and same_memory(a.memory, b.memory, 0)
+    assert session.stats.tokens == 3 * 13
+
+
+def test_a_watched_model_is_not_copied():
     model = lively(tiny())
-    windows(model)
-    with pytest.raises(IndexError):
-        windows(model, tokens=X + 100)
-    assert not any(module._forward_pre_hooks for module in model.modules())
+    heard = {}
+    copy = lmsleep.microscope.trace._listening(model, heard)
+    assert copy is not model and all(
+        a is b for a, b in zip(model.parameters(), copy.parameters(), strict=True)
+    )
 
 
 # Figures of heads

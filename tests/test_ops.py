@@ -316,6 +316,30 @@ def test_fla_agrees(rule, T, dtype):
     assert_agree(got, run(rule, "reference", x.to(torch.float64)), FLA)
 
 
+@pytest.mark.parametrize("rule", RULE_NAMES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_token_may_forget_everything(rule, dtype):
+    # At the beginning, alone, twice in a row and at the end; for all channels or for some.
+    x = inputs(rule, T=70, gates="mild").to(dtype)
+    for t in (0, 7, 8, 33, 69):
+        x.g[:, t] = float("-inf")
+    x.g[:, 50, ..., ::2] = float("-inf")  # heads, or channels
+    reference = run(rule, "reference", x.to(torch.float64))
+    assert_agree(run(rule, "chunked", x), reference, tolerance(x))
+    o, state = brute_force(rule, x.to(torch.float64))
+    assert close(reference["o"], o) and close(reference["state"], state)
+    assert not reference["dinitial_state"].any() and not reference["dg"][:, 7].any()
+
+
+@pytest.mark.parametrize("rule", RULE_NAMES)
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+@pytest.mark.parametrize("empty", [{"B": 0}, {"T": 0}])
+def test_no_rows_and_no_tokens_are_read(rule, backend, empty):
+    x = inputs(rule, **{"B": 2, "T": 5, **empty})
+    o, state = ops.update(rule, **x._asdict(), backend=backend)
+    assert o.shape == x.v.shape and torch.equal(state, x.initial_state)
+
+
 @pytest.mark.parametrize("rule", ["kda", "raven"])
 @pytest.mark.parametrize("backend", ["reference", "chunked"])
 def test_a_channel_may_forget_all_at_once_beside_one_that_never_does(rule, backend):

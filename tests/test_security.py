@@ -64,7 +64,7 @@ def test_what_a_checkpoint_keeps_for_training_cannot_be_code(here, capsys):
     folder = RunFolder.open("run")
     Trainer.take_up(folder)  # as it is
     torch.save({"optimizers": Harmful()}, folder.latest() / "trainer.pt")
-    with pytest.raises(ValueError, match=r"trainer\.pt is damaged or foreign: Weights only load failed"):
+    with pytest.raises(ValueError, match=r"trainer\.pt is damaged or foreign; remove .*step-00000010, and"):
         Trainer.take_up(folder)
     assert "harm" not in capsys.readouterr().out
 

@@ -1,4 +1,8 @@
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from copy import deepcopy
 from pathlib import Path
+from threading import Barrier, Event
 
 import pytest
 import torch
@@ -117,6 +121,17 @@ def test_without_a_window_nothing_is_evicted(model):
     assert close(session.logits([1]), model(torch.cat([x, torch.tensor([1])])[None])[0, -1:])
     with pytest.raises(ValueError, match="never sleeps"):
         session.sleep()
+
+
+def test_a_loop_that_no_sleep_could_use_is_refused_before_the_reading(model):
+    for passes in (1, 2):
+        with pytest.raises(ValueError, match="no block with fast weights"):
+            Session(model, sleeping(passes=passes, loop=(0, 1)))
+    Session(model, SleepConfig(passes=1, loop=(0, 1)))  # never sleeps
+    session = reading(model, [1, 2])
+    with pytest.raises(ValueError, match="at most 10,000"):
+        session.sleep(10**12)
+    assert session.stats.window_tokens == 2
 
 
 def test_any_backbone_has_sessions():
@@ -352,6 +367,13 @@ def test_what_broke_off_can_be_taken_back(model):
     assert session.stream is before
 
 
+def test_a_text_has_no_likelihood_where_logits_are_nan(model):
+    broken = Counted(model)
+    broken.head = lambda h: model.head(h) * torch.nan
+    with pytest.raises(ValueError, match="logits are NaN"):
+        Session(broken, sleeping()).score([3, 1, 2])
+
+
 def test_a_call_that_fails_in_its_first_step_leaves_nothing_to_take_back(model, monkeypatch):
     session = Session(model, sleeping())
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -429,7 +451,7 @@ def test_an_answer_ends_where_the_session_was_changed_beside_it(model):
     pieces = session.generate([3], 8, stream=True)
     next(pieces)
     session.rewind()
-    with pytest.raises(RuntimeError, match="changed while its answer is written"):
+    with pytest.raises(RuntimeError, match="changed since this call began"):
         next(pieces)
     assert session.stats.tokens == 2
     pieces = session.generate([3], 8, stream=True)
@@ -437,6 +459,76 @@ def test_an_answer_ends_where_the_session_was_changed_beside_it(model):
     session.read([4])
     pieces.close()
     assert session.stats.tokens == 4
+
+
+CHANGES = {
+    "read": lambda session: session.read([4]),
+    "sleep": lambda session: session.sleep(),
+    "rewind": lambda session: session.rewind(),
+    "reset": lambda session: session.reset(),
+    "generate": lambda session: session.generate([4], 2),
+    "batch": lambda session: SessionBatch([session]).read([[4]]),
+    "stream": lambda session: next(session.generate([4], 2, stream=True)),
+}
+
+
+@pytest.mark.parametrize("begun", [True, False])
+@pytest.mark.parametrize("change", CHANGES)
+def test_no_stream_outlives_a_change_of_its_session(model, change, begun):
+    session = reading(model, [1, 2])
+    pieces = session.generate([3], 8, stream=True)
+    if begun:
+        next(pieces)
+    CHANGES[change](session)
+    after = session.stream
+    with pytest.raises(RuntimeError, match="changed since this call began"):
+        next(pieces)
+    pieces.close()
+    assert session.stream is after
+
+
+# Threads
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_another_thread_is_refused_while_a_call_goes_on(model, change, monkeypatch):
+    session, inside, go_on, advance = reading(model), Event(), Event(), lmsleep.session.owner.advance
+
+    def slow(*args):
+        inside.set()
+        assert go_on.wait(60)
+        return advance(*args)
+
+    x = random_tokens(3 * L)
+    monkeypatch.setattr(lmsleep.session.owner, "advance", slow)
+    with ThreadPoolExecutor(1) as pool:
+        reads = pool.submit(session.read, x)
+        assert inside.wait(60)
+        with pytest.raises(RuntimeError, match="used by another thread"):
+            CHANGES[change](session)
+        copies = session.fork(), deepcopy(session)  # of what it was
+        go_on.set()
+        reads.result()
+    assert all(copy.stats.tokens == 0 for copy in copies)
+    for copy in copies:
+        copy.read(x)
+        assert same_memory(copy.memory, session.memory, 0.0)
+
+
+def test_no_token_is_lost_between_threads(model):
+    session, together = reading(model), Barrier(4)
+
+    def life(_):
+        together.wait()
+        done = 0
+        for _ in range(30):
+            with suppress(RuntimeError):
+                session.read([1, 2, 3])
+                done += 3
+        return done
+
+    with ThreadPoolExecutor(4) as pool:
+        assert sum(pool.map(life, range(4))) == session.stats.tokens > 0
 
 
 # Batches

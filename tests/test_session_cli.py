@@ -212,6 +212,11 @@ def test_show_says_what_is_in_an_open_window(graphs, capsys, here):
         (["read", "MODEL", "a.txt", "--memory", "no/where/m.mem"], "there is no folder no/where"),
         (["read", "MODEL", "a.txt", "--memory", "m.mem", "--tag", "x"], "tag must be KEY=VALUE"),
         (["read", "MODEL", "a.txt", "--memory", "a.txt"], "not a memory file of lmsleep"),
+        (["read", "MODEL", "a.txt", "--memory", "."], "Is a directory"),
+        (["read", "MODEL", "a.txt", "--memory", ""], "--memory is empty"),
+        (["read", "MODEL", "a.txt", "--memory", "m" * 256], "name too long"),
+        (["read", "MODEL", "a.txt", "--memory", "m.mem", "--tag", "a=\ud800"], "tags must map texts"),
+        (["read", "MODEL", "a.txt", "--memory", "m.mem", "--passes", "1000000000000"], "at most 10,000"),
         (["read", "MODEL", "a.txt", "--memory", "old.mem", "--window", "7"], "window=7 contradicts old.mem"),
         (["read", "MODEL", "a.txt", "--memory", "m.mem", "--window", "0"], "window must be at least 1"),
         (["read", "MODEL", "a.txt", "--memory", "m.mem", "--save-every", "-1"], "save_every"),
@@ -233,9 +238,36 @@ def test_bad_input_leaves_with_2_and_writes_nothing(graphs, bytes_model, capsys,
     argv = [{"MODEL": bytes_model, "RUN": graphs / "run"}.get(a, a) for a in argv]
     code, out, err = run_command(capsys, *argv)
     assert code == 2 and said in " ".join(err.split()) and "Traceback" not in err and not out
-    assert {p: p.read_bytes() for p in here.iterdir() if not p.name.endswith(".lock")} == {
-        p: data for p, data in before.items() if not p.name.endswith(".lock")
-    }
+    assert {p: p.read_bytes() for p in here.iterdir()} == before
+
+
+def test_what_a_file_says_is_printed_on_its_own_lines_and_as_json(bytes_model, capsys, here):
+    model = HybridLM.from_pretrained(bytes_model)
+    session = Session(model, lmsleep.SleepConfig(window=8, passes=2))
+    huge = session.memory.map(lambda S: torch.full_like(S, 3e38))
+    huge.save("huge.mem", tags={"a\nb": "\x1b[31mred\nmore"})
+    code, out, _ = run_command(capsys, "memory", "show", "huge.mem")
+    assert code == 0 and r"tag a\nb" in out and r"\x1b[31mred\nmore" in out and "\x1b" not in out
+    huge.map(torch.neg).fork().save("other.mem")
+    documents = [
+        run_command(capsys, "memory", *argv, "--json")[1]
+        for argv in (["show", "huge.mem"], ["diff", "huge.mem", "other.mem"], ["log", "huge.mem"])
+    ]
+    for document in documents:
+        json.loads(document, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert json.loads(documents[0])[0]["heads"][0]["norm"] is None
+
+
+@pytest.mark.parametrize("said", ["3", "[]", '{"tokens": "x"}',
+    '{"files": 1, "tokens": 1, "begin": 0, "saved": 0}',
+    '{"files": [], "tokens": 1, "begin": -1, "saved": 0}',
+    '{"files": [], "tokens": "1", "begin": 0, "saved": 0}'])  # fmt: skip
+def test_a_damaged_tag_of_a_reading_is_one_line(bytes_model, capsys, here, said):
+    session = Session(HybridLM.from_pretrained(bytes_model), lmsleep.SleepConfig(window=8, passes=2))
+    session.save("m.mem", tags={"reading": said})
+    (here / "a.txt").write_text("words")
+    code, _, err = run_command(capsys, "read", bytes_model, "a.txt", "--memory", "m.mem")
+    assert code == 2 and "tag 'reading' is damaged" in err and err.count("\n") == 1
 
 
 def test_a_memory_that_another_process_writes_is_left_alone(bytes_model, capsys, here):

@@ -722,7 +722,7 @@ def test_the_algorithm_imports_no_model():
     imported |= {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     ours = {name for name in imported if name.startswith("lmsleep")}
     elsewhere = {name for name in ours if name.split(".")[:2] != ["lmsleep", "sleep"]}
-    assert elsewhere == {"lmsleep.state", "lmsleep.plugins"}
+    assert elsewhere == {"lmsleep.state", "lmsleep.plugins", "lmsleep.plain"}
 
 
 # Bad arguments
@@ -761,6 +761,7 @@ def test_options_cannot_be_changed():
     ("name", "change"),
     [
         ("tokens", lambda x: {"tokens": x[0]}),
+        ("tokens", lambda x: {"tokens": x[:0]}),
         ("loss_mask", lambda x: {"loss_mask": everything(x)[:, 1:]}),
         ("lengths", lambda x: {"lengths": torch.tensor([3, 3])}),
         ("lengths", lambda x: {"lengths": torch.tensor([3, 3, 16])}),

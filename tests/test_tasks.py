@@ -490,7 +490,7 @@ def test_text_that_cannot_be_cut_is_refused(tmp_path, content, length, message):
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(ValueError, match=message):
-        Text(data=(path,), length=length)
+        draw(Text(data=(path,), length=length), 1)
 
 
 def test_text_needs_a_file():

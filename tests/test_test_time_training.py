@@ -150,8 +150,8 @@ def test_the_cost_of_a_step_is_counted():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: replace(SLEEP, rate=-1.0), r"^rate must not be negative, got -1"),
-        (lambda: replace(SLEEP, rate=float("nan")), r"^rate must not be negative, got nan"),
+        (lambda: replace(SLEEP, rate=-1.0), r"^rate must be finite and not negative, got -1"),
+        (lambda: replace(SLEEP, rate=float("nan")), r"^rate must be finite and not negative, got nan"),
         (lambda: replace(SLEEP, normalize=True), r"^normalize: no option of a sleep with GradientSteps"),
         (lambda: replace(CONFIG, trained_mlp=True, mlp_dim=0), r"^trained_mlp needs a feed-forward layer"),
         (

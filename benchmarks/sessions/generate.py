@@ -13,6 +13,7 @@ from benchmarks.table import Cell, Table
 from benchmarks.timing import ms, ratio, take_turns
 from lmsleep import Session, SleepConfig
 from lmsleep.hf import adapt
+from lmsleep.hf.cache_name import cache_name, named
 
 PASSES = (1, 2, 4)
 VOCAB = 512
@@ -65,9 +66,7 @@ def _ours(session: Session, text: Tensor, tokens: int) -> list[int]:
 def _theirs(model: Any, cache: Any, text: Tensor, tokens: int) -> list[int]:
     past = copy.deepcopy(cache)  # which it would change; the time of the copy is taken off
     mask = torch.ones_like(text)
-    out = model.generate(
-        text, attention_mask=mask, past_key_values=past, max_new_tokens=tokens, do_sample=False
-    )
+    out = model.generate(text, attention_mask=mask, **named(past), max_new_tokens=tokens, do_sample=False)
     answer: list[int] = out[0, text.shape[1] :].tolist()
     return answer
 
@@ -104,7 +103,7 @@ def sleeping(width: int, windows: tuple[int, ...], repeats: int) -> Table:
 
 @torch.no_grad()
 def _prefill(model: Any, text: Tensor) -> Any:
-    return model(text, use_cache=True).past_key_values
+    return getattr(model(text, use_cache=True), cache_name())
 
 
 def _text(length: int) -> Tensor:

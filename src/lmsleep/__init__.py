@@ -1,11 +1,14 @@
 """lmsleep: language models that sleep."""
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
 
 from lmsleep.version import __version__
 
+# As type checkers know it. Not imported: `typing` would keep Ctrl-C from being handled for as long.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from lmsleep import ops, shipped
     from lmsleep.hf import adapt
     from lmsleep.memory import fingerprint
@@ -72,7 +75,7 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> "Any":
     if name == "open":
         return import_module("lmsleep.opening").open_model
     if name in _HOMES:

@@ -8,7 +8,7 @@ from lmsleep import shipped
 from lmsleep.backbones import Model, build, kind_in
 from lmsleep.sleep import SleepConfig
 from lmsleep.tasks import Text
-from lmsleep.text.tokenizers import Spelled, Tokenizer, load_tokenizer
+from lmsleep.text.tokenizers import HuggingFace, Spelled, Tokenizer, load_tokenizer
 from lmsleep.training import RunConfig, RunFolder, choose_device
 
 
@@ -20,16 +20,19 @@ class Opened(NamedTuple):
     tokenizer: Tokenizer
 
 
-def open_model(path: str | Path, tokenizer: str | None = None, device: str = "auto") -> Opened:
+def open_model(
+    path: str | Path, tokenizer: str | None = None, device: str = "auto", *, trust: bool = False
+) -> Opened:
     """Open a model to read, sleep and answer with: `model, sleep, tokenizer = lmsleep.open("depo-N4")`.
 
     Args:
         path: folder of a run, of a saved model (of `HybridLM.save_pretrained`, or of a backbone of one's own)
             or in the format of transformers, or the name of a model that is shipped
             (`lmsleep.shipped.names()`).
-        tokenizer: "bytes", or the folder of a Hugging Face tokenizer; default that of the run or folder, or
-            bytes.
+        tokenizer: "bytes", or the folder of a Hugging Face tokenizer; default that of the folder, or bytes.
+            A run has its own.
         device: auto (CUDA where present), cpu, cuda, ...
+        trust: run the Python files that the run or model names, though you have trained no run with them.
 
     Returns:
         The model in evaluation mode, the sleep that it was made with, without what only training needs, and
@@ -38,13 +41,15 @@ def open_model(path: str | Path, tokenizer: str | None = None, device: str = "au
 
     Raises:
         ValueError: for a damaged run or model, one that cannot sleep, or a tokenizer with more tokens.
+        PermissionError: if it names code that may not run.
         FileNotFoundError: if there is none.
     """
-    place = find(path)
+    place = find(path, trust=trust)
     read = place.tokenizer(tokenizer)  # before the weights: a wrong name should fail at once
     model, sleep = place.backbone(device)
-    # Fewer tokens than the model has are fine: every one of them has a row in the embedding.
-    if read.vocab_size > model.vocab_size:
+    # Fewer tokens than the model has are fine. Published tokenizers may have more: such as no text holds, or
+    # as a session refuses when it meets them.
+    if not isinstance(read, HuggingFace) and read.vocab_size > model.vocab_size:
         raise ValueError(
             f"tokenizer has {read.vocab_size} tokens, {place.path} only {model.vocab_size}; "
             "pass the run that trained the model, or its tokenizer"
@@ -52,9 +57,11 @@ def open_model(path: str | Path, tokenizer: str | None = None, device: str = "au
     return Opened(model, sleep, read)
 
 
-def open_backbone(path: str | Path, device: str = "auto") -> tuple[Model, SleepConfig]:
+def open_backbone(
+    path: str | Path, device: str = "auto", *, trust: bool = False
+) -> tuple[Model, SleepConfig]:
     """Open a model as `open_model` does, without a tokenizer."""
-    return find(path).backbone(device)
+    return find(path, trust=trust).backbone(device)
 
 
 @dataclass(frozen=True)
@@ -64,10 +71,12 @@ class Place:
     Attributes:
         path: the folder.
         run: what it was trained by, if it is a run.
+        trust: the Python files that it names may run.
     """
 
     path: Path
     run: RunConfig | None
+    trust: bool = False
 
     def backbone(self, device: str = "auto", *, trained: bool = True) -> tuple[Model, SleepConfig]:
         """Return the model in evaluation mode, and how it sleeps.
@@ -82,37 +91,49 @@ class Place:
         """
         where = choose_device(device)
         if self.run is None:
-            model, sleep = kind_in(self.path).open(self.path, where)
+            with self.folder.naming_code():
+                model, sleep = kind_in(self.path).open(self.path, where)
             return model.eval(), sleep
         if not trained:
             return build(self.run.model).to(where).eval(), self.run.sleep
-        return RunFolder(self.path).model(where, self.run), self.run.sleep
+        return self.folder.model(where, self.run), self.run.sleep
+
+    @property
+    def folder(self) -> RunFolder:
+        """The folder as that of a run."""
+        return RunFolder(self.path, trust=self.trust)
 
     def tokenizer(self, given: str | None = None) -> Tokenizer:
         """Return the tokenizer of the run, or of the folder unless another one is `given`.
 
         Raises:
-            ValueError: if there is none.
+            ValueError: if there is none, or another one is given for a run.
         """
         if self.run is None:
-            return load_tokenizer(given or self.tokenizer_name())
+            return load_tokenizer(given or self.tokenizer_name(), self.path)
         name = getattr(self.run.task, "tokenizer", None)
+        if given not in (None, name):
+            raise ValueError(
+                f"tokenizer={given!r}: the run {self.path} has its own, {name or 'its task'}; leave it out"
+            )
         if isinstance(self.run.task, Text) or name not in (None, "bytes", "words"):
             return load_tokenizer(str(name))
         return Spelled(self.run.task.spell, self.run.task.vocab_size)
 
     def tokenizer_name(self) -> str:
         """Return the tokenizer of a folder that is no run, as `load_tokenizer` takes it."""
-        return kind_in(self.path).tokenizer(self.path)
+        with self.folder.naming_code():
+            return kind_in(self.path).tokenizer(self.path)
 
 
-def find(path: str | Path) -> Place:
-    """Find the run or model at `path`, or the one that is shipped under that name.
+def find(path: str | Path, *, trust: bool = False) -> Place:
+    """Find the run or model at `path`, or the one that is shipped under that name; `trust`: see `open_model`.
 
     Raises:
         FileNotFoundError: if there is none.
         ValueError: for a damaged run.
+        PermissionError: if it names code that may not run.
     """
     path = shipped.find(path)
-    folder = RunFolder(path)
-    return Place(path, folder.config() if folder.is_run() else None)
+    folder = RunFolder(path, trust=trust)
+    return Place(path, folder.config() if folder.is_run() else None, trust)

@@ -6,7 +6,7 @@ workers that draw data, after `--resume`, in `eval` and in sessions.
 
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, is_dataclass
 from importlib.metadata import entry_points
 from importlib.util import module_from_spec, spec_from_file_location
@@ -14,6 +14,8 @@ from inspect import isabstract
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from lmsleep import trust
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Plugin:
 
         Raises:
             ValueError: if there is no such object, its code fails, or it is not of this kind.
+            PermissionError: if another file names it, and it may not run (`lmsleep.trust`).
         """
         if name in listed:
             return listed[name]
@@ -108,8 +111,30 @@ def derives_from(base: type) -> Callable[[Any], bool]:
 
 def absolute(name: str) -> str:
     """Return `FILE.py:NAME` with the whole path of the file, valid in any folder; other names as they are."""
-    file, colon, attribute = name.rpartition(":")
-    return f"{Path(file).resolve()}:{attribute}" if colon and file.endswith(".py") else name
+    named = in_file(name)
+    return f"{Path(named[0]).resolve()}:{named[1]}" if named and named[1] else name
+
+
+def in_file(name: str) -> tuple[str, str] | None:
+    """Return the file and what is asked of it, of a name like `FILE.py:NAME`; None for all other names."""
+    if name.endswith(".py"):
+        return name, ""  # what is asked is missing
+    # The last colon: a path may have one of its own (C:\\).
+    file, _, attribute = name.rpartition(":")
+    return (file, attribute) if file.endswith(".py") else None
+
+
+def code_named(data: Any) -> Iterator[Path]:
+    """Yield the Python files that plain data name, wherever in it, of those that run in this process."""
+    if isinstance(data, str) and (named := in_file(data)):
+        file = Path(named[0]).resolve()
+        # A text to be learned may end in .py too; it is no code until it runs.
+        if _loaded(file) is not None:
+            yield file
+    elif isinstance(data, Mapping):
+        data = list(data.values())
+    for one in data if isinstance(data, list | tuple) else ():
+        yield from code_named(one)
 
 
 def _module(path: Path) -> ModuleType:
@@ -117,14 +142,11 @@ def _module(path: Path) -> ModuleType:
 
     A second copy would have classes of its own, which `isinstance` and `is` tell from those of the first.
     """
-    # A list: asking a lazy module for an attribute may import others, and change the dict that is walked.
-    for module in list(sys.modules.values()):
-        file = getattr(module, "__file__", None)
-        # Names first, since resolving a path asks the disk, once for each module there is.
-        if file is not None and Path(file).name == path.name and Path(file).resolve() == path:
-            return module
+    if (module := _loaded(path)) is not None:
+        return module
     if not path.is_file():
         raise ValueError(f"there is no file {path}")
+    trust.check(path)
     spec = spec_from_file_location(str(path), path)
     assert spec is not None and spec.loader is not None
     module = module_from_spec(spec)
@@ -138,6 +160,17 @@ def _module(path: Path) -> ModuleType:
         where = f"{path}, line {lines[-1]}" if lines else path
         raise ValueError(f"{where}: {type(error).__name__}: {error}") from error
     return module
+
+
+def _loaded(path: Path) -> ModuleType | None:
+    """Return the module of a file, if it has been imported."""
+    # A list: asking a lazy module for an attribute may import others, and change the dict that is walked.
+    for module in list(sys.modules.values()):
+        file = getattr(module, "__file__", None)
+        # Names first, since resolving a path asks the disk, once for each module there is.
+        if file is not None and Path(file).name == path.name and Path(file).resolve() == path:
+            return module
+    return None
 
 
 def _is_of(value: Any, module: ModuleType) -> bool:

@@ -24,7 +24,11 @@ Storage = Literal["float32", "bfloat16", "int8"]
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """Says who wrote a memory, from how much, and what it descends from."""
+    """Says who wrote a memory, from how much, and what it descends from.
+
+    Raises:
+        ValueError: for a field of another type: what is here goes into files.
+    """
 
     id: str = field(default_factory=lambda: uuid4().hex)
     """Names a line of reading; only a fork or a merge begins a new one."""
@@ -43,9 +47,35 @@ class Origin:
     tags: Mapping[str, str] = field(default_factory=dict)
     """Whatever the user wants to remember."""
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.tags, Mapping):
+            raise ValueError(f"tags must map texts to texts, got {self.tags!r:.80}")
+        object.__setattr__(self, "tags", dict(self.tags))  # the caller may write into theirs later
+        for key, value in self.tags.items():
+            if not (_is_text(key) and _is_text(value)):
+                raise ValueError(f"tags must map texts to texts, got {key!r:.80}: {value!r:.80}")
+        for name in ("parents", "rule"):
+            if not isinstance(getattr(self, name), tuple):
+                raise ValueError(f"{name} of a memory must be a tuple, got {getattr(self, name)!r:.80}")
+        texts = [self.id, *self.parents, *(t for t in (self.model, *self.rule) if t is not None)]
+        counts = {"tokens": self.tokens, "sleeps": self.sleeps}
+        if self.passes is not None:
+            counts["passes"] = self.passes
+        if strange := [text for text in texts if not _is_text(text)]:
+            raise ValueError(f"id, parents, model and rule of a memory must be text, got {strange[0]!r:.80}")
+        for name, number in counts.items():
+            # By its type, since True is an int to isinstance.
+            if type(number) is not int or number < 0:
+                raise ValueError(f"{name} of a memory must be a count, got {number!r:.80}")
+
     def child(self, *others: "Origin") -> Self:
         """Return the origin of a fork, or of a merge with `others`."""
         return replace(self, id=uuid4().hex, parents=(self.id, *(other.id for other in others)))
+
+
+def _is_text(value: object) -> bool:
+    """Say whether a value is text that can be written: half of a pair of surrogates cannot."""
+    return isinstance(value, str) and value.encode(errors="replace").decode() == value
 
 
 class _Carries(Protocol):

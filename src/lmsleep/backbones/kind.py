@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, cast
 
 import torch
 from safetensors import SafetensorError
@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from lmsleep.files import write_atomic
+from lmsleep.models.hybrid import load_weights
 from lmsleep.plain import from_plain, to_plain
 from lmsleep.sleep import Backbone, SleepConfig
 
@@ -150,12 +151,11 @@ class Kind:
             raise FileNotFoundError(f"{folder} holds no model: {WEIGHTS} is missing")
         model = self.build(options, bfloat16=bfloat16)
         try:
-            model.load_state_dict(load_file(file))
-        # A RuntimeError is load_state_dict's: the file is whole, but names or shapes are of other options.
+            weights = load_file(file)
         except SafetensorError as error:
             raise ValueError(f"{file} is damaged or foreign: {error}") from error
-        except RuntimeError as error:
-            raise ValueError(f"{folder} holds weights of another configuration: {error}") from error
+        # A `Model` that can be built is a module.
+        load_weights(cast(nn.Module, model), weights, f"{folder} holds weights of another configuration")
         return model.to(device)
 
     def recognises(self, found: Mapping[str, Any]) -> bool:

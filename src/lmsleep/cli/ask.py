@@ -1,6 +1,5 @@
 """`lmsleep ask`: a question to a memory, which it does not change."""
 
-import json
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from tyro.conf import Positional
 
 from lmsleep.cli.opening import SleepOptions, new_session, take_up
 from lmsleep.cli.options import parse
+from lmsleep.plain import to_json
 from lmsleep.session import Session
 from lmsleep.text.tokenizers import Spelled
 
@@ -26,7 +26,7 @@ class WriteOptions:
     top_p: float = 1.0
     """Draw from the fewest tokens whose probabilities sum to p."""
     stop: tuple[str, ...] = ()
-    """Texts that end the answer."""
+    """Texts that end the answer, as the ends of a text that the model knows do."""
     seed: int = 0
     """Of the draws."""
 
@@ -35,11 +35,6 @@ class WriteOptions:
         if self.max_new_tokens is None:
             return 1 if isinstance(session.tokenizer, Spelled) else 64
         return self.max_new_tokens
-
-    def stops(self, session: Session) -> tuple[str | int, ...]:
-        """Return what ends an answer: `stop`, and the end of a text where the tokenizer has one."""
-        end = None if session.tokenizer is None else session.tokenizer.end
-        return self.stop if end is None else (*self.stop, end)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,11 +62,11 @@ def ask(argv: list[str]) -> None:
         temperature=options.temperature,
         top_k=options.top_k,
         top_p=options.top_p,
-        stop=options.stops(session),
+        stop=options.stop,
         seed=options.seed,
     )
     if options.json:
         document = {"question": options.question, "answer": answer, "stats": asdict(session.stats)}
-        sys.stdout.write(json.dumps(document, indent=2) + "\n")
+        sys.stdout.write(to_json(document) + "\n")
     else:
         sys.stdout.write(f"{answer}\n")

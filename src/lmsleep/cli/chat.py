@@ -13,7 +13,7 @@ from lmsleep.cli.memory import table
 from lmsleep.cli.opening import SleepOptions, new_session, status, take_up
 from lmsleep.cli.options import parse
 from lmsleep.files import locked
-from lmsleep.session import BrokenSleep, Session
+from lmsleep.session import Session
 from lmsleep.text.tokenizers import Spelled
 
 HELP = """A line is read and answered. Lines that begin with a slash are commands:
@@ -65,7 +65,7 @@ def chat(argv: list[str]) -> None:
         try:
             session = _respond(session, line.rstrip("\n"), options)
         # A conversation outlives a bad command and a broken sleep.
-        except (ValueError, OSError, BrokenSleep) as error:
+        except (ValueError, OSError, RuntimeError) as error:
             sys.stdout.write(f"{error}\n")
         # Ctrl-C in an answer ends the answer alone; at the prompt, outside of this, it leaves the program.
         except KeyboardInterrupt:
@@ -124,7 +124,7 @@ def _answer(session: Session, line: str, options: ChatOptions) -> None:
         temperature=options.temperature,
         top_k=options.top_k,
         top_p=options.top_p,
-        stop=options.stops(session),
+        stop=options.stop,
         seed=options.seed,
         stream=True,
     )

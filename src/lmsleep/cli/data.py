@@ -8,7 +8,7 @@ from dataclasses import dataclass, make_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lmsleep.cli.options import listed_tasks, parse, task_field
+from lmsleep.cli.options import listed_tasks, parse, say_rows, task_field
 from lmsleep.evaluation import EVAL_SEED
 from lmsleep.files import write_atomic
 from lmsleep.recipes.settings import preset
@@ -24,10 +24,11 @@ class DataOptions:
     """Samples; one with several questions on its own forks gives as many rows."""
     split: Literal["train", "test"] = "train"
     """Held-out samples or those of training."""
-    seed: int = 0
-    """The stream: that of the first training batch of a run with this seed and as large a batch."""
+    seed: int | None = None
+    """The stream of training: that of the first batch of a run with this seed and as large a batch; default
+    0."""
     window: int | None = None
-    """L: mark evictions as with this window; default the preset's."""
+    """L: mark evictions in the samples shown as with this window; default the preset's."""
     jsonl: Path | None = None
     """Write JSON lines to this file, which must not exist, instead of showing the samples."""
     dataset: Path | None = None
@@ -48,12 +49,20 @@ def data(argv: list[str]) -> None:
         raise ValueError(f"samples must be at least 1, got {chosen.samples}")
     if chosen.window is not None and chosen.window < 1:
         raise ValueError(f"window must be at least 1 token, got {chosen.window}")
+    if chosen.split == "test" and chosen.seed is not None:
+        raise ValueError("--seed is for --split train: samples of the test are those that evaluation sees")
     # Before the first sample is drawn: long texts take a while.
     for option, path in (("--jsonl", chosen.jsonl), ("--dataset", chosen.dataset)):
-        if path is not None and path.exists():
+        if path is None:
+            continue
+        if chosen.window is not None:
+            raise ValueError(f"--window marks samples that are shown; {option} writes them without marks")
+        if path.exists():
             raise FileExistsError(f"{path} exists; name another {option} or remove it")
-    # Samples of the test are those that evaluation sees.
-    seed = EVAL_SEED if chosen.split == "test" else chosen.seed
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"{option} {path}: there is no folder {path.parent}")
+    seed = EVAL_SEED if chosen.split == "test" else chosen.seed or 0
+    say_rows(task)
     batch = task.batch(batch_rng(seed, chosen.split, 0), chosen.samples, chosen.split)
     if chosen.jsonl is not None or chosen.dataset is not None:
         _export(list(records(task, batch)), chosen)

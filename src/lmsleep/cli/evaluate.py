@@ -1,6 +1,5 @@
 """`lmsleep eval`: a run or a model on held-out samples, at one or several numbers of passes."""
 
-import json
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,13 +7,16 @@ from typing import Any, NamedTuple
 
 from tyro.conf import Positional
 
-from lmsleep.cli.options import parse
+from lmsleep.cli.options import parse, say_rows
 from lmsleep.cli.scores import bits_text, floor_text, floors_text
 from lmsleep.evaluation import Score, evaluate, wilson
 from lmsleep.evaluation.around_sleep import MOMENTS, AroundSleep, Shifting, around_sleep
 from lmsleep.opening import find
+from lmsleep.plain import to_json
+from lmsleep.progress import progress
 from lmsleep.sleep import Backbone, SleepConfig
 from lmsleep.tasks import Task, Text
+from lmsleep.tasks.reading import check_known
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,13 +35,15 @@ class EvalOptions:
     window: int | None = None
     """L to read with; default the run's own."""
     length: int | None = None
-    """Tokens in a sequence of --data; default the run's own, or four windows."""
+    """Tokens in a sequence of text; default the run's own, or four windows."""
     after: int | None = None
     """Count as "after eviction" what is predicted from this position on; default: the window."""
     data: tuple[Path, ...] = ()
     """Files or sets to evaluate on instead of those of a text run (what is held out of them)."""
     device: str = "auto"
     """auto (CUDA where present), cpu, cuda, ..."""
+    trust: bool = False
+    """Run the Python files that the run or model names, though you have trained no run with them."""
     json: bool = False
     """Print one JSON document instead of a table."""
 
@@ -48,19 +52,24 @@ def evaluate_run(argv: list[str]) -> None:
     """Run `lmsleep eval RUN`."""
     options = parse(EvalOptions, argv, "lmsleep eval")
     model, task, own, size, parts = _evaluated(options)
+    if options.data:
+        say_rows(task)
     result: dict[int, Score] = {}
     around: dict[int, AroundSleep] = {}
-    for n in options.passes or (own.passes,):
-        sleep = own.with_passes(n)
-        how: dict[str, Any] = {"batches": options.batches, "batch_size": size, "device": model.device}
-        result[n] = evaluate(model, task, sleep, after=options.after, parts=parts, **how)
-        # Bits around a sleep need shifts that fall on window ends, or one window would hold two segments.
-        if isinstance(task, Shifting) and sleep.window is not None and task.segment % sleep.window == 0:
-            around[n] = around_sleep(model, task, sleep, **how)
+    # All of them, before the first is read with.
+    sleeps = {n: own.with_passes(n) for n in options.passes or (own.passes,)}
+    with progress(total=len(sleeps) * options.batches, desc="batches", leave=False) as bar:
+        for n, sleep in sleeps.items():
+            how: dict[str, Any] = {"batches": options.batches, "batch_size": size, "device": model.device}
+            counted: dict[str, Any] = {"after": options.after, "parts": parts, "progress": bar.update}
+            result[n] = evaluate(model, task, sleep, **counted, **how)
+            # Bits around a sleep need shifts that fall on window ends, or one window would hold two segments.
+            if isinstance(task, Shifting) and sleep.window is not None and task.segment % sleep.window == 0:
+                around[n] = around_sleep(model, task, sleep, **how)
     if options.json:
         passes = {str(n): _eval_json(task, score, around.get(n)) for n, score in result.items()}
         document = {"run": str(options.run), "passes": passes, "floors": task.floors()}
-        sys.stdout.write(json.dumps(document, indent=2) + "\n")
+        sys.stdout.write(to_json(document) + "\n")
     else:
         sys.stdout.write(_eval_text(task, result, around))
 
@@ -75,30 +84,34 @@ class _Evaluated(NamedTuple):
 
 def _evaluated(options: EvalOptions) -> _Evaluated:
     """Return what is evaluated, and on which task: the run's own, or --data."""
-    place = find(options.run)
+    place = find(options.run, trust=options.trust)
     if place.run is None and not options.data:
         raise ValueError(f"{options.run} was trained on no task of lmsleep: name files to read with --data")
+    if place.run is not None and not isinstance(place.run.task, Text):
+        for flag, given in (("--data", options.data), ("--length", options.length is not None)):
+            if given:
+                raise ValueError(
+                    f"{flag} is for runs on text; {options.run} was trained on {place.run.task_name}"
+                )
     model, sleep = place.backbone(options.device)
-    sleep = replace(sleep, window=options.window or sleep.window)
+    sleep = sleep if options.window is None else replace(sleep, window=options.window)
     if place.run is None:
         # Four windows, so that most of what is predicted comes after an eviction.
-        length, name = options.length or 4 * (sleep.window or 512), place.tokenizer_name()
-        task: Task = Text(data=options.data, tokenizer=name, length=length)
-        # Otherwise the embedding would fail on the first unknown token, with an index instead of a reason.
-        if task.vocab_size > model.vocab_size:
-            raise ValueError(
-                f"{options.run} knows {model.vocab_size} tokens, --data in {name} has {task.vocab_size}"
-            )
+        length, name = 4 * (sleep.window or 512), place.tokenizer_name()
+        length = length if options.length is None else options.length
+        text = Text(data=options.data, tokenizer=name, length=length)
+        check_known(text, f"--data in {name}", model.vocab_size)
         # Small batches: nothing is known of the size of the model, and logits of large vocabularies are wide.
-        return _Evaluated(model, task, sleep, 4, 1)
+        return _Evaluated(model, text, sleep, 4, 1)
     task, train = place.run.task, place.run.train
-    if options.data:
-        if not isinstance(task, Text):
-            raise ValueError(
-                f"--data is for runs on text; {options.run} was trained on {place.run.task_name}"
-            )
+    if isinstance(task, Text):
         # The run's own tokenizer stays, for the model knows no other tokens.
-        task = replace(task, data=options.data, length=options.length or task.length)
+        length = task.length if options.length is None else options.length
+        task = replace(task, data=options.data or task.data, length=length)
+    if isinstance(task, Text) and options.data:
+        check_known(task, f"--data in {task.tokenizer}", model.vocab_size)
+    else:
+        place.folder.check_data("name what to evaluate on with --data")
     return _Evaluated(model, task, sleep, train.batch_size, train.accumulate)
 
 

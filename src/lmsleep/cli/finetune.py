@@ -8,21 +8,21 @@ import tyro
 
 from lmsleep.cli.options import (
     as_type,
-    check_samples,
     chosen_sleep,
     given_options,
     listed,
     listed_tasks,
     parse,
+    say_rows,
     sleep_fields,
     task_field,
 )
-from lmsleep.cli.train import finish
+from lmsleep.cli.train import finish, resumed
 from lmsleep.hf.finetune import FineTune
 from lmsleep.hf.loading import has_tokenizer
 from lmsleep.sleep import SleepConfig
 from lmsleep.tasks import Task, find_task
-from lmsleep.text.tokenizers import HuggingFace
+from lmsleep.text.tokenizers import HuggingFace, begun
 from lmsleep.training import RunConfig, RunFolder, TrainConfig, Trainer, two_stages
 
 # Rates: Muon's and AdamW's of the paper's fine-tuning; adapters, which AdamW trains, take a usual one.
@@ -57,7 +57,7 @@ PRESETS = {
 SAMPLE = "The 2nd of 3,300 tokens; naïve, 睡眠!\n\tdef f(x): return x"  # by which tokenizers are compared
 
 HELP = f"""usage: lmsleep finetune MODEL_DIR --task TASK [OPTIONS]
-       lmsleep finetune --resume RUN
+       lmsleep finetune --resume RUN [--trust]
 
 Teach a pretrained model to sleep: a local Hugging Face folder of a hybrid (qwen3_5, qwen3_next, olmo_hybrid,
 kimi_linear, nemotron_h, bamba, granitemoehybrid, falcon_h1, jet_nemotron), or of a model with attention alone
@@ -116,10 +116,8 @@ def finetune(argv: list[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         sys.stdout.write(HELP)
     elif argv[0] == "--resume":
-        if len(argv) != 2:
-            raise ValueError("--resume takes the folder of a run and nothing else: its own options hold")
         # The run's configuration says what model it is, so that `lmsleep train --resume` does the same.
-        finish(RunFolder.open(argv[1]))
+        finish(resumed(argv[1:]))
     else:
         finish(*_new_run(Path(argv[0]), argv[1:]))
 
@@ -162,19 +160,21 @@ def _new_run(folder: Path, argv: list[str]) -> tuple[RunFolder, Trainer]:
     kind = name.rpartition(":")[2]
     default = f"{folder.resolve().name}-{kind}-N{config.sleep.passes}-seed{config.train.seed}"
     out = options.run.out or Path("runs") / default
-    check_samples(config)  # first, and the trainer too: what cannot begin leaves no folder
+    say_rows(config.task)
     if preset.stages == 1:
-        trainer = Trainer(RunFolder(out), config)
-        return RunFolder.create(out, config), trainer
-    before = RunFolder(out.with_name(f"{out.name}-memory-layers"))
+        trainer = Trainer.begin(out, config)
+        return trainer.folder, trainer
+    before, after = RunFolder(out.with_name(f"{out.name}-memory-layers")), RunFolder(out)
     # The second stage is made now, so that it is refused now; the model that it starts from is written later.
     first, second = two_stages(config, before.path)
-    # The largest part of what can go wrong, the model itself, is loaded here.
-    trainer = Trainer(before, first)
-    # Before the first stage has a folder: the second must be able to have one.
-    RunFolder(out).check_new()
-    RunFolder.create(before.path, first)
-    return RunFolder.create(out, second), trainer
+    # The folder of the first stage comes before that of the second, which goes on from it: both were made,
+    # and more than that, where the first has begun.
+    if after.is_run() and before.has_begun():
+        raise FileExistsError(f"{out} has begun; continue it with --resume {out}, or name another --out")
+    after.check_new(second)
+    trainer = Trainer.begin(before.path, first)
+    after.make(second)
+    return after, trainer
 
 
 def _train(preset: Preset, batch_size: str) -> TrainConfig:
@@ -193,5 +193,5 @@ def _check_tokenizer(folder: Path, task: Task) -> None:
     if not has_tokenizer(folder):
         return
     own = HuggingFace(folder)
-    if not Path(given).is_dir() or HuggingFace(Path(given)).encode(SAMPLE) != own.encode(SAMPLE):
+    if not Path(given).is_dir() or begun(HuggingFace(Path(given)), SAMPLE) != begun(own, SAMPLE):
         raise ValueError(f"tokenizer={given!r} is not that of the model in {folder}; leave the option out")

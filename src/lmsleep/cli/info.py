@@ -1,6 +1,5 @@
 """`lmsleep info`: what a run or a model costs."""
 
-import json
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,8 +8,9 @@ from typing import Any
 from tyro.conf import Positional
 
 from lmsleep.cli.options import parse
-from lmsleep.evaluation.cost import cost
+from lmsleep.evaluation.cost import cost, on_meta
 from lmsleep.opening import find
+from lmsleep.plain import to_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +23,8 @@ class InfoOptions:
     """L; default the run's, or 64."""
     passes: int | None = None
     """N; default the run's, or 4."""
+    trust: bool = False
+    """Run the Python files that the run or model names, though you have trained no run with them."""
     json: bool = False
     """Print one JSON document instead of text."""
 
@@ -31,7 +33,7 @@ def info(argv: list[str]) -> None:
     """Run `lmsleep info RUN|MODEL`."""
     options = parse(InfoOptions, argv, "lmsleep info")
     # As before training, which needs no checkpoint: cost does not hang on weights.
-    model, sleep = find(options.path).backbone("cpu", trained=False)
+    model, sleep = find(options.path, trust=options.trust).backbone("cpu", trained=False)
     sleep = replace(
         sleep,
         window=sleep.window if options.window is None else options.window,
@@ -40,9 +42,9 @@ def info(argv: list[str]) -> None:
         ).consolidator,
     )
     # Shapes are enough, so that a model of any size costs no time.
-    figures = cost(model.to("meta"), sleep)
+    figures = cost(on_meta(model), sleep)
     if options.json:
-        sys.stdout.write(json.dumps(figures, indent=2) + "\n")
+        sys.stdout.write(to_json(figures) + "\n")
         return
     sys.stdout.write(
         INFO.format_map({**figures, "blocks": " ".join(figures["blocks"]), "break_even": _even(figures)})

@@ -1,6 +1,5 @@
 """`lmsleep inspect`: the microscope, on a run or on what a model reads."""
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,12 +7,14 @@ from pathlib import Path
 from tyro.conf import Positional
 
 from lmsleep import shipped
-from lmsleep.cli.opening import SleepOptions, new_session, take_up
+from lmsleep.cli.opening import GIVEN, SleepOptions, new_session, take_up
 from lmsleep.cli.options import parse
 from lmsleep.microscope import Inspection, inspect, words
-from lmsleep.session import Session
-from lmsleep.text.tokenizers import Bytes
+from lmsleep.plain import to_json
+from lmsleep.text.files import read_text, to_tokens
 from lmsleep.training import RunFolder
+
+SAMPLES = 128  # of a run's task, unless told
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +33,8 @@ class InspectOptions(SleepOptions):
     """File to read instead of --text."""
     memory: Path | None = None
     """Memory file to begin with; it is not changed."""
-    samples: int = 128
-    """Samples of the task, without --text and --file."""
+    samples: int | None = None
+    """Samples of a run's task, without --text and --file; default 128."""
     html: Path | None = None
     """Write one self-contained page to this file, replacing an old one."""
     json: bool = False
@@ -50,8 +51,7 @@ def inspect_command(argv: list[str]) -> None:
     if options.html is not None:
         seen.html(options.html)
     if options.json:
-        # allow_nan=False: NaN is no JSON, and other programs refuse it.
-        sys.stdout.write(json.dumps(seen.to_dict(), indent=2, allow_nan=False) + "\n")
+        sys.stdout.write(to_json(seen.to_dict()) + "\n")
         return
     for title, sentences in (
         ("What does sleep change?", words.changes(seen)),
@@ -68,21 +68,23 @@ def _look(options: InspectOptions) -> Inspection:
     if options.text is None and options.file is None:
         if options.memory is not None:
             raise ValueError("--memory needs --text or --file: what the memory is asked for")
-        if any(value is not None for value in (options.window, options.passes, options.loop)):
-            raise ValueError("--window, --passes and --loop are for --text or --file; a run has its own")
-        return inspect(RunFolder.open(shipped.find(options.model)), samples=options.samples, progress=True)
+        for name in (*GIVEN, "tokenizer"):
+            if getattr(options, name) is not None:
+                raise ValueError(f"--{name} is for --text or --file; a run has its own")
+        if options.device not in ("auto", "cpu"):
+            raise ValueError("--device is for --text or --file; a run is looked at on the CPU")
+        samples = SAMPLES if options.samples is None else options.samples
+        run = RunFolder.open(shipped.find(options.model), trust=options.trust)
+        return inspect(run, samples=samples, progress=True)
+    if options.samples is not None:
+        raise ValueError("--samples is for a run, without --text and --file")
     if options.text is not None and options.file is not None:
         raise ValueError("--text and --file exclude each other")
     session = new_session(options.model, options)
     if options.memory is not None:
         session = take_up(options.memory, session, options)
-    return inspect(session, _text(options, session), progress=True)
-
-
-def _text(options: InspectOptions, session: Session) -> str | list[int]:
-    """Return what is read: text, or the bytes of a file as tokens where a token is a byte."""
     if options.file is None:
-        return options.text or ""
-    data = options.file.read_bytes()
-    # Bytes need not be UTF-8.
-    return list(data) if isinstance(session.tokenizer, Bytes) else data.decode()
+        return inspect(session, options.text, progress=True)
+    assert session.tokenizer is not None, "an opened model has one"
+    tokens = to_tokens(read_text(options.file), session.tokenizer, options.file).tolist()
+    return inspect(session, tokens, progress=True)

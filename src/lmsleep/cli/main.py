@@ -1,10 +1,13 @@
 """Dispatch, and errors as one line: bad input leaves with 2, a failed run with 1."""
 
+import io
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from importlib import import_module
 
+from lmsleep.cli import interrupts
 from lmsleep.version import __version__
 
 # Where each command is, and what it is for; it is imported when it is called.
@@ -54,7 +57,30 @@ def usage() -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line `argv` (default: the process's own)."""
-    args = list(sys.argv[1:] if argv is None else argv)
+    if argv is None:
+        interrupts.own_process()
+    _open_closed_streams()
+    code, message = 0, ""
+    try:
+        _run(list(sys.argv[1:] if argv is None else argv))
+    except BaseException as error:
+        code, message = _outcome(error)
+    try:
+        # Here and not at exit, where what is wrong with it could no longer be said.
+        sys.stdout.flush()
+    except OSError as error:
+        # Or the interpreter would try again when it exits, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not code:
+            code, message = _outcome(error)
+    if message:
+        sys.stderr.write(f"lmsleep: {one_line(message)}\n")
+    if code:
+        sys.exit(code)
+
+
+def _run(args: list[str]) -> None:
+    """Run a command, or say which there are."""
     if not args or args[0] in ("-h", "--help"):
         sys.stdout.write(usage() + "\n")
         # Help that was asked for is no error; a missing command is.
@@ -63,30 +89,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.stdout.write(f"lmsleep {__version__}\n")
         return
     if args[0] not in COMMANDS:
-        _leave(2, f"unknown command {args[0]!r}; choose one of {', '.join(COMMANDS)}")
+        raise ValueError(f"unknown command {args[0]!r}; choose one of {', '.join(COMMANDS)}")
     # Imports torch, which --help and --version do without.
-    from lmsleep.training import Diverged, Interrupted
-
-    try:
-        _command(args[0])(args[1:])
-        # Here and not at exit, where a reader that is gone could no longer be caught below.
-        sys.stdout.flush()
-    # 128 + the signal's number is what a shell says of a process that a signal ended; 130 is Ctrl-C.
-    except Interrupted as error:
-        _leave(128 + error.signum, str(error))
-    except KeyboardInterrupt:
-        _leave(130, "interrupted")
-    except Diverged as error:
-        _leave(1, str(error))
-    except BrokenPipeError:  # the reader of our output (head, less) has seen enough
-        # Or the interpreter would flush the rest into the broken pipe when it exits, and complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    # After BrokenPipeError, which is an OSError; RuntimeError is the parent of Interrupted and Diverged.
-    except (ValueError, OSError) as error:
-        _leave(2, str(error))
-    except RuntimeError as error:
-        _leave(1, str(error))
+    command = _command(args[0])
+    _silence_libraries()
+    with interrupts.noted() as caught:
+        try:
+            command(args[1:])
+        except Exception as error:
+            # What Ctrl-C broke off may have become any error.
+            if caught:
+                raise KeyboardInterrupt from error
+            raise
 
 
 def _command(name: str) -> Callable[[list[str]], None]:
@@ -96,7 +110,62 @@ def _command(name: str) -> Callable[[list[str]], None]:
     return command
 
 
-def _leave(code: int, message: str) -> None:
-    """Say an error in one line on standard error, and exit."""
-    sys.stderr.write(f"lmsleep: {message}\n")
-    sys.exit(code)
+def _silence_libraries() -> None:
+    """Keep to our own lines: what libraries warn of is for programmers, who can ask for it."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not sys.warnoptions:  # of python -W and PYTHONWARNINGS
+        # Not a filter, by which tests could no longer make errors of them.
+        warnings.showwarning = lambda *_, **__: None
+
+
+def _outcome(error: BaseException) -> tuple[int, str]:
+    """Return the exit code and the words of an error; raise it again if it is none that users make."""
+    match error:
+        case SystemExit():  # after --help
+            return int(error.code or 0), ""
+        case KeyboardInterrupt():
+            return interrupts.CODE, interrupts.SAID
+        case BrokenPipeError():  # the reader of our output (head, less) has seen enough
+            return 1, ""
+        case MemoryError():
+            return 2, _too_large(error)
+        case RuntimeError():
+            # torch, which is there by now
+            from lmsleep.training import Interrupted
+            from lmsleep.training.device import NO_MEMORY
+
+            if any(sign in str(error) for sign in NO_MEMORY):
+                return 2, _too_large(error)
+            # 128 and its number is what a shell says of a process that a signal ended.
+            return 128 + error.signum if isinstance(error, Interrupted) else 1, str(error)
+        case ValueError() | OSError() | OverflowError() | ImportError():
+            return 2, str(error)
+    raise error
+
+
+def _too_large(error: Exception) -> str:
+    """Say that something does not fit; PyTorch adds where in its sources it was found out."""
+    lines = str(error).splitlines() or ["the machine has no more"]
+    return f"not enough memory ({lines[0]}): fewer samples, a smaller batch, window or model need less"
+
+
+def one_line(message: str) -> str:
+    """Return a message as one line that no terminal acts on."""
+    import re  # not before Ctrl-C is handled: the less stands at the top, the sooner it is
+
+    flat = re.sub(r"\s*[\n\r\v\f]\s*", " ", message.strip())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in flat)
+
+
+def _open_closed_streams() -> None:
+    """Give standard streams that were closed (`<&-`) an end, or the next file that opens would be one.
+
+    Names of files need not be text, and a terminal need not know every character: both are written escaped.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            # Output that goes nowhere by the user's will is no error, as with > /dev/null.
+            setattr(sys, name, open(os.devnull, mode))  # noqa: PTH123, SIM115 - as long as the process
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")

@@ -1,6 +1,5 @@
 """`lmsleep memory`: look at memory files, compare, merge, and trace them back."""
 
-import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -13,6 +12,7 @@ from lmsleep.cli.options import parse
 from lmsleep.files import locked
 from lmsleep.memory import read
 from lmsleep.memory.figures import diff_rows, head_rows, other_rows
+from lmsleep.plain import to_json
 from lmsleep.state import Memory
 
 
@@ -72,10 +72,10 @@ def memory(argv: list[str]) -> None:
 
 
 def _show(options: ShowOptions) -> None:
-    """Print what memory files hold, each as soon as it is read; JSON as one document at the end."""
+    """Print what memory files hold, when all are read."""
     if not options.files:
         raise ValueError("files must name at least one memory file")
-    shown = []
+    shown, said = [], []
     for path in options.files:
         saved = read(path)
         found, others = saved.memory, other_rows(saved.memory)
@@ -85,9 +85,11 @@ def _show(options: ShowOptions) -> None:
         )
         if not options.json:
             beside = f"  beside S:\n{_table(others)}" if others else ""
-            sys.stdout.write(f"{path}\n{_origin(header)}{table(found)}{beside}")
+            said.append(f"{path}\n{_origin(header)}{table(found)}{beside}")
+    # Only now: a file that is none must not be found behind half of an answer.
+    sys.stdout.write("".join(said))
     if options.json:
-        sys.stdout.write(json.dumps(shown, indent=2) + "\n")
+        sys.stdout.write(to_json(shown) + "\n")
 
 
 def _origin(header: dict[str, Any]) -> str:
@@ -103,7 +105,12 @@ def _origin(header: dict[str, Any]) -> str:
         "written": header["time"],
         **{f"tag {key}": value for key, value in header["tags"].items()},
     }
-    return "".join(f"  {name:<12} {value}\n" for name, value in lines.items())
+    return "".join(f"  {_printable(name):<12} {_printable(value)}\n" for name, value in lines.items())
+
+
+def _printable(value: object) -> str:
+    """Return a value out of a file as text that moves no cursor and begins no line."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(value))
 
 
 def table(found: Memory) -> str:
@@ -127,7 +134,7 @@ def _diff(options: DiffOptions) -> None:
     first, second = Memory.load(options.first), Memory.load(options.second)
     rows, others = diff_rows(first, second), other_rows(first.diff(second))
     if options.json:
-        sys.stdout.write(json.dumps(rows + others, indent=2) + "\n")
+        sys.stdout.write(to_json(rows + others) + "\n")
     else:
         sys.stdout.write(_table(rows) + (f"  beside S:\n{_table(others)}" if others else ""))
 
@@ -162,7 +169,7 @@ def _log(options: LogOptions) -> None:
     found = Memory.log(options.file)
     if options.json:
         rows = [{"file": where and str(where), **asdict(what)} for where, what in found]
-        sys.stdout.write(json.dumps(rows, indent=2) + "\n")
+        sys.stdout.write(to_json(rows) + "\n")
         return
     for where, what in found:
         if where is None:

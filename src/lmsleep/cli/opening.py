@@ -22,9 +22,12 @@ class SleepOptions:
     """Blocks first ... last - 1 that a new session loops, or the middle half; default that of the run or
     folder, or all (the middle half of a Hugging Face model)."""
     tokenizer: str | None = None
-    """Of a saved model: bytes, or the folder of a Hugging Face tokenizer; default its own, or bytes."""
+    """Of a saved model: bytes, or the folder of a Hugging Face tokenizer; default its own, or bytes. A run
+    has its own."""
     device: str = "auto"
     """auto (CUDA where present), cpu, cuda, ..."""
+    trust: bool = False
+    """Run the Python files that the run or model names, though you have trained no run with them."""
 
 
 def new_session(path: Path, options: SleepOptions, *, history: int = 0) -> Session:
@@ -36,7 +39,7 @@ def new_session(path: Path, options: SleepOptions, *, history: int = 0) -> Sessi
         ValueError: as `open_model`, or for a sleep that does not fit the model.
         FileNotFoundError: if there is none.
     """
-    model, sleep, tokenizer = open_model(path, options.tokenizer, options.device)
+    model, sleep, tokenizer = open_model(path, options.tokenizer, options.device, trust=options.trust)
     given = {name: getattr(options, name) for name in GIVEN}
     # What is not given stays as the model has it.
     given = {name: value for name, value in given.items() if value is not None}

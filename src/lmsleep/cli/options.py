@@ -1,23 +1,26 @@
 """What commands have in common: how options become flags, and tasks are listed."""
 
 import itertools
+import math
+import os
 import re
-from collections.abc import Sequence
-from contextlib import redirect_stderr
-from dataclasses import dataclass, field, fields, make_dataclass, replace
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass, replace
 from io import StringIO
-from typing import Any, get_args
+from typing import Any
 
 import tyro
 
 from lmsleep.backbones import Kind
 from lmsleep.models import HybridConfig
 from lmsleep.sleep import CONSOLIDATOR, CONSOLIDATORS, EVICTION, EVICTIONS, SleepConfig
-from lmsleep.tasks import TASKS, Split, batch_rng, find_task
-from lmsleep.training import RunConfig
+from lmsleep.tasks import TASKS, Task, Text, find_task
 
+NARROWEST, ENDLESS = 60, 100_000  # columns: of help, and of errors, which are one line
 # No prefixes: flags are --window, not --windows.window. Fixed fields are not in --help, for none can be set.
-ESCAPES = re.compile(r"\x1b\[[0-9;]*m")  # colours and weights of a terminal
 FLAT = (tyro.conf.OmitArgPrefixes, tyro.conf.SuppressFixed)
 
 
@@ -27,32 +30,95 @@ def parse(options: Any, argv: Sequence[str], prog: str, description: str | None 
     Raises:
         ValueError: for flags that do not fit, in one line.
     """
+    _check_not_empty(argv)
+    asked = bool({"-h", "--help"} & set(argv))
     said = StringIO()
     try:
         # tyro prints a box of many lines and exits; the command line says every error in one.
-        with redirect_stderr(said):
-            return tyro.cli(options, args=list(argv), config=FLAT, prog=prog, description=description)
+        with redirect_stderr(said), _terminal(for_help=asked):
+            found = tyro.cli(options, args=list(argv), config=FLAT, prog=prog, description=description)
     except SystemExit as leaving:
         # --help: tyro has printed it and leaves with 0.
         if not leaving.code:
             raise
         # `from None`: the box that tyro printed is all in the message.
-        raise ValueError(f"{_one_line(said.getvalue())} (see {prog} --help)") from None
+        raise ValueError(f"{_one_line(said.getvalue(), argv)} (see {prog} --help)") from None
+    _check_numbers(found)
+    return found
 
 
-def _one_line(box: str) -> str:
-    """Shorten tyro's box of paragraphs to the first one, and to which flag may have been meant."""
-    # Where standard output is a terminal tyro colours what it writes, wherever that goes.
-    box = ESCAPES.sub("", box)
+@contextmanager
+def _terminal(*, for_help: bool) -> Iterator[None]:
+    """Tell tyro how to write: help for the terminal there is, errors in lines as long as they are.
+
+    It asks the environment alone, and would write columns of a letter each on narrow terminals, and colours
+    where NO_COLOR forbids them.
+    """
+    width = max(shutil.get_terminal_size().columns, NARROWEST) if for_help else ENDLESS
+    plain = {"TERM": "dumb"} if os.environ.get("NO_COLOR") or not for_help else {}
+    changed = {"COLUMNS": str(width), **plain}
+    before = {name: os.environ.get(name) for name in changed}
+    os.environ.update(changed)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _check_not_empty(argv: Sequence[str]) -> None:
+    """Raise ValueError for an option without a value, `--out ''`: as a path it would be this folder."""
+    for before, word in itertools.pairwise(["", *argv]):
+        flag = before if not word and before.startswith("--") else word.removesuffix("=")
+        if flag.startswith("--") and (not word or flag != word):
+            raise ValueError(f"{flag} is empty; give it a value, or leave it out")
+
+
+def _check_numbers(options: Any) -> None:
+    """Raise ValueError for numbers that are none, or that no tensor could be indexed by."""
+    for f in fields(options):
+        value = getattr(options, f.name)
+        if is_dataclass(value):
+            _check_numbers(value)
+        for number in value if isinstance(value, tuple) else (value,):
+            flag = "--" + f.name.replace("_", "-")
+            if isinstance(number, float) and math.isnan(number):
+                raise ValueError(f"{flag} must be a number, got {number}")
+            if isinstance(number, int) and not -(2**63) <= number < 2**63:
+                raise ValueError(f"{flag} must lie within 64 bits, got {number}")
+
+
+def _one_line(box: str, argv: Sequence[str]) -> str:
+    """Shorten tyro's box of paragraphs to what is wrong, and to which flag may have been meant."""
     lines = [line.strip("│╰╯ ") for line in box.splitlines()]
     if lines[0].startswith("╭"):
         lines[0] = "─────"  # the title, which stands in the frame
     paragraphs = re.split(r"\n?^[─-]{5,}$\n", "\n".join(lines), flags=re.MULTILINE)[1:]  # before: the title
     # A box of another make is said whole rather than not at all.
-    told = paragraphs[0] if paragraphs else box
-    first = re.sub(r"^Error parsing \w+: ", "", " ".join(told.split()))
+    told = [" ".join(paragraph.split()) for paragraph in paragraphs or [box]]
+    # What is missing is often what was mistyped, and then named last.
+    unknown = next((words for words in told if words.startswith("Unrecognized options: ")), None)
+    first = re.sub(r"^Error parsing \w+: ", "", unknown or told[0])
+    # The types that a union was tried with, one by one.
+    first = first.partition(" Got errors: ")[0]
+    if unknown:
+        first += _after_which(unknown.removeprefix("Unrecognized options: "), argv)
+        first += "".join(f"; {words}" for words in told[:1] if words.startswith("Missing "))
     meant = re.search(r"Perhaps you meant:?\n(--[\w-]+)", "\n".join(paragraphs))
     return f"{first}; perhaps you meant {meant[1]}" if meant else first
+
+
+def _after_which(unknown: str, argv: Sequence[str]) -> str:
+    """Name the flag that a value too many stands behind."""
+    if unknown.startswith("-"):
+        return ""
+    words = [word for argument in argv for word in argument.split("=", 1)]
+    pairs = [(flag, " ".join(value.split())) for flag, value in itertools.pairwise(words)]
+    flags = [flag for flag, value in pairs if flag.startswith("--") and unknown.startswith(value)]
+    return f" (after {flags[0]})" if flags else ""
 
 
 def listed(docstrings: dict[str, str | None]) -> str:
@@ -153,8 +219,7 @@ def as_type(cls: Any, options: Any) -> Any:
     return cls(**{f.name: getattr(options, f.name) for f in fields(cls)})
 
 
-def check_samples(config: RunConfig) -> None:
-    """Draw a sample of each split; raise what the task raises if it cannot."""
-    # Some of what a task cannot draw shows only in drawing.
-    for split in get_args(Split):
-        config.task.batch(batch_rng(config.train.seed, split, 0), 1, split)
+def say_rows(task: Task) -> None:
+    """Say on standard error what became of the rows of a set; a file that is one document needs no words."""
+    if isinstance(task, Text) and task.summary is not None:
+        sys.stderr.write(f"{task.summary}\n")

@@ -27,8 +27,12 @@ class PlotOptions:
 def plot(argv: list[str]) -> None:
     """Run `lmsleep plot RUN...`."""
     options = parse(PlotOptions, argv, "lmsleep plot")
+    if not options.runs:
+        raise ValueError("runs must name at least one folder of a run")
     # Named before the runs are read, where matplotlib would fail in the end with a list of its formats.
     if options.out.suffix not in (".png", ".svg", ".pdf"):
         raise ValueError(f"out={options.out} must end in .png, .svg or .pdf")
+    if not options.out.parent.is_dir():
+        raise FileNotFoundError(f"out={options.out}: there is no folder {options.out.parent}")
     plot_runs([RunFolder.open(path) for path in options.runs], options.out, options.x)
     sys.stdout.write(f"{options.out}\n")

@@ -1,19 +1,19 @@
 """`lmsleep probe`: what sleep does to a model as it is."""
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tqdm import tqdm
 from tyro.conf import Positional
 
 from lmsleep.cli.options import parse
 from lmsleep.evaluation.facts import CHOICES, DROPPED, KEPT, Reading, zero_shot
 from lmsleep.opening import open_model
+from lmsleep.plain import to_json
+from lmsleep.progress import progress
 from lmsleep.sleep import SleepConfig
-from lmsleep.text.tokenizers import Bytes
+from lmsleep.text.files import read_text, to_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,11 +40,14 @@ class ProbeOptions:
     eviction: Literal["hard", "sliding"] = "hard"
     """After a sleep attention keeps nothing of the window (hard) or its last L - 1 tokens (sliding)."""
     tokenizer: str | None = None
-    """Of a saved model: bytes, or the folder of a Hugging Face tokenizer; default its own, or bytes."""
+    """Of a saved model: bytes, or the folder of a Hugging Face tokenizer; default its own, or bytes. A run
+    has its own."""
     device: str = "auto"
     """auto (CUDA where present), cpu, cuda, ..."""
     seed: int = 0
     """Of the pieces and the facts."""
+    trust: bool = False
+    """Run the Python files that the run or model names, though you have trained no run with them."""
     json: bool = False
     """Print one JSON document instead of a table."""
 
@@ -52,15 +55,14 @@ class ProbeOptions:
 def probe(argv: list[str]) -> None:
     """Run `lmsleep probe MODEL --text FILE`."""
     options = parse(ProbeOptions, argv, "lmsleep probe")
-    model, _, tokenizer = open_model(options.model, options.tokenizer, options.device)
-    data = options.text.read_bytes()
-    # Bytes need not be UTF-8; any other tokenizer reads text.
-    tokens = list(data) if isinstance(tokenizer, Bytes) else tokenizer.encode(data.decode())
+    model, _, tokenizer = open_model(options.model, options.tokenizer, options.device, trust=options.trust)
+    tokens = to_tokens(read_text(options.text), tokenizer, options.text).tolist()
     sleep = SleepConfig(window=options.window, eviction=options.eviction, loop=options.loop)
     # Two more ways of reading: nothing evicted, and nothing remembered.
-    with tqdm(total=2 + len(options.passes), desc="ways of reading", disable=None, leave=False) as bar:
+    total = (2 + len(set(options.passes))) * options.samples
+    with progress(total=total, desc="pieces", leave=False) as bar:
 
-        def progress(way: str) -> None:
+        def read(way: str) -> None:
             bar.set_postfix_str(way)
             bar.update(1)
 
@@ -74,12 +76,12 @@ def probe(argv: list[str]) -> None:
                 samples=options.samples,
                 windows=options.windows,
                 seed=options.seed,
-                progress=progress,
+                progress=read,
             )
         )
     if options.json:
         document = {"chance": 1 / CHOICES, "readings": [r.to_dict() for r in readings]}
-        sys.stdout.write(json.dumps(document, indent=2) + "\n")
+        sys.stdout.write(to_json(document) + "\n")
     else:
         sys.stdout.write(_table(readings) + "\n" + _verdict(readings) + "\n")
 

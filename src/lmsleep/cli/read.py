@@ -71,5 +71,10 @@ def _begin(options: ReadOptions, new: Session) -> Session:
     """Return the session that reads: what the memory file holds, a fork of the parent, or a new one."""
     # The file goes before --parent: after a kill the same command, which names both, must go on.
     if options.memory.exists():
-        return take_up(options.memory, new, options)
+        session = take_up(options.memory, new, options)
+        if options.parent is not None and take_up(options.parent, new, options).origin.id not in (
+            session.origin.parents
+        ):
+            raise ValueError(f"--parent {options.parent}: {options.memory} exists and is no fork of it")
+        return session
     return new if options.parent is None else take_up(options.parent, new, options).fork()

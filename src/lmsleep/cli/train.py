@@ -1,6 +1,9 @@
 """`lmsleep train`: a model from random weights, on a task or on text."""
 
+import errno
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, make_dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -8,13 +11,13 @@ from typing import Any, Literal
 from lmsleep.backbones import find_kind
 from lmsleep.cli.options import (
     as_type,
-    check_samples,
     chosen_sleep,
     given_options,
     listed,
     listed_tasks,
     model_field,
     parse,
+    say_rows,
     sleep_fields,
     task_field,
 )
@@ -31,6 +34,8 @@ from lmsleep.training import (
     baseline,
 )
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
@@ -45,6 +50,8 @@ class RunOptions:
     their own; the defaults of a preset are tuned for the hybrid."""
     baseline: Literal[tuple(BASELINES)] | None = None  # type: ignore[valid-type]
     """Train a baseline of the run described by all other options instead; see lmsleep train --help."""
+    trust: bool = False
+    """Run the Python files that the run or model of --start names, though you never trained with them."""
 
 
 def train(argv: list[str]) -> None:
@@ -53,34 +60,55 @@ def train(argv: list[str]) -> None:
         sys.stdout.write(TRAIN_HELP)
         return
     if argv[0] == "--resume":
-        if len(argv) != 2:
-            raise ValueError("--resume takes the folder of a run and nothing else: its own options hold")
-        finish(RunFolder.open(argv[1]))
+        finish(resumed(argv[1:]))
     else:
         finish(*_new_run(argv[0], argv[1:]))
 
 
+def resumed(argv: list[str]) -> RunFolder:
+    """Return the run that `RUN [--trust]` names."""
+    named = [argument for argument in argv if argument != "--trust"]
+    if len(named) != 1 or len(argv) > 2:
+        raise ValueError(
+            "--resume takes the folder of a run and nothing else but --trust: its own options hold"
+        )
+    return RunFolder.open(named[0], trust="--trust" in argv)
+
+
 def finish(folder: RunFolder, trainer: Trainer | None = None) -> None:
     """Train a run to its end, after the run whose model it goes on from, and say how it went."""
-    # The second of two stages: the first one exports the model that this one loads.
-    if (before := folder.source()) is not None:
-        try:
+    # Before anything of the run is read: another process may be about to write it.
+    with folder.locked(), _going_on(folder):
+        # The second of two stages: the first one exports the model that this one loads.
+        if (before := folder.source()) is not None:
             (trainer or Trainer.take_up(before)).fit()
-        except Interrupted as stop:
-            # Named is the run that was asked for; resuming it takes the first stage up again.
-            raise Interrupted(
-                stop.signum, f"stopped; to go on: lmsleep train --resume {folder.path}"
-            ) from None
-        # It was that of the first stage, and that of the second could not be made without its export.
-        trainer = None
-    trainer = trainer or Trainer.take_up(folder)
-    trainer.fit()
-    # The report has what was spent beside the score.
-    sys.stdout.write(_score_text(folder, trainer.config, folder.report() or {}))
+            # It was that of the first stage, and that of the second could not be made without its export.
+            trainer = None
+        trainer = trainer or Trainer.take_up(folder)
+        trainer.fit()
+        # The report has what was spent beside the score.
+        sys.stdout.write(_score_text(folder, trainer.config, folder.report() or {}))
+
+
+@contextmanager
+def _going_on(folder: RunFolder) -> Iterator[None]:
+    """Say how to go on where a run is stopped, or the disk is full."""
+    resume = f"lmsleep train --resume {folder.path}"
+    try:
+        yield
+    except Interrupted as stop:
+        # Named is the run that was asked for; resuming it takes the first of two stages up again.
+        step = str(stop).partition(";")[0]
+        raise Interrupted(stop.signum, f"{step}; to go on: {resume}") from None
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        said = f"{error.strerror}; make room, then {resume}"
+        raise OSError(error.errno, said, error.filename) from None
 
 
 TRAIN_HELP = f"""usage: lmsleep train TASK [OPTIONS]
-       lmsleep train --resume RUN
+       lmsleep train --resume RUN [--trust]
 
 Train a hybrid that reads in windows of L tokens and sleeps N passes at the end of each; or a backbone of your
 own, --backbone FILE.py:CLASS (docs/carry-on.md).
@@ -123,9 +151,9 @@ def _new_run(task: str, argv: list[str]) -> tuple[RunFolder, Trainer]:
         # Of the run that all other options describe, hence after parsing.
         name, config = options.run.baseline, baseline(options.run.baseline, config)
     out = options.run.out or Path("runs") / f"{task.rpartition(':')[2]}-{name}-seed{config.train.seed}"
-    check_samples(config)  # first, and the trainer too: what cannot begin leaves no folder
-    trainer = Trainer(RunFolder(out), config)
-    return RunFolder.create(out, config), trainer
+    say_rows(config.task)
+    trainer = Trainer.begin(out, config, trust=options.run.trust)
+    return trainer.folder, trainer
 
 
 def _score_text(folder: RunFolder, config: RunConfig, report: dict[str, Any]) -> str:

@@ -18,15 +18,15 @@ def cost(model: Any, sleep: SleepConfig, *, dtype_bytes: int = 4) -> dict[str, A
     2 ... N of a sleep on it. Keys and values take `dtype_bytes` per number, fast weights four.
 
     Args:
-        model: a `Model` on the device "meta", where nothing is computed, or the options of one with random
-            weights: `HybridConfig`, or those of a backbone of one's own.
+        model: a `Model` on the device "meta" (`on_meta`), where nothing is computed, or the options of one
+            with random weights: `HybridConfig`, or those of a backbone of one's own.
         sleep: its window and passes; the window defaults to 64 tokens where nothing is evicted.
         dtype_bytes: bytes of a key or value: 4 in float32, 2 in bfloat16.
     """
     L = sleep.window or 64
     if not isinstance(model, nn.Module):
         with torch.device("meta"):
-            model = build(model).to("meta")  # also what the context did not catch
+            model = on_meta(build(model))  # also what the context did not catch
     # On "meta" shapes are computed and numbers are not: a model of any size is counted in milliseconds.
     tokens = torch.zeros(1, L, dtype=torch.int64, device="meta")
     empty = model.initial_state(1)
@@ -63,6 +63,19 @@ def cost(model: Any, sleep: SleepConfig, *, dtype_bytes: int = 4) -> dict[str, A
         "flops_sleep": sleep_flops,
         "flops_sleep_per_token": sleep_flops / L,
     }
+
+
+def on_meta(model: Any) -> Any:
+    """Move a model to the device "meta", where weights that it uses in several places stay one."""
+    names: dict[int, list[str]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(p), []).append(name)
+    model = model.to("meta")  # which makes a parameter anew wherever it is used
+    for first, *others in names.values():
+        for name in others:
+            owner, _, own = name.rpartition(".")
+            setattr(model.get_submodule(owner), own, model.get_parameter(first))
+    return model
 
 
 def _flops(call: Any) -> int:

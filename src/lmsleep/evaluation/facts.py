@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lmsleep.evaluation.intervals import wilson
 from lmsleep.sleep import Backbone, SleepConfig, sleep_forward
-from lmsleep.text.tokenizers import Tokenizer
+from lmsleep.text.tokenizers import Tokenizer, check_tokens
 
 KEPT, DROPPED = "nothing is evicted", "memory is dropped too"
 FACTS, CHOICES = 4, 8  # facts in a context, and numbers to choose the answer from
@@ -77,10 +77,11 @@ def zero_shot(
 ) -> Iterator[Reading]:
     """Read the same pieces of a text with each number of passes, and in the two reference ways.
 
-    A piece is `windows` windows long. Counted are its tokens from the second window on, the first of each
-    window left out, which `DROPPED` could not predict. Then the same pieces are read with `FACTS` planted
-    sentences in their first window, all is evicted, and a fork of the memory is asked for each fact: is the
-    right number likelier than those of the other facts and as many that were not planted?
+    A piece is `windows` windows long, and begins with what the tokenizer puts before a text. Counted are its
+    tokens from the second window on, the first of each window left out, which `DROPPED` could not predict.
+    Then the same pieces are read with `FACTS` planted sentences in their first window, all is evicted, and a
+    fork of the memory is asked for each fact: is the right number likelier than those of the other facts and
+    as many that were not planted?
 
     Args:
         model: any `Backbone`.
@@ -91,10 +92,11 @@ def zero_shot(
         samples: pieces.
         windows: windows in a piece, at least 2.
         seed: of places, facts and numbers.
-        progress: called with the way that is about to be measured.
+        progress: called with the way after each piece that was read in it.
 
     Raises:
-        ValueError: for a window that is too short for the facts, or a text that is too short for a piece.
+        ValueError: for a window that is too short for the facts, a text that is too short for a piece, or
+            tokens that the model does not know.
     """
     if sleep.window is None:
         raise ValueError(
@@ -106,13 +108,20 @@ def zero_shot(
         )
     L = sleep.window
     generator = torch.Generator().manual_seed(seed)
-    pieces = _pieces(torch.as_tensor(tokens), L * windows, samples, generator)
+    begin = torch.tensor([*tokenizer.begin], dtype=torch.int64)
+    pieces = _pieces(begin, torch.as_tensor(tokens), L * windows, samples, generator)
     quizzes = [_Quiz.draw(tokenizer, piece, L, generator) for piece in pieces]
+    # Before anything is read: a tokenizer may know tokens that its model does not.
+    for read in (torch.as_tensor(tokens), begin, *(quiz.tokens() for quiz in quizzes)):
+        check_tokens(read, model.vocab_size, tokenizer)
     ways: dict[str, SleepConfig | None] = {KEPT: replace(sleep, window=None), DROPPED: None}
     for way, config in {**ways, **{f"N = {n}": sleep.with_passes(n) for n in passes}}.items():
-        progress(way)
-        nats = [_nats(model, piece, L, config) for piece in pieces]
-        answers = torch.cat([quiz.answered(model, config) for quiz in quizzes])
+        nats, answered = [], []
+        for piece, quiz in zip(pieces, quizzes, strict=True):
+            nats.append(_nats(model, piece, L, config))
+            answered.append(quiz.answered(model, config))
+            progress(way)
+        answers = torch.cat(answered)
         yield Reading(
             way=way,
             nats=sum(nats) / len(nats),
@@ -122,14 +131,18 @@ def zero_shot(
         )
 
 
-def _pieces(tokens: Tensor, length: int, samples: int, generator: torch.Generator) -> list[Tensor]:
+def _pieces(
+    begin: Tensor, tokens: Tensor, length: int, samples: int, generator: torch.Generator
+) -> list[Tensor]:
+    """Draw pieces `[length]`, each a stream of its own, which begins with `begin`."""
+    length -= len(begin)
     if len(tokens) < length:
         raise ValueError(
             f"text has {len(tokens)} tokens, a piece needs {length}; take a longer text or fewer windows"
         )
     # Drawn before the facts, so that the pieces do not depend on how many facts there are.
     starts = torch.randint(len(tokens) - length + 1, (samples,), generator=generator)
-    return [tokens[a : a + length] for a in starts.tolist()]
+    return [torch.cat([begin, tokens[a : a + length]]) for a in starts.tolist()]
 
 
 def _nats(model: Backbone, piece: Tensor, L: int, sleep: SleepConfig | None) -> float:
@@ -172,18 +185,24 @@ class _Quiz:
         questions = [tokenizer.encode(f"\nThe code of {place} is") for place in places]
         answers = [tokenizer.encode(f" {n}") for n in numbers]
         longest = max(map(len, questions)) + max(map(len, answers))
-        if len(planted) > L or longest > L:
+        begin = len(tokenizer.begin)  # of the piece, before which nothing is planted
+        if begin + len(planted) > L or longest > L:
             raise ValueError(
                 f"window={L} is too short: the planted facts have {len(planted)} tokens, "
                 f"a question with its answer {longest}"
             )
         # Planted anywhere in the first window, whole; what the piece gains in front it loses at its end.
-        at = int(torch.randint(L - len(planted) + 1, (), generator=generator))
+        at = begin + int(torch.randint(L - begin - len(planted) + 1, (), generator=generator))
         context = torch.cat([piece[:at], torch.tensor(planted), piece[at:]])[: len(piece)]
         # The numbers of the other facts are among the choices: knowing that some number was read does not
         # help.
         choices = [[answers[i], *answers[:i], *answers[i + 1 :]] for i in range(FACTS)]
         return cls(context, questions, choices)
+
+    def tokens(self) -> Tensor:
+        """Return all tokens that are read of it, `[n]`."""
+        asked = [*self.questions, *(choice for choices in self.choices for choice in choices)]
+        return torch.cat([self.context, *map(torch.tensor, asked)])
 
     def answered(self, model: Backbone, sleep: SleepConfig | None) -> Tensor:
         """Return log-likelihoods `[FACTS, CHOICES]` in nats, the right first; None: without a context."""

@@ -1,6 +1,7 @@
 """Accuracy per difficulty and bits per token, at any number of passes."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,7 +52,7 @@ class Score:
         wanted = batch.loss_mask[:, 1:].flatten()
         # Position i reads token i and predicts token i + 1.
         position = torch.arange(tokens.shape[1], device=tokens.device).repeat(len(tokens))
-        evicted = position >= (after or tokens.shape[1])
+        evicted = position >= (tokens.shape[1] if after is None else after)
         # A context is evicted before the first token of its rows.
         if after is not None and batch.context is not None:
             evicted = torch.ones_like(evicted)
@@ -97,20 +98,27 @@ def evaluate(
     seed: int = EVAL_SEED,
     device: torch.device | str = "cpu",
     after: int | None = None,
+    progress: Callable[[int], object] = lambda read: None,
 ) -> Score:
     """Score `model` on `batches * batch_size` held-out samples, the same for every call with one seed.
 
     A batch is read in `parts` parts, in the memory of one. What counts as "after eviction" are tokens from
     position `after` on, by default the window: give it to score the same tokens with a model that evicts
-    nothing.
+    nothing. `progress` is called with the number of batches that were read just now.
+
+    Raises:
+        ValueError: for no batches, or a position before the first.
     """
     if batches < 1:
         raise ValueError(f"batches must be at least 1, got {batches}")
+    if after is not None and after < 0:
+        raise ValueError(f"after must not be negative, got {after}")
     score = Score()
     for index in range(batches):
         for part in task.batch(batch_rng(seed, "test", index), batch_size, "test").parts(parts):
             batch = part.to(device)
             logits = read_batch(model, batch, sleep, return_logits=True).logits
             assert logits is not None
-            score.add(batch, logits, after or sleep.window)
+            score.add(batch, logits, sleep.window if after is None else after)
+        progress(1)
     return score

@@ -26,6 +26,7 @@ class Layout:
         channels: of the short convolution; None for none.
         dtype: of keys, values and convolution.
         memory_dtype: of `S`.
+        slides: whether its tokens look back no further than the model's own `sliding_window`.
     """
 
     memory: tuple[int, int, int] | None
@@ -34,6 +35,7 @@ class Layout:
     channels: int | None
     dtype: torch.dtype
     memory_dtype: torch.dtype
+    slides: bool
 
 
 class HFBackbone(nn.Module):
@@ -117,17 +119,27 @@ class HFBackbone(nn.Module):
         scale = getattr(self.model.get_decoder(), "embedding_multiplier", None)
         return h if scale is None else h * scale
 
+    def normed(self, h: Tensor) -> Tensor:
+        """Return what the head reads of hidden states `[B, T, d]`: what the decoder alone gives."""
+        decoder = self.model.get_decoder()
+        normed: Tensor = next(getattr(decoder, name) for name in NORMS if hasattr(decoder, name))(h)
+        return normed
+
     def head(self, h: Tensor) -> Tensor:
         """Map hidden states `[B, T, d]` to logits `[B, T, V]`, scaled as the model scales them."""
         decoder = self.model.get_decoder()
-        norm = next(getattr(decoder, name) for name in NORMS if hasattr(decoder, name))
-        logits: Tensor = self.model.get_output_embeddings()(norm(h))
-        # As for embeddings: the scale of logits (Granite divides, Falcon-H1 multiplies) is in code not called
-        # here.
+        logits: Tensor = self.model.get_output_embeddings()(self.normed(h))
+        # As for embeddings: the scale of logits (Granite divides, Falcon-H1 and Cohere multiply, Gemma caps)
+        # is in code not called here.
         if (divisor := getattr(self.config, "logits_scaling", None)) is not None:
             logits = logits / divisor
-        if (factor := getattr(decoder, "lm_head_multiplier", None)) is not None:
-            logits = logits * factor
+        for factor in (
+            getattr(decoder, "lm_head_multiplier", None),
+            getattr(self.model, "logit_scale", None),
+        ):
+            logits = logits if factor is None else logits * factor
+        if (cap := getattr(self.config, "final_logit_softcapping", None)) is not None:
+            logits = torch.tanh(logits / cap) * cap
         return logits
 
     def run(
@@ -166,10 +178,16 @@ class HFBackbone(nn.Module):
             carried |= self._lend(i, state.memory.S[i], where.rebased(i))
         cache = RunCache(carried)
         for i in range(start, stop):
-            limit = _sliding(blocks[i], span)
-            h = call_block(blocks[i], h, cache, where, where.mask(limit) if self.layouts[i].kv else None)
+            mask = where.mask(self._reach(i, span)) if self.layouts[i].kv else None
+            h = call_block(blocks[i], h, cache, where, mask)
         done = cache.finished()
         return h, state.replace(start, [self._returned(i, done, where.ordinals) for i in range(start, stop)])
+
+    def _reach(self, i: int, span: int | None) -> int | None:
+        """Return how far tokens of block i look back: `span`, or the model's own window if it is shorter."""
+        # Read from the configuration at every call, as the model does it.
+        own: int | None = self.model.get_decoder().config.sliding_window if self.layouts[i].slides else None
+        return min((limit for limit in (own, span) if limit is not None), default=None)
 
     def _lend(self, i: int, memory: Tensor | None, cache: tuple[Tensor, ...]) -> dict[int, Carried]:
         x, lent = self.layouts[i], {i: Carried()}
@@ -214,17 +232,6 @@ class HFBackbone(nn.Module):
         joined = State.join(states, order)
         cache = replace(joined.cache, filled=state.cache.filled)
         return torch.cat(hs)[order], State(joined.memory, cache)
-
-
-def _sliding(block: Any, span: int | None) -> int | None:
-    """Return how far the block's tokens look back: `span`, or its own window if that is shorter."""
-    attention = getattr(block, "self_attn", None)
-    own = getattr(attention, "sliding_window", None)
-    named = ((block, "block_type"), (block, "attention_type"), (attention, "layer_type"))
-    kinds = [getattr(place, name, None) for place, name in named]
-    if "sliding_attention" not in kinds or own is None:
-        return span
-    return own if span is None else min(own, span)
 
 
 def call_block(block: Any, h: Tensor, cache: RunCache, where: Positions, mask: Tensor | None) -> Tensor:

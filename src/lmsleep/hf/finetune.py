@@ -20,7 +20,7 @@ from lmsleep.layers import MemoryKind, MemoryLayer
 from lmsleep.sleep import SleepConfig
 
 Trained = Literal["lora", "memory", "full"]
-WEIGHTS = "trained.safetensors"
+WEIGHTS, GENERATION = "trained.safetensors", "generation_config.json"
 # What an exported model does not take from the folder it was made from: weights, and what describes them.
 NOT_COPIED = (
     "*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx",
@@ -197,13 +197,20 @@ def export(backbone: HFBackbone, options: FineTune, sleep: SleepConfig, folder: 
     It is that of `sleepify(...).save_pretrained`: config.json says how the model sleeps. The tokenizer and
     other small files come along. What stood at `folder` is replaced.
     """
+    from transformers import GenerationConfig
+
     from lmsleep.hf.sleeping import sleepify  # which imports transformers
 
     model = sleepify(merged(backbone, options), sleep)
+    # The folder's own is copied below, as it is: transformers 5.21 and 5.22 do not write what contradicts
+    # itself (a temperature with do_sample=false), as published ones do.
+    model.generation_config = GenerationConfig.from_model_config(model.config)
     # Written aside and renamed, so that a kill leaves no half of a model under the name.
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
+    if (options.folder / GENERATION).is_file():
+        (partial / GENERATION).unlink()
     for file in options.folder.iterdir():
         if file.is_file() and not any(map(file.match, NOT_COPIED)) and not (partial / file.name).exists():
             shutil.copy(file, partial)

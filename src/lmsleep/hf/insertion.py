@@ -57,8 +57,11 @@ def insert_memory_layers(
     """
     blocks = _blocks(model)
     config = model.config.get_text_config()
-    if getattr(config, FIELD, None) or set(getattr(config, "layer_types", None) or ()) - ATTENTION:
-        raise ValueError(f"model: {config.model_type} has more than attention already; adapt it as it is")
+    if not attention_only(config):
+        raise ValueError(
+            f"model: {config.model_type} has more than attention already, and memory layers are for models "
+            "with attention alone; a hybrid is adapted as it is"
+        )
     D = len(blocks)
     if where == "even" and not 1 <= n <= D:
         raise ValueError(f"n={n} must lie in 1 ... {D}, the number of blocks")
@@ -69,6 +72,11 @@ def insert_memory_layers(
     attach(model, {"kind": kind, "after": after})
     added = sum(p.numel() for i in after for p in blocks[i].memory.parameters())
     return Insertion(kind, tuple(after), added, added / before)
+
+
+def attention_only(config: Any) -> bool:
+    """Say whether a text model has attention blocks alone, which memory layers can be added to."""
+    return not (getattr(config, FIELD, None) or set(getattr(config, "layer_types", None) or ()) - ATTENTION)
 
 
 def attach(model: Any, inserted: dict[str, Any]) -> None:

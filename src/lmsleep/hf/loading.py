@@ -1,21 +1,22 @@
 """`load_pretrained`: a model of `transformers` from a local folder, checked before anything is computed."""
 
-import json
 import logging
-import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from lmsleep.foreign import read_json, reading
 from lmsleep.hf import insertion
 from lmsleep.text.tokenizers import HuggingFace
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "tiktoken.model", "tekken.json",
+    "vocab.json",
+)  # fmt: skip
 LICENSES = {
     "jet_nemotron": "the published weights of Jet-Nemotron, and what is trained from them, are licensed "
     "for non-commercial use only (NVIDIA License, section 3.3)"
@@ -30,25 +31,28 @@ def load_pretrained(path: str | Path, *, dtype: torch.dtype | None = None, **opt
         path: a folder with config.json and safetensors, in one file or sharded.
         dtype: of the weights; default that of the checkpoint.
         options: further arguments of `from_pretrained`, such as `device_map` or `attn_implementation`.
+            `trust_remote_code` changes nothing: code in a folder is never run.
 
     Returns:
         A `transformers.PreTrainedModel` in evaluation mode.
 
     Raises:
         FileNotFoundError: for a folder without model, or a shard that is missing.
-        ValueError: for a damaged file, an architecture that is not supported, tensors that are missing, left
-            over or of another shape, or a tokenizer with more tokens than the model; names the file or field.
+        ValueError: for a damaged file, an architecture or a quantisation that is not supported, tensors that
+            are missing, left over or of another shape, or whatever else `transformers` raises; names the file
+            or field.
     """
     folder = Path(path)
     config = _config(folder)
     _check_weights(folder)
-    _check_tokenizer(folder, config)
+    if has_tokenizer(folder):
+        HuggingFace(folder)  # at once, not when the first text is read
     from transformers import AutoModelForCausalLM
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     inserted = getattr(config.get_text_config(), insertion.FIELD, None)
     own = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    with _quiet():
+    with reading(_refusal(folder, config)):
         model, found = (insertion.with_memory(own) if inserted else AutoModelForCausalLM).from_pretrained(
             folder,
             config=config,
@@ -56,7 +60,7 @@ def load_pretrained(path: str | Path, *, dtype: torch.dtype | None = None, **opt
             local_files_only=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # to name them all
-            **options,
+            **{**options, "trust_remote_code": False},
         )
     _check_tensors(folder, found)
     if inserted:
@@ -70,7 +74,7 @@ def load_pretrained(path: str | Path, *, dtype: torch.dtype | None = None, **opt
 def is_pretrained(folder: Path) -> bool:
     """Return True if the folder's config.json is that of a model of `transformers`."""
     file = folder / "config.json"
-    return file.is_file() and "model_type" in _json(file)
+    return file.is_file() and "model_type" in read_json(file)
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -81,7 +85,6 @@ def has_tokenizer(folder: Path) -> bool:
 def _config(folder: Path) -> Any:
     """Read the configuration of a supported model."""
     try:
-        from huggingface_hub.errors import StrictDataclassError
         from transformers import AutoConfig
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
     except ImportError:
@@ -95,26 +98,40 @@ def _config(folder: Path) -> Any:
         adapter = (folder / "adapter_config.json").is_file()
         hint = " (it holds an adapter; name its base model)" if adapter else ""
         raise FileNotFoundError(f"{folder} holds no model: config.json is missing{hint}")
-    fields = _json(file)
+    fields = read_json(file)
     kind = fields.get("model_type")
     if not isinstance(kind, str):
         raise ValueError(f"{file}: the field model_type is missing, so this is no model of transformers")
-    try:
+    with reading(f"{file}: model_type={kind!r} cannot be configured"):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{file}: model_type={kind!r} cannot be configured: {reason}") from error
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(f"{file}: model_type={kind!r} is no causal language model, which alone can sleep")
     return config
 
 
+def _refusal(folder: Path, config: Any) -> str:
+    """Return the beginning of the error if the model cannot be made."""
+    quantised = getattr(config, "quantization_config", None)
+    if quantised is None:
+        return f"{folder}: transformers cannot make a model of it"
+    method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+    return (
+        f"{folder}: quantization_config in config.json (quant_method={method!r}) cannot be read here; "
+        "use the folder of the model that is not quantised"
+    )
+
+
 def _check_weights(folder: Path) -> None:
     """Check that all files of the checkpoint are there, whole, and hold what the index says."""
     if (folder / INDEX).is_file():
-        where = _json(folder / INDEX).get("weight_map")
-        if not isinstance(where, dict) or not where:
+        where = read_json(folder / INDEX).get("weight_map")
+        if not where:
             raise ValueError(f"{folder / INDEX}: the field weight_map is missing")
+        # Names of files in this folder: no paths, by which any file could be read.
+        if not isinstance(where, dict) or not all(
+            isinstance(f, str) and f == Path(f).name for f in where.values()
+        ):
+            raise ValueError(f"{folder / INDEX}: weight_map must say in which file of the folder a tensor is")
     elif (folder / WEIGHTS).is_file():
         where = dict.fromkeys(_names(folder / WEIGHTS), WEIGHTS)
     else:
@@ -142,21 +159,6 @@ def _names(file: Path) -> set[str]:
         raise ValueError(f"{file} is damaged ({error}); copy it again") from error
 
 
-def _check_tokenizer(folder: Path, config: Any) -> None:
-    """Check that a tokenizer beside the model knows no token that the model does not."""
-    if not has_tokenizer(folder):
-        return
-    numbers = HuggingFace(folder).tokenizer.get_vocab().values()
-    size, rows = max(numbers, default=-1) + 1, config.get_text_config().vocab_size
-    if size == 0:
-        raise ValueError(f"{folder}: its tokenizer has no tokens; copy the files of the tokenizer again")
-    if size > rows:
-        raise ValueError(
-            f"{folder}: its tokenizer has {size} tokens, the model (vocab_size in config.json) only {rows}; "
-            "use the tokenizer that the model was trained with"
-        )
-
-
 def _check_tensors(folder: Path, found: dict[str, Any]) -> None:
     """Check that the checkpoint holds the tensors of the model, all of them and no others."""
     if missing := found["missing_keys"]:
@@ -170,34 +172,7 @@ def _check_tensors(folder: Path, found: dict[str, Any]) -> None:
         raise ValueError(f"{folder}: {_some(errors)}")
 
 
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        fields = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} is no JSON ({error}); copy it again") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{file} is no JSON object; copy it again")
-    return fields
-
-
 def _some(names: Iterable[str]) -> str:
     ordered = sorted(names)
     rest = f" and {len(ordered) - NAMED} more" if len(ordered) > NAMED else ""
     return ", ".join(ordered[:NAMED]) + rest
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the report of `transformers` on tensors (ours is an error); show a bar only on a terminal."""
-    from transformers.utils import logging
-
-    before, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-        if bar:
-            logging.enable_progress_bar()

@@ -50,7 +50,7 @@ class SleepCache(Cache):
             keep: at how many positions, counted from the end, logits are wanted.
 
         Returns:
-            Logits `[B, keep, V]`, zeros for padding.
+            Logits `[B, keep, V]`, zeros for padding, NaN for a row of padding alone.
 
         Raises:
             ValueError: for other rows than before, padding after or among tokens, or padding alone.
@@ -79,6 +79,8 @@ class SleepCache(Cache):
         out = next(x for x in logits if len(x)).new_zeros(B, keep, logits[0].shape[-1])
         for row, x in zip(out, logits, strict=True):
             row[keep - len(x) :] = x
+            if not len(x):  # zeros would say that all tokens are as likely
+                row.fill_(torch.nan)
         return out
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

@@ -6,16 +6,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import LogitsProcessor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lmsleep.hf.backbone import HFBackbone
-from lmsleep.hf.cache_name import named
+from lmsleep.hf.cache_name import cache_name, named
 from lmsleep.hf.card import write_card
+from lmsleep.hf.dressed import Dressed, put_before
 from lmsleep.hf.loading import load_pretrained
 from lmsleep.hf.sleep_cache import SleepCache
+from lmsleep.hf.sleeping_decoder import let_sleep
 from lmsleep.hf.trial import adapt
+from lmsleep.hf.whole_text import check_alone, check_tokens, read_whole, valid_tokens
 from lmsleep.session import Session
-from lmsleep.sleep import SleepConfig, SleepOutput, sleep_forward
+from lmsleep.sleep import SleepConfig, SleepOutput
+from lmsleep.trust import named_by
 
 
 def sleepify(model: Any, sleep: SleepConfig) -> Any:
@@ -37,23 +42,34 @@ def sleepify(model: Any, sleep: SleepConfig) -> Any:
         ValueError: for a model that cannot sleep, with the reason, or a sleep that does not fit it.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    backbone = base.backbone if isinstance(base, _Sleeping) else adapt(base)
+    backbone = adapt(base)
     Session(backbone, sleep)  # refuses what does not fit
-    base.config.sleep = sleep.to_dict()
+    decoder = base.get_decoder()
     if not isinstance(base, _Sleeping):
-        own = type(base)
-        names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
-        base.__class__ = type(own.__name__, (_Sleeping, own), names)
-        base.__dict__["backbone"] = backbone  # no submodule: it holds the model itself
+        if patched := [type(x).__name__ for x in (base, decoder) if "forward" in vars(x)]:
+            raise ValueError(
+                f"model: something has put a forward over that of {' and '.join(patched)} (hooks of "
+                "accelerate for several devices, Liger, a trainer), which would be awake; sleepify the model "
+                "before that"
+            )
+        let_sleep(decoder, backbone.layouts)
+        put_before(_Sleeping, base)
+        base.__dict__["own_backbone"] = backbone  # no submodule: it holds the model itself
+    if getattr(base, "generation_config", None) is not None:
+        base.generation_config.cache_implementation = None  # what the folder says of a plain cache
+    base.config.sleep = decoder.config.sleep = sleep.to_dict()
     return model
 
 
-def from_pretrained(path: str | Path, sleep: SleepConfig | None = None, **options: Any) -> Any:
+def from_pretrained(
+    path: str | Path, sleep: SleepConfig | None = None, *, trust: bool = False, **options: Any
+) -> Any:
     """Load a model that sleeps from a local folder.
 
     Args:
         path: folder of a model that `save_pretrained` wrote, or of any other that can sleep.
         sleep: instead of what the folder says.
+        trust: run the Python file that the sleep of the folder names.
         options: as for `load_pretrained`, such as `dtype`.
 
     Returns:
@@ -62,9 +78,10 @@ def from_pretrained(path: str | Path, sleep: SleepConfig | None = None, **option
     Raises:
         ValueError: as `load_pretrained` and `sleepify`, or if nobody says how to sleep.
         FileNotFoundError: as `load_pretrained`.
+        PermissionError: if the sleep names code that may not run.
     """
     model = load_pretrained(path, **options)
-    sleep = saved_sleep(model.config, path) if sleep is None else sleep
+    sleep = saved_sleep(model.config, path, trust=trust) if sleep is None else sleep
     if sleep is None:
         raise ValueError(
             f"{path}: its config.json has no field sleep; pass sleep=SleepConfig(window=..., passes=...)"
@@ -72,33 +89,40 @@ def from_pretrained(path: str | Path, sleep: SleepConfig | None = None, **option
     return sleepify(model, sleep)
 
 
-def saved_sleep(config: Any, path: str | Path) -> SleepConfig | None:
+def saved_sleep(config: Any, path: str | Path, *, trust: bool = False) -> SleepConfig | None:
     """Read the sleep in a configuration of `transformers`; None if it has none.
 
     Raises:
         ValueError: if it is damaged; names `path`.
+        PermissionError: if it names code that may not run, and `trust` does not say that it may.
     """
     found = getattr(config, "sleep", None)
     if found is None:
         return None
     try:
-        return SleepConfig.from_dict(found)
+        with named_by(Path(path) / "config.json", trust=trust):
+            return SleepConfig.from_dict(found)
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: the field sleep of config.json is damaged: {error}") from None
 
 
-class _Sleeping:
-    """The class that `sleepify` puts before the class of a model.
-
-    Attributes:
-        backbone: the model as the sleep algorithm sees it, for `Session`, `sleep_forward` and all else.
-    """
+class _Sleeping(Dressed):
+    """The class that `sleepify` puts before the class of a model."""
 
     _is_stateful = True  # transformers refuses speculation, which would have to take back what was read
     accepts_loss_kwargs = True  # Trainer passes num_items_in_batch
-    backbone: HFBackbone
+    own_backbone: HFBackbone
     config: Any
     training: bool
+    get_decoder: Any
+
+    @property
+    def backbone(self) -> HFBackbone:
+        """The model as the sleep algorithm sees it, for `Session`, `sleep_forward` and all else."""
+        held = self.own_backbone
+        if held.model is not self:  # this is a replica of `nn.DataParallel`, which copies attributes
+            held = self.__dict__["own_backbone"] = HFBackbone(self, held.layouts)
+        return held
 
     @property
     def sleep(self) -> SleepConfig:
@@ -130,7 +154,7 @@ class _Sleeping:
         cache: SleepCache | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
@@ -149,7 +173,8 @@ class _Sleeping:
             cache: the same, in the name of transformers from 5.24 on.
             labels: `[B, T]`: `input_ids`, or -100 where a token is not to be predicted.
             use_cache: True: go on in a new cache if there is none.
-            logits_to_keep: only the logits of so many last positions; 0: all.
+            logits_to_keep: only the logits of so many last positions, or at these positions (`[n]` int64);
+                0: all.
             num_items_in_batch: what the summed loss is divided by; default the number of predicted tokens.
             return_dict: False: a tuple.
             kwargs: options that are switched off.
@@ -162,19 +187,20 @@ class _Sleeping:
             ValueError: for inputs that cannot be read by windows; names the argument.
             BrokenSleep: if a sleep of a cache left NaN or infinity.
         """
-        if refused := [name for name, value in kwargs.items() if value is not None and value is not False]:
-            raise ValueError(f"{', '.join(refused)}: a model that sleeps reads input_ids alone; leave it out")
-        if input_ids is None or input_ids.ndim != 2 or not input_ids.shape[1]:
-            raise ValueError(
-                "input_ids must hold new tokens, [B, T]; with a cache give all that went through it and what "
-                "is new, or what is new with an attention_mask over all"
-            )
-        valid = _valid(attention_mask, position_ids, input_ids)
+        check_alone(kwargs)
         cache = past_key_values if cache is None else cache
+        tokens = check_tokens(
+            input_ids,
+            read_on="; with a cache give all that went through it and what is new, or what is new with an "
+            "attention_mask over all",
+        )
+        read_on = bool(cache is not None or use_cache)
+        valid = valid_tokens(attention_mask, position_ids, tokens, read_on=read_on)
+        kept = _kept(logits_to_keep)
         cache = self.new_cache() if use_cache and cache is None else cache
         if cache is None:
-            loss, logits = self._whole(input_ids, valid, labels, num_items_in_batch)
-            logits = None if logits is None else logits[:, -logits_to_keep:]
+            loss, logits = self._whole(tokens, valid, labels, num_items_in_batch)
+            logits = None if logits is None else logits[:, kept]
         else:
             if labels is not None:
                 raise ValueError("labels need a whole text: leave out past_key_values and use_cache=True")
@@ -184,7 +210,10 @@ class _Sleeping:
                 )
             if cache.model is not self.backbone:
                 raise ValueError("past_key_values is the memory of another model; use model.new_cache()")
-            loss, logits = None, cache.read(input_ids, valid, logits_to_keep or input_ids.shape[1])
+            # Logits are made where they are wanted alone: of a long prompt that is its last position.
+            T = tokens.shape[1]
+            last = min(logits_to_keep or T, T) if isinstance(logits_to_keep, int) else T
+            loss, logits = None, cache.read(tokens, valid, last)[:, kept]
         out = CausalLMOutputWithPast(loss=loss, logits=logits, **named(cache))
         return out.to_tuple() if return_dict is False else out
 
@@ -192,37 +221,68 @@ class _Sleeping:
         self, tokens: Tensor, valid: Tensor | None, labels: Tensor | None, items: Tensor | int | None
     ) -> tuple[Tensor | None, Tensor | None]:
         """Return loss (nats a token) and logits of whole texts."""
-        sleep, wanted, lengths, turned = self.sleep, None, None, None
+        wanted = None
         if labels is not None:
+            if labels.shape != tokens.shape:
+                raise ValueError(f"labels must be {[*tokens.shape]} as input_ids, got {[*labels.shape]}")
             wanted = labels != -100
             if not torch.equal(labels[wanted], tokens[wanted]):
                 raise ValueError(
                     "labels must be those of input_ids, or -100: other targets are not supported"
                 )
-        if valid is not None:  # rows begin with their first token, so that padding moves no window
-            lengths = valid.sum(dim=1)
-            # Each row is turned round until its first token stands first; logits are turned back below.
-            T, first = valid.shape[1], valid.int().argmax(dim=1)
-            turned = (torch.arange(T, device=valid.device) + first[:, None]) % T
-            tokens, wanted = tokens.gather(1, turned), None if wanted is None else wanted.gather(1, turned)
         checkpoint = self.training and self.is_gradient_checkpointing
         keep = labels is None or not checkpoint
-        read = sleep_forward(
-            self.backbone, tokens, wanted, sleep, lengths=lengths, return_logits=keep, checkpoint=checkpoint
+        read, logits, predicted = read_whole(
+            self.backbone, tokens, valid, self.sleep, wanted=wanted, keep=keep, checkpoint=checkpoint
         )
-        logits = read.logits
-        if logits is not None and turned is not None:
-            logits = logits.gather(1, turned.argsort(1)[..., None].expand_as(logits))
-        return None if wanted is None else _loss(read, wanted, lengths, items), logits
+        return None if labels is None else _loss(read, predicted, items), logits
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate as `transformers` does, in a cache that sleeps unless given one or `use_cache=False`."""
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        generation_config: Any = None,
+        logits_processor: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Generate as `transformers` does, in a cache that sleeps unless given one or `use_cache=False`.
+
+        Raises:
+            ValueError: as `transformers`; for another kind of cache, for logits with NaN, and for a prompt
+                that ends with padding or has no token.
+        """
+        kind = kwargs.pop("cache_implementation", None) or getattr(
+            generation_config, "cache_implementation", None
+        )
+        if kind is not None:
+            raise ValueError(f"cache_implementation={kind!r}: a model that sleeps has a cache of its own")
         given = [kwargs.pop(name, None) for name in ("past_key_values", "cache")]
         cache = next((one for one in given if one is not None), None)
         if cache is None and kwargs.get("use_cache") is not False:
             cache, kwargs["use_cache"] = self.new_cache(), True
         kwargs |= {} if cache is None else named(cache)
-        return super().generate(*args, **kwargs)  # type: ignore[misc]
+        processors = [*(logits_processor or ()), _NoNaN()]
+        return super().generate(inputs, generation_config, processors, *args, **kwargs)  # type: ignore[misc]
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Prepare a step as `transformers` does, without what `generate` alone has a use for.
+
+        Raises:
+            ValueError: without a cache, for a prompt that ends with padding (a cache says so itself).
+        """
+        for name in (
+            "tokenizer",
+            "assistant_tokenizer",
+        ):  # of stop strings; other models ignore what they get
+            kwargs.pop(name, None)
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[misc]
+        mask = inputs.get("attention_mask")
+        if inputs.get(cache_name()) is None and mask is not None and not bool(mask[:, -1].all()):
+            raise ValueError(
+                "attention_mask ends with padding: a prompt needs a token, and is padded on the left "
+                "(tokenizer.padding_side = 'left')"
+            )
+        return inputs
 
     def save_pretrained(
         self, save_directory: str | Path, is_main_process: bool = True, **kwargs: Any
@@ -236,7 +296,11 @@ class _Sleeping:
         if is_main_process:
             write_card(Path(save_directory), self.config, self.sleep)
 
-    is_gradient_checkpointing = False
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether the activations of whole passes are recomputed in the backward pass."""
+        asked: bool = self.get_decoder().is_gradient_checkpointing
+        return asked
 
     def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """Recompute the activations of whole passes in the backward pass.
@@ -245,45 +309,48 @@ class _Sleeping:
         have no use here): that drops what they carry, and nothing would be remembered.
         """
         del args, kwargs
-        self.is_gradient_checkpointing = True
+        self.get_decoder().is_gradient_checkpointing = True
 
     def activation_checkpointing_disable(self) -> None:
         """Keep all activations for the backward pass."""
-        self.is_gradient_checkpointing = False
+        self.get_decoder().is_gradient_checkpointing = False
 
     gradient_checkpointing_enable = activation_checkpointing_enable
     gradient_checkpointing_disable = activation_checkpointing_disable
 
 
-def _valid(mask: Tensor | None, position_ids: Tensor | None, tokens: Tensor) -> Tensor | None:
-    """Return a mask `[B, T]`, bool, False for padding; None if there is none."""
-    B, T = tokens.shape
-    if mask is not None:
-        if mask.ndim != 2 or len(mask) != B or mask.shape[1] < T:
-            raise ValueError(f"attention_mask must be [B, T] = [{B}, {T}] or longer, got {[*mask.shape]}")
-        mask = mask[:, -T:].bool()
-        if bool((mask[:, 1:] & ~mask[:, :-1]).sum(1).add(mask[:, 0]).gt(1).any()):
-            raise ValueError("attention_mask has padding among the tokens of a row; pad before or after them")
-    if position_ids is not None:
-        steps = position_ids.diff(dim=-1) == 1
-        if mask is not None:
-            steps = steps | ~(mask[:, 1:] & mask[:, :-1])
-        if not bool(steps.all()):
+class _NoNaN(LogitsProcessor):
+    """Lets nothing be drawn from NaN, of which greedy generation would make token 0 without a word."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if bad := scores.isnan().any(dim=-1).nonzero()[:, 0].tolist():
             raise ValueError(
-                "position_ids start again within a row: packed texts would share a memory; give each a row"
+                f"logits of row {', '.join(map(str, bad))} are NaN, so no token can be drawn: either "
+                "attention_mask hides the whole prompt, or the model computes NaN (look at its weights)"
             )
-    return None if mask is None or bool(mask.all()) else mask
+        return scores
 
 
-def _loss(read: SleepOutput, wanted: Tensor, lengths: Tensor | None, items: Tensor | int | None) -> Tensor:
+def _kept(logits_to_keep: int | Tensor) -> slice | Tensor:
+    """Return the positions whose logits are wanted.
+
+    Raises:
+        ValueError: for what is neither a number of last positions nor positions.
+    """
+    if isinstance(logits_to_keep, Tensor) and logits_to_keep.ndim == 1:
+        return logits_to_keep
+    if isinstance(logits_to_keep, int) and logits_to_keep >= 0:
+        return slice(-logits_to_keep, None)
+    raise ValueError(
+        f"logits_to_keep={logits_to_keep} must be how many last positions, 0 for all, or a tensor [n] of "
+        "positions"
+    )
+
+
+def _loss(read: SleepOutput, predicted: int, items: Tensor | int | None) -> Tensor:
     """Return the mean over predicted tokens, or their sum over `items`; zero where nothing is predicted."""
     if read.loss is None:
         # A zero that depends on the weights: backward() works on a batch without targets.
         written = [t.sum() for t in read.memory.tensors()]
         return torch.stack(written).sum() * 0.0
-    if items is None:
-        return read.loss
-    predicted = wanted[:, 1:]
-    if lengths is not None:
-        predicted = predicted & (torch.arange(1, wanted.shape[1], device=wanted.device) < lengths[:, None])
-    return read.loss * (predicted.sum() / items)
+    return read.loss if items is None else read.loss * (predicted / items)

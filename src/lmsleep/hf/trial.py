@@ -1,25 +1,33 @@
 """`adapt`: a model of `transformers` becomes a backbone once a trial has shown that it can sleep."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lmsleep import foreign
 from lmsleep.hf.backbone import HFBackbone, Layout, call_block
 from lmsleep.hf.cache import Carried, RunCache
+from lmsleep.hf.insertion import attention_only
 from lmsleep.hf.positions import Positions
 from lmsleep.state import Cache, Memory, State
 
 TOKENS = 8  # of the trial: enough to be cut into several tokens, several more, and one
 CUTS = (TOKENS // 2, TOKENS - 1)
+# How far tokens look back, in configurations of transformers. For the trial each is this short at most, so
+# that its few tokens see whether a window of thousands is heeded.
+REACHES, SHORT = ("sliding_window", "attention_chunk_size"), 3
 
 
 def adapt(model: Any) -> HFBackbone:
     """Make a causal language model of `transformers` a backbone of the sleep algorithm.
 
-    The model is not changed, and its weights are shared. A few tokens are run to see what each block carries,
-    that the blocks called one by one compute what the model computes, and that a second call goes on from
-    the fast weights that the first left.
+    The model is not changed, and its weights are shared; what `sleepify` made has its backbone already, which
+    is returned. A few tokens are run to see what each block carries, that the blocks called one by one
+    compute what the model computes, and that a second call goes on from the fast weights that the first left.
 
     Args:
         model: a hybrid (attention and fast weights) such as qwen3_5, qwen3_next, olmo_hybrid, kimi_linear,
@@ -30,6 +38,8 @@ def adapt(model: Any) -> HFBackbone:
         ValueError: for a model that cannot sleep, with the reason.
     """
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if isinstance(own := getattr(model, "backbone", None), HFBackbone):
+        return own
     name = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     if not hasattr(model, "get_decoder") or not hasattr(model.get_decoder(), "layers"):
         raise ValueError(f"model: {name} is no decoder with a list of blocks, so it cannot be adapted")
@@ -51,11 +61,24 @@ def adapt(model: Any) -> HFBackbone:
         )
     training = model.training
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _short_windows(model.get_decoder().config):
             backbone = _tried(model.eval(), name)
     finally:
         model.train(training)
     return backbone.train(training)
+
+
+@contextmanager
+def _short_windows(config: Any) -> Iterator[None]:
+    """Let windows of the model's own be `SHORT` for a while; its masks are made from the configuration."""
+    own = {name: reach for name in REACHES if isinstance(reach := getattr(config, name, None), int)}
+    for name, reach in own.items():
+        setattr(config, name, min(reach, SHORT))
+    try:
+        yield
+    finally:
+        for name, reach in own.items():
+            setattr(config, name, reach)
 
 
 def _tried(model: Any, name: str) -> HFBackbone:
@@ -67,10 +90,11 @@ def _tried(model: Any, name: str) -> HFBackbone:
         reason = _reason_against(backbone, tokens)
     except ValueError as error:
         raise ValueError(f"model: {name} cannot sleep: {error}") from error
-    except (TypeError, AttributeError, LookupError, RuntimeError) as error:
-        # Code of transformers that was never meant to be called so fails in any of these ways.
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of code that was never meant to be called so, and of odd configurations
         raise ValueError(
-            f"model: {name} cannot sleep: its blocks do not run one by one ({type(error).__name__}: {error})"
+            f"model: {name} cannot sleep: its blocks do not run one by one ({foreign.reason(error)})"
         ) from error
     if reason is not None:
         raise ValueError(f"model: {name} cannot sleep: {reason}")
@@ -80,16 +104,40 @@ def _tried(model: Any, name: str) -> HFBackbone:
 def _layouts(model: Any, tokens: Tensor) -> list[Layout]:
     """Run the blocks on nothing before and see what each leaves: so no family has to be known by name."""
     scout = HFBackbone(model, ())
+    slide = _sliding(scout, tokens)
     h, found = scout.embed(tokens), []
     where = Positions(model, h, State(Memory(()), Cache(())), (), 0, 0)
     for i, block in enumerate(scout.blocks):
         cache = RunCache({})
         h = call_block(block, h, cache, where, None)
-        found.append(_layout(i, cache.finished(), model.dtype))
+        found.append(_layout(i, cache.finished(), model.dtype, i in slide))
     return found
 
 
-def _layout(i: int, done: dict[int, Carried], dtype: torch.dtype) -> Layout:
+def _sliding(scout: HFBackbone, tokens: Tensor) -> set[int]:
+    """Return the blocks whose last token is not shown the first, by the masks that the model gives them."""
+    found: set[int] = set()
+
+    def look(i: int, block: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        mask = options.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.ndim == 4:
+            first = mask[0, 0, -1, 0]
+            if bool(~first if first.dtype == torch.bool else first < 0):  # eager attention adds its mask
+                found.add(i)
+
+    hooks = [
+        block.register_forward_pre_hook(partial(look, i), with_kwargs=True)
+        for i, block in enumerate(scout.blocks)
+    ]
+    try:
+        scout.model(tokens, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def _layout(i: int, done: dict[int, Carried], dtype: torch.dtype, slides: bool) -> Layout:
     """Describe what block i left; fast weights may belong to a layer of another number than the block's."""
     own = done.get(i, Carried())
     writers = [j for j, c in done.items() if c.S is not None]
@@ -108,13 +156,19 @@ def _layout(i: int, done: dict[int, Carried], dtype: torch.dtype) -> Layout:
         channels=None if tail is None else tail.shape[2],
         dtype=dtype,
         memory_dtype=torch.float32 if S is None else S.dtype,
+        slides=slides and kv is not None,
     )
 
 
 def _reason_against(backbone: HFBackbone, tokens: Tensor) -> str | None:
     """Return why the model cannot sleep, None if it can."""
     if all(x.memory is None for x in backbone.layouts):
-        return "no block has fast weights to write to; add some with lmsleep.hf.insert_memory_layers"
+        if attention_only(backbone.config):
+            return "no block has fast weights to write to; add some with lmsleep.hf.insert_memory_layers"
+        return (
+            "none of its recurrent blocks keeps fast weights (a matrix per head) where transformers keeps "
+            "keys and values, as those of hybrids do (bamba, qwen3_5 ...)"
+        )
     logits = backbone.model(tokens, use_cache=False).logits
     h, whole = _read(backbone, tokens)
     if not _close(backbone.head(h), logits):

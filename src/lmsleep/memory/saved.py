@@ -50,6 +50,8 @@ def read(path: str | Path, model: Starts | None = None) -> Saved:
         origin = origin_from(header)
         memory = Memory(unpack(tensors, header["blocks"]))
         saved = Saved(memory, origin, header, {k: t for k, t in tensors.items() if not k.startswith("S.")})
+        if saved.window.ndim != 1 or saved.window.dtype != torch.int64:
+            raise ValueError("its open window is no row of tokens")
         unread = len(saved.window)
         if unread > origin.tokens:
             raise ValueError(f"its open window has {unread} tokens, and it read {origin.tokens}")
@@ -61,6 +63,8 @@ def read(path: str | Path, model: Starts | None = None) -> Saved:
             raise ValueError(f"{path} is the memory of another model (or of other weights of this one)")
         # Only the layout and where tensors lie are asked of the one row; the memory may have any number.
         memory = memory.like(model.initial_state(1).memory, path)
+        if not all(map(file.finite, memory.tensors())):
+            raise ValueError(f"{path} holds numbers that are too large for the model's dtype")
     # `S` is that of the beginning of the window, so its origin leaves out the tokens of the window.
     return replace(saved, memory=replace(memory, origin=replace(origin, tokens=origin.tokens - unread)))
 
@@ -77,11 +81,19 @@ def write(
     """Write what `read` returns; header and tensors default to nothing else.
 
     Raises:
-        ValueError: for an unknown storage, or a tensor with NaN or infinity.
+        ValueError: for an unknown storage, a tensor with NaN or infinity, or what else `read` would refuse.
         OSError: if the file cannot be written; an old one is untouched.
     """
-    said = {**asdict(origin), "blocks": len(memory.layers), **(header or {})}
-    file.write(Path(path), {**pack(memory, storage), **(tensors or {})}, said)
+    said = {**asdict(origin), "blocks": len(memory.layers)}
+    try:  # by the rules of `read`, before anything is replaced
+        packed = pack(memory, storage)
+        origin_from(said)
+        for block in _names(packed, said["blocks"]):
+            for name in block:
+                _unpacked(packed, name)
+    except ValueError as error:
+        raise ValueError(f"{path} is not written: {error}") from None
+    file.write(Path(path), {**packed, **(tensors or {})}, {**said, **(header or {})})
 
 
 def load(path: str | Path, model: Starts | None = None) -> Memory:
@@ -148,21 +160,10 @@ def origin_from(header: Mapping[str, Any]) -> Origin:
     try:
         known = {f.name: header[f.name] for f in fields(Origin)}
         # JSON made lists of the tuples.
-        origin = Origin(**{**known, "parents": tuple(known["parents"]), "rule": tuple(known["rule"])})
-    except (KeyError, TypeError, OverflowError) as error:
+        lists = {name: tuple(known[name]) for name in ("parents", "rule")}
+    except (KeyError, TypeError) as error:
         raise ValueError(f"the origin of the memory lacks a field: {error}") from None
-    if not isinstance(origin.tags, Mapping):
-        raise ValueError("the tags of the memory are of another type")
-    texts = [origin.id, *origin.parents, *origin.tags, *origin.tags.values()]
-    texts += [text for text in (origin.model, *origin.rule) if text is not None]
-    counts = [origin.tokens, origin.sleeps]
-    whole = counts if origin.passes is None else [*counts, origin.passes]
-    # By its type, since True is an int to isinstance.
-    if not all(isinstance(text, str) for text in texts) or not all(type(n) is int for n in whole):
-        raise ValueError("the origin of the memory has a field of another type")
-    if min(counts) < 0:
-        raise ValueError(f"the origin of the memory counts {origin.tokens} tokens, {origin.sleeps} sleeps")
-    return origin
+    return Origin(**{**known, **lists})
 
 
 def _name(block: int, part: int) -> str:
@@ -184,7 +185,9 @@ def pack(memory: Memory, storage: Storage | None) -> dict[str, Tensor]:
     for block, tensors in enumerate(memory.parts):
         for part, S in enumerate(tensors):
             name = _name(block, part)
+            _check(name, S)
             if storage == "int8":
+                S = S.to(torch.promote_types(S.dtype, torch.float32))
                 scale = S.abs().reshape(*_heads(S), -1).amax(-1).view(_scale_shape(S)).float()
                 # A head that is zero has the scale 0; its shares are to be 0, not NaN.
                 share = S / scale.clamp(min=torch.finfo(scale.dtype).tiny)
@@ -193,6 +196,12 @@ def pack(memory: Memory, storage: Storage | None) -> dict[str, Tensor]:
             else:
                 packed[name] = S if storage is None else S.to(getattr(torch, storage))
     return packed
+
+
+def _check(name: str, S: Tensor) -> None:
+    """Refuse what are no fast weights: numbers of a kind that files have, in one row or more."""
+    if not S.ndim or not S.numel() or S.dtype not in file.DTYPES.values():
+        raise ValueError(f"{name} holds no fast weights [B, ...], but {[*S.shape]} of {S.dtype}")
 
 
 def _heads(S: Tensor) -> tuple[int, ...]:
@@ -212,26 +221,31 @@ def unpack(tensors: Mapping[str, Tensor], blocks: int) -> tuple[tuple[Tensor, ..
         ValueError: for a number of blocks that no model has, or a tensor of fast weights that is missing its
             scale, is no number or has no rows.
     """
+    return tuple(tuple(_unpacked(tensors, name) for name in block) for block in _names(tensors, blocks))
+
+
+def _names(tensors: Mapping[str, Tensor], blocks: int) -> list[list[str]]:
+    """Return the names of each block's tensors; errors are those of `unpack`."""
     # The number comes from the file, and the loop below must end soon whatever it says.
     if type(blocks) is not int or not 0 <= blocks <= MAX_BLOCKS:
-        raise ValueError(f"blocks must lie in 0 ... {MAX_BLOCKS}, got {blocks!r}")
+        raise ValueError(f"blocks must lie in 0 ... {MAX_BLOCKS}, got {blocks!r:.80}")
     names = [[*takewhile(tensors.__contains__, (_name(i, part) for part in count()))] for i in range(blocks)]
     known = {name for block in names for name in block}
     # Names in a row only: behind a gap (`S.3`, `S.3.2`) a tensor would be lost without a word.
     strange = {name.removesuffix(".scale") for name in tensors if name.startswith("S.")} - known
     if strange:
-        raise ValueError(f"{min(strange)} is the tensor of no block")
-    found = tuple(tuple(_unpacked(tensors, name) for name in block) for block in names)
-    if len({len(S) for part in found for S in part}) > 1:
+        raise ValueError(f"{min(strange)!r:.80} is the tensor of no block")
+    if len({tensors[name].shape[:1] for name in known}) > 1:
         raise ValueError("its fast weights differ in their number of rows")
-    return found
+    return names
 
 
 def _unpacked(tensors: Mapping[str, Tensor], name: str) -> Tensor:
     """Return the fast weights called `name`, checked and, out of int8, scaled."""
     S = tensors[name]
-    if not S.ndim or not S.numel() or S.is_complex() or not file.finite(S):
-        raise ValueError(f"{name} holds no fast weights [B, ...] of finite numbers")
+    _check(name, S)
+    if not file.finite(S):
+        raise ValueError(f"{name} holds NaN or infinity")
     if S.dtype != torch.int8:
         return S.to(torch.promote_types(S.dtype, torch.float32))  # `S` lives in float32 or better
     if f"{name}.scale" not in tensors:

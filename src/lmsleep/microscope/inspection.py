@@ -7,7 +7,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from lmsleep.files import write_atomic
 from lmsleep.memory import model_identity
@@ -18,6 +17,7 @@ from lmsleep.microscope.readback import readback_rows
 from lmsleep.microscope.seen import Row, Seen
 from lmsleep.microscope.subject import Subject, from_run, from_session
 from lmsleep.microscope.trace import Window, fast_weight_layers, watch
+from lmsleep.progress import progress as bar_of
 from lmsleep.session import Session
 from lmsleep.session.session import Readable
 from lmsleep.tasks import batch_rng
@@ -58,7 +58,7 @@ def inspect(
             observation, the last one too, though part-filled; its end, from the last eviction on, is what
             the memory is asked for. For a run: None.
         samples: for a run: samples looked at; a probe is fitted on eight times as many, of training.
-        progress: show progress bars on a terminal.
+        progress: show bars on standard error; where there is no terminal, a line every ten seconds.
 
     Raises:
         ValueError: for a session without a text or a run with one, what never sleeps, or a model without fast
@@ -75,7 +75,7 @@ def inspect(
         seen = from_session(subject, text)
 
     def bar(steps: Iterator[T], what: str, total: int | None = None) -> Iterator[T]:
-        yield from tqdm(steps, what, total, disable=None if progress else True, leave=False)
+        yield from bar_of(show=progress, iterable=steps, desc=what, total=total, leave=False)
 
     # Twice, before and after: no sleep may touch the slow weights.
     slow_before = model_identity(seen.model)

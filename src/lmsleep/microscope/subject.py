@@ -46,11 +46,13 @@ def from_run(run: RunFolder, samples: int) -> Subject:
     """Take a run's newest checkpoint and held-out samples of its task.
 
     Raises:
-        ValueError: if the run never sleeps, has no fast weights, or its samples end before an eviction.
+        ValueError: if the run never sleeps, has no fast weights, its samples end before an eviction, or its
+            data have changed.
         OSError: if it has no checkpoint.
     """
     if samples < 1:
         raise ValueError(f"samples must be at least 1, got {samples}")
+    run.check_data("look at a text (--text or --file)")
     config, model = run.config(), run.model()
     _sleeps(model)
     sleep = config.sleep

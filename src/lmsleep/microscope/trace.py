@@ -1,7 +1,7 @@
 """Watching a stream sleep: what every pass over every window left behind."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -71,16 +71,15 @@ def watch(
             f"consolidator={by} cannot be watched: only a sleep in passes over a window, awake in one, can"
         )
     state = model.initial_state(len(tokens)) if state is None else state
+    heard = dict[int, Writes]()
+    model = _listening(model, heard)
     for window in tokens.split(sleep.window or max(tokens.shape[1], 1), dim=1):
-        watched = _Watched(model, by.loop_range(model.num_blocks))
-        with watched.listening():
-            _, after = read_window(watched, window, state, sleep, passes=sleep.passes, logits=False)
+        watched = _Watched(model, by.loop_range(model.num_blocks), heard)
+        _, after = read_window(watched, window, state, sleep, passes=sleep.passes, logits=False)
         last = watched.passes[-1]
         # Blocks after the loop write in the last pass only, and after `run` has recorded it.
-        passes = [
-            *watched.passes[:-1],
-            replace(last, memory=after.memory, writes={**last.writes, **watched.heard}),
-        ]
+        passes = [*watched.passes[:-1], replace(last, memory=after.memory, writes={**last.writes, **heard})]
+        heard.clear()
         after = after if sleep.window is None else evict(sleep.eviction, after, sleep.window)
         yield Window(window, state, passes, after)
         state = after
@@ -92,8 +91,8 @@ class _Watched:
 
     model: Backbone
     loop: tuple[int, int]
+    heard: dict[int, Writes]
     passes: list[Pass] = field(default_factory=list)
-    heard: dict[int, Writes] = field(default_factory=dict)
 
     @property
     def num_blocks(self) -> int:
@@ -124,25 +123,30 @@ class _Watched:
         h, state = self.model.run(h, state, start, stop, **rows)
         # A pass is what runs exactly the looped blocks; what runs before and after them is no pass.
         if (start, stop) == self.loop:
-            self.passes.append(Pass(h, state.memory, self.heard))
-            self.heard = {}
+            self.passes.append(Pass(h, state.memory, dict(self.heard)))
+            self.heard.clear()
         return h, state
 
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Hear what the layers with fast weights are given."""
 
-        def hook(block: int) -> Any:
-            def hear(layer: Any, args: tuple[Any, ...]) -> None:
-                x, _, cache, valid, *_ = args
-                self.heard[block] = layer.writes(x, cache, valid)[0]
+def _listening(model: Backbone, heard: dict[int, Writes]) -> Backbone:
+    """Return the model with layers that write into `heard`, by block, what their tokens write.
 
-            return hear
+    It is a copy with the same weights: others may use the model meanwhile, and are neither heard nor slowed.
+    """
+    if not fast_weight_layers(model):
+        return model
+    modules: Any = model  # one, since it has layers
+    # What the memo holds already is not copied.
+    shared = {id(t): t for t in (*modules.parameters(), *modules.buffers())}
+    copy: Backbone = deepcopy(model, shared)
 
-        layers = fast_weight_layers(self.model).items()
-        hooks = [layer.register_forward_pre_hook(hook(block)) for block, layer in layers]
-        try:
-            yield
-        finally:
-            for each in hooks:
-                each.remove()
+    def hook(block: int) -> Any:
+        def hear(layer: Any, args: tuple[Any, ...]) -> None:
+            x, _, cache, valid, *_ = args
+            heard[block] = layer.writes(x, cache, valid)[0]
+
+        return hear
+
+    for block, layer in fast_weight_layers(copy).items():
+        layer.register_forward_pre_hook(hook(block))
+    return copy

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Self, get_args
 
 from lmsleep.ops import RULES, Backend, find_rule
+from lmsleep.plain import check_values
 from lmsleep.plugins import absolute
 
 BlockKind = str  # "attention", a key of RULE_OF, or the name of an update rule (ops.find_rule)
@@ -153,18 +154,21 @@ class HybridConfig:
         """
         if not isinstance(data, Mapping):
             raise ValueError(f"a model configuration is a mapping, got {type(data).__name__}")
-        if unknown := set(data) - {f.name for f in fields(cls)}:
+        names = {f.name for f in fields(cls)}
+        if unknown := set(data) - names:
             raise ValueError(f"unknown field {', '.join(sorted(unknown))} in the model configuration")
         data = dict(data)
         # JSON has neither tuples nor numbers as keys.
-        for name in ("blocks", "forget"):
-            if name in data:
-                data[name] = tuple(data[name])
-        overrides = data.get("overrides", {})
-        if not isinstance(overrides, Mapping):
-            raise ValueError(f"overrides must be a mapping, got {type(overrides).__name__}")
-        data["overrides"] = {
-            int(i): {k: tuple(v) if isinstance(v, list) else v for k, v in dict(o).items()}
-            for i, o in overrides.items()
-        }
-        return cls(**data)
+        overrides = data.pop("overrides", {})
+        if not isinstance(overrides, Mapping) or not all(isinstance(o, Mapping) for o in overrides.values()):
+            raise ValueError(f"overrides must be options by the number of a block, got {overrides!r:.80}")
+        options = _tuples(data)
+        check_values(cls, options)
+        options["overrides"] = {int(i): _tuples(o) for i, o in overrides.items()}
+        for some in options["overrides"].values():
+            check_values(cls, {name: value for name, value in some.items() if name in names})
+        return cls(**options)
+
+
+def _tuples(data: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}

@@ -1,7 +1,7 @@
 """`HybridLM`: a decoder-only language model of attention and fast-weight blocks."""
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Self, cast
 
@@ -14,6 +14,7 @@ from lmsleep.files import write_atomic
 from lmsleep.layers import Attention, FastWeights, SwiGLU
 from lmsleep.models.config import RULE_OF, HybridConfig
 from lmsleep.state import Cache, Memory, State
+from lmsleep.trust import named_by
 
 WRITERS = ("o_proj", "down_proj")  # linear maps into the residual stream
 GATES = ("a_proj", "b_proj", "r_proj")  # of all rules
@@ -81,6 +82,21 @@ class Block(nn.Module):
         return h, memory, cache
 
 
+def load_weights(module: nn.Module, weights: Mapping[str, Tensor], said: str) -> None:
+    """Load `weights`, all that `module` has and no others.
+
+    Raises:
+        ValueError: for others, beginning with what is `said` and naming the first that does not fit.
+    """
+    own = module.state_dict()
+    for name in sorted({*own, *weights}):
+        has, wanted = (tuple(t[name].shape) if name in t else None for t in (weights, own))
+        if has != wanted:
+            shapes = [str(list(shape)) if shape is not None else "nothing" for shape in (has, wanted)]
+            raise ValueError(f"{said}: {name} is {shapes[0]} instead of {shapes[1]}")
+    module.load_state_dict(dict(weights))
+
+
 class HybridLM(nn.Module):
     """A hybrid language model; offers the `Backbone` protocol, so it can sleep.
 
@@ -134,10 +150,7 @@ class HybridLM(nn.Module):
             *((source.blocks[j], self.blocks[i]) for j, i in enumerate(kept)),
         ]
         for old, new in parts:
-            try:
-                new.load_state_dict(old.state_dict())
-            except RuntimeError as error:
-                raise ValueError(f"the model to start from has other weights: {error}") from error
+            load_weights(new, old.state_dict(), "the model to start from has other weights")
         # With a zero map into the residual stream the block adds nothing, and still has a gradient there.
         for i in inserted:
             for name, module in self.blocks[i].named_modules():
@@ -231,12 +244,15 @@ class HybridLM(nn.Module):
         write_atomic(folder / "config.json", json.dumps(self.config.to_dict(), indent=2).encode())
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, device: torch.device | str = "cpu") -> Self:
-        """Load a model that `save_pretrained` wrote.
+    def from_pretrained(
+        cls, folder: str | Path, device: torch.device | str = "cpu", *, trust: bool = False
+    ) -> Self:
+        """Load a model that `save_pretrained` wrote; `trust`: run the Python files that it names.
 
         Raises:
             FileNotFoundError: if the folder holds no model.
             ValueError: for a damaged file or one that belongs to another configuration.
+            PermissionError: if it names code that may not run.
         """
         folder = Path(folder)
         # Named before anything is parsed: a folder of another kind gets a plain answer.
@@ -244,7 +260,8 @@ class HybridLM(nn.Module):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder} holds no model: {name} is missing")
         try:
-            config = HybridConfig.from_dict(json.loads((folder / "config.json").read_text()))
+            with named_by(folder / "config.json", trust=trust):
+                config = HybridConfig.from_dict(json.loads((folder / "config.json").read_text()))
         except (ValueError, TypeError) as error:
             raise ValueError(f"{folder / 'config.json'} is not a lmsleep model: {error}") from error
         try:
@@ -257,8 +274,5 @@ class HybridLM(nn.Module):
         model = cls(config)
         if tensors:
             model = model.to(device=device, dtype=next(iter(tensors.values())).dtype)
-        try:
-            model.load_state_dict(tensors)
-        except RuntimeError as error:
-            raise ValueError(f"{folder} holds weights of another configuration: {error}") from error
+        load_weights(model, tensors, f"{folder} holds weights of another configuration")
         return model

@@ -1,6 +1,5 @@
 """`lmsleep demo`: the shipped models answer, then N = 1 and N = 4 are trained side by side and compared."""
 
-import json
 import secrets
 import sys
 import time
@@ -11,7 +10,8 @@ from typing import Literal
 
 import torch
 
-from lmsleep.files import write_atomic
+from lmsleep.files import check_folder, write_atomic
+from lmsleep.plain import to_json
 from lmsleep.recipes import figure
 from lmsleep.recipes.answers import ABOUT, Answers
 from lmsleep.recipes.catalogue import LIVE, RECIPES
@@ -20,6 +20,7 @@ from lmsleep.recipes.results import Result
 from lmsleep.recipes.run import train
 from lmsleep.recipes.table import as_text
 from lmsleep.training import TrainConfig
+from lmsleep.training.jobs import check_workers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +53,14 @@ def run(options: DemoOptions) -> None:
     seeds = options.seeds or ((0, 1, 2, 3, 4) if options.full else (0,))
     if len(set(seeds)) != len(seeds):
         raise ValueError(f"seeds must be named each once, got {seeds}")
+    if min(seeds) < 0:
+        raise ValueError(f"seeds must not be negative, got {seeds}")
+    check_workers(options.workers)
+    check_folder(options.out, "out")
     if not 0 < options.scale <= 1:
         raise ValueError(f"scale must lie in (0, 1], got {options.scale}")
+    if len(set(options.tasks)) != len(options.tasks):
+        raise ValueError(f"tasks must be named each once, got {' '.join(options.tasks)}")
     if not options.full and options.tasks != ("depo",):
         raise ValueError(f"tasks={options.tasks}: only depo is trained without --full")
     # With --json standard output is the document alone.
@@ -85,7 +92,7 @@ def run(options: DemoOptions) -> None:
     say(_next_steps(options.out, time.monotonic() - started))
     if options.json:
         rows = {name: result.rows for name, result in trained.items()}
-        sys.stdout.write(json.dumps({"shipped": answers.to_dict(), "trained": rows}) + "\n")
+        sys.stdout.write(to_json({"shipped": answers.to_dict(), "trained": rows}, indent=None) + "\n")
 
 
 def _shortened(options: TrainConfig, scale: float) -> TrainConfig:

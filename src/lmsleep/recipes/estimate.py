@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from lmsleep.backbones import build
+from lmsleep.progress import progress
 from lmsleep.recipes.recipe import Cell, Recipe
 from lmsleep.tasks import batch_rng
 from lmsleep.tasks.reading import read_batch
@@ -25,7 +26,7 @@ def estimate(cells: Sequence[Cell], seeds: int) -> list[dict[str, Any]]:
     # As runs side by side have it; besides, the clock of `_clock` is that of one thread.
     torch.set_num_threads(1)
     rows = []
-    for cell in _with_starts(cells):
+    for cell in progress(iterable=_with_starts(cells), desc="cells", leave=False):
         config, steps = cell.config, cell.config.train.steps
         flops = training_flops(config)
         probe, tokens, seconds = _probe(config)

@@ -1,6 +1,5 @@
 """`lmsleep reproduce`: train the runs of a recipe, then write its data, table and figure."""
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,6 +10,8 @@ from typing import Literal
 from tyro.conf import Positional
 
 from lmsleep.backbones import kind_of
+from lmsleep.files import check_folder
+from lmsleep.plain import to_json
 from lmsleep.recipes import figure
 from lmsleep.recipes.catalogue import RECIPES
 from lmsleep.recipes.estimate import estimate, estimated
@@ -18,6 +19,7 @@ from lmsleep.recipes.recipe import Cell, Recipe
 from lmsleep.recipes.results import Result, collect, time_steps
 from lmsleep.recipes.settings import Scale
 from lmsleep.training import Job, RunFolder, TrainConfig, default_workers, run_all
+from lmsleep.training.jobs import check_workers
 
 FEW = 8  # samples in a batch of a run that only tries the mechanics
 
@@ -55,7 +57,10 @@ def run(options: ReproduceOptions) -> None:
     seeds = default_seeds(options.scale) if options.seeds is None else options.seeds
     if seeds < 1:
         raise ValueError(f"seeds must be at least 1, got {seeds}")
+    check_workers(options.workers)
     recipe, name = RECIPES[options.figure], f"{options.figure}-{options.scale}"
+    if recipe.value == "tokens_per_second" and options.workers is not None:
+        raise ValueError(f"workers: figure {options.figure} is timed in one process; leave it out")
     if options.weights is None:
         cells = recipe.cells(options.scale)
     else:
@@ -65,19 +70,22 @@ def run(options: ReproduceOptions) -> None:
         # Folders of their own: a try-out must not be taken for a result, or gone on with.
         name += f"-{options.steps}-steps"
         cells = [cell.with_train(partial(_few, steps=options.steps)) for cell in cells]
+    out = options.out or Path("results") / name
+    # Before the work of hours.
+    check_folder(out, "out")
     if options.dry_run:
         rows = estimate(cells, seeds)
-        workers = options.workers or default_workers()
-        sys.stdout.write(json.dumps(rows) + "\n" if options.json else estimated(recipe, rows, workers))
+        workers = default_workers() if options.workers is None else options.workers
+        said = to_json(rows, indent=None) + "\n" if options.json else estimated(recipe, rows, workers)
+        sys.stdout.write(said)
         return
     if recipe.value == "tokens_per_second":
         result = time_steps(recipe, cells, seeds)
     else:
         result = train(recipe, cells, range(seeds), options.workers, Path("runs/reproduce") / name)
-    out = options.out or Path("results") / name
     result.save(out)
     figure.save(result, out / "figure.png")
-    said = json.dumps(result.rows) if options.json else f"{result.page()}\n{out / 'README.md'}"
+    said = to_json(result.rows, indent=None) if options.json else f"{result.page()}\n{out / 'README.md'}"
     sys.stdout.write(f"{said}\n")
 
 

@@ -18,9 +18,9 @@ class Answer:
     """Collects tokens; text comes out in pieces that later tokens do not change.
 
     Args:
-        tokenizer: makes the text; None: the answer stays tokens.
-        stop: token numbers and, with a tokenizer, texts: the first that occurs ends the answer, and is not
-            part of it.
+        tokenizer: makes the text, and has ends of a text; None: the answer stays tokens.
+        stop: token numbers and, with a tokenizer, texts: the first that occurs, or the first end of a text,
+            ends the answer, and is not part of it.
 
     Raises:
         ValueError: for a text among `stop` where there is no tokenizer.
@@ -28,7 +28,8 @@ class Answer:
 
     def __init__(self, tokenizer: Tokenizer | None, stop: Sequence[Piece]) -> None:
         self.tokenizer, self.tokens, self.stopped = tokenizer, list[int](), False
-        self.stop_tokens = {s for s in stop if isinstance(s, int)}
+        ends = () if tokenizer is None else tokenizer.ends
+        self.stop_tokens = {*ends, *(s for s in stop if isinstance(s, int))}
         # Without the empty text, which occurs everywhere.
         self.stop_texts = [s for s in stop if isinstance(s, str) and s]
         if tokenizer is None and self.stop_texts:

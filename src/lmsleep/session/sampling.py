@@ -36,6 +36,8 @@ class Sampling:
             raise ValueError("logits are NaN, so no token can be drawn from what the open window holds")
         if self.temperature == 0:
             return int(logits.argmax())
+        # The likeliest at 0: divided by a very small temperature, other numbers overflow to plus infinity.
+        logits = logits - logits.max()
         # Stable, so that tokens of equal probability keep their order wherever this runs.
         p, token = (logits / self.temperature).softmax(-1).sort(descending=True, stable=True)
         p, token = p[: self.top_k], token[: self.top_k]

@@ -1,14 +1,16 @@
 """Keep a session as a memory file: fast weights where the window began, and the tokens of the window."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lmsleep import memory
+from lmsleep.memory.file import finite
+from lmsleep.plugins import in_file
 from lmsleep.session.stream import Stream
 from lmsleep.sleep import Backbone, SleepConfig
 from lmsleep.state import Cache, Origin, State, Storage
@@ -18,7 +20,7 @@ def write(path: Path, stream: Stream, origin: Origin, sleep: SleepConfig, storag
     """Write what `read` needs; see `Session.save`.
 
     Raises:
-        ValueError: without the fingerprint of a model, or for NaN or infinity.
+        ValueError: without the fingerprint of a model, for NaN or infinity, or for what `read` would refuse.
         OSError: if the file cannot be written.
     """
     if origin.model is None:
@@ -29,6 +31,10 @@ def write(path: Path, stream: Stream, origin: Origin, sleep: SleepConfig, storag
         # Where the window began; under hard eviction all of it is empty.
         tensors |= {f"cache.{i}.{j}": t for j, t in enumerate(layer) if t.shape[1]}
     header = {"sleep": sleep.to_dict()}
+    try:  # by the rules of `read`; options of the user's own may be anything
+        SleepConfig.from_dict(json.loads(json.dumps(header["sleep"], allow_nan=False)))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not written: its sleep cannot be read again: {error}") from None
     memory.write(path, stream.start.memory, origin, storage=storage, header=header, tensors=tensors)
 
 
@@ -55,8 +61,8 @@ def read(path: Path, model: Backbone, sleep: SleepConfig | None) -> tuple[State,
         raise ValueError(f"{path} holds a memory alone; pass the sleep to go on with")
     window = saved.window
     # A window of more than L tokens would have been slept on. Without L it has any length.
-    if window.dtype != torch.int64 or window.ndim != 1 or len(window) > (sleep.window or len(window)):
-        raise ValueError(f"{path} holds no session: its open window is none")
+    if len(window) > (sleep.window or len(window)):
+        raise ValueError(f"{path} holds no session: its open window has more tokens than a window has")
     assert saved.memory.origin is not None
     # The session keeps the origin, and gives it to the memories that it hands out.
     return State(replace(saved.memory, origin=None), cache), saved.memory.origin, sleep, window
@@ -67,19 +73,25 @@ def _check_code(said: Mapping[str, Any], sleep: SleepConfig | None) -> None:
     known = {} if sleep is None else sleep.to_dict()
     for choice in ("consolidator", "eviction"):
         name = said[choice].get("name", "") if isinstance(said.get(choice), Mapping) else said.get(choice)
-        if ".py:" in str(name) and name != known.get(choice, {}).get("name"):
+        if in_file(str(name)) and name != known.get(choice, {}).get("name"):
             raise ValueError(f"its {choice} is code, {name}; if you trust it, give a sleep that names it too")
 
 
 def _cache(tensors: Mapping[str, Tensor], empty: Cache) -> Cache:
     """Return the stored working memory, of the layout of `empty`, which stands where nothing was stored."""
+    names = {f"cache.{i}.{j}" for i, layer in enumerate(empty.layers) for j in range(len(layer))}
+    if strange := {name for name in tensors if name.startswith("cache.")} - names:
+        raise ValueError(f"{min(strange)!r:.80} belongs to no block")
 
     def stored(name: str, template: Tensor) -> Tensor:
         t = tensors.get(name, template)
         # Of one row, and of any length in time, which is dimension 1; all else is the model's.
         if t.ndim != template.ndim or (t.shape[0], *t.shape[2:]) != (1, *template.shape[2:]):
             raise ValueError(f"{name} has shape {tuple(t.shape)}")
-        return t.to(template)
+        t = t.to(template)
+        if not finite(t):
+            raise ValueError(f"{name} holds NaN or infinity")
+        return t
 
     layers: list[Any] = [
         tuple(stored(f"cache.{i}.{j}", t) for j, t in enumerate(layer))

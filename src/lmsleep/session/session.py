@@ -1,5 +1,6 @@
 """Hold one unbounded stream with bounded memory: it is read, slept on, asked and saved."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -12,13 +13,14 @@ from torch import Tensor
 from lmsleep.memory import model_identity
 from lmsleep.session import saving, stream
 from lmsleep.session.answer import Answer, Piece
-from lmsleep.session.owner import Owner, finish, proceed
+from lmsleep.session.owner import Owner, finish, proceed, using
 from lmsleep.session.rows import Row, advance, raise_first
 from lmsleep.session.sampling import Sampling
 from lmsleep.session.stream import Stream, next_logits
 from lmsleep.sleep import Backbone, SleepConfig
 from lmsleep.state import Cache, Memory, Origin, State, Storage
-from lmsleep.text.tokenizers import Tokenizer
+from lmsleep.text.characters import check_characters
+from lmsleep.text.tokenizers import Tokenizer, begun, check_tokens
 
 Readable = str | Sequence[int] | Tensor
 
@@ -65,7 +67,8 @@ class Session(Owner):
             state before it: at most the fast weights and one window of working memory, both twice.
 
     Raises:
-        ValueError: for a memory that does not fit the model, more than one wake pass, or a negative history.
+        ValueError: for a memory that does not fit the model, a loop that could write nothing into it, more
+            than one wake pass, or a negative history.
     """
 
     def __init__(
@@ -81,7 +84,8 @@ class Session(Owner):
             raise ValueError(f"wake_passes={sleep.wake_passes}: a session reads in one wake pass only")
         self.origin = Origin()
         state = model.initial_state(1)
-        sleep.check(state.memory)
+        # Also what passes=1 sleeps with in `sleep(n)`: found out now, and not after the reading.
+        sleep.with_passes(max(sleep.passes, 2) if sleep.window else sleep.passes).check(state.memory)
         if memory is not None:
             if memory.batch_size not in (0, 1):  # 0 where no block has fast weights
                 raise ValueError(
@@ -104,16 +108,20 @@ class Session(Owner):
     @property
     def memory(self) -> Memory:
         """Return the fast weights now, one row; within a window with what it wrote awake."""
-        memory = self.stream.state.memory
-        origin = replace(
-            self.origin,
+        stream = self.stream  # once: another thread may be reading on
+        return replace(stream.state.memory, origin=self._signed(self.origin, stream))
+
+    def _signed(self, origin: Origin, stream: Stream) -> Origin:
+        """Return an origin with what is known of the session where `stream` is."""
+        writes = stream.state.memory.writes
+        return replace(
+            origin,
             model=model_identity(self.model),
-            tokens=self.stream.tokens,
-            sleeps=self.stream.sleeps,
+            tokens=stream.tokens,
+            sleeps=stream.sleeps,
             passes=self.sleep_config.passes,
-            rule=tuple(k if has else None for has, k in zip(memory.writes, self.model.kinds, strict=True)),
+            rule=tuple(k if has else None for has, k in zip(writes, self.model.kinds, strict=True)),
         )
-        return replace(memory, origin=origin)
 
     @property
     def permanent(self) -> Mapping[str, Tensor]:
@@ -166,17 +174,20 @@ class Session(Owner):
         """Return a row that sleeps on the open window; argument and errors are those of `sleep`."""
         if self.sleep_config.window is None:
             raise ValueError("window=None: this model never sleeps; give its SleepConfig a window")
-        passes = self.sleep_config.passes if passes is None else passes
-        if passes < 1:
-            raise ValueError(f"passes must be at least 1, got {passes}")
-        return Row(stream=self.stream, nap=passes)
+        sleep = self.sleep_config if passes is None else self.sleep_config.with_passes(passes)
+        return Row(stream=self.stream, nap=sleep.passes)
 
     def reset(self) -> None:
-        """Forget everything: `S = 0`, nothing read, counts and times from zero, nothing to take back."""
+        """Forget everything: `S = 0`, nothing read, counts and times from zero, nothing to take back.
+
+        Raises:
+            RuntimeError: if another thread uses the session.
+        """
         new = Session(self.model, self.sleep_config)
-        self.stream, self.origin = new.stream, new.origin
-        self.seconds_awake = self.seconds_asleep = 0.0
-        self.past.clear()
+        with using([self]):
+            self.stream, self.origin = new.stream, new.origin
+            self.seconds_awake = self.seconds_asleep = 0.0
+            self.past.clear()
 
     def fork(self) -> "Session":
         """Return a second session that has read the same, a child of this one; neither changes the other."""
@@ -240,7 +251,8 @@ class Session(Owner):
             temperature: 0: the likeliest token.
             top_p: see `Sampling`.
             top_k: see `Sampling`.
-            stop: texts or token numbers that end the answer; read, but not part of what is returned.
+            stop: texts or token numbers that end the answer, as all of `tokenizer.ends` do; read, but not
+                part of what is returned.
             seed: of the draws; the same seed, session and prompt give the same answer.
             stream: yield pieces of text (or tokens) as they come.
 
@@ -289,7 +301,7 @@ class Session(Owner):
         tokens = self.tokens(text)
         if not len(tokens):
             raise ValueError("text must have at least one token")
-        return torch.cat(list(self._foresee(tokens)))
+        return torch.cat(list(self._foresee(self.stream, tokens)))
 
     def score(self, text: Readable) -> float:
         """Return the log-likelihood of `text` in nats, were it to come next; the session stays as it is.
@@ -302,10 +314,11 @@ class Session(Owner):
             BrokenSleep: as `read`.
         """
         tokens, total, done = self.tokens(text), 0.0, 0
+        stream = self.stream  # once: another thread may be reading on
         before: Tensor | None = None
-        if len(self.stream.window):
-            [before] = next_logits(self.model, self.sleep_config, [self.stream])
-        for logits in self._foresee(tokens):
+        if len(stream.window):
+            [before] = next_logits(self.model, self.sleep_config, [stream])
+        for logits in self._foresee(stream, tokens):
             # Logits predict the token after theirs, so the last of a window lie a piece before their target.
             # `seen[i]` predicts `targets[i]`, and the last of it waits for the next piece.
             seen = logits if before is None else torch.cat([before[None], logits])
@@ -315,11 +328,13 @@ class Session(Owner):
             log_p = seen.to(torch.promote_types(seen.dtype, torch.float32))[: len(targets)].log_softmax(-1)
             total += float(log_p.gather(1, targets[:, None]).sum())
             before, done = logits[-1], done + len(logits)
+        if math.isnan(total):
+            raise ValueError("logits are NaN, so the text has no likelihood; look at the model's weights")
         return total
 
-    def _foresee(self, tokens: Tensor) -> Iterator[Tensor]:
+    def _foresee(self, begin: Stream, tokens: Tensor) -> Iterator[Tensor]:
         """Yield the logits after `tokens`, window by window, from a row that nobody keeps."""
-        rows = [Row(stream=self.stream, unread=tokens, keep_logits=True)]
+        rows = [Row(stream=begin, unread=tokens, keep_logits=True)]
         while not rows[0].done:
             rows = advance(self.model, self.sleep_config, rows)
             raise_first(rows)
@@ -329,15 +344,19 @@ class Session(Owner):
     def tokens(self, text: Readable) -> Tensor:
         """Return `[n]` int64: the tokens of a text, or tokens checked against the vocabulary.
 
+        Where nothing was read yet, a text comes with what the tokenizer puts before it (`Tokenizer.begin`).
+
         Raises:
-            ValueError: for text without a tokenizer, or tokens outside the vocabulary.
+            ValueError: for text without a tokenizer, half a surrogate pair in it, or tokens outside the
+                vocabulary.
         """
         if isinstance(text, str):
             if self.tokenizer is None:
                 raise ValueError("text must be tokens: this session has no tokenizer")
-            text = self.tokenizer.encode(text)
+            check_characters(text, "text")
+            text = self.tokenizer.encode(text) if self.stream.tokens else begun(self.tokenizer, text)
         tokens = torch.as_tensor(text, device="cpu")
-        check_tokens(tokens, self.model.vocab_size)
+        check_tokens(tokens, self.model.vocab_size, self.tokenizer)
         return tokens.to(torch.int64, copy=True)  # the caller may write into theirs later
 
     # Files
@@ -354,17 +373,16 @@ class Session(Owner):
         Args:
             path: file, replaced if there is one.
             storage: dtype of the fast weights in the file: float32, bfloat16 or int8; None: as they are.
-            tags: added to those it has.
+            tags: texts, added to those it has; they stay with the session, for its next save and its forks.
 
         Raises:
-            ValueError: for a model without a `state_dict()`, or a state with NaN or infinity.
-            OSError: if the file cannot be written; an old one is untouched.
+            ValueError: for a model without a `state_dict()`, a state with NaN or infinity, or anything else
+                that `load` would refuse. File and session stay as they were.
+            OSError: if the file cannot be written; an old one is untouched, and so is the session.
         """
-        # The tags stay with the session, for its next save and for its forks.
-        self.origin = replace(self.origin, tags={**self.origin.tags, **(tags or {})})
-        origin = self.memory.origin
-        assert origin is not None
-        saving.write(Path(path), self.stream, origin, self.sleep_config, storage)
+        origin, stream = replace(self.origin, tags={**self.origin.tags, **(tags or {})}), self.stream
+        saving.write(Path(path), stream, self._signed(origin, stream), self.sleep_config, storage)
+        self.origin = origin
 
     @classmethod
     def load(
@@ -398,22 +416,15 @@ class Session(Owner):
             raise ValueError(f"{path}: its open window is damaged: {error}") from None
         session.origin = origin
         session.stream = Stream.begin(start, tokens=origin.tokens, sleeps=origin.sleeps)
-        if len(window):  # in one pass, which leaves what the pieces that it came in left, up to rounding
-            session.stream = stream.awake(model, sleep, [session.stream], [window]).streams[0]
+        # A working memory out of a file may be one that no model leaves: one token shows it, and is not kept.
+        reads = window if len(window) or not start.cache.length else torch.zeros(1, dtype=torch.int64)
+        if len(reads):  # in one pass, which leaves what the pieces that it came in left, up to rounding
+            try:
+                [read] = stream.awake(model, sleep, [session.stream], [reads]).streams
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, ValueError, IndexError) as error:
+                what = str(error).partition("\n")[0]
+                raise ValueError(f"{path}: its working memory does not fit together: {what}") from None
+            session.stream = read if len(window) else session.stream
         return session
-
-
-def check_tokens(tokens: Tensor, vocab_size: int) -> None:
-    """Refuse what is no row of whole numbers from 0 to `vocab_size - 1`.
-
-    Raises:
-        ValueError: naming the worst of them.
-    """
-    # An empty list is a tensor of floats to PyTorch, and fine.
-    if tokens.ndim != 1 or (len(tokens) and (tokens.is_floating_point() or tokens.is_complex())):
-        raise ValueError(f"tokens must be one row of whole numbers, got {tokens.dtype} {[*tokens.shape]}")
-    if len(tokens):
-        least, most = int(tokens.min()), int(tokens.max())
-        if least < 0 or most >= vocab_size:
-            worst = least if least < 0 else most
-            raise ValueError(f"tokens must lie in 0 ... {vocab_size - 1}, got {worst}")

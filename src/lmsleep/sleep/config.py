@@ -2,13 +2,15 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
+from typing import Any, Self
 
+from lmsleep.plain import check_types
 from lmsleep.plugins import Plugin
 from lmsleep.sleep.consolidators import CONSOLIDATOR, CONSOLIDATORS, Consolidator, Passes
 from lmsleep.sleep.eviction import EVICTION, EVICTIONS, Eviction
 from lmsleep.state import Memory
 
+MAX_WINDOW = 10**9  # tokens: more than anybody holds, less than an int64 does
 TRAINING = ("backprop_passes", "checkpoint")  # once options of a sleep, now of the training
 
 
@@ -51,8 +53,6 @@ class SleepConfig:
         Raises:
             ValueError: for a value that cannot be, or an option that the consolidator does not have.
         """
-        if window is not None and window < 1:
-            raise ValueError(f"window must be at least 1 token, got {window}")
         begin: Any = consolidator
         if isinstance(consolidator, str):
             begin = CONSOLIDATOR.find(consolidator, CONSOLIDATORS)()
@@ -73,6 +73,11 @@ class SleepConfig:
         values = {"window": window, "consolidator": replace(begin, **options), "eviction": keeps}
         for name, value in {**values, "sleep_on_loss": sleep_on_loss}.items():
             object.__setattr__(self, name, value)
+        # Of the two choices again: one of the user's own may have a `__post_init__` that asks nothing.
+        for options_of in (self, self.consolidator, self.eviction):
+            check_types(options_of)
+        if window is not None and not 1 <= window <= MAX_WINDOW:
+            raise ValueError(f"window must be at least 1 token and at most {MAX_WINDOW:,}, got {window}")
 
     @property
     def passes(self) -> int:
@@ -139,37 +144,20 @@ def _checked(cls: type[SleepConfig], data: Mapping[str, Any]) -> dict[str, Any]:
         "eviction": (EVICTION, EVICTIONS),
     }
     plain = {name: value for name, value in data.items() if name not in choices}
-    made: dict[str, Any] = _typed(cls, plain)
+    made: dict[str, Any] = _fields(cls, plain)
     for name, (plugin, listed) in choices.items():
         if name in data:
             options = dict(data[name]) if isinstance(data[name], Mapping) else {}
             kind = options.pop("name", None)
             if not isinstance(kind, str):
-                raise ValueError(f"{name}={data[name]!r} of its sleep is of another type")
+                raise ValueError(f"{name}={data[name]!r:.80} of its sleep is of another type")
             found = plugin.find(kind, listed)
-            made[name] = found(**_typed(found, options))
+            made[name] = found(**_fields(found, options))
     return made
 
 
-def _typed(cls: type, data: Mapping[str, Any]) -> dict[str, Any]:
+def _fields(cls: type, data: Mapping[str, Any]) -> dict[str, Any]:
     """Return `data` as fields of the dataclass `cls`, JSON's lists as tuples."""
-    hints = get_type_hints(cls)
-    options = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
-    for name, value in options.items():
-        if name not in {f.name for f in fields(cls)}:
-            raise ValueError(f"{name} is no field of a sleep")
-        if not _fits(value, hints[name]):
-            raise ValueError(f"{name}={value!r} of its sleep is of another type")
-    return options
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Say whether a value out of JSON is one that the annotation `hint` allows."""
-    allowed = get_args(hint)
-    if get_origin(hint) is Literal:
-        return value in allowed
-    if get_origin(hint) is tuple:
-        return isinstance(value, tuple) and len(value) == len(allowed) and all(map(_fits, value, allowed))
-    if allowed:
-        return any(_fits(value, one) for one in allowed)
-    return type(value) is hint or (hint is float and type(value) is int)
+    if unknown := data.keys() - {f.name for f in fields(cls)}:
+        raise ValueError(f"{min(unknown)!r:.80} is no field of a sleep")
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}

@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from lmsleep.plain import check_types
 from lmsleep.plugins import Plugin, derives_from
 from lmsleep.state import Cache, Memory, State
 
@@ -21,6 +22,9 @@ class Eviction(ABC):
 
     takes_padding: ClassVar[bool] = False
     """`keep` may be given rows of different length (`Cache.filled`); else it gets such rows one by one."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
 
     @abstractmethod
     def keep(self, cache: Cache, L: int) -> Cache:

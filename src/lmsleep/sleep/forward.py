@@ -207,8 +207,8 @@ def _read_rows(
 
 
 def _check(tokens: Tensor, loss_mask: Tensor | None, lengths: Tensor | None, state: State | None) -> None:
-    if tokens.ndim != 2:
-        raise ValueError(f"tokens must be [B, T], got shape {tuple(tokens.shape)}")
+    if tokens.ndim != 2 or not len(tokens):
+        raise ValueError(f"tokens must be [B, T] with a row at least, got shape {tuple(tokens.shape)}")
     if loss_mask is not None and loss_mask.shape != tokens.shape:
         raise ValueError(
             f"loss_mask must have the shape of tokens {tuple(tokens.shape)}, got {tuple(loss_mask.shape)}"

@@ -1,11 +1,30 @@
-"""How a batch of a task is read: by training, which learns from it, and by evaluation, which scores it."""
+"""How a task is read by a model: by training, which learns from it, and by evaluation, which scores it."""
 
 from collections.abc import Callable
 from functools import partial
 
 from lmsleep.sleep import Backbone, SleepConfig, SleepOutput, sleep_forward
 from lmsleep.state import Memory, State
-from lmsleep.tasks.base import Batch
+from lmsleep.tasks.base import Batch, Task
+
+
+def check_known(task: Task, name: str, vocab_size: int) -> None:
+    """Refuse a task, of that name, whose batches hold tokens that a model of `vocab_size` does not know.
+
+    A tokenizer may have more than its model, as published ones do: what counts is what is read, where the
+    task can tell (`largest_token`).
+
+    Raises:
+        ValueError: naming the largest.
+    """
+    if task.vocab_size <= vocab_size:
+        return
+    largest: int = getattr(task, "largest_token", task.vocab_size - 1)
+    if largest >= vocab_size:
+        raise ValueError(
+            f"{name} holds token {largest} ({task.spell([largest])!r}), and the model "
+            f"knows 0 ... {vocab_size - 1} alone; use its own tokenizer"
+        )
 
 
 def read_batch(

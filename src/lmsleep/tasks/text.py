@@ -11,9 +11,22 @@ import torch
 
 from lmsleep.tasks.base import Batch
 from lmsleep.text import Split
-from lmsleep.text.documents import is_set, read_set
+from lmsleep.text.documents import asks, read_set
+from lmsleep.text.files import read_text, to_tokens
 from lmsleep.text.packing import alike, is_real, pad
-from lmsleep.text.tokenizers import Bytes, Marks, Tokenizer, absolute, load_tokenizer, marks
+from lmsleep.text.rows import has_rows
+from lmsleep.text.splits import splits_of_paths
+from lmsleep.text.tokenizers import (
+    Bytes,
+    HuggingFace,
+    Marks,
+    Tokenizer,
+    absolute,
+    begun,
+    load_tokenizer,
+    marks,
+    tokenizer_files,
+)
 
 HELD_OUT = 0.1  # the last tenth of each file is for testing; of sets, whole documents are
 
@@ -24,8 +37,9 @@ Part = tuple[np.ndarray, ...]  # the tokens of a document, or those of a prompt 
 class Text:
     """Your own documents: files, or rows of text or of prompts with their answers.
 
-    Files are read as random excerpts, and the last tenth of each is held out. Of a set (JSON lines, a folder
-    of datasets) each row is a document, and one in ten is held out. All of a text is to be predicted:
+    Files are read as random excerpts, and the last tenth of each is held out. Of a set (rows of JSON, CSV,
+    Parquet, a folder of datasets) each row is a document, and one in ten is held out; files whose names speak
+    of both train and test (dev, validation ...) are kept apart so. All of a text is to be predicted:
 
         row      t h e   f i r s t   d o c
         row      t h e   n e x t
@@ -35,20 +49,23 @@ class Text:
         context  w h o   s l e p t ?
         row      <answer> i   d i d <end>          (the answer counts as right if all of it is, its end too)
 
-    With a tokenizer that has an eos_token a line break stands for <answer> and that token for <end>.
+    With a tokenizer that has an eos_token a line break stands for <answer> and that token for <end>. What the
+    tokenizer puts before a text (a BOS, in many) stands before each document, and is not predicted.
 
     A row never holds more than one document, so none reads what another left behind.
     """
 
     data: tuple[Path, ...] = ()
-    """Files (any bytes; UTF-8 with a tokenizer), or sets: .jsonl files and folders saved by datasets."""
+    """Files (any bytes; UTF-8 with a tokenizer), or sets: JSON lines or arrays, CSV, Parquet, Arrow, folders
+    saved by datasets. Files may be packed by gzip, bzip2 or xz."""
     length: int = 256
     """Tokens in a sequence (at most, where a document is shorter); prompts and answers are read whole."""
     tokenizer: str = "bytes"
     """bytes, or the folder of a Hugging Face tokenizer."""
     fields: tuple[str, ...] = ()
     """Field of the text, or the two of prompt and answer, in a set; default: question answer, prompt
-    completion or text, whichever its first row has."""
+    completion, text or messages (a conversation, in the tokenizer's chat template), whichever its first row
+    has."""
 
     def __post_init__(self) -> None:
         if not self.data:
@@ -57,37 +74,24 @@ class Text:
             raise ValueError(f"length must be at least 2 {self.unit}s, got {self.length}")
         if len(self.fields) > 2:
             raise ValueError(f"fields must be one (text) or two (prompt, answer), got {self.fields}")
-        for path in self.data:
-            if not path.is_file() and not (path.is_dir() and is_set(path)):
-                raise ValueError(f"data: {path} is not a file")
-        if len({is_set(path) for path in self.data}) > 1:
-            raise ValueError("data must be files, or sets (.jsonl, folders of datasets), not both")
         object.__setattr__(self, "tokenizer", absolute(self.tokenizer))
-        self._check_parts()
 
-    def _check_parts(self) -> None:
-        kinds = {len(part) for parts in self._parts.values() for part in parts}
-        if len(kinds) > 1:
-            raise ValueError("data: some rows are texts and some prompts with answers; name the fields")
-        for split, parts in self._parts.items():
-            if parts:
-                continue
-            if is_set(self.data[0]):
-                raise ValueError(
-                    f"data: no document for the {split} split (one in ten is held out, by its hash); "
-                    f"{', '.join(map(str, self.data))} must hold more that are not empty"
-                )
-            longest = max(map(len, self._files))
-            raise ValueError(
-                f"data: no document is long enough to hold out {self.length} {self.unit}s of its last tenth "
-                f"(the longest has {longest} {self.unit}s); use longer files or a length of at most "
-                f"{longest // 11}"
-            )
+    def sources(self) -> tuple[Path, ...]:
+        """Return the files and folders that batches are drawn from, those of the tokenizer included."""
+        return (*self.data, *tokenizer_files(self.tokenizer))
+
+    @cached_property
+    def asks(self) -> bool:
+        """True if the documents are prompts with answers; the first row says so."""
+        return self._has_rows and asks(self.data[0], self.fields)
 
     @property
-    def asks(self) -> bool:
-        """True if the documents are prompts with answers."""
-        return len(self._parts["train"][0]) == 2
+    def summary(self) -> str | None:
+        """What became of the rows of sets, in words; None for files, each of which is a document."""
+        if not self._has_rows:
+            return None
+        names, (train, test) = ", ".join(path.name for path in self.data), map(len, self._parts.values())
+        return f"{names}: each row is a document, {train} to train on and {test} held out"
 
     @property
     def unit(self) -> str:
@@ -106,6 +110,12 @@ class Text:
         return self._tokenizer.vocab_size + (2 if own else 0)
 
     @property
+    def largest_token(self) -> int:
+        """The largest token that a batch can hold; the tokenizer may have larger ones."""
+        held = max(int(tokens.max(initial=0)) for of in self._parts.values() for p in of for tokens in p)
+        return max(held, *self.marks.answer, self.marks.end) if self.asks else held
+
+    @property
     def difficulty_name(self) -> str:
         """Text has no difficulty key: all tokens, or whole answers, count as one kind, 0."""
         return "answers" if self.asks else "all"
@@ -115,7 +125,10 @@ class Text:
         """The mean length in bytes (UTF-8) of the held-out tokens of texts or answers."""
         if self.unit == "byte":
             return 1.0
-        tokens = [part[-1].tolist() for part in self._parts["test"]]
+        # Without what the tokenizer puts before a text, which is no text.
+        begin = [*self._tokenizer.begin]
+        whole = [part[-1].tolist() for part in self._parts["test"]]
+        tokens = [t[len(begin) :] if t[: len(begin)] == begin else t for t in whole]
         return sum(len(self._tokenizer.decode(t).encode()) for t in tokens) / sum(map(len, tokens))
 
     def floors(self) -> dict[str, float]:
@@ -139,7 +152,7 @@ class Text:
             return self._questions([parts[i] for i in alike(rng, lengths, size)])
         # Every excerpt of a file is as likely as any other, so a file counts by its number of excerpts.
         starts = np.maximum(lengths - self.length, 0) + 1
-        if is_set(self.data[0]):
+        if self._has_rows:
             weights = np.maximum(lengths / self.length, 1)
             which = alike(rng, np.minimum(lengths, self.length), size, weights)
         else:
@@ -190,38 +203,71 @@ class Text:
         return load_tokenizer(self.tokenizer)
 
     @cached_property
-    def _parts(self) -> dict[Split, list[Part]]:
-        parts: dict[Split, list[Part]] = {"train": [], "test": []}
-        if not is_set(self.data[0]):
-            for tokens in self._files:
-                cut = len(tokens) - int(HELD_OUT * len(tokens))
-                parts["train"].append((tokens[:cut],))
-                parts["test"].append((tokens[cut:],))
-            return {split: [p for p in of if len(p[0]) >= self.length] for split, of in parts.items()}
+    def _has_rows(self) -> bool:
+        """True if the data are sets."""
         for path in self.data:
-            for document in read_set(path, self.fields):
-                part = tuple(self._encode(text) for text in document.fields)
+            if not path.is_file() and not path.is_dir():
+                raise ValueError(f"data: {path} is not a file")
+        kinds = {has_rows(path) for path in self.data}
+        if len(kinds) > 1:
+            raise ValueError("data must be files, or sets (of rows), not both")
+        return kinds.pop()
+
+    # Read when the first batch is drawn: a run can be opened, and its model asked, where its data are gone.
+    @cached_property
+    def _parts(self) -> dict[Split, list[Part]]:
+        parts = self._documents() if self._has_rows else self._excerpts()
+        kinds = {len(part) for some in parts.values() for part in some}
+        if len(kinds) > 1:
+            raise ValueError("data: some rows are texts and some prompts with answers; name the fields")
+        return parts
+
+    def _documents(self) -> dict[Split, list[Part]]:
+        """Return the rows of sets."""
+        parts: dict[Split, list[Part]] = {"train": [], "test": []}
+        splits = splits_of_paths(self.data)
+        chat = self._tokenizer.chat if isinstance(self._tokenizer, HuggingFace) else None
+        for path in self.data:
+            for document in read_set(path, self.fields, split=splits.get(path), chat=chat):
+                part = tuple(self._encode(text, first=not i) for i, text in enumerate(document.fields))
                 if len(part) == 2 or len(part[0]) >= 2:  # a text of one token leaves nothing to predict
                     parts[document.split].append(part)
+        for split, some in parts.items():
+            if not some:
+                raise ValueError(
+                    f"data: no document for the {split} split (one in ten is held out, by its hash); "
+                    f"{', '.join(map(str, self.data))} must hold more that are not empty"
+                )
+        return parts
+
+    def _excerpts(self) -> dict[Split, list[Part]]:
+        """Return what excerpts are cut from: all but the last tenth of each file, and that tenth."""
+        parts: dict[Split, list[Part]] = {"train": [], "test": []}
+        splits, longest = splits_of_paths(self.data), 0
+        for path in self.data:
+            tokens = to_tokens(read_text(path), self._tokenizer, path, first=True)
+            longest = max(longest, len(tokens))
+            cut = len(tokens) - int(HELD_OUT * len(tokens))
+            cuts: dict[Split, np.ndarray] = {"train": tokens[:cut], "test": tokens[cut:]}
+            if path in splits:
+                cuts = {splits[path]: tokens}
+            for split, cut_out in cuts.items():
+                if len(cut_out) >= self.length:
+                    parts[split].append((cut_out,))
+        if not parts["train"] or not parts["test"]:
+            raise ValueError(
+                f"data: no document is long enough to hold out {self.length} {self.unit}s of its last tenth "
+                f"(the longest has {longest} {self.unit}s); use longer files or a length of at most "
+                f"{longest // 11}"
+            )
         return parts
 
     @cached_property
     def _lengths(self) -> dict[Split, np.ndarray]:
         return {split: np.array([sum(map(len, p)) for p in of]) for split, of in self._parts.items()}
 
-    @cached_property
-    def _files(self) -> list[np.ndarray]:
-        if isinstance(self._tokenizer, Bytes):
-            return [np.frombuffer(path.read_bytes(), dtype=np.uint8) for path in self.data]
-        return [self._encode(_utf8(path)) for path in self.data]
-
-    def _encode(self, text: str) -> np.ndarray:
-        small = isinstance(self._tokenizer, Bytes)
-        return np.array(self._tokenizer.encode(text), dtype=np.uint8 if small else np.int32)
-
-
-def _utf8(path: Path) -> str:
-    try:
-        return path.read_bytes().decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"data: {path} is not UTF-8 ({error}), which a tokenizer needs") from None
+    def _encode(self, text: str, *, first: bool) -> np.ndarray:
+        """Encode what comes `first` in a document, as a session reads it, or what follows."""
+        small, words = isinstance(self._tokenizer, Bytes), self._tokenizer
+        tokens = begun(words, text) if first else words.encode(text)
+        return np.array(tokens, dtype=np.uint8 if small else np.int32)

@@ -1,5 +1,5 @@
 """Text: tokenizers, sets of documents, and the batches that documents are packed into."""
 
-from lmsleep.text.documents import Split
+from lmsleep.text.splits import Split
 
 __all__ = ["Split"]

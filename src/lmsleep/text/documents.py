@@ -1,15 +1,20 @@
-"""Sets of documents: JSON lines and folders of `datasets`, one document a row."""
+"""Sets of documents: rows of text, of prompts with their answers, or of conversations."""
 
-import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-Split = Literal["train", "test"]
+from lmsleep.text.characters import check_characters
+from lmsleep.text.rows import Row, read_rows
+from lmsleep.text.splits import Split
 
-GUESSES = (("question", "answer"), ("prompt", "completion"), ("text",))
+CONVERSATION = "messages"
+GUESSES = (("question", "answer"), ("prompt", "completion"), ("text",), (CONVERSATION,))
 HELD_OUT = 10  # one document in 10 is for testing, by its hash: more documents move none of the old
+
+Chat = Callable[[list[dict[str, Any]]], str]
 
 
 class Document(NamedTuple):
@@ -19,46 +24,62 @@ class Document(NamedTuple):
     split: Split
 
 
-class _Row(NamedTuple):
-    where: str
-    split: Split | None
-    values: Mapping[str, Any]
+def read_set(
+    path: Path, names: tuple[str, ...] = (), *, split: Split | None = None, chat: Chat | None = None
+) -> Iterator[Document]:
+    """Yield the documents of a file of rows or of a folder that `datasets` saved.
 
-
-def is_set(path: Path) -> bool:
-    """Return True if `path` holds a set of documents, and is not a document itself."""
-    return path.is_dir() or path.suffix == ".jsonl"
-
-
-def read_set(path: Path, names: tuple[str, ...] = ()) -> Iterator[Document]:
-    """Yield the documents of a .jsonl file or of a folder that `datasets` saved.
-
-    A folder with splits "train" and "test" (or "validation") keeps these two; elsewhere a document is held
-    out by the hash of its first field, so that a prompt is never in both.
+    Splits of a folder that are called train and test (validation, dev, train_sft ...) are kept; elsewhere a
+    document is held out by the hash of its first field, so that a prompt is never in both.
 
     Args:
-        path: the file or folder.
+        path: the file or folder (see `lmsleep.text.rows.has_rows`).
         names: the field of the text, or those of prompt and answer; default: the first of `GUESSES` that
             the first row has.
+        split: where all rows belong that the folder says nothing else of; default by hash.
+        chat: makes one text of a conversation, a list of messages with role and content; such a document
+            is held out by the hash of all but its last message. None: conversations are refused.
 
     Raises:
-        ValueError: naming file and line, for a row that is not JSON or lacks a field.
+        ValueError: naming file and line, for a row that is not JSON, lacks a field or holds no text in it.
     """
-    for row in _dataset(path) if path.is_dir() else _json_lines(path):
+    for row in read_rows(path):
         names = names or _guess(row)
-        fields = tuple(_text(row, name) for name in names)
+        values = [_value(row, name) for name in names]
+        if len(names) == 2 and not all(isinstance(value, str) for value in values):
+            raise ValueError(
+                f"{row.where}: a prompt and its answer must be texts; of a conversation name the one field "
+                f"that holds all of it, such as {CONVERSATION}"
+            )
+        fields = tuple(
+            value if isinstance(value, str) else _conversation(row, name, value, chat)
+            for name, value in zip(names, values, strict=True)
+        )
         if len(names) == 2 and not all(fields):
             raise ValueError(f"{row.where}: {names[fields.index('')]} is empty")
-        yield Document(fields, row.split or _split(fields[0]))
+        yield Document(fields, row.split or split or _split(values[0]))
 
 
-def _split(text: str) -> Split:
-    # JSON may hold half of a surrogate pair, which plain UTF-8 refuses.
-    digest = blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+def asks(path: Path, names: tuple[str, ...] = ()) -> bool:
+    """Return True if the rows at `path` are prompts with answers; only the first row is read.
+
+    Raises:
+        ValueError: as `read_set`.
+    """
+    first = next(read_rows(path), None)
+    return len(names or (() if first is None else _guess(first))) == 2
+
+
+def _split(first: str | list[dict[str, Any]]) -> Split:
+    if not isinstance(first, str):
+        # As prompts with answers are, by what comes before the last message; and alike in all formats.
+        first = "\n".join(f"{message['role']}: {message['content']}" for message in first[:-1] or first)
+    # A role, which no template need write, may hold what is no text.
+    digest = blake2b(first.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return "train" if int.from_bytes(digest, "big") % HELD_OUT else "test"
 
 
-def _guess(row: _Row) -> tuple[str, ...]:
+def _guess(row: Row) -> tuple[str, ...]:
     for names in GUESSES:
         if all(name in row.values for name in names):
             return names
@@ -68,49 +89,41 @@ def _guess(row: _Row) -> tuple[str, ...]:
     )
 
 
-def _text(row: _Row, name: str) -> str:
+def _value(row: Row, name: str) -> str | list[dict[str, Any]]:
+    """Return the text in a field, or the messages of a conversation."""
     if name not in row.values:
         raise ValueError(f"{row.where}: no field {name!r}; there are {', '.join(row.values)}")
     value = row.values[name]
-    # bool is an int in Python.
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value)
-    if not isinstance(value, str):
-        raise ValueError(f"{row.where}: field {name!r} must be text or a number, got {type(value).__name__}")
-    return value
+    # bool is an int in Python. JSON as Python reads it has NaN and Infinity, which are no answers.
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        value = str(value)
+    if isinstance(value, str):
+        check_characters(value, f"{row.where}: field {name!r}")
+        return value
+    if isinstance(value, list) and value and all(isinstance(message, dict) for message in value):
+        for message in value:
+            if not {"role", "content"} <= message.keys():
+                raise ValueError(
+                    f"{row.where}: field {name!r}: a message must have role and content, got "
+                    f"{', '.join(map(str, message))}"
+                )
+        return value
+    what = value if isinstance(value, float) else type(value).__name__
+    raise ValueError(f"{row.where}: field {name!r} must be text or a number, got {what}")
 
 
-def _json_lines(path: Path) -> Iterator[_Row]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            where = f"{path}, line {number}"
-            if not line.strip():
-                continue
-            try:
-                values = json.loads(line)
-            except ValueError as error:  # no JSON, or no UTF-8
-                raise ValueError(f"{where}: not JSON: {error}") from None
-            if not isinstance(values, dict):
-                raise ValueError(f"{where}: must be a JSON object, got {type(values).__name__}")
-            yield _Row(where, None, values)
-
-
-def _dataset(folder: Path) -> Iterator[_Row]:
+def _conversation(row: Row, name: str, messages: list[dict[str, Any]], chat: Chat | None) -> str:
+    if chat is None:
+        raise ValueError(
+            f"{row.where}: field {name!r} is a conversation, which takes a tokenizer with a chat template"
+        )
+    # Columns that a message does not use are None in tables, where JSON leaves them out.
+    used = [{k: v for k, v in message.items() if v is not None or k == "content"} for message in messages]
+    where = f"{row.where}: field {name!r}"
     try:
-        import datasets
-    except ImportError:
-        raise ValueError(f"data={str(folder)!r} needs datasets: pip install 'lmsleep[hf]'") from None
-    try:
-        loaded = datasets.load_from_disk(str(folder))
-    except Exception as error:  # it raises whatever its file formats raise
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"data: {folder} is no folder that datasets can load: {reason}") from None
-    parts: dict[str, Any] = loaded if isinstance(loaded, datasets.DatasetDict) else {"rows": loaded}
-    held_out = next((name for name in ("test", "validation") if name in parts), None)
-    splits: dict[str, Split] = {}
-    if "train" in parts and held_out is not None:
-        splits = {"train": "train", held_out: "test"}
-    for name, part in parts.items():
-        if not splits or name in splits:
-            for number, values in enumerate(part):
-                yield _Row(f"{folder}, {name} {number}", splits.get(name), values)
+        text = chat(used)
+    except Exception as error:  # templates raise what they like
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{where}: {reason}") from None
+    check_characters(text, where)
+    return text

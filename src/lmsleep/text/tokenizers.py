@@ -1,10 +1,22 @@
 """Text to tokens and back: bytes, a closed list of words, a task's own, or a Hugging Face tokenizer."""
 
-import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from heapq import nsmallest
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
+
+from lmsleep.foreign import read_json, reading, reason
+
+# Of a Hugging Face tokenizer, in a folder that may hold a model too.
+FILES = (
+    "tokenizer*", "vocab*", "merges*", "*.model", "*.tiktoken", "added_tokens.json",
+    "special_tokens_map.json", "chat_template*",
+)  # fmt: skip
+SAMPLE = "a"  # any text, to see what a tokenizer puts before it
+WORDS = 64  # of its own that are tried where it does not know that
 
 
 class Tokenizer(Protocol):
@@ -16,8 +28,18 @@ class Tokenizer(Protocol):
         ...
 
     @property
+    def begin(self) -> Sequence[int]:
+        """What stands before the first text of a stream; often nothing."""
+        ...
+
+    @property
     def end(self) -> int | None:
-        """The token that ends a text, None if there is none."""
+        """The token that is written at the end of a text, None if there is none."""
+        ...
+
+    @property
+    def ends(self) -> Collection[int]:
+        """All tokens that end an answer, `end` among them."""
         ...
 
     def encode(self, text: str) -> list[int]:
@@ -33,7 +55,7 @@ class Bytes:
     """UTF-8 bytes, 0 ... 255."""
 
     vocab_size = 256
-    end = None
+    begin, end, ends = (), None, ()
 
     def encode(self, text: str) -> list[int]:
         """Return the bytes of `text`."""
@@ -51,7 +73,7 @@ class Words:
         ValueError: from `encode`, for a word that is not in the list.
     """
 
-    end = None
+    begin, end, ends = (), None, ()
     PIECES = re.compile(r"[^\W\d_]+|\d|[^\w\s]")
 
     def __init__(self, words: Sequence[str]) -> None:
@@ -90,7 +112,7 @@ class Spelled:
         ValueError: from `encode`, for a word that the task has not.
     """
 
-    end = None
+    begin, end, ends = (), None, ()
 
     def __init__(self, spell: Callable[[list[int]], str], vocab_size: int) -> None:
         self.spell, self.vocab_size = spell, vocab_size
@@ -114,57 +136,106 @@ class Spelled:
 
 
 class HuggingFace:
-    """The tokenizer in a local folder, as `transformers` saves it (the `hf` extra).
+    """The tokenizer in a local folder, as `AutoTokenizer` of `transformers` reads it (the `hf` extra).
+
+    No code of the folder is run, and nothing is asked.
+
+    Args:
+        folder: of the tokenizer.
+        model: folder of the model that it speaks for, which may know more ends of a text; default `folder`.
 
     Raises:
-        ValueError: if the folder holds no tokenizer, or `transformers` is not installed.
+        ValueError: if the folder holds no tokenizer, damaged files, or `transformers` is not installed.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, model: Path | None = None) -> None:
         try:
-            from transformers import AutoTokenizer, PreTrainedConfig
+            from transformers import AutoTokenizer
         except ImportError:
             raise ValueError(
                 f"tokenizer={str(folder)!r} needs transformers: pip install 'lmsleep[hf]'"
             ) from None
-        # A tokenizer that names its class loads without the model's config.json, whose type may be unknown.
-        config = PreTrainedConfig() if _names_its_class(folder) else None
-        try:
+        told = f"tokenizer: {folder} holds no tokenizer that transformers can load"
+        with reading(told):
+            # With the model's config.json, where there is one: its type decides on the class.
             self.tokenizer = AutoTokenizer.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=False, config=config
+                folder, local_files_only=True, trust_remote_code=False
             )
-        except Exception as error:  # it raises whatever its many formats raise
-            reason = str(error).partition("\n")[0]
-            raise ValueError(
-                f"tokenizer: {folder} holds no tokenizer that transformers can load: {reason}"
-            ) from None
+            numbers = self.tokenizer.get_vocab()
+        if not numbers:
+            raise ValueError(f"{told}: it has no tokens; copy its files again")
+        with reading(told):
+            self.vocab_size = max(numbers.values()) + 1
+            self.begin = self._begin(nsmallest(WORDS, numbers, numbers.get))
+        own = self.tokenizer.eos_token_id
+        self._ends = list(dict.fromkeys([*([] if own is None else [own]), *_ends(model or folder)]))
 
-    @property
-    def vocab_size(self) -> int:
-        """The number of tokens, added ones included."""
-        return len(self.tokenizer)
+    vocab_size: int
+    """The largest number of a token, added ones included, plus 1; there may be gaps."""
+    begin: list[int]
+    """What the tokenizer itself puts before a text: often its `bos_token`, often nothing."""
 
     @property
     def end(self) -> int | None:
-        """The tokenizer's `eos_token`."""
-        token: int | None = self.tokenizer.eos_token_id
-        return token
+        """The tokenizer's `eos_token`, or else the first of its tokens that the model's files name."""
+        return next((token for token in self._ends if token < self.vocab_size), None)
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """The `eos_token`, and all that `generate` of the model's folder ends at (generation_config.json)."""
+        return frozenset(self._ends)
 
     def encode(self, text: str) -> list[int]:
-        """Encode with the tokenizer, without special tokens."""
-        tokens: list[int] = self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
+        """Encode with the tokenizer, without special tokens.
+
+        Raises:
+            ValueError: for what is no text (halves of surrogate pairs), or what it has no tokens for.
+        """
+        try:
+            tokens: list[int] = self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
+        except Exception as error:  # it raises bare exceptions
+            raise ValueError(f"this text cannot be encoded: {reason(error)}") from None
         return tokens
+
+    def chat(self, messages: list[dict[str, Any]]) -> str:
+        """Write a conversation as the tokenizer's chat template does; raises ValueError if it has none."""
+        if not self.tokenizer.chat_template:
+            raise ValueError("a conversation takes a tokenizer with a chat template, and this one has none")
+        return str(self.tokenizer.apply_chat_template(messages, tokenize=False))
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Decode with the tokenizer, special tokens included."""
         return str(self.tokenizer.decode(list(tokens)))
 
+    def _begin(self, words: Iterable[str]) -> list[int]:
+        """See what it puts before a sample, or before one of its own `words` if it does not know that."""
+        for sample in (SAMPLE, *words):
+            try:
+                plain, whole = self.encode(sample), list(self.tokenizer.encode(sample))
+            except ValueError:
+                continue
+            # Looked for, not read from a field: what is added depends on classes, flags and templates.
+            places = [i for i in range(len(whole)) if whole[i : i + len(plain)] == plain]
+            # A word that is one of the marks itself stands in several places and tells nothing.
+            if plain and len(places) == 1:
+                return whole[: places[0]]
+        return []
 
-def _names_its_class(folder: Path) -> bool:
-    try:
-        return "tokenizer_class" in json.loads((folder / "tokenizer_config.json").read_text())
-    except (OSError, ValueError):
-        return False
+
+def _ends(folder: Path) -> list[int]:
+    """Return the ends of a text that the files of a model name."""
+    # As `generate` has it: config.json counts where there is no generation_config.json.
+    files = [folder / name for name in ("generation_config.json", "config.json")]
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
+        return []
+    fields = read_json(file)
+    inner = fields.get("text_config")
+    found = fields.get("eos_token_id", inner.get("eos_token_id") if isinstance(inner, dict) else None)
+    ends = found if isinstance(found, list) else [] if found is None else [found]
+    if not all(type(token) is int for token in ends):
+        raise ValueError(f"{file}: eos_token_id must be a token's number or a list of them, got {found!r}")
+    return [token for token in ends if token >= 0]  # some write -1 for none
 
 
 class Marks(NamedTuple):
@@ -184,8 +255,45 @@ def marks(tokenizer: Tokenizer, opening: str, first: int) -> Marks:
     return Marks(tokenizer.encode(opening) or [tokenizer.end], tokenizer.end)
 
 
-def load_tokenizer(name: str) -> Tokenizer:
+def begun(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Encode the text that a stream begins with: with `tokenizer.begin` before it, unless it stands there.
+
+    A chat template, for one, may write it. A text without tokens stays empty.
+    """
+    tokens, begin = tokenizer.encode(text), [*tokenizer.begin]
+    return tokens if not tokens or tokens[: len(begin)] == begin else begin + tokens
+
+
+def check_tokens(tokens: Tensor, vocab_size: int, tokenizer: Tokenizer | None = None) -> None:
+    """Refuse what is no row of whole numbers from 0 to `vocab_size - 1`.
+
+    Args:
+        tokens: `[n]`, of any dtype of whole numbers; any dtype if it is empty.
+        vocab_size: the number of tokens that the model knows.
+        tokenizer: which may know more of them, and says what they are.
+
+    Raises:
+        ValueError: naming the worst of them.
+    """
+    # An empty list is a tensor of floats to PyTorch, and fine.
+    if tokens.ndim != 1 or (len(tokens) and (tokens.is_floating_point() or tokens.is_complex())):
+        raise ValueError(f"tokens must be one row of whole numbers, got {tokens.dtype} {[*tokens.shape]}")
+    if len(tokens):
+        least, most = int(tokens.min()), int(tokens.max())
+        if least < 0 or most >= vocab_size:
+            worst = least if least < 0 else most
+            told = ""
+            if tokenizer is not None and 0 <= worst < tokenizer.vocab_size:
+                told = f": {tokenizer.decode([worst])!r}, which this model does not know"
+            raise ValueError(f"tokens must lie in 0 ... {vocab_size - 1}, got {worst}{told}")
+
+
+def load_tokenizer(name: str, model: Path | None = None) -> Tokenizer:
     """Load a tokenizer: `"bytes"`, or the folder of a Hugging Face tokenizer.
+
+    Args:
+        name: of the tokenizer.
+        model: folder of the model that it speaks for, if not its own.
 
     Raises:
         ValueError: if there is no such folder, or no tokenizer in it.
@@ -194,9 +302,17 @@ def load_tokenizer(name: str) -> Tokenizer:
         return Bytes()
     if not Path(name).is_dir():
         raise ValueError(f"tokenizer={name!r} is neither 'bytes' nor a folder with a tokenizer")
-    return HuggingFace(Path(name))
+    return HuggingFace(Path(name), model)
 
 
 def absolute(name: str) -> str:
     """Return the name under which a tokenizer can be found from any folder."""
     return name if name == "bytes" else str(Path(name).resolve())
+
+
+def tokenizer_files(name: str) -> tuple[Path, ...]:
+    """Return the files that tell what a tokenizer does: those of its folder without weights; else none."""
+    folder = Path(name)
+    if name in ("bytes", "words") or not folder.is_dir():
+        return ()
+    return tuple(sorted({file for kind in FILES for file in folder.glob(kind) if file.is_file()}))

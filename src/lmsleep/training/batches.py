@@ -3,14 +3,14 @@
 import multiprocessing
 import signal
 from concurrent.futures import Future, ProcessPoolExecutor
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
-from lmsleep.tasks import Batch, batch_rng
+from lmsleep.tasks import Batch, Split, batch_rng
 from lmsleep.training.config import RunConfig
 from lmsleep.training.optim import level
-from lmsleep.training.workers import leave_with_parent
+from lmsleep.training.workers import begun_deaf, leave_with_parent
 
 AHEAD = 2  # batches a worker draws before they are wanted
 
@@ -23,6 +23,13 @@ def draw(config: RunConfig, step: int) -> Batch:
     # Keyed by the step and not advanced from batch to batch: any process can draw any batch, in any order.
     rng = batch_rng(train.seed, "train", step)
     return config.task.batch(rng, train.batch_size, "train", level(step, train))
+
+
+def check_samples(config: RunConfig) -> None:
+    """Draw a sample of each split; raise what the task raises if it cannot."""
+    # Some of what a task cannot draw shows only in drawing.
+    for split in get_args(Split):
+        config.task.batch(batch_rng(config.train.seed, split, 0), 1, split)
 
 
 class Batches:
@@ -44,9 +51,10 @@ class Batches:
             plain = self.config.to_dict()  # each worker reads the data once, for itself
             self._pool = ProcessPoolExecutor(workers, context, initializer=_start, initargs=(plain,))
         # What is drawn ahead is bounded: finished batches wait in the memory of this process.
-        for ahead in range(step, min(step + AHEAD * workers, self.config.train.steps)):
-            if ahead not in self._drawn:
-                self._drawn[ahead] = self._pool.submit(_draw_mine, ahead)
+        with begun_deaf():
+            for ahead in range(step, min(step + AHEAD * workers, self.config.train.steps)):
+                if ahead not in self._drawn:
+                    self._drawn[ahead] = self._pool.submit(_draw_mine, ahead)
         # Taken out, so that a batch is not held after its step.
         return self._drawn.pop(step).result()
 
@@ -60,11 +68,9 @@ class Batches:
 def _start(plain: dict[str, Any]) -> None:
     """Prepare a worker process: its run, and who may stop it."""
     global _config
-    leave_with_parent()
+    leave_with_parent(signal.SIGINT, signal.SIGTERM)  # the trainer decides when to stop
     # Workers share the cores with each other and with training; drawing has no large products.
     torch.set_num_threads(1)
-    for signum in (signal.SIGINT, signal.SIGTERM):  # the trainer decides when to stop
-        signal.signal(signum, signal.SIG_IGN)
     _config = RunConfig.from_dict(plain)
 
 

@@ -1,7 +1,7 @@
 """A run as plain data: task, model, sleep, training."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -121,13 +121,17 @@ class RunConfig:
     """Options of a backbone of any kind (`lmsleep.backbones`): `HybridConfig`, `FineTune`, one's own."""
     sleep: SleepConfig
     train: TrainConfig
+    fit: InitVar[bool] = True
+    """Give the model as many tokens as the task has. False: it has them, and the task is not asked, which may
+    have to read its data to know."""
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, fit: bool) -> None:
         self._check_window()
         self._check_backward()
         kind = kind_of(self.model)
         # The dataclass is frozen; this one field depends on another: the task says how many tokens there are.
-        object.__setattr__(self, "model", kind.fitted(self.model, self.task.vocab_size))
+        if fit:
+            object.__setattr__(self, "model", kind.fitted(self.model, self.task.vocab_size))
         # Only now: the checks are about the model as it will be built.
         kind.check(self.model, self.sleep)
         if self.train.start is not None:
@@ -169,7 +173,7 @@ class RunConfig:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle as plain data: what a task has read stays here, and workers find a user's class by name."""
-        return RunConfig.from_dict, (self.to_dict(),)
+        return RunConfig.from_dict, (self.to_dict(), False)
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-ready form, read back by `from_dict`; paths are absolute."""
@@ -181,8 +185,8 @@ class RunConfig:
         }
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Invert `to_dict`, also after a trip through JSON.
+    def from_dict(cls, data: Mapping[str, Any], fit: bool = True) -> Self:
+        """Invert `to_dict`, also after a trip through JSON; `fit` is that of the class.
 
         Raises:
             ValueError: for a missing, unknown or invalid field.
@@ -199,7 +203,8 @@ class RunConfig:
                 sleep=SleepConfig.from_dict(data["sleep"]),
                 # What the training says of itself comes last and wins.
                 train=from_plain(TrainConfig, {**training, **data["train"]}),
+                fit=fit,
             )
         # A damaged file can hold anything where a mapping is expected; ValueErrors already say what is wrong.
-        except (KeyError, TypeError, AttributeError) as error:
+        except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
             raise ValueError(f"not a run configuration: {error}") from error

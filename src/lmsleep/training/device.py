@@ -1,8 +1,14 @@
 """Where a run computes, and in what precision."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from lmsleep.training.config import TrainConfig
+
+# What PyTorch says on the CPU, where it has no error of its own for it, and of sizes beyond 63 bits.
+NO_MEMORY = ("can't allocate memory", "out of memory", "overflow")
 
 
 def choose_device(name: str) -> torch.device:
@@ -17,9 +23,36 @@ def choose_device(name: str) -> torch.device:
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device={name!r}: PyTorch sees no CUDA device here; use device='cpu' or 'auto'")
     try:
-        return torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"device={name!r} is none that PyTorch knows; use 'auto', 'cpu' or 'cuda'") from None
+        device = torch.device(name)
+        # There and back: names that no backend answers to fail in many ways, and "meta" holds no numbers.
+        torch.ones(1, device=device).cpu()
+    except Exception as error:
+        raise ValueError(
+            f"device={name!r} cannot compute here ({type(error).__name__}); use 'auto', 'cpu' or 'cuda'"
+        ) from None
+    # PyTorch takes any number behind "cpu", readers of files none.
+    if device.type != "cpu":
+        return device
+    if device.index:
+        raise ValueError(f"device={name!r}: there is one CPU; use 'cpu'")
+    return torch.device("cpu")
+
+
+@contextmanager
+def fitting(what: str) -> Iterator[None]:
+    """Say of `what` that it does not fit where memory runs out, as one who asked for it can understand.
+
+    Raises:
+        ValueError: instead of the error of NumPy or PyTorch.
+    """
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise ValueError(f"{what} does not fit into memory; choose a smaller one") from error
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in NO_MEMORY):
+            raise
+        raise ValueError(f"{what} does not fit into memory; choose a smaller one") from error
 
 
 def in_bfloat16(train: TrainConfig, device: torch.device) -> bool:

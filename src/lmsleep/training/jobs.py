@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from lmsleep.progress import progress
 from lmsleep.training.config import RunConfig
 from lmsleep.training.loop import Interrupted, Trainer
-from lmsleep.training.progress import progress
-from lmsleep.training.runs import RunFolder
-from lmsleep.training.workers import leave_with_parent
+from lmsleep.training.runs import BRANCH, RunFolder
+from lmsleep.training.workers import begun_deaf, leave_with_parent
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,12 @@ def default_workers() -> int:
     return torch.cuda.device_count() or os.cpu_count() or 1
 
 
+def check_workers(workers: int | None) -> None:
+    """Raise ValueError unless there is a worker (None: `default_workers`)."""
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers must be at least 1, got {workers}")
+
+
 def run_all(jobs: Sequence[Job], workers: int | None = None) -> None:
     """Train every run that has no report yet, `workers` at a time (default: `default_workers`).
 
@@ -58,10 +64,14 @@ def run_all(jobs: Sequence[Job], workers: int | None = None) -> None:
     run that was stopped goes on from its last checkpoint.
 
     Raises:
-        ValueError: if a folder holds a run of another configuration.
+        ValueError: if a folder holds a run of another configuration, or for no worker.
         RuntimeError: if a run failed; the others are finished first.
         Interrupted: after SIGINT or SIGTERM; the runs under way are saved first.
     """
+    check_workers(workers)
+    places = [job.path for one in jobs for job in (one, one.shorter) if job is not None]
+    if len(set(places)) < len(places):
+        raise ValueError("jobs: two runs have one folder; name each once")
     todo = [job for job in jobs if not _finished(job)]
     if not todo:
         return
@@ -81,7 +91,9 @@ def run_all(jobs: Sequence[Job], workers: int | None = None) -> None:
         _raising_interrupted(),
     ):
         try:
-            for done in as_completed([pool.submit(_run, job) for job in todo]):
+            with begun_deaf():
+                futures = [pool.submit(_run, job) for job in todo]
+            for done in as_completed(futures):
                 path, error = done.result()
                 bar.update()
                 bar.set_postfix_str(path.name)
@@ -117,8 +129,7 @@ def _finished(job: Job) -> bool:
     if not (job.path / "config.json").exists():
         return False
     folder = RunFolder.open(job.path)
-    # As plain data, in which paths are absolute: the same command may name them in another way.
-    if folder.config().to_dict() != job.config.to_dict():
+    if not folder.is_of(job.config):
         raise ValueError(
             f"{job.path} holds a run of another configuration; remove it or choose another folder"
         )
@@ -127,9 +138,8 @@ def _finished(job: Job) -> bool:
 
 def _start(lock: object, numbers: SimpleQueue[int], workers: int) -> None:
     """Prepare a worker process: its bars, its threads, its GPU, and who may stop it."""
-    leave_with_parent()
+    leave_with_parent(signal.SIGINT)  # between runs the parent decides
     tqdm.set_lock(lock)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # between runs the parent decides
     number, gpus = numbers.get(), torch.cuda.device_count()
     torch.set_num_threads(max((os.cpu_count() or 1) // workers, 1))
     if gpus:
@@ -142,24 +152,10 @@ def _run(job: Job) -> tuple[Path, str | None]:
     position = multiprocessing.current_process()._identity[0]
     try:
         trainer = _trainer(job)
-        if job.shorter is not None and not _finished(job.shorter):
-            # An earlier call without the shorter run, or one whose result was removed, has trained past it.
-            if trainer.step > job.branch_step:
-                trainer = Trainer(trainer.folder, job.config)  # the shared start is gone: begin again
-                trainer.folder.rewind(0)
-            trainer.fit(until=job.branch_step, position=position)
-            # Under another name than "step", so that it is not among the checkpoints that are thinned out.
-            start = trainer.save("branch")
-            # Half of it may be there from a call that was stopped; it costs the fall alone to do again.
-            shutil.rmtree(job.shorter.path, ignore_errors=True)
-            short = RunFolder.create(job.shorter.path, job.shorter.config)
-            # Its history is the longer run's; `resume` drops what lies after the branch.
-            for record in trainer.folder.metrics():
-                short.log(record)
-            Trainer.resume(short, start).fit(position=position)
-            # Only the shorter run begins here; the longer one goes on with the trainer at hand.
-            shutil.rmtree(start)
-        trainer.fit(position=position)
+        with trainer.folder.locked():
+            if job.shorter is not None and not _finished(job.shorter):
+                trainer = _train_shorter(job, job.shorter, trainer, position)
+            trainer.fit(position=position)
     except Interrupted as stop:
         os._exit(128 + stop.signum)  # an exception would only end the run, and the worker take the next
     except (RuntimeError, ValueError, OSError) as error:
@@ -167,8 +163,30 @@ def _run(job: Job) -> tuple[Path, str | None]:
     return job.path, None
 
 
+def _train_shorter(job: Job, shorter: Job, trainer: Trainer, position: int) -> Trainer:
+    """Train to where the shorter run leaves, and that run to its end; return the trainer to go on with."""
+    # An earlier call without the shorter run, or one whose result was removed, has trained past it.
+    if trainer.step > job.branch_step:
+        trainer = Trainer(trainer.folder, job.config)  # the shared start is gone: begin again
+    trainer.fit(until=job.branch_step, position=position)
+    # Under another name than "step", so that it is not among the checkpoints that are thinned out.
+    start = trainer.save(BRANCH)
+    short = RunFolder(shorter.path)
+    with short.locked():
+        # Half of it may be there from a call that was stopped; it costs the fall alone to do again.
+        short.clear()
+        short.make(shorter.config)
+        # Its history is the longer run's; `fit` drops what lies after the branch.
+        for record in trainer.folder.metrics():
+            short.log(record)
+        Trainer.resume(short, start).fit(position=position)
+    # Only the shorter run begins here; the longer one goes on with the trainer at hand.
+    shutil.rmtree(start)
+    return trainer
+
+
 def _trainer(job: Job) -> Trainer:
     """Begin a job's run, or go on with it."""
     if not (job.path / "config.json").exists():
-        return Trainer(RunFolder.create(job.path, job.config), job.config)
+        return Trainer.begin(job.path, job.config)
     return Trainer.take_up(RunFolder.open(job.path))

@@ -5,25 +5,26 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 
-from lmsleep.backbones import Model, kind_of, load
+from lmsleep.backbones import Model, kind_of
 from lmsleep.evaluation import Score, evaluate
+from lmsleep.progress import progress
 from lmsleep.tasks import batch_rng
-from lmsleep.training.batches import Batches
+from lmsleep.training.batches import Batches, check_samples, draw
 from lmsleep.training.compute import StepFlops
 from lmsleep.training.config import RunConfig
-from lmsleep.training.device import autocast, choose_device, in_bfloat16
+from lmsleep.training.device import autocast, choose_device, fitting, in_bfloat16
 from lmsleep.training.objective import Objective
 from lmsleep.training.optim import optimizers, set_rates, sleep_at
-from lmsleep.training.progress import progress
-from lmsleep.training.runs import RunFolder
+from lmsleep.training.runs import TRAINER, RunFolder
 from lmsleep.training.start import first_model
 from lmsleep.training.step import take_step
 from lmsleep.training.tracking import Events, installed
+
+ANEW = "begin a new run with another --out"  # where a run cannot go on
 
 
 class Diverged(RuntimeError):
@@ -61,7 +62,9 @@ class Trainer:
         # Before the model is built: initial weights are drawn from the global generator.
         torch.manual_seed(train.seed)
         bfloat16 = in_bfloat16(train, self.device)
-        self.model = (model or first_model(config, bfloat16=bfloat16)).to(self.device).train()
+        with fitting("the model"):
+            model = model or first_model(config, bfloat16=bfloat16, trust=folder.trust)
+            self.model = model.to(self.device).train()
         # First all frozen (the call returns the model), then the inserted blocks thawed.
         if train.only_inserted:
             for i, block in enumerate(self.model.requires_grad_(False).blocks):
@@ -74,6 +77,38 @@ class Trainer:
         self._flops = StepFlops(self.objective)
 
     @classmethod
+    def begin(cls, path: str | Path, config: RunConfig, *, trust: bool = False) -> "Trainer":
+        """Begin a run in a new folder, which is made last: what cannot begin leaves none.
+
+        `trust`: run the Python files that the run or model to start from names.
+
+        Raises:
+            FileExistsError: if there is a run, or anything else, in the folder.
+            ValueError: if the run cannot begin.
+            OSError: if a file is missing, or the folder cannot be made.
+        """
+        folder = RunFolder(path, trust=trust)
+        folder.check_new(config)  # first, for a model may take minutes to load
+        check_samples(config)
+        trainer = cls(folder, config)
+        trainer.rehearse()
+        folder.make(config)
+        return trainer
+
+    def rehearse(self) -> None:
+        """Make the forward and backward pass of the next step, and forget it: raise what that would raise.
+
+        Raises:
+            ValueError: if a batch cannot be read, or does not fit into memory.
+        """
+        train = self.config.train
+        with fitting(f"batch_size={train.batch_size} in accumulate={train.accumulate} parts"):
+            batch, sleep = draw(self.config, self.step), sleep_at(self.step, self.config.sleep, train)
+            # The counts are kept, so that the step itself does not make these passes again.
+            for part in batch.parts(train.accumulate):
+                self._flops(part.to(self.device), sleep)
+
+    @classmethod
     def resume(
         cls, folder: RunFolder, checkpoint: Path | None = None, config: RunConfig | None = None
     ) -> "Trainer":
@@ -81,52 +116,66 @@ class Trainer:
 
         Raises:
             FileNotFoundError: if there is no checkpoint.
-            ValueError: if it is damaged or belongs to another configuration.
+            ValueError: if it is damaged or belongs to another configuration, or if the data have changed.
         """
+        folder.check_data(ANEW)
         config = config or folder.config()
-        path = checkpoint or folder.latest()
+        path = checkpoint or folder.latest(resumable=True)
         bfloat16 = in_bfloat16(config.train, choose_device(config.train.device))
-        trainer = cls(folder, config, load(config.model, path, bfloat16=bfloat16))
+        trainer = cls(folder, config, folder.model_of(path, config, bfloat16=bfloat16))
         try:
-            saved = torch.load(path / "trainer.pt", map_location=trainer.device, weights_only=True)
             # weights_only: a checkpoint is data and must not run code when it is opened.
-            for optimizer, state in zip(trainer.optimizers, saved["optimizers"], strict=True):
-                optimizer.load_state_dict(state)
-            for name in ("step", "tokens", "flops", "seconds"):
-                setattr(trainer, name, saved[name])
-        except (
-            OSError,
-            RuntimeError,
-            AttributeError,
-            LookupError,
-            TypeError,
-            ValueError,
-            EOFError,
-            UnpicklingError,
-        ) as error:
-            raise ValueError(f"{path / 'trainer.pt'} is damaged or foreign: {error}") from error
-        # Only when all was read: a damaged checkpoint must not cost the metrics.
-        folder.rewind(trainer.step)
+            trainer._restore(torch.load(path / TRAINER, map_location=trainer.device, weights_only=True))
+        # Of a file that may be whole: it cannot be read, or finds no room.
+        except (PermissionError, MemoryError, torch.OutOfMemoryError):
+            raise
+        # A damaged file makes torch raise nearly anything else, and say it in many lines.
+        except Exception as error:
+            raise ValueError(f"{path / TRAINER} is damaged or foreign; {folder.without(path)}") from error
         return trainer
+
+    def _restore(self, saved: dict[str, Any]) -> None:
+        """Take over what `save` wrote beside the model; raises an error of any type if it is none."""
+        for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
+            own = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict(state)
+            # Its options are those of the configuration, whatever the file says.
+            for group, options in zip(optimizer.param_groups, own, strict=True):
+                group.update({name: value for name, value in options.items() if name != "params"})
+            for p, kept in optimizer.state.items():
+                if any(t.ndim and t.shape != p.shape for t in kept.values()):
+                    raise ValueError("the state of an optimizer of another model")
+        self.step, self.tokens, self.flops = (int(saved[name]) for name in ("step", "tokens", "flops"))
+        self.seconds = float(saved["seconds"])
+        if not 0 <= self.step <= self.config.train.steps:
+            raise ValueError(f"step {self.step} is none of the run")
 
     @classmethod
     def take_up(cls, folder: RunFolder) -> "Trainer":
         """Continue a run; one that was stopped before its first checkpoint begins again."""
         if folder.checkpoints():
             return cls.resume(folder)
-        trainer = cls(folder, folder.config())
-        folder.rewind(0)
-        return trainer
+        folder.check_data(ANEW)
+        return cls(folder, folder.config())
 
     def fit(self, until: int | None = None, *, position: int | None = None) -> Score | None:
         """Train up to step `until` (default: the end, with a final evaluation and report).
 
-        `position` is the line of the progress bar, for runs side by side.
+        `position` is the line of the progress bar, for runs side by side. What the folder holds of later
+        steps is dropped first.
 
         Raises:
             Diverged: if the loss or a gradient became non-finite.
             Interrupted: after SIGINT or SIGTERM.
+            ValueError: if another process trains the run, or its metrics are damaged.
+            OSError: naming the file that cannot be written; the last checkpoint stays.
         """
+        with self.folder.locked():
+            self.folder.rewind(self.step)
+            return self._fit(until, position)
+
+    def _fit(self, until: int | None, position: int | None) -> Score | None:
+        """Train in the folder, which is locked and at the step of this trainer."""
         train = self.config.train
         last = train.steps if until is None else min(until, train.steps)
         name = self.folder.path.name

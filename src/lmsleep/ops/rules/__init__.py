@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lmsleep.ops.precision import exact
 from lmsleep.ops.rules import gated_delta, gated_linear, kda, raven
-from lmsleep.ops.rules.rule import Recurrence, Rule
+from lmsleep.ops.rules.rule import NOTHING_LEFT, Recurrence, Rule
 from lmsleep.plugins import Plugin
 
 Backend = Literal["auto", "reference", "chunked", "fla"]
@@ -85,7 +85,8 @@ def gated_delta_rule(
         q: queries `[B, T, H, K]`, any floating dtype; any `T`, 0 included.
         k: keys `[B, T, H, K]`, of unit L2 norm for a contraction.
         v: values `[B, T, H, V]`.
-        g: log decay `[B, T, H]`, at most 0. A token with `g = beta = 0` leaves the state as it is.
+        g: log decay `[B, T, H]`, at most 0; -inf forgets everything. A token with `g = beta = 0` leaves the
+            state as it is.
         beta: write strength `[B, T, H]`, in (0, 1), or (0, 2) for negative eigenvalues.
         scale: factor on the queries; default `K ** -0.5`.
         initial_state: `S` before the first token, `[B, H, K, V]`; default zeros.
@@ -159,7 +160,7 @@ def update(
     if casts:  # fla's kernels take low precision as it is and accumulate in float32
         q, k, v, g, beta = (x.to(dtype) for x in (q, k, v, g, beta))
     else:  # in one dtype: CUDA's autocast norms q and k in float32
-        q, k = q.to(v.dtype), k.to(v.dtype)
+        q, k, g = q.to(v.dtype), k.to(v.dtype), g.clamp(min=NOTHING_LEFT)
     with exact(q.device):  # S is summed over a whole stream
         o, state = form(q, k, v, g, beta, scale, state)
     # `inputs` has v as it was given; `v` itself may have been cast.

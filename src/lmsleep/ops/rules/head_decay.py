@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lmsleep.ops.precision import exact
+from lmsleep.ops.rules.rule import NOTHING_LEFT
 
 
 def in_chunks(
@@ -35,7 +36,7 @@ def in_chunks(
     delta: bool,
 ) -> tuple[Tensor, Tensor]:
     """Compute the gated delta rule, or without `delta` the gated linear one; arguments as of a `Rule`."""
-    if q.shape[1] == 0:
+    if not q.shape[:3].numel():  # no token, row or head
         return torch.zeros_like(v), state
     result: tuple[Tensor, Tensor] = _Chunked.apply(q, k, v, g, beta, state, scale, delta)  # type: ignore[no-untyped-call]
     return result
@@ -73,6 +74,7 @@ class _Chunked(torch.autograd.Function):
         B, T, H, K = q.shape
         n, C = chunks(T, K, v.shape[-1])
         q, k, v, g, beta = (_split(x, n, C) for x in (q, k, v, g, beta[..., None]))
+        g.clamp_(min=NOTHING_LEFT)  # a copy
         lower = torch.ones(C, C, dtype=S.dtype, device=S.device).tril()
         # e^{G_t - G_s}, s <= t; summing the terms between s and t does not cancel as G_t - G_s would
         decay = ((g[:, None] * lower) @ lower.tril(-1)).exp_().mul_(lower)

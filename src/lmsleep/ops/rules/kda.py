@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmsleep.ops.rules import channel_decay
-from lmsleep.ops.rules.rule import Rule, Sizes, log_spaced_forgetting, write_strength
+from lmsleep.ops.rules.rule import NOTHING_LEFT, Rule, Sizes, log_spaced_forgetting, write_strength
 
 
 def by_token(
@@ -31,9 +31,11 @@ def by_chunk(
 ) -> tuple[Tensor, Tensor]:
     """Do what `by_token` does, chunk-parallel, by a triangular system as in `head_decay`."""
     B, T, H, _ = q.shape
-    if T == 0:
+    if not q.shape[:3].numel():  # no token, row or head
         return torch.zeros_like(v), state
-    q, k, v, g, beta = (channel_decay.split(x) for x in (scale * q, k, v, g, beta[..., None]))
+    q, k, v, g, beta = (
+        channel_decay.split(x) for x in (scale * q, k, v, g.clamp(min=NOTHING_LEFT), beta[..., None])
+    )
     decays = channel_decay.Decays.of(g)
     erased = beta * k
     system = channel_decay.products(erased, k, decays)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmsleep.ops.rules import channel_decay
-from lmsleep.ops.rules.rule import Rule, Sizes, log_spaced_forgetting
+from lmsleep.ops.rules.rule import NOTHING_LEFT, Rule, Sizes, log_spaced_forgetting
 
 
 def by_token(
@@ -41,9 +41,9 @@ def by_chunk(
 ) -> tuple[Tensor, Tensor]:
     """Do what `by_token` does, chunk-parallel: the states, then all scores, then what is read."""
     B, T, H, _ = q.shape
-    if T == 0:
+    if not q.shape[:3].numel():  # no token, row or head
         return torch.zeros_like(v), state
-    q, k, v, g, beta = (channel_decay.split(x) for x in (scale * q, k, v, g, beta))
+    q, k, v, g, beta = (channel_decay.split(x) for x in (scale * q, k, v, g.clamp(min=NOTHING_LEFT), beta))
     decays = channel_decay.Decays.of(g)
     slots = torch.cat([k, v], -1)
     # What is written does not depend on S, so the states come without any system to solve.

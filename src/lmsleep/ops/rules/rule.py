@@ -15,6 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# Chunks sum log decays, and multiply them by masks: -inf would make NaN of both. e to this is 0 in float64
+# too, so neither values nor gradients (of what is forgotten: 0) change.
+NOTHING_LEFT = -750.0
+
 Recurrence = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float, Tensor], tuple[Tensor, Tensor]]
 
 

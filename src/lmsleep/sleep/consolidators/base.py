@@ -6,9 +6,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from lmsleep.plain import check_types
 from lmsleep.sleep.backbone import Backbone
 from lmsleep.sleep.window import Window, speak, wake
 from lmsleep.state import State
+
+MAX_PASSES = 10_000  # far beyond what helps; a file that says a billion must not stop the program for days
 
 
 @dataclass(frozen=True)
@@ -24,8 +27,12 @@ class Consolidator(ABC):
     """N: how long a sleep is. 1 is the plain model, whose windows are only read."""
 
     def __post_init__(self) -> None:
-        if self.passes < 1:
-            raise ValueError(f"passes must be at least 1 (1 = the plain model, no sleep), got {self.passes}")
+        check_types(self)
+        if not 1 <= self.passes <= MAX_PASSES:
+            raise ValueError(
+                f"passes must be at least 1 (1 = the plain model, no sleep) and at most {MAX_PASSES:,}, "
+                f"got {self.passes}"
+            )
 
     @abstractmethod
     def sleep_on(

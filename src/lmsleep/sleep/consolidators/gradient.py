@@ -28,8 +28,8 @@ class GradientSteps(Consolidator):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.rate >= 0:
-            raise ValueError(f"rate must not be negative, got {self.rate}")
+        if not 0 <= self.rate < float("inf"):  # so written, it refuses NaN as well
+            raise ValueError(f"rate must be finite and not negative, got {self.rate}")
 
     def sleep_on(
         self, model: Backbone, window: Window, *, logits: bool = True

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lmsleep.sleep.backbone import Backbone
-from lmsleep.sleep.consolidators.base import Consolidator
+from lmsleep.sleep.consolidators.base import MAX_PASSES, Consolidator
 from lmsleep.sleep.window import Loop, Pass, Window, speak, wake
 from lmsleep.state import State
 
@@ -31,16 +31,11 @@ class Passes(Consolidator):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.wake_passes < 1:
-            raise ValueError(f"wake_passes must be at least 1, got {self.wake_passes}")
-        if self.reset not in (None, "S", "h"):
-            raise ValueError(f"reset must be None, 'S' or 'h', got {self.reset!r}")
+        if not 1 <= self.wake_passes <= MAX_PASSES:
+            raise ValueError(f"wake_passes must lie in 1 ... {MAX_PASSES:,}, got {self.wake_passes}")
         if self.reset == "h" and (self.normalize or self.reinject):
             raise ValueError("reset='h' leaves no h to normalize or reinject into; drop one of them")
-        if isinstance(self.loop, str):
-            if self.loop != "middle":
-                raise ValueError(f"loop must be (first, last), 'middle' or None, got {self.loop!r}")
-        elif self.loop is not None and not 0 <= self.loop[0] < self.loop[1]:
+        if isinstance(self.loop, tuple) and not 0 <= self.loop[0] < self.loop[1]:
             raise ValueError(f"loop must be (first, last) with 0 <= first < last, got {self.loop}")
 
     def sleep_on(

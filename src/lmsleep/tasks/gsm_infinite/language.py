@@ -109,7 +109,7 @@ class Language:
 def tokenizer(name: str) -> Tokenizer:
     """Load `"words"`, with a token for each word of the templates, or what `load_tokenizer` knows."""
     if name == "words":
-        return Words(sorted(_vocabulary()))
+        return Words(WORDS)
     try:
         return load_tokenizer(name)
     except ValueError as error:
@@ -131,3 +131,6 @@ def _vocabulary() -> set[str]:
         text += [place for group in (*t.places, t.all_noise_places) for place in group]
         text += [word for group in (*t.things, *t.all_noise_things) for thing in group for word in thing]
     return {word for part in text for word in Words.PIECES.findall(part)}
+
+
+WORDS = sorted(_vocabulary())

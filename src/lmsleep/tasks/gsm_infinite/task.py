@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import chain, groupby
+from pathlib import Path
 from random import Random
 from typing import Literal
 
@@ -14,13 +15,13 @@ import torch
 from lmsleep.tasks.base import HIDDEN, Batch, check_literals
 from lmsleep.tasks.gsm_infinite import reader
 from lmsleep.tasks.gsm_infinite.graph import MOST_OPS, draw_graph
-from lmsleep.tasks.gsm_infinite.language import Language, Tokens, language, tokenizer
+from lmsleep.tasks.gsm_infinite.language import WORDS, Language, Tokens, language, tokenizer
 from lmsleep.tasks.gsm_infinite.meaning import LARGEST, Core, draw_core
 from lmsleep.tasks.gsm_infinite.noise import noise
 from lmsleep.tasks.gsm_infinite.structure import Parameter
 from lmsleep.tasks.gsm_infinite.templates import TEMPLATES, Names, draw_names
 from lmsleep.text import Split
-from lmsleep.text.tokenizers import Marks, absolute, marks
+from lmsleep.text.tokenizers import Marks, absolute, marks, tokenizer_files
 
 MARKERS = ("PAD", "ANSWER", "END")  # after the tokens of a tokenizer that has no end of a text
 OPENING = "\nAnswer:"  # before the answer, with a tokenizer that has one
@@ -90,6 +91,10 @@ class GSMInfinite:
                 f"tokens, so the longest context must have at least {slack} tokens more than the shortest"
             )
 
+    def sources(self) -> tuple[Path, ...]:
+        """Return the files of the tokenizer, which batches hang on."""
+        return tokenizer_files(self.tokenizer)
+
     @property
     def _languages(self) -> list[Language]:
         return [language(name, self.tokenizer) for name in self.templates]
@@ -110,6 +115,13 @@ class GSMInfinite:
         """The vocabulary is the tokenizer's; without an end of a text also PAD, ANSWER, END."""
         words = tokenizer(self.tokenizer)
         return words.vocab_size + (len(MARKERS) if words.end is None else 0)
+
+    @property
+    def largest_token(self) -> int:
+        """The largest token of the words that problems are told in; the tokenizer may have larger ones."""
+        words = tokenizer(self.tokenizer)
+        held = (token for word in WORDS for text in (word, f" {word}") for token in words.encode(text))
+        return max(*held, self.pad, *words.begin, *self.marks.answer, self.marks.end)
 
     @property
     def difficulty_name(self) -> str:
@@ -155,8 +167,9 @@ class GSMInfinite:
 
     def solve(self, tokens: list[int]) -> list[list[int]]:
         """See `Task.solve`."""
-        read = tokens[: tokens.index(HIDDEN) - len(self.marks.answer)]
-        return [self._answer(reader.answer(tokenizer(self.tokenizer).decode(read)))]
+        words = tokenizer(self.tokenizer)
+        read = tokens[len(words.begin) : tokens.index(HIDDEN) - len(self.marks.answer)]
+        return [self._answer(reader.answer(words.decode(read)))]
 
     def spell(self, tokens: list[int]) -> str:
         """Decode the text, with PAD, ANSWER and END by name."""
@@ -188,7 +201,8 @@ class GSMInfinite:
             )
             spoken = language(names.template, self.tokenizer)
             question, statements, words = _tell(core, names, spoken, self.modulus)
-            opening = spoken.instruction if self.instruction else []
+            # As a session begins a stream, with what the tokenizer puts there.
+            opening = [*tokenizer(self.tokenizer).begin, *(spoken.instruction if self.instruction else [])]
             if self.question == "first":
                 opening = opening + question
             length = len(opening) + sum(map(len, statements))

@@ -1,5 +1,6 @@
-"""Progress bars; where there is no terminal, as lines at intervals."""
+"""Progress bars; where no bar can be drawn, as lines at intervals."""
 
+import os
 import sys
 from typing import Any, TextIO
 
@@ -25,14 +26,23 @@ class _Lines:
         self._stream.flush()
 
 
-def progress(**options: Any) -> Any:
-    """Make a bar of tqdm on standard error, with tqdm's options.
+def progress(*, show: bool = True, **options: Any) -> Any:
+    """Make a bar of tqdm on standard error, with tqdm's options; without `show` one that is never seen.
 
-    Where standard error is a file or a pipe, it is a line every `EVERY` seconds, and none before.
+    Where standard error is a file or a pipe, or a terminal on which nothing can be drawn over, it is a line
+    every `EVERY` seconds, and none before.
     """
-    if sys.stderr.isatty():
-        return tqdm(**options)
+    if not show or _draws(sys.stderr):
+        return tqdm(**options, disable=not show)
     # miniters=1: tqdm would adapt it to the speed and skip lines. leave=False: no last line said twice.
     lines = {"mininterval": EVERY, "delay": EVERY, "miniters": 1, "ncols": 100, "leave": False, "position": 0}
     # ASCII, for a log may be read in any encoding.
     return tqdm(**{**options, **lines}, file=_Lines(sys.stderr), ascii=True)
+
+
+def _draws(stream: TextIO) -> bool:
+    """Say whether a stream is a terminal that has a width and can move its cursor back."""
+    if not stream.isatty() or os.environ.get("TERM") == "dumb":
+        return False
+    # Pseudo-terminals of CI systems and of `script` have no size: tqdm would draw bars of no character.
+    return os.get_terminal_size(stream.fileno()).columns > 0
