@@ -16,9 +16,8 @@ from lmsleep.serve.store import Kept, Store
 from lmsleep.session import Answer, BrokenSleep, Row, Sampling
 from lmsleep.session.answer import Piece
 from lmsleep.session.rows import Odds
-from lmsleep.session.session import check_tokens
 from lmsleep.text.chat import Chat
-from lmsleep.text.tokenizers import Spelled, Tokenizer
+from lmsleep.text.tokenizers import Spelled, Tokenizer, check_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
