@@ -51,10 +51,10 @@ class Plugin:
         return found
 
     def _brought_along(self, name: str, listed: Iterable[str]) -> Any:
-        # The last colon: a path may have one of its own (C:\).
-        file, _, attribute = name.rpartition(":") if ".py:" in name else (name, "", "")
-        if not file.endswith(".py"):
+        named = in_file(name)
+        if named is None:
             return self._entry_point(name, listed)
+        file, attribute = named
         module = _module(Path(file).resolve())
         found = getattr(module, attribute, None) if attribute else None
         if found is None:

@@ -19,6 +19,7 @@ from tyro.conf import Positional
 from lmsleep.cli.opening import SleepOptions, new_session
 from lmsleep.cli.options import parse
 from lmsleep.files import write_atomic
+from lmsleep.foreign import read_json
 from lmsleep.integrations.batches import Batches
 from lmsleep.opening import find
 from lmsleep.plain import to_json
@@ -233,7 +234,7 @@ def _own(tokenizer: Tokenizer) -> Any:
 
 def _has_code(folder: Path) -> bool:
     files = [folder / name for name in ("config.json", "tokenizer_config.json")]
-    return any(file.is_file() and "auto_map" in json.loads(file.read_bytes()) for file in files)
+    return any(file.is_file() and "auto_map" in read_json(file) for file in files)
 
 
 def _table(found: dict[str, Any]) -> str:

@@ -132,9 +132,9 @@ def _outcome(error: BaseException) -> tuple[int, str]:
         case RuntimeError():
             # torch, which is there by now
             from lmsleep.training import Interrupted
-            from lmsleep.training.device import NO_MEMORY
+            from lmsleep.training.device import is_out_of_memory
 
-            if any(sign in str(error) for sign in NO_MEMORY):
+            if is_out_of_memory(error):
                 return 2, _too_large(error)
             # 128 and its number is what a shell says of a process that a signal ended.
             return 128 + error.signum if isinstance(error, Interrupted) else 1, str(error)

@@ -71,12 +71,6 @@ def load_pretrained(path: str | Path, *, dtype: torch.dtype | None = None, **opt
     return model
 
 
-def is_pretrained(folder: Path) -> bool:
-    """Return True if the folder's config.json is that of a model of `transformers`."""
-    file = folder / "config.json"
-    return file.is_file() and "model_type" in read_json(file)
-
-
 def has_tokenizer(folder: Path) -> bool:
     """Return True if there is a tokenizer of `transformers` in the folder."""
     return any((folder / name).is_file() for name in TOKENIZER_FILES)

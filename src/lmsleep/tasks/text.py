@@ -12,17 +12,15 @@ import torch
 from lmsleep.tasks.base import Batch
 from lmsleep.text import Split
 from lmsleep.text.documents import asks, read_set
-from lmsleep.text.files import read_text, to_tokens
+from lmsleep.text.files import encoded, read_text, to_tokens
 from lmsleep.text.packing import alike, is_real, pad
 from lmsleep.text.rows import has_rows
 from lmsleep.text.splits import splits_of_paths
 from lmsleep.text.tokenizers import (
-    Bytes,
     HuggingFace,
     Marks,
     Tokenizer,
     absolute,
-    begun,
     load_tokenizer,
     marks,
     tokenizer_files,
@@ -229,7 +227,9 @@ class Text:
         chat = self._tokenizer.chat if isinstance(self._tokenizer, HuggingFace) else None
         for path in self.data:
             for document in read_set(path, self.fields, split=splits.get(path), chat=chat):
-                part = tuple(self._encode(text, first=not i) for i, text in enumerate(document.fields))
+                part = tuple(
+                    encoded(text, self._tokenizer, first=not i) for i, text in enumerate(document.fields)
+                )
                 if len(part) == 2 or len(part[0]) >= 2:  # a text of one token leaves nothing to predict
                     parts[document.split].append(part)
         for split, some in parts.items():
@@ -265,9 +265,3 @@ class Text:
     @cached_property
     def _lengths(self) -> dict[Split, np.ndarray]:
         return {split: np.array([sum(map(len, p)) for p in of]) for split, of in self._parts.items()}
-
-    def _encode(self, text: str, *, first: bool) -> np.ndarray:
-        """Encode what comes `first` in a document, as a session reads it, or what follows."""
-        small, words = isinstance(self._tokenizer, Bytes), self._tokenizer
-        tokens = begun(words, text) if first else words.encode(text)
-        return np.array(tokens, dtype=np.uint8 if small else np.int32)

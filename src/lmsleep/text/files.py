@@ -107,13 +107,18 @@ def to_tokens(text: bytes, tokenizer: Tokenizer, path: Path, *, first: bool = Fa
     if isinstance(tokenizer, Bytes):
         return np.frombuffer(text, dtype=np.uint8)
     try:
-        # Of an empty list numpy would make floats.
-        said = text.decode()
-        return np.array(begun(tokenizer, said) if first else tokenizer.encode(said), dtype=np.int32)
+        return encoded(text.decode(), tokenizer, first=first)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 ({error}), which a tokenizer needs") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def encoded(text: str, tokenizer: Tokenizer, *, first: bool) -> np.ndarray:
+    """Return the tokens `[n]` of a text, as `to_tokens` does of that of a file."""
+    tokens = begun(tokenizer, text) if first else tokenizer.encode(text)
+    # Said, for of an empty list numpy would make floats.
+    return np.array(tokens, dtype=np.uint8 if isinstance(tokenizer, Bytes) else np.int32)
 
 
 def _text(file: BinaryIO, path: Path) -> BinaryIO:

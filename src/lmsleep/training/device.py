@@ -47,12 +47,16 @@ def fitting(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        raise ValueError(f"{what} does not fit into memory; choose a smaller one") from error
-    except RuntimeError as error:
-        if not any(sign in str(error) for sign in NO_MEMORY):
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
         raise ValueError(f"{what} does not fit into memory; choose a smaller one") from error
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Say whether NumPy or PyTorch raised this because memory ran out."""
+    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return known or (isinstance(error, RuntimeError) and any(sign in str(error) for sign in NO_MEMORY))
 
 
 def in_bfloat16(train: TrainConfig, device: torch.device) -> bool:
