@@ -6,7 +6,7 @@
 A depth is a number of (attention, Gated DeltaNet) pairs, the size of a head, and N. Each gets one seed, none
 of those that are reported, and in this order: three of Muon's rates; at the best, a short convolution that is
 open at the start; with the better start, a longer curriculum. A finished trial is a line of
-`results/depth-search/TASK.jsonl`, which is all that the search goes on from.
+`benchmarks/results/depth-search/TASK.jsonl`, which is all that the search goes on from.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from lmsleep.recipes import settings
 from lmsleep.training import Job, RunConfig, RunFolder, equal_compute, run_all
 
 SEED = 100
-FOUND = Path("results/depth-search")
+FOUND = Path("benchmarks/results/depth-search")
 RATES = (0.015, 0.0075, 0.03)
 
 
