@@ -75,7 +75,7 @@ async def completions(body: CompletionBody, request: Request, who: Who) -> Respo
 
 
 def _wanted(service: Service, body: Many, longest: int | None, odds: int | None) -> Wanted:
-    ends = tuple(s for s in service.chat.stop if isinstance(s, int) or isinstance(body, ChatBody))
+    ends = service.chat.stop if isinstance(body, ChatBody) else ()
     return Wanted(
         sampling=body.sampling(),
         longest=longest or service.longest,
@@ -111,17 +111,15 @@ async def _answer(
         first = await anext(events)  # errors before the first byte have a status of their own
         return StreamingResponse(_chained(first, events), media_type="text/event-stream", headers=NO_BUFFER)
     tasks = [asyncio.create_task(_whole(here, who, w, wanted, i, began)) for i, w in enumerate(asked)]
+    gone, written = asyncio.create_task(_gone(request)), asyncio.gather(*tasks)
     try:
-        gone = asyncio.create_task(_gone(request))
-        done, _ = await asyncio.wait([asyncio.gather(*tasks), gone], return_when=asyncio.FIRST_COMPLETED)  # type: ignore[type-var]
-        gone.cancel()
-        for task in tasks:
-            if task.done() and task.exception() is not None:
-                raise task.exception()  # type: ignore[misc]
-        if not all(task.done() for task in tasks):
+        either: list[asyncio.Future[Any]] = [written, gone]
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if not written.done():
             return Response(status_code=499)
+        await written  # raises what ended one of them
     finally:
-        for task in tasks:
+        for task in (*tasks, gone):
             task.cancel()
     choices = [_choice(w, i, form, wanted, here.service) for i, w in enumerate(asked)]
     return JSONResponse({**head, "object": form.object, "choices": choices, "usage": usage_of(asked)})

@@ -1,4 +1,4 @@
-"""The loop of steps over all rows: requests join and leave between two steps, and sleep beside the answers.
+"""The loop of steps over all rows: requests join and leave in between, and sleeps run beside the answers.
 
 Two threads use the model, one at a time (`Baton`): one writes answers and reads what leads up to them, the
 other reads whole windows and sleeps on them. A row that is due goes over to the second and comes back, while the
@@ -35,7 +35,7 @@ class Happened:
     """What became of a request in one step.
 
     Attributes:
-        what: "read" (some of its tokens), "wrote", "sleeping" (it is due and waits or sleeps), "slept", "done".
+        what: "read" (some of its tokens), "wrote", "sleeping" (due: it waits or sleeps), "slept", "done".
         row: as it is now.
         pieces: what was added to its answer.
         odds: of the token that was drawn, if they are kept.
@@ -279,5 +279,5 @@ def settled(row: Row, sleep: SleepConfig) -> Row | None:
 
 
 def _writes(row: Row) -> bool:
-    """Say whether somebody waits for what this row writes: at most the token that was drawn last is unread."""
+    """Say whether somebody waits for what this row writes: at most the token drawn last is unread."""
     return len(row.unread) <= 1 and not row.nap

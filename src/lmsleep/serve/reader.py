@@ -20,7 +20,7 @@ KEEP_EVERY = 5.0  # seconds
 class Reader:
     """Reads texts into memories, each by a task of its own.
 
-    What is still to be read is in the store before a request is answered, so that a kill loses nothing but time.
+    What is still to be read is in the store before a request is answered: a kill loses nothing but time.
     """
 
     def __init__(self, service: Service) -> None:

@@ -1,4 +1,4 @@
-"""The Responses API: an id stands for a stream, going on from one costs what is new, and a sleep is a compaction."""
+"""The Responses API: an id stands for a stream, going on costs what is new, and a sleep is a compaction."""
 
 import asyncio
 import json
@@ -235,9 +235,9 @@ async def _input(here: Context, who: Who, body: ResponseBody | CompactBody, *, a
             raise invalid(
                 f"items of type {kind!r} are not supported by a model of text", where, "unsupported_content"
             )
-        said = message(str(item.get("role")), item.get("content"), where)
-        messages.append(said)
-        items.append(item if "id" in item else message_item(said))
+        one = message(str(item.get("role")), item.get("content"), where)
+        messages.append(one)
+        items.append(item if "id" in item else message_item(one))
     if body.instructions:
         messages.insert(0, Message("system", body.instructions))
     if not messages and (answer or before is None):
@@ -363,17 +363,14 @@ def _put(here: Context, who: Who, made: Making) -> None:
     """Store a response, and where its conversation is now."""
     store, given = here.service.store, made.input
     after = None if made.written is None or made.written.after is None else made.written.after.id
-    body = {"response": _resource(here, made), "input": given.items}
-    store.put(who.name, RESPONSE, made.id, body, after)
+    response = _resource(here, made)
+    store.put(who.name, RESPONSE, made.id, {"response": response, "input": given.items}, after)
     if given.conversation is not None and after is not None:
         thing = store.get(who.name, CONVERSATION, given.conversation)
         if thing is not None:  # it may have been deleted meanwhile
-            said = [
-                *thing.body["items"],
-                *given.items[len(thing.body["pending"]) :],
-                *body["response"]["output"],
-            ]
-            store.put(who.name, CONVERSATION, thing.id, {**thing.body, "items": said, "pending": []}, after)
+            new = [*given.items[len(thing.body["pending"]) :], *response["output"]]
+            said = {**thing.body, "items": [*thing.body["items"], *new], "pending": []}
+            store.put(who.name, CONVERSATION, thing.id, said, after)
 
 
 async def _in_background(here: Context, who: Who, made: Making) -> None:
@@ -461,7 +458,6 @@ def _resource(here: Context, made: Making) -> dict[str, Any]:
     if over:
         output.append(_message(made, made.status, [_content(here, made)]))
     reason = {"reason": "max_output_tokens"} if made.status == "incomplete" else None
-    previous = made.input.kept
     return {
         "id": made.id,
         "object": "response",

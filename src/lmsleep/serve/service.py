@@ -3,8 +3,8 @@
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -17,7 +17,7 @@ from lmsleep.session import Answer, BrokenSleep, Row, Sampling
 from lmsleep.session.answer import Piece
 from lmsleep.session.rows import Odds
 from lmsleep.text.chat import Chat
-from lmsleep.text.tokenizers import Spelled, Tokenizer, check_tokens
+from lmsleep.text.tokenizers import Spelled, Tokenizer, begun, check_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,9 +101,8 @@ class Service:
             ApiError: for what the model cannot read.
         """
         try:
-            found = torch.tensor(
-                self.tokenizer.encode(text) if isinstance(text, str) else list(text), dtype=torch.int64
-            )
+            numbers = begun(self.tokenizer, text) if isinstance(text, str) else list(text)
+            found = torch.tensor(numbers, dtype=torch.int64)
             check_tokens(found, self.engine.model.vocab_size)
         except (ValueError, OverflowError, RuntimeError) as error:
             raise invalid(str(error), param) from None
@@ -166,7 +165,7 @@ class Service:
             else written.row.stream.sleeps - begin.sleeps
         )
 
-    async def follow(self, row: Row) -> AsyncIterator[Happened]:
+    async def follow(self, row: Row) -> AsyncGenerator[Happened]:
         """Let a row go through the engine and tell what happens to it.
 
         Raises:
@@ -175,10 +174,8 @@ class Service:
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[Happened]()
 
         def tell(event: Happened) -> None:
-            try:
+            with suppress(RuntimeError):  # the loop has been closed: nobody listens any more
                 loop.call_soon_threadsafe(queue.put_nowait, event)
-            except RuntimeError:  # the loop has been closed: nobody listens any more
-                pass
 
         try:
             request = self.engine.submit(row, tell)

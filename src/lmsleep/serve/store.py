@@ -48,7 +48,9 @@ CREATE TABLE things (
 );
 CREATE INDEX things_by_owner ON things (owner, kind, created);
 CREATE INDEX things_by_stream ON things (stream);
-CREATE TABLE unread (thing TEXT PRIMARY KEY REFERENCES things (id) ON DELETE CASCADE, owner TEXT NOT NULL, tokens BLOB NOT NULL);
+CREATE TABLE unread (
+    thing TEXT PRIMARY KEY REFERENCES things (id) ON DELETE CASCADE, owner TEXT NOT NULL, tokens BLOB NOT NULL
+);
 """
 
 
@@ -352,18 +354,19 @@ class Store:
                 "SELECT id, kind, stream, created, body FROM things WHERE id = ? AND owner = ? AND kind = ?",
                 (name, owner, kind),
             ).fetchone()
-        return None if row is None else Thing(*row[:4], json.loads(row[4]))
+        return None if row is None else _thing(row)
 
     def all(self, owner: str, kind: str, most: int = 100, after: str = "") -> list[Thing]:
         """Return documents of this owner, the newest first, from the one after `after`."""
         with self._lock:
             rows = self._db.execute(
-                "SELECT id, kind, stream, created, body FROM things WHERE owner = ?1 AND kind = ?2 AND (?3 = '' OR "
-                "(created, id) < (SELECT created, id FROM things WHERE id = ?3 AND owner = ?1)) "
+                "SELECT id, kind, stream, created, body FROM things WHERE owner = ?1 AND kind = ?2 "
+                "AND (?3 = '' OR (created, id) < "
+                "(SELECT created, id FROM things WHERE id = ?3 AND owner = ?1)) "
                 "ORDER BY created DESC, id DESC LIMIT ?4",
                 (owner, kind, after, most),
             ).fetchall()
-        return [Thing(*row[:4], json.loads(row[4])) for row in rows]
+        return [_thing(row) for row in rows]
 
     def delete(self, owner: str, kind: str, name: str) -> bool:
         """Delete a document and what nothing else needs any more: its stream, and where its window began."""
@@ -390,7 +393,7 @@ class Store:
         """Remove starts that no stream needs: first their rows, then their files."""
         with self._changes():
             gone = self._db.execute(
-                "DELETE FROM starts WHERE NOT EXISTS (SELECT 1 FROM streams WHERE start = starts.id) RETURNING id"
+                "DELETE FROM starts WHERE id NOT IN (SELECT start FROM streams) RETURNING id"
             ).fetchall()
         for (start,) in gone:
             if start:
@@ -467,6 +470,11 @@ class Store:
                 f"SELECT coalesce(sum(bytes), 0) FROM starts {where}", values
             ).fetchone()
         return {"memory": self._held, "disk": disk}
+
+
+def _thing(row: tuple[str, str, str | None, float, str]) -> Thing:
+    name, kind, stream, created, body = row
+    return Thing(name, kind, stream, created, json.loads(body))
 
 
 def _blob(tokens: Tensor) -> bytes:

@@ -139,7 +139,7 @@ class ChatBody(Many):
 class CompletionBody(Many):
     """POST /v1/completions."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]  # type: ignore[assignment]
+    prompt: str | list[str] | list[int] | list[list[int]]
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     echo: bool | None = None
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
-from lmsleep.text.tokenizers import HuggingFace, Spelled, Tokenizer
+from lmsleep.text.tokenizers import HuggingFace, Spelled, Tokenizer, begun
 
 MARK = "\u2042lmsleep\u2042"  # stands for an answer where only what follows it is wanted
 
@@ -19,10 +19,15 @@ class Message(NamedTuple):
 class Chat(Protocol):
     """Turns messages into what a model reads before it answers."""
 
-    stop: tuple[str | int, ...]
-    """Texts and tokens that end an answer."""
-    opening: int
-    """Tokens at the end of a prompt that announce the answer and are no message; at least 1."""
+    @property
+    def stop(self) -> tuple[str, ...]:
+        """Texts that end an answer, beside the ends that its tokenizer knows."""
+        ...
+
+    @property
+    def opening(self) -> int:
+        """Count the tokens at the end of a prompt that announce the answer and are no message; at least 1."""
+        ...
 
     def begin(self, messages: Sequence[Message]) -> list[int]:
         """Return the tokens of a conversation up to where the next answer begins."""
@@ -37,33 +42,36 @@ class Chat(Protocol):
 
 
 class Lines:
-    """A message is a line, whoever wrote it, and so is an answer; in the vocabulary of a task just its words."""
+    """A message is a line, whoever wrote it, and so is an answer; of a task it is just its words."""
 
     opening = 1
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self.end = "" if isinstance(tokenizer, Spelled) else "\n"
-        ends = () if tokenizer.end is None else (tokenizer.end,)
-        self.stop: tuple[str | int, ...] = (*([self.end] if self.end else []), *ends)
+        self.stop = (self.end,) if self.end else ()
 
     def begin(self, messages: Sequence[Message]) -> list[int]:
         """See `Chat.begin`."""
-        return self.tokenizer.encode("".join(f"{message.content}{self.end}" for message in messages))
+        return begun(self.tokenizer, self._text(messages))
 
     def go_on(self, messages: Sequence[Message], last: int | None) -> list[int]:
         """See `Chat.go_on`."""
         # An answer that ended its line did so itself; one that was cut off did not.
         ended = not self.end or last is None or last in self.tokenizer.encode(self.end)
-        return [*([] if ended else self.tokenizer.encode(self.end)), *self.begin(messages)]
+        return self.tokenizer.encode(("" if ended else self.end) + self._text(messages))
+
+    def _text(self, messages: Sequence[Message]) -> str:
+        return "".join(f"{message.content}{self.end}" for message in messages)
 
 
 class Templated:
     """The template that a Hugging Face tokenizer brings."""
 
+    stop = ()
+
     def __init__(self, tokenizer: HuggingFace) -> None:
         self.tokenizer = tokenizer
-        self.stop: tuple[str | int, ...] = () if tokenizer.end is None else (tokenizer.end,)
 
     @cached_property
     def opening(self) -> int:
