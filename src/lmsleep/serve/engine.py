@@ -1,8 +1,8 @@
 """The loop of steps over all rows: requests join and leave in between, and sleeps run beside the answers.
 
 Two threads use the model, one at a time (`Baton`): one writes answers and reads what leads up to them, the
-other reads whole windows and sleeps on them. A row that is due goes over to the second and comes back, while the
-others go on.
+other reads whole windows and sleeps on them. A row that is due goes over to the second and comes back, while
+the others go on.
 
 With a `debt` an answer may run past the end of its window by so many tokens, attending to all of them, before
 it has to sleep. Then, or when the answer is over (`settled`), the window is slept on where it ended and what
