@@ -1,5 +1,6 @@
 """The application: endpoints, errors and the life of the engine behind them."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
@@ -17,6 +18,7 @@ from lmsleep.serve.context import Context, Who
 from lmsleep.serve.errors import ApiError, not_found
 
 PAGE = Path(__file__).parent / "page"
+PATIENCE = 60  # seconds that may pass until what has begun has come to its end
 
 
 def create_app(here: Context) -> FastAPI:
@@ -29,8 +31,10 @@ def create_app(here: Context) -> FastAPI:
         here.started()
         yield
         here.ready = False
+        if here.running:  # responses in the background come to their end, as all others have
+            await asyncio.wait(list(here.running.values()), timeout=PATIENCE)
         await here.reader.pause()
-        here.service.engine.close(60)
+        here.service.engine.close(PATIENCE)
         here.service.store.close()
 
     app = FastAPI(title="lmsleep", version=version("lmsleep"), lifespan=life)

@@ -1,7 +1,8 @@
 """What every endpoint has at hand: the service, who asks, and what is counted."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -44,6 +45,23 @@ class Context:
 
     def __post_init__(self) -> None:
         self.reader = Reader(self.service)
+        self._held = set[tuple[str, str]]()
+
+    @contextmanager
+    def held(self, who: Owner, id: str) -> Iterator[None]:
+        """Keep other requests from changing a conversation.
+
+        Raises:
+            ApiError: 409 if one does already.
+        """
+        # By owner, or one could learn of what another one has.
+        if (key := (who.name, id)) in self._held:
+            raise ApiError(409, f"conversation {id!r} is being changed", code="busy")
+        self._held.add(key)
+        try:
+            yield
+        finally:
+            self._held.discard(key)
 
     def check(self, body: Body) -> None:
         """Refuse what this server cannot do.
@@ -53,6 +71,11 @@ class Context:
         """
         if not self.ready:
             raise ApiError(503, "the server is shutting down", code="draining", retry_after=5)
+        if (most := self.service.engine.most_waiting) <= self.service.engine.waiting:
+            # Before a stream has begun: then it still has a status of its own.
+            raise ApiError(
+                429, f"{most} requests are being answered or wait already", code="busy", retry_after=1
+            )
         model = getattr(body, "model", None)
         if model is not None and model not in self.names:
             raise ApiError(

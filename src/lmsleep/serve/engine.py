@@ -280,4 +280,4 @@ def settled(row: Row, sleep: SleepConfig) -> Row | None:
 
 def _writes(row: Row) -> bool:
     """Say whether somebody waits for what this row writes: at most the token drawn last is unread."""
-    return len(row.unread) <= 1 and not row.nap
+    return len(row.unread) <= 1 and not row.nap and bool(row.budget or row.answer.tokens)

@@ -1,6 +1,9 @@
 """Errors as every client of this API expects them: a status, and a message with type, code and parameter."""
 
+import logging
 from typing import Any
+
+LOG = logging.getLogger("lmsleep.serve")
 
 
 class ApiError(Exception):
@@ -44,3 +47,11 @@ def not_found(kind: str, name: str, code: str | None = None, param: str | None =
 def invalid(message: str, param: str | None = None, code: str = "invalid_value") -> ApiError:
     """Return the error for a value that cannot be used."""
     return ApiError(400, message, code=code, param=param)
+
+
+def told(error: Exception) -> ApiError:
+    """Return what a client is told of an error; what was not foreseen may hold paths, and goes to the log."""
+    if isinstance(error, ApiError):
+        return error
+    LOG.error("a request failed", exc_info=error)
+    return ApiError(500, "the server failed on this request", code="internal_error")

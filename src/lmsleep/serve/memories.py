@@ -10,14 +10,14 @@ from typing import Annotated, Any
 import torch
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
 from lmsleep.memory.figures import diff_rows, head_rows
 from lmsleep.serve.context import Context, Who, context
 from lmsleep.serve.errors import ApiError, invalid, not_found
 from lmsleep.serve.service import Wanted, Written
 from lmsleep.serve.store import Kept, Thing
-from lmsleep.serve.wire import Count
+from lmsleep.serve.wire import Count, Sent
 from lmsleep.session import Row, Sampling, Stream, saving
 from lmsleep.state import Memory, Origin, State
 
@@ -28,7 +28,7 @@ Name = Annotated[str, Field(max_length=200)]
 Tags = Annotated[dict[Name, Name], Field(max_length=64)]
 
 
-class Strict(BaseModel):
+class Strict(Sent):
     """A body without unknown fields."""
 
     model_config = ConfigDict(extra="forbid")

@@ -52,6 +52,8 @@ class Written:
         odds: of each of them, if they are wanted.
         row: as it is now.
         sleeps: on the way.
+        whole: whether it came to its own end.
+        after: where it is kept, once it is.
     """
 
     before: Kept
@@ -62,12 +64,13 @@ class Written:
     odds: list[Odds] = field(default_factory=list)
     row: Row | None = None
     sleeps: int = 0
+    whole: bool = False
     after: Kept | None = None
 
     @property
     def finish_reason(self) -> str:
         """Say why it ended: "stop" or "length"."""
-        return "stop" if self.row is not None and self.row.answer.stopped else "length"
+        return "stop" if self.whole else "length"
 
     @property
     def prompt_tokens(self) -> int:
@@ -90,7 +93,8 @@ class Service:
     ) -> None:
         self.engine, self.store, self.tokenizer, self.chat, self.name = engine, store, tokenizer, chat, name
         # A task answers with one token; a text has no natural end but its own.
-        self.longest = 1 if isinstance(tokenizer, Spelled) else longest
+        self._natural = 1 if isinstance(tokenizer, Spelled) else None
+        self.longest = self._natural or longest
         self.created = int(time.time())
         self._settling = dict[str, asyncio.Task[None]]()
 
@@ -159,6 +163,8 @@ class Service:
                     if event.odds is not None:
                         written.odds.append(event.odds)
                 yield event
+        answer = row.answer if written.row is None else written.row.answer
+        written.whole = answer.stopped or len(written.tokens) == self._natural
         written.sleeps = (
             row.stream.sleeps - begin.sleeps
             if written.row is None

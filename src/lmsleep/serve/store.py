@@ -64,7 +64,6 @@ class Kept:
         chain: digest of all that was read before the window; None if a sleep came before its window was full.
         stream: the stream; where `unread` is not empty it stands where its window began.
         unread: tokens of its window, which must be read first.
-        compacted: how many tokens it had read when somebody last asked for a sleep.
     """
 
     id: str
@@ -72,7 +71,6 @@ class Kept:
     chain: bytes | None
     stream: Stream
     unread: Tensor
-    compacted: int = 0
 
     @property
     def window(self) -> Tensor:
