@@ -17,6 +17,7 @@ TEMPLATE = (
     "<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+END = 1.8
 SPECIAL = ["<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 
 
@@ -35,13 +36,20 @@ def write_tokenizer(folder):
 
 
 def write_model(folder):
-    # Random, but for a direction that all tokens share and the end of a text goes by: answers are short.
+    # Random, but for a direction that all tokens share, and some go by: answers are short if they are drawn,
+    # the likeliest tokens go on for long, and both are ASCII, so that their text is the same tokens again.
     size = write_tokenizer(folder)
     model = lively(tiny(vocab_size=size), dtype=torch.float32)
+    letters = PreTrainedTokenizerFast.from_pretrained(folder).convert_ids_to_tokens(range(size))
     with torch.no_grad():
-        model.embedding.weight[:, 0] = 4.0
-        model.lm_head.weight[0] = 0.0
-        model.lm_head.weight[0, 0] = 2.0
+        model.embedding.weight[:, 0] = 6.0
+        head = model.lm_head.weight
+        head *= 2.5
+        head[:, 0] = 0.0
+        for i, letter in enumerate(letters):
+            if not (len(letter) == 1 and "!" <= letter <= "~"):
+                head[i] = 0.0
+                head[i, 0] = END if i == 0 else -9.0
     model.save_pretrained(folder)
 
 

@@ -39,7 +39,9 @@ def user(text):
 
 
 def ask(client, input, **how):
-    return client.responses.create(**{"model": MODEL, "input": input, "max_output_tokens": 6, **how})
+    return client.responses.create(
+        **{"model": MODEL, "input": input, "max_output_tokens": 6, "temperature": 0, **how}
+    )
 
 
 def refused(call, kind, code=None, param=None):
@@ -88,24 +90,22 @@ def test_chat_answers_and_a_seed_repeats_it(client):
     assert first.choices[0].message.role == "assistant" and text
     assert text == again.choices[0].message.content == alias.choices[0].message.content
     assert text != other.choices[0].message.content
-    assert (first.usage.prompt_tokens, first.usage.completion_tokens) == (8, 8)
-    assert first.usage.total_tokens == 16 and first.choices[0].finish_reason == "length"
-    # What was read for the first is not read again; one token must be, for something predicts the next.
-    assert again.usage.prompt_tokens_details.cached_tokens == 0 < first.usage.prompt_tokens
+    usage = first.usage
+    assert usage.prompt_tokens == len("hello") + 3 and 0 < usage.completion_tokens <= 8
+    assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
     assert first.system_fingerprint == other.system_fingerprint
-    short = asked(max_tokens=None, max_completion_tokens=2)
-    assert short.usage.completion_tokens == 2
+    short = asked(max_tokens=None, max_completion_tokens=2, temperature=0)
+    assert short.usage.completion_tokens == 2 and short.choices[0].finish_reason == "length"
 
 
 def test_a_history_that_is_resent_is_not_read_again(client):
-    messages = [*user("a long history " * 5)]
+    messages = [*user("a-long-history-" * 5)]
     first = client.chat.completions.create(model=MODEL, messages=messages, max_tokens=200, seed=1)
     assert first.choices[0].finish_reason == "stop"
     messages += [{"role": "assistant", "content": first.choices[0].message.content}, *user("and?")]
     second = client.chat.completions.create(model=MODEL, messages=messages, max_tokens=1)
     read = second.usage.prompt_tokens - second.usage.prompt_tokens_details.cached_tokens
-    if "\ufffd" not in first.choices[0].message.content:  # such an answer is other tokens when it comes back
-        assert read <= len("<end>and?<end><assistant>")
+    assert read == len("and?") + 3  # and its marks
     assert second.usage.prompt_tokens_details.cached_tokens >= first.usage.prompt_tokens
 
 
@@ -211,21 +211,20 @@ def test_a_response_is_kept_and_gone_on_from_more_than_once(client):
     assert first.object == "response" and first.output_text
     assert first.status == "incomplete" and first.incomplete_details.reason == "max_output_tokens"
     assert client.responses.retrieve(first.id) == first
-    how = {"previous_response_id": first.id, "temperature": 0}
+    how = {"previous_response_id": first.id}
     one, same, other = ask(client, "who?", **how), ask(client, "who?", **how), ask(client, "when?", **how)
     assert one.output_text == same.output_text and one.id != same.id
     assert one.previous_response_id == other.previous_response_id == first.id
     known = one.usage.input_tokens_details.cached_tokens
     assert known == first.usage.total_tokens and one.usage.input_tokens > known
     assert one.usage.total_tokens == one.usage.input_tokens + one.usage.output_tokens
-    # What a stream goes on from is what the whole history would be.
-    ended = ask(client, "hi", max_output_tokens=500)
+    ended = ask(client, "hi", max_output_tokens=2000, temperature=1)
     assert ended.status == "completed" and ended.incomplete_details is None and ended.completed_at
 
 
 def test_events_of_a_stream_are_in_order(client):
-    how = {"model": MODEL, "input": "count", "max_output_tokens": 40, "temperature": 0}
-    events = list(client.responses.create(**how, stream=True, include=["message.output_text.logprobs"]))
+    how = {"input": "count", "max_output_tokens": 40}
+    events = list(ask(client, **how, stream=True, include=["message.output_text.logprobs"]))
     assert [event.sequence_number for event in events] == list(range(len(events)))
     kinds = [event.type.removeprefix("response.") for event in events]
     deltas = [event for event in events if event.type == "response.output_text.delta"]
@@ -234,7 +233,7 @@ def test_events_of_a_stream_are_in_order(client):
     assert kinds == [*begin, *["output_text.delta"] * len(deltas), *end]
     text = "".join(event.delta for event in deltas)
     response = events[-1].response
-    assert text == response.output_text == events[-4].text == ask(client, "count", **how).output_text
+    assert text == response.output_text == events[-4].text == ask(client, **how).output_text
     assert {event.item_id for event in deltas} == {response.output[0].id}
     odds = response.output[0].content[0].logprobs
     assert [one for event in deltas for one in event.logprobs] and len(odds) == response.usage.output_tokens
@@ -284,8 +283,7 @@ def test_a_response_in_the_background_is_waited_for_or_cancelled(client):
     assert ask(client, "on", previous_response_id=made.id).output_text
     assert client.responses.cancel(made.id).status == "incomplete"  # too late
     refused(lambda: client.responses.cancel(ask(client, "x").id), openai.BadRequestError)
-    # The likeliest tokens never end this answer, so that only the cancelling does.
-    endless = {"background": True, "max_output_tokens": 10**6, "temperature": 0}
+    endless = {"background": True, "max_output_tokens": 10**6}
     made = ask(client, "x", **endless)
     assert client.responses.cancel(made.id).status == "cancelled"
     assert client.responses.retrieve(made.id).status == "cancelled"
@@ -413,7 +411,7 @@ def test_a_conversation_goes_on_by_name(client):
 
 def test_a_conversation_has_one_writer(client):
     made = client.conversations.create()
-    slow = ask(client, "x", conversation=made.id, background=True, max_output_tokens=10**6, temperature=0)
+    slow = ask(client, "x", conversation=made.id, background=True, max_output_tokens=10**6)
     for call in (
         lambda: ask(client, "y", conversation=made.id),
         lambda: client.conversations.items.create(made.id, items=user("y")),

@@ -45,7 +45,7 @@ class NewMemory(Strict):
 
     name: Name = ""
     text: str = ""
-    tags: Tags = {}
+    tags: Tags = Field(default_factory=dict)
 
 
 class Text(Strict):
@@ -76,7 +76,7 @@ class Question(Strict):
     temperature: Annotated[float, Field(ge=0, le=2)] = 0.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     seed: int | None = None
-    stop: list[str] = []
+    stop: list[str] = Field(default_factory=list)
 
 
 @router.post("", status_code=201)
