@@ -451,7 +451,7 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "ob
         ({"top_p": 0}, "invalid_request", "top_p"),
         ({"top_logprobs": 2}, "invalid_value", "top_logprobs"),
         ({"stop": list("abcde")}, "invalid_value", "stop"),
-        ({"extra_body": {"temprature": 1}}, "unknown_parameter", "temprature"),
+        ({"extra_body": {"heat": 1}}, "unknown_parameter", "heat"),
     ],
 )
 def test_what_a_chat_cannot_have_is_refused_by_name(client, change, code, param):

@@ -199,12 +199,14 @@ def test_no_case_of_schemathesis_is_a_fault_of_the_server(url, client):
         nonlocal count
         if known:  # what is sent names what there is, and no field that there is not; the rest is as drawn
             for kind, id in ids.items():
-                if f"/v1/{kind}/{{id}}" in case.path and "id" in (case.path_parameters or {}):
+                if f"/v1/{kind}/{{id}}" in case.path and case.method != "DELETE":
                     case.path_parameters["id"] = id
             if isinstance(case.body, dict):
                 fields = BODIES[case.path].model_fields if case.path in BODIES else case.body
                 case.body = {name: value for name, value in case.body.items() if name in fields}
                 case.body.update({name: 3 for name in SHORT if name in fields})
+                if case.path.endswith("/ask"):
+                    case.body["max_tokens"] = 3
                 case.body.update({name: names[name] for name in names if name in case.body})
         answer = case.call(timeout=120)
         count += 1

@@ -163,13 +163,13 @@ async def _answer(
         first = await anext(events)  # errors before the first byte have a status of their own
         return StreamingResponse(_chained(first, events), media_type="text/event-stream", headers=NO_BUFFER)
     tasks = [asyncio.create_task(_whole(here, who, choice, began)) for choice in choices]
-    gone, written = asyncio.create_task(_gone(request)), asyncio.gather(*tasks)
+    gone, whole = asyncio.create_task(_gone(request)), asyncio.gather(*tasks)
     try:
-        either: list[asyncio.Future[Any]] = [written, gone]
+        either: list[asyncio.Future[Any]] = [whole, gone]
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-        if not written.done():
+        if not whole.done():
             return Response(status_code=499)
-        await written  # raises what ended one of them
+        await whole  # raises what ended one of them
     finally:
         for task in (*tasks, gone):
             task.cancel()
@@ -297,7 +297,12 @@ def _choice(choice: Choice, form: Form, service: Service) -> dict[str, Any]:
         odds = _logprobs(told_odds, form, service, 0)
     said = {"index": choice.number, "finish_reason": written.finish_reason, "logprobs": odds}
     if form.chat:
-        answer = {"role": "assistant", "content": written.text, "refusal": None, "annotations": []}
+        answer: dict[str, Any] = {
+            "role": "assistant",
+            "content": written.text,
+            "refusal": None,
+            "annotations": [],
+        }
         return {**said, "message": answer}
     return {**said, "text": choice.echo + written.text}
 

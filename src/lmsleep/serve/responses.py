@@ -280,8 +280,8 @@ async def _input(here: Context, who: Who, body: ResponseBody | CompactBody) -> I
         else:
             messages.append(said_in(item, where))
             items.append(message_item(messages[-1], item.get("id")))
-    said = {} if before is None else before.body
-    instructions, compacted = said.get("instructions"), said.get("compacted", 0)
+    known = {} if before is None else before.body
+    instructions, compacted = known.get("instructions"), known.get("compacted", 0)
     # What the stream has read, it need not read again.
     if body.instructions and body.instructions != instructions:
         messages.insert(0, Message("system", body.instructions))
