@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
+from lmsleep import shipped
 from lmsleep.cli.opening import SleepOptions, new_session
 from lmsleep.cli.options import parse
 from lmsleep.serve.loopback import is_loopback
@@ -80,10 +81,12 @@ def serve(argv: list[str]) -> None:
     keys = Keys(options.keys, quota)
     session = new_session(options.model, options)
     name = options.model.resolve().name
+    examples = (shipped.EXAMPLE,) if shipped.find(options.model).parent == shipped.HERE else ()
     window = session.sleep_config.window
     run(
         session,
         names=(name, *options.alias),
+        examples=examples,
         host=options.host,
         port=options.port,
         store=options.store,
@@ -94,17 +97,19 @@ def serve(argv: list[str]) -> None:
         most_waiting=options.max_waiting,
         most_rows=options.max_rows,
         most_bytes=options.memory_bytes,
-        tell=lambda url: _tell(url, name),
+        tell=lambda url: _tell(url, name, examples),
     )
 
 
-def _tell(url: str, name: str) -> None:
+def _tell(url: str, name: str, examples: tuple[str, ...]) -> None:
     """Say where the server is, and what to try."""
-    sys.stdout.write(
-        f"lmsleep serves {name} at {url}\n"
-        f"  a page to talk to it:  {url}/\n"
-        f"  its API:               {url}/openapi.json\n"
-        f'  with any client:       OpenAI(base_url="{url}/v1", api_key="...")\n'
-        "Ctrl-C ends it; what was answered is kept.\n"
-    )
+    lines = [
+        f"lmsleep serves {name} at {url}",
+        f"  a page to talk to it:  {url}/",
+        *(f"  where one may say:     {example}" for example in examples),
+        f"  its API:               {url}/openapi.json",
+        f'  with any client:       OpenAI(base_url="{url}/v1", api_key="...")',
+        "Ctrl-C ends it; what was answered is kept.",
+    ]
+    sys.stdout.write("\n".join(lines) + "\n")
     sys.stdout.flush()

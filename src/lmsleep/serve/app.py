@@ -16,6 +16,7 @@ from lmsleep.serve import chat, conversations, memories, responses
 from lmsleep.serve.context import Context, Who
 from lmsleep.serve.errors import ApiError, not_found
 from lmsleep.serve.gate import Gate
+from lmsleep.text.tokenizers import Spelled
 
 PAGE = Path(__file__).parent / "page"
 GUARD = {
@@ -93,9 +94,12 @@ def create_app(here: Context) -> FastAPI:
 
 
 def _model(here: Context, name: str) -> dict[str, Any]:
-    sleep = here.service.engine.sleep
+    sleep, tokenizer = here.service.engine.sleep, here.service.tokenizer
     said = {"id": name, "object": "model", "created": here.service.created, "owned_by": "lmsleep"}
-    return {**said, "window": sleep.window, "passes": sleep.passes}
+    # The words of a task, which are all that a model of it can read.
+    words = [*tokenizer.numbers] if isinstance(tokenizer, Spelled) else None
+    about = {"window": sleep.window, "passes": sleep.passes, "words": words, "examples": here.examples}
+    return {**said, **about}
 
 
 async def _api_error(request: Request, error: Exception) -> JSONResponse:

@@ -30,6 +30,7 @@ class Context:
         metrics: counts.
         names: that the model answers to.
         fingerprint: of model and sleep: equal ones give equal answers to equal seeds.
+        examples: of what can be said to the model, for people who do not know it.
         ready: whether new work is taken.
         running: responses that are made in the background.
         most_bytes: of the body of a request that is no JSON.
@@ -42,6 +43,7 @@ class Context:
     metrics: Metrics
     names: tuple[str, ...]
     fingerprint: str
+    examples: tuple[str, ...] = ()
     ready: bool = True
     running: dict[str, "asyncio.Task[None]"] = field(default_factory=dict)
     most_bytes: int = 256 * 2**20

@@ -26,6 +26,7 @@ def run(
     session: Session,
     *,
     names: tuple[str, ...],
+    examples: tuple[str, ...],
     host: str,
     port: int,
     store: Path,
@@ -58,7 +59,7 @@ def run(
     )
     said = f"{kept.origin.model} {json.dumps(sleep.to_dict())}"
     fingerprint = f"fp_{hashlib.sha256(said.encode()).hexdigest()[:16]}"
-    here = Context(service, keys, Metrics(engine, kept, names[0]), names, fingerprint)
+    here = Context(service, keys, Metrics(engine, kept, names[0]), names, fingerprint, examples)
     config = uvicorn.Config(
         create_app(here),
         log_config=None,
