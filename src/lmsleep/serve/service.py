@@ -94,14 +94,17 @@ class Service:
         self.created = int(time.time())
         self._settling = dict[str, asyncio.Task[None]]()
 
-    def tokens(self, text: str | Sequence[int], param: str) -> Tensor:
-        """Return the tokens of a text, or checked tokens.
+    def tokens(self, text: str | Sequence[int], param: str, *, first: bool = True) -> Tensor:
+        """Return the tokens of a text, or checked tokens; `first`: a stream begins with them.
 
         Raises:
             ApiError: for what the model cannot read.
         """
         try:
-            numbers = begun(self.tokenizer, text) if isinstance(text, str) else list(text)
+            if isinstance(text, str):
+                numbers = begun(self.tokenizer, text) if first else self.tokenizer.encode(text)
+            else:
+                numbers = list(text)
             found = torch.tensor(numbers, dtype=torch.int64)
             check_tokens(found, self.engine.model.vocab_size)
         except (ValueError, OverflowError, RuntimeError) as error:
