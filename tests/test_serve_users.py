@@ -10,15 +10,15 @@ from fastapi.routing import APIRoute
 from fastapi.testclient import TestClient
 
 from lmsleep import SleepConfig
+from lmsleep.serve import gate, log
 from lmsleep.serve import keys as keys_module
-from lmsleep.serve import log
 from lmsleep.serve.app import create_app
 from lmsleep.serve.context import Context
 from lmsleep.serve.engine import Engine
 from lmsleep.serve.gate import MIB, Gate
 from lmsleep.serve.keys import Keys, Lately, Quota
 from lmsleep.serve.metrics import Metrics
-from lmsleep.serve.service import Service
+from lmsleep.serve.service import Service, Wanted, Written
 from lmsleep.serve.store import Store
 from lmsleep.text.chat import chat_of
 from lmsleep.text.tokenizers import Bytes
@@ -252,6 +252,21 @@ def test_tokens_a_minute_count_on_every_way(limited, way):
     refused = limited.post(path, json={**model, **body}, headers=bearer(ANN))
     assert "10 tokens" in is_error(refused, 429, "rate_limit_exceeded")["message"]
     assert int(refused.headers["retry-after"]) > 50
+
+
+@pytest.mark.parametrize("limited", [{"tokens_a_minute": 10}], indirect=True)
+def test_a_client_that_leaves_pays_for_what_was_read(limited):
+    here = limited.app.state.context
+    who, tokens = here.keys.owner(f"Bearer {ANN}"), here.service.tokens("twenty bytes of text", "input")
+
+    async def leave():
+        gate._asked.set(gate.Asked("x", 0))
+        events = here.write(who, Written(here.service.store.nothing(), tokens, 0), Wanted(longest=100))
+        await anext(events)
+        await events.aclose()
+
+    asyncio.run(leave())
+    is_error(respond(limited, ANN), 429, "rate_limit_exceeded")
 
 
 @pytest.mark.parametrize("limited", [{"memories": 1}, {"bytes": 1}], indirect=True)

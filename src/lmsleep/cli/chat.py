@@ -20,7 +20,8 @@ from lmsleep.session import Session
 from lmsleep.text.chat import Chat, Message, Templated, chat_of
 from lmsleep.text.tokenizers import Spelled
 
-HELP = """A line is read and answered. Lines that begin with a slash are commands:
+HELP = """A line is read and answered, as a turn of the chat template if the tokenizer has one.
+Lines that begin with a slash are commands:
   /read TEXT   read without answering
   /sleep       sleep on the open window now
   /undo        take back the last line, /read or /sleep, with its answer
