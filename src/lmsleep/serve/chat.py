@@ -139,6 +139,7 @@ async def _answer(
         if echo and wanted.odds is not None:
             stream, before = await read_with_odds(here.service, prompt, wanted.odds)
             kept, rest, read = replace(here.service.store.nothing(), stream=stream), prompt[-1:], len(prompt)
+            here.spent(who, read=read - 1)
         else:
             kept, rest = await here.service.prefix(who.name, prompt)
             before, read = [], len(rest)
@@ -198,7 +199,7 @@ async def _steps(
 ) -> AsyncIterator[tuple[str, Odds | None, str]]:
     """Yield what is written, piece by piece, with its odds; keep it in the end."""
     last, written = None, choice.written
-    async for event in here.service.write(written, choice.wanted):
+    async for event in here.write(who, written, choice.wanted):
         now = time.perf_counter()
         if event.what == "wrote":
             (here.metrics.first_token if last is None else here.metrics.between).observe(
@@ -209,7 +210,7 @@ async def _steps(
         elif event.what in ("sleeping", "slept", "read"):
             yield "", None, event.what
     here.metrics.whole.observe(time.perf_counter() - began)
-    here.told(who, written)
+    here.told(written)
     if not choice.before:
         await here.service.keep(who.name, written)
 

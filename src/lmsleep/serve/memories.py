@@ -93,6 +93,7 @@ async def create(body: NewMemory, request: Request, who: Who) -> JSONResponse:
     said = {"name": body.name, "tags": body.tags, "origin": origin, "parents": [], "status": "ready"}
     await asyncio.to_thread(here.service.store.put, who.name, MEMORY, id, said, kept.id)
     if len(tokens):
+        here.spent(who, read=len(tokens))
         await here.reader.read(who, id, tokens)
     return JSONResponse(_resource(here, who, _find(here, who, id)), 202 if len(tokens) else 201)
 
@@ -138,6 +139,7 @@ async def read(id: str, body: Text, request: Request, who: Who) -> JSONResponse:
     read, _, _ = here.service.store.position(who.name, thing.stream or "")
     tokens = here.service.tokens(body.text, "text", first=not read)
     if len(tokens):
+        here.spent(who, read=len(tokens))
         await here.reader.read(who, id, tokens)
     return JSONResponse(_resource(here, who, _find(here, who, thing.id)), 202)
 
@@ -174,9 +176,9 @@ async def ask(id: str, body: Question, request: Request, who: Who) -> dict[str, 
         stop=tuple(body.stop),
         seed=body.seed,
     )
-    async for _ in service.write(written, wanted):
+    async for _ in here.write(who, written, wanted):
         pass
-    here.told(who, written)
+    here.told(written)
     usage = {"read": len(written.prompt), "written": len(written.tokens), "sleeps": written.sleeps}
     return {
         "object": "memory.answer",

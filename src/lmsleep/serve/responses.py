@@ -339,6 +339,7 @@ async def _compact(
     async for event in here.service.follow(row):
         written.row = event.row
         yield event.what
+    here.spent(who, read=len(written.prompt))
     after = await here.service.keep(who.name, written)
     said = {"compacted": after.stream.tokens, "instructions": given.instructions}
     await asyncio.to_thread(here.service.store.put, who.name, COMPACTION, item["id"], said, after.id)
@@ -415,7 +416,7 @@ async def _answer(here: Context, who: Who, made: Making) -> AsyncGenerator[dict[
     empty = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
     yield {"type": "response.content_part.added", **part, "part": empty}
     tells = bool(body.stream_options and body.stream_options.include_state)
-    async for event in service.write(written, wanted):
+    async for event in here.write(who, written, wanted):
         if event.what == "wrote":
             now = time.perf_counter()
             (here.metrics.first_token if last is None else here.metrics.between).observe(
@@ -431,7 +432,7 @@ async def _answer(here: Context, who: Who, made: Making) -> AsyncGenerator[dict[
         elif event.what not in ("wrote", "done"):
             yield event.what
     here.metrics.whole.observe(time.perf_counter() - began)
-    here.told(who, written)
+    here.told(written)
     if body.store is not False:
         await service.keep(who.name, written)
     made.status = "completed" if written.finish_reason == "stop" else "incomplete"

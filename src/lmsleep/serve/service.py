@@ -3,7 +3,7 @@
 import asyncio
 import random
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, replace
 
@@ -135,7 +135,7 @@ class Service:
             row = event.row
         return replace(kept, stream=row.stream, unread=kept.unread[:0])
 
-    async def write(self, written: Written, wanted: Wanted) -> AsyncIterator[Happened]:
+    async def write(self, written: Written, wanted: Wanted) -> AsyncGenerator[Happened]:
         """Read the prompt and write the answer; what happens is told as it happens.
 
         Leaving early (a client that went away) ends the answer after the token that is being written.
