@@ -162,7 +162,7 @@ async def _steps(
             yield "", None, event.what
     here.metrics.whole.observe(time.perf_counter() - began)
     here.told(who, written)
-    await here.service.keep(who.name, written)
+    await here.service.remember(who.name, written)
 
 
 async def _events(

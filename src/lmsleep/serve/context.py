@@ -7,7 +7,7 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
-from lmsleep.serve.errors import ApiError
+from lmsleep.serve.errors import ApiError, draining
 from lmsleep.serve.keys import Keys, Owner
 from lmsleep.serve.metrics import Metrics
 from lmsleep.serve.reader import Reader
@@ -51,8 +51,6 @@ class Context:
         Raises:
             ApiError: naming the field.
         """
-        if not self.ready:
-            raise ApiError(503, "the server is shutting down", code="draining", retry_after=5)
         model = getattr(body, "model", None)
         if model is not None and model not in self.names:
             raise ApiError(
@@ -97,6 +95,8 @@ def _who(request: Request) -> Owner:
     here = context(request)
     owner = here.keys.owner(request.headers.get("authorization"))
     if request.method == "POST":
+        if not here.ready:
+            raise draining()
         here.keys.admit(owner)
     return owner
 

@@ -44,3 +44,8 @@ def not_found(kind: str, name: str, code: str | None = None, param: str | None =
 def invalid(message: str, param: str | None = None, code: str = "invalid_value") -> ApiError:
     """Return the error for a value that cannot be used."""
     return ApiError(400, message, code=code, param=param)
+
+
+def draining() -> ApiError:
+    """Return the error for a server that takes no more work, for it is about to end."""
+    return ApiError(503, "the server is shutting down", code="draining", retry_after=5)

@@ -5,6 +5,7 @@ import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -360,17 +361,18 @@ async def _events(here: Context, who: Who, made: Making) -> AsyncIterator[dict[s
 
 
 def _put(here: Context, who: Who, made: Making) -> None:
-    """Store a response, and where its conversation is now."""
+    """Store a response, and where its conversation is now, both or neither."""
     store, given = here.service.store, made.input
     after = None if made.written is None or made.written.after is None else made.written.after.id
     response = _resource(here, made)
-    store.put(who.name, RESPONSE, made.id, {"response": response, "input": given.items}, after)
-    if given.conversation is not None and after is not None:
-        thing = store.get(who.name, CONVERSATION, given.conversation)
-        if thing is not None:  # it may have been deleted meanwhile
-            new = [*given.items[len(thing.body["pending"]) :], *response["output"]]
-            said = {**thing.body, "items": [*thing.body["items"], *new], "pending": []}
-            store.put(who.name, CONVERSATION, thing.id, said, after)
+    with store.together():
+        store.put(who.name, RESPONSE, made.id, {"response": response, "input": given.items}, after)
+        if given.conversation is not None and after is not None:
+            thing = store.get(who.name, CONVERSATION, given.conversation)
+            if thing is not None:  # it may have been deleted meanwhile
+                new = [*given.items[len(thing.body["pending"]) :], *response["output"]]
+                said = {**thing.body, "items": [*thing.body["items"], *new], "pending": []}
+                store.put(who.name, CONVERSATION, thing.id, said, after)
 
 
 async def _in_background(here: Context, who: Who, made: Making) -> None:
@@ -382,7 +384,8 @@ async def _in_background(here: Context, who: Who, made: Making) -> None:
     except ApiError as error:
         made.status, made.error = "failed", {"code": error.body["code"], "message": error.body["message"]}
     if made.status in ("cancelled", "failed"):
-        await asyncio.to_thread(_put, here, who, made)
+        with suppress(ApiError):  # the log has why the store refuses
+            await asyncio.to_thread(_put, here, who, made)
 
 
 async def _sse(first: dict[str, Any] | str, rest: AsyncIterator[dict[str, Any] | str]) -> AsyncIterator[str]:

@@ -10,6 +10,7 @@ import uvicorn
 
 from lmsleep.serve.app import create_app
 from lmsleep.serve.context import Context
+from lmsleep.serve.drain import Draining
 from lmsleep.serve.engine import Engine
 from lmsleep.serve.keys import Keys
 from lmsleep.serve.metrics import Metrics
@@ -17,8 +18,6 @@ from lmsleep.serve.service import Service
 from lmsleep.serve.store import Store
 from lmsleep.session import Session
 from lmsleep.text.chat import chat_of
-
-DRAIN = 60  # seconds that answers under way may take after a signal
 
 
 def run(
@@ -35,6 +34,8 @@ def run(
     most_waiting: int,
     most_rows: int,
     most_bytes: int,
+    most_disk: int | None,
+    keep_days: float | None,
     tell: Callable[[str], None],
 ) -> None:
     """Serve until SIGINT or SIGTERM; answers under way are brought to their end first.
@@ -50,7 +51,15 @@ def run(
     listening = _listen(host, port)
     model, sleep = session.model, session.sleep_config
     engine = Engine(model, sleep, portion=portion, debt=debt, most_waiting=most_waiting, most_rows=most_rows)
-    kept = Store(store, model, sleep, most_bytes=most_bytes)
+    kept = Store(
+        store,
+        model,
+        sleep,
+        most_bytes=most_bytes,
+        most_disk=most_disk,
+        most_each=keys.quota.bytes,
+        keep_days=keep_days,
+    )
     service = Service(
         engine, kept, session.tokenizer, chat_of(session.tokenizer), name=names[0], longest=longest
     )
@@ -58,12 +67,12 @@ def run(
     fingerprint = f"fp_{hashlib.sha256(said.encode()).hexdigest()[:16]}"
     here = Context(service, keys, Metrics(engine, kept, names[0]), names, fingerprint)
     config = uvicorn.Config(
-        create_app(here), log_level="warning", timeout_graceful_shutdown=DRAIN, server_header=False
+        create_app(here), log_level="warning", timeout_graceful_shutdown=1, server_header=False
     )
     address, bound = listening.getsockname()[:2]
     shown = f"[{address}]" if ":" in address else address
     here.started = lambda: tell(f"http://{shown}:{bound}")
-    uvicorn.Server(config).run(sockets=[listening])
+    Draining(config, here).run(sockets=[listening])
 
 
 def _listen(host: str, port: int) -> socket.socket:
