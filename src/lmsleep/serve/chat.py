@@ -5,22 +5,26 @@ What of it has been read before is found, so that only what is new is read.
 
 import asyncio
 import json
+import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
 from typing import Any
 
 import torch
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
 from torch import Tensor
 
 from lmsleep.serve.context import Context, Who, context
 from lmsleep.serve.errors import ApiError, invalid
+from lmsleep.serve.leaving import Events, unless_gone
 from lmsleep.serve.service import Service, Wanted, Written
 from lmsleep.serve.wire import ChatBody, CompletionBody, Many, message
 from lmsleep.session.rows import Odds
 
+LOG = logging.getLogger("lmsleep.serve")
 router = APIRouter(prefix="/v1", tags=["completions"])
 
 
@@ -109,33 +113,25 @@ async def _answer(
         usage = bool(body.stream_options and body.stream_options.include_usage)
         events = _events(here, who, asked, wanted, form, {**head, "object": form.chunk}, usage, began)
         first = await anext(events)  # errors before the first byte have a status of their own
-        return StreamingResponse(_chained(first, events), media_type="text/event-stream", headers=NO_BUFFER)
-    tasks = [asyncio.create_task(_whole(here, who, w, wanted, i, began)) for i, w in enumerate(asked)]
-    gone, written = asyncio.create_task(_gone(request)), asyncio.gather(*tasks)
-    try:
-        either: list[asyncio.Future[Any]] = [written, gone]
-        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-        if not written.done():
-            return Response(status_code=499)
-        await written  # raises what ended one of them
-    finally:
-        for task in (*tasks, gone):
-            task.cancel()
+        return Events(_chained(first, events))
+    await unless_gone(request, _whole(here, who, asked, wanted, began))
     choices = [_choice(w, i, form, wanted, here.service) for i, w in enumerate(asked)]
     return JSONResponse({**head, "object": form.object, "choices": choices, "usage": usage_of(asked)})
 
 
-async def _gone(request: Request) -> None:
-    """Wait until the client has left."""
-    while not await request.is_disconnected():
-        await asyncio.sleep(0.25)
+async def _whole(here: Context, who: Who, asked: Sequence[Written], wanted: Wanted, began: float) -> None:
+    """Write all answers, or none if one of them fails."""
 
+    async def one(number: int, written: Written) -> None:
+        async for _ in _steps(here, who, written, _numbered(wanted, number), began):
+            pass
 
-async def _whole(
-    here: Context, who: Who, written: Written, wanted: Wanted, number: int, began: float
-) -> None:
-    async for _ in _steps(here, who, written, _numbered(wanted, number), began):
-        pass
+    tasks = [asyncio.create_task(one(i, written)) for i, written in enumerate(asked)]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
 def _numbered(wanted: Wanted, number: int) -> Wanted:
@@ -168,7 +164,7 @@ async def _steps(
 async def _events(
     here: Context, who: Who, asked: Sequence[Written], wanted: Wanted, form: _Form, head: dict[str, Any],
     usage: bool, began: float,
-) -> AsyncIterator[str]:  # fmt: skip
+) -> AsyncGenerator[str]:  # fmt: skip
     """Yield the events of a stream; several answers take turns as they are written."""
     queue = asyncio.Queue[tuple[int, str, Odds | None, str] | Exception | int]()
 
@@ -178,6 +174,9 @@ async def _events(
                 queue.put_nowait((number, text, odds, what))
         except ApiError as error:
             queue.put_nowait(error)
+        except Exception:  # or whoever takes from the queue would wait for ever
+            LOG.exception("an answer failed")
+            queue.put_nowait(ApiError(500, "the server failed on this request", code="internal_error"))
         queue.put_nowait(number)
 
     tasks = [asyncio.create_task(one(i)) for i in range(len(asked))]
@@ -223,17 +222,15 @@ async def _events(
             task.cancel()
 
 
-async def _chained(first: str, rest: AsyncIterator[str]) -> AsyncIterator[str]:
-    yield first
-    async for event in rest:
-        yield event
+async def _chained(first: str, rest: AsyncGenerator[str]) -> AsyncGenerator[str]:
+    async with aclosing(rest):
+        yield first
+        async for event in rest:
+            yield event
 
 
 def _sse(data: dict[str, Any]) -> str:
     return f"data: {json.dumps(data)}\n\n"
-
-
-NO_BUFFER = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
 def _choice(written: Written, number: int, form: _Form, wanted: Wanted, service: Service) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from lmsleep.memory.figures import diff_rows, head_rows
 from lmsleep.serve.context import Context, Who, context
 from lmsleep.serve.errors import ApiError, invalid, not_found
+from lmsleep.serve.leaving import unless_gone
 from lmsleep.serve.service import Wanted, Written
 from lmsleep.serve.store import NO_TOKENS, Kept, Thing
 from lmsleep.serve.wire import Count
@@ -172,8 +173,12 @@ async def ask(id: str, body: Question, request: Request, who: Who) -> dict[str, 
         stop=(*body.stop, *(s for s in service.chat.stop if isinstance(s, int))),
         seed=body.seed,
     )
-    async for _ in service.write(written, wanted):
-        pass
+
+    async def write() -> None:
+        async for _ in service.write(written, wanted):
+            pass
+
+    await unless_gone(request, write())
     here.told(who, written)
     usage = {"read": len(written.prompt), "written": len(written.tokens), "sleeps": written.sleeps}
     return {

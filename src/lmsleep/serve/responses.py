@@ -4,20 +4,20 @@ import asyncio
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
 from torch import Tensor
 
 from lmsleep.memory.figures import diff_rows
-from lmsleep.serve.chat import NO_BUFFER
 from lmsleep.serve.context import Context, Who, context
 from lmsleep.serve.errors import ApiError, invalid, not_found
+from lmsleep.serve.leaving import Events, unless_gone
 from lmsleep.serve.service import Wanted, Written
 from lmsleep.serve.store import Kept
 from lmsleep.serve.wire import CompactBody, ResponseBody, message
@@ -94,9 +94,8 @@ async def create(body: ResponseBody, request: Request, who: Who) -> Response:
     events = _events(here, who, made)
     if body.stream:
         first = await anext(events)
-        return StreamingResponse(_sse(first, events), media_type="text/event-stream", headers=NO_BUFFER)
-    async for _ in events:
-        pass
+        return Events(_sse(first, events))
+    await unless_gone(request, _to_the_end(events))
     return JSONResponse(_resource(here, made))
 
 
@@ -282,7 +281,7 @@ async def _compact(here: Context, who: Who, kept: Kept, tokens: Tensor) -> tuple
     return {"type": COMPACTION, "id": name, "encrypted_content": name}, written
 
 
-async def _events(here: Context, who: Who, made: Making) -> AsyncIterator[dict[str, Any] | str]:
+async def _events(here: Context, who: Who, made: Making) -> AsyncGenerator[dict[str, Any] | str]:
     """Make a response, and tell of it as the API streams it; strings are comments."""
     body, service, given = made.body, here.service, made.input
     threshold = min(
@@ -375,10 +374,15 @@ def _put(here: Context, who: Who, made: Making) -> None:
                 store.put(who.name, CONVERSATION, thing.id, said, after)
 
 
+async def _to_the_end(events: AsyncGenerator[dict[str, Any] | str]) -> None:
+    async with aclosing(events):
+        async for _ in events:
+            pass
+
+
 async def _in_background(here: Context, who: Who, made: Making) -> None:
     try:
-        async for _ in _events(here, who, made):
-            pass
+        await _to_the_end(_events(here, who, made))
     except asyncio.CancelledError:
         made.status = "cancelled"
     except ApiError as error:
@@ -388,7 +392,9 @@ async def _in_background(here: Context, who: Who, made: Making) -> None:
             await asyncio.to_thread(_put, here, who, made)
 
 
-async def _sse(first: dict[str, Any] | str, rest: AsyncIterator[dict[str, Any] | str]) -> AsyncIterator[str]:
+async def _sse(
+    first: dict[str, Any] | str, rest: AsyncGenerator[dict[str, Any] | str]
+) -> AsyncGenerator[str]:
     """Number the events and write them."""
     number = 0
 
@@ -400,12 +406,13 @@ async def _sse(first: dict[str, Any] | str, rest: AsyncIterator[dict[str, Any] |
         number += 1
         return f"event: {said['type']}\ndata: {text}\n\n"
 
-    yield event(first)
-    try:
-        async for said in rest:
-            yield event(said)
-    except ApiError as error:
-        yield event({"type": "error", **error.body})
+    async with aclosing(rest):
+        yield event(first)
+        try:
+            async for said in rest:
+                yield event(said)
+        except ApiError as error:
+            yield event({"type": "error", **error.body})
 
 
 def message_item(said: Message) -> dict[str, Any]:

@@ -18,7 +18,7 @@ SLACK = 0.9  # of the budget is left after it was reached, so that not every req
 
 _HELD = "EXISTS (SELECT 1 FROM things t WHERE t.stream = s.id)"
 _LASTING = f"EXISTS (SELECT 1 FROM things t WHERE t.stream = s.id AND t.kind NOT IN {PERISHABLE})"
-_IN_ORDER = "(?1 IS NULL OR s.owner = ?1) AND s.used < ?2 ORDER BY s.used LIMIT ?3"
+_IN_ORDER = "(?1 IS NULL OR s.owner = ?1) AND s.used < ?2 AND s.id != ?3 ORDER BY s.used LIMIT ?4"
 LOOSE = f"SELECT s.id FROM streams s WHERE NOT {_HELD} AND {_IN_ORDER}"
 OLD = f"SELECT s.id FROM streams s WHERE NOT {_LASTING} AND {_IN_ORDER}"
 
@@ -62,45 +62,61 @@ class Room:
         query = "SELECT coalesce(sum(bytes), 0) FROM taken WHERE ?1 IS NULL OR owner = ?1"
         return int(self.db.read(query, (owner,))[0][0])
 
-    def make(self, owner: str, need: int) -> None:
-        """See that so many bytes more fit.
+    def make(self, owner: str, need: int, spare: str = "") -> None:
+        """See that so many bytes more fit; the stream `spare` stays.
 
         Raises:
             ApiError: 403 if they do not for this owner, 507 if they do not at all.
         """
-        if not self._made(self.most_each, owner, need):
+        if not self._made(self.most_each, owner, need, spare):
             said = f"{self.most_each} bytes are in use; delete something"
             raise ApiError(403, said, code="quota_exceeded")
-        if not self._made(self.most_bytes, None, need):
+        if not self._made(self.most_bytes, None, need, spare):
             raise no_room()
 
-    def _made(self, most: int | None, owner: str | None, need: int) -> bool:
-        if most is None or (taken := self.taken(owner)) + need <= most:
+    def _made(self, most: int | None, owner: str | None, need: int, spare: str) -> bool:
+        if most is None or self.taken(owner) + need <= most:
             return True
         if need > most:  # for which nothing has to leave
             return False
         self.note()
-        while taken + need > SLACK * most:
-            if not (self._evict(LOOSE, owner, "room") or self._evict(OLD, owner, "room")):
-                break
-            taken = self.taken(owner)
-        return taken + need <= most
+
+        def enough() -> bool:
+            return self.taken(owner) + need <= SLACK * most
+
+        for query in (LOOSE, OLD):
+            while not enough() and self._evict(query, owner, "room", spare=spare, enough=enough):
+                pass
+        return self.taken(owner) + need <= most
 
     def expire(self, before: float) -> int:
         """Let go of what was last used before then; return how many streams."""
         gone = 0
-        while count := self._evict(OLD, None, "age", before):
+        while count := self._evict(OLD, None, "age", before=before):
             gone += count
         with self.db.together():  # what failed or was cancelled has no stream
             loose = f"stream IS NULL AND kind IN {PERISHABLE} AND used < ?"
             self.db.write(f"DELETE FROM things WHERE {loose}", (before,))
         return gone
 
-    def _evict(self, query: str, owner: str | None, why: str, before: float = float("inf")) -> int:
+    def _evict(
+        self,
+        query: str,
+        owner: str | None,
+        why: str,
+        *,
+        before: float = float("inf"),
+        spare: str = "",
+        enough: Callable[[], bool] = lambda: False,
+    ) -> int:
+        """Let some streams go, until it is enough; return how many."""
+        gone = 0
         with self.db.together():
-            found = self.db.read(query, (owner, before, AT_ONCE))
-            for (stream,) in found:
+            for (stream,) in self.db.read(query, (owner, before, spare, AT_ONCE)):
                 self.db.write("DELETE FROM things WHERE stream = ?", (stream,))
                 self.drop(stream)
-        self.evicted[why] += len(found)
-        return len(found)
+                gone += 1
+                if enough():
+                    break
+        self.evicted[why] += gone
+        return gone

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import socket
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -49,6 +50,7 @@ def run(
     """
     assert session.tokenizer is not None
     listening = _listen(host, port)
+    _allow_connections()
     model, sleep = session.model, session.sleep_config
     engine = Engine(model, sleep, portion=portion, debt=debt, most_waiting=most_waiting, most_rows=most_rows)
     kept = Store(
@@ -86,3 +88,12 @@ def _listen(host: str, port: int) -> socket.socket:
         listening.close()
         raise OSError(f"host={host} and port={port} cannot be listened at: {error.strerror}") from None
     return listening
+
+
+def _allow_connections() -> None:
+    """Let the process open as many files, connections among them, as the system allows it."""
+    if sys.platform != "win32":
+        import resource
+
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

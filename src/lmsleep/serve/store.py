@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lmsleep.files import locked
 from lmsleep.memory import model_identity
-from lmsleep.serve.database import Database, storing
+from lmsleep.serve.database import Database, no_room, storing
 from lmsleep.serve.errors import ApiError
 from lmsleep.serve.recent import Recent
 from lmsleep.serve.room import Clock, Room
@@ -350,15 +350,16 @@ class Store:
         """Write where a window began, and yield its name in a transaction; a failure leaves no file."""
         start = secrets.token_hex(12)
         path = self._path(start)
-        self.room.make(owner, need + size(begun.start))
         try:
             with storing():
                 path.parent.mkdir(exist_ok=True, mode=0o700)
                 # Before others have to wait: this takes longest.
                 saving.write(path, begun, self._origin(begun), self.sleep, None)
                 _sync(path.parent)
-                row = (start, owner, begun.tokens, begun.sleeps, chain, path.stat().st_size)
+                count = path.stat().st_size
+            self.room.make(owner, need + count)
             with self._db.together():
+                row = (start, owner, begun.tokens, begun.sleeps, chain, count)
                 self._db.write("INSERT INTO starts VALUES (?, ?, ?, ?, ?, ?)", row)
                 yield start
         except BaseException:
@@ -482,8 +483,10 @@ class Store:
             ApiError: if there is no room, or it cannot be written.
         """
         said = json.dumps(body)
-        self.room.make(owner, len(said))
+        self.room.make(owner, len(said), stream or "")
         with self._db.together():
+            if stream is not None and not self._db.read("SELECT 1 FROM streams WHERE id = ?", (stream,)):
+                raise no_room()  # it was kept, and had to leave at once
             row = (name, owner, kind, stream, time.time(), self._clock.now(), said)
             self._db.write(
                 "INSERT INTO things (id, owner, kind, stream, created, used, body) "
