@@ -27,7 +27,6 @@ def create_app(here: Context) -> FastAPI:
     async def life(app: FastAPI) -> AsyncIterator[None]:
         here.service.start()
         here.reader.take_up()
-        here.started()
         yield
         here.ready = False
         await here.reader.pause()

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import socket
 import time
 from types import FrameType
 
@@ -24,6 +25,12 @@ class Draining(uvicorn.Server):
         self.here = here
         self._since: float | None = None
         self._pausing: asyncio.Task[None] | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to listen, and only then say so."""
+        await super().startup(sockets)
+        if self.started:
+            self.here.started()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to drain; called by a signal."""

@@ -412,7 +412,7 @@ async def _sse(
             async for said in rest:
                 yield event(said)
         except ApiError as error:
-            yield event({"type": "error", **error.body})
+            yield event({**error.body, "type": "error"})
 
 
 def message_item(said: Message) -> dict[str, Any]:
