@@ -505,23 +505,23 @@ def test_a_listener_that_raises_harms_itself_alone(model, caplog):
 
 
 def test_nan_in_one_row_changes_no_bit_of_the_others(model):
-    # Beside a row of the same length: the shape of a product decides how it rounds.
-    sleep, poisoned = sleep_of(), Poisoned(model)
+    # The row that breaks is done after one step, and so is the one that stands for it otherwise: the others
+    # step among as many, for the shape of a product decides how it rounds.
+    sleep, poisoned, after = sleep_of(), Poisoned(model), []
     rows = [clean(model, 7, 4, seed) for seed in range(3)]
-    beside = clean(model, 12, 0, 9)
-    broken = Row(stream=beside.stream, unread=torch.full((12,), VOCAB - 1))
-    after = []
-    for other in (beside, broken):
-        now = [*rows[:1], other, *rows[1:]]
+    for tokens in (random_tokens(5, vocab=VOCAB - 1), torch.full((5,), VOCAB - 1)):
+        beside = Row(stream=Stream.begin(model.initial_state(1)), unread=tokens, nap=3)
+        now = advance(poisoned, sleep, [*rows[:1], beside, *rows[1:]])
+        assert now[1].done
+        assert (now[1].error is not None) == bool(tokens[0] == VOCAB - 1)
         while not all(one.done for one in now):
             now = advance(poisoned, sleep, now)
-            # Both leave at the same step, so that the others step among as many.
-            now = [now[0], Row(stream=now[1].stream) if now[1].error else now[1], *now[2:]]
-            if after or now[1].done:
-                continue
         after.append([*now[:1], *now[2:]])
     for mine, alone in zip(*after, strict=True):
+        assert mine.error is None
         assert mine.answer.tokens == alone.answer.tokens
+        for one, other in zip(mine.stream.state.tensors(), alone.stream.state.tensors(), strict=True):
+            assert torch.equal(one, other)
 
 
 # Service and application, without sockets
@@ -601,6 +601,23 @@ class App:
 
         await self.app(scope, receive, send)
         return status, json.loads(out) if out.startswith(b"{") else bytes(out)
+
+
+def test_health_tells_of_an_engine_that_has_ended(tmp_path):
+    with App(tmp_path) as app:
+        assert app.runner.run(app.ask("GET", "/health"))[0] == 200
+        app.service.engine.failed = True
+        assert app.runner.run(app.ask("GET", "/health"))[0] == 503
+
+
+def test_a_response_that_a_kill_broke_off_in_the_background_has_failed(server, tmp_path):
+    body = {"model": "tiny", "input": "hi", "background": True, "max_output_tokens": 10**6}
+    _, made = server.ask("POST", "/v1/responses", body)
+    server.end()
+    again = server.nursery.start(tmp_path / "store")
+    _, found = again.ask("GET", f"/v1/responses/{made['id']}")
+    assert (found["status"], found["error"]["code"]) == ("failed", "server_error")
+    again.end()
 
 
 KEYS = {"ann": "ann-" + "a" * 16, "bob": "bob-" + "b" * 16}

@@ -253,7 +253,7 @@ def damage(store, stream, what):
     elif what == "bit":
         path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     else:
-        blob = {"torn": b"123", "foreign": VOCAB.to_bytes(8, "little")}[what]
+        blob = {"torn": b"123", "foreign": VOCAB.to_bytes(4, "little")}[what]
         with store.together():
             store._db.write("UPDATE streams SET window = ? WHERE id = ?", (blob, stream))
     store.recent.drop(stream)

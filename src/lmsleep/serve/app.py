@@ -27,9 +27,11 @@ def create_app(here: Context) -> FastAPI:
     async def life(app: FastAPI) -> AsyncIterator[None]:
         here.service.start()
         here.reader.take_up()
+        responses.take_up(here)
         yield
         here.ready = False
         await here.reader.pause()
+        await responses.put_off(here)
         await here.service.stop()
 
     app = FastAPI(title="lmsleep", version=version("lmsleep"), lifespan=life)

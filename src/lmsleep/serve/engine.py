@@ -107,8 +107,11 @@ class Engine:
         most_waiting: requests at a time, all together; more are refused.
         most_rows: rows in one step; those beyond wait for their turn.
         most_sleepers: rows that sleep together; the more, the longer others may wait for one block.
-        timed: called with "queue" and the seconds that a request waited for its first step, and with "sleep"
-            and the seconds that a sleep of one or several rows took.
+
+    Attributes:
+        timed: is called with "queue" and the seconds that a request waited for its first step, and with
+            "sleep" and the seconds that a sleep of one or several rows took.
+        failed: whether it has ended by a fault of its own.
 
     Where memory runs out `most_rows` or `most_sleepers` is lowered to what may fit, until the engine ends.
     """
@@ -123,12 +126,12 @@ class Engine:
         most_waiting: int = 1024,
         most_rows: int = 64,
         most_sleepers: int = 8,
-        timed: Callable[[Literal["queue", "sleep"], float], None] = lambda what, seconds: None,
     ) -> None:
         self.model, self.sleep = model, sleep
         self.portion, self.debt, self.most_waiting = portion, debt, most_waiting
         self.most_rows, self.most_sleepers = most_rows, most_sleepers
-        self.counts, self.timed = Counts(), timed
+        self.counts = Counts()
+        self.timed: Callable[[Literal["queue", "sleep"], float], None] = lambda what, seconds: None
         # What is written with debt is read as if the window were longer.
         self._indebted = replace(sleep, window=None if sleep.window is None else sleep.window + debt)
         self._baton = Baton()

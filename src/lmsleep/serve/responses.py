@@ -392,6 +392,29 @@ async def _in_background(here: Context, who: Who, made: Making) -> None:
             await asyncio.to_thread(_put, here, who, made)
 
 
+def take_up(here: Context) -> None:
+    """Say of responses that a kill broke off in the background that they will not come."""
+    store = here.service.store
+    for owner, thing in store.without_stream(RESPONSE):
+        response = thing.body["response"]
+        if response["status"] == "in_progress":
+            error = {"code": "server_error", "message": "the server ended while it made this response"}
+            store.put(
+                owner,
+                RESPONSE,
+                thing.id,
+                {**thing.body, "response": {**response, "status": "failed", "error": error}},
+            )
+
+
+async def put_off(here: Context) -> None:
+    """End the responses that are still made in the background."""
+    for task in (tasks := list(here.running.values())):
+        task.cancel()
+    if tasks:
+        await asyncio.wait(tasks)
+
+
 async def _sse(
     first: dict[str, Any] | str, rest: AsyncGenerator[dict[str, Any] | str]
 ) -> AsyncGenerator[str]:

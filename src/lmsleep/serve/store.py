@@ -38,6 +38,7 @@ LOG = logging.getLogger("lmsleep.serve")
 VERSION = 1
 DAY = 86400.0  # seconds
 NO_TOKENS = no_tokens()
+WIDTH = 4  # bytes of a token in a row
 TABLES = """
 CREATE TABLE about (key TEXT PRIMARY KEY, value TEXT NOT NULL)
 
@@ -53,7 +54,7 @@ CREATE TABLE streams (
     window BLOB NOT NULL, used REAL NOT NULL
 )
 
-CREATE INDEX streams_by_start ON streams (start, owner)
+CREATE INDEX streams_by_window ON streams (start, owner, window)
 
 CREATE INDEX streams_by_use ON streams (used)
 
@@ -405,9 +406,9 @@ class Store:
     def position(self, owner: str, stream: str) -> tuple[int, int, int]:
         """Return tokens read, sleeps, and tokens in the open window of a stream; zeros if there is none."""
         rows = self._db.read(
-            "SELECT b.tokens + length(s.window) / 8, b.sleeps, length(s.window) / 8 "
-            "FROM streams s JOIN starts b ON b.id = s.start WHERE s.id = ? AND s.owner = ?",
-            (stream, owner),
+            "SELECT b.tokens + length(s.window) / ?3, b.sleeps, length(s.window) / ?3 "
+            "FROM streams s JOIN starts b ON b.id = s.start WHERE s.id = ?1 AND s.owner = ?2",
+            (stream, owner, WIDTH),
         )
         return rows[0] if rows else (0, 0, 0)
 
@@ -455,18 +456,31 @@ class Store:
         chains = self.chain(self.nothing().chain or b"", tokens[:-1])
         L = self.sleep.window or 0
         for count in range(len(chains) - 1, -1, -1):
-            rest = tokens[count * L : -1].numpy().tobytes()
-            rows = self._db.read(
-                "SELECT s.id, length(s.window) FROM streams s JOIN starts b ON b.id = s.start "
-                "WHERE s.owner = ? AND b.chain = ? AND length(s.window) <= ? "
-                "AND s.window = substr(?, 1, length(s.window)) ORDER BY length(s.window) DESC LIMIT 1",
-                (owner, chains[count], len(rest), rest),
-            )
-            # What is damaged, or has just left, is read anew.
-            with suppress(Damaged):
-                if rows and (kept := self.find(owner, rows[0][0])) is not None:
-                    return kept, count * L + rows[0][1] // 8
+            rest = _blob(tokens[count * L : -1])
+            starts = "SELECT id FROM starts WHERE owner IN (?, '') AND chain = ?"
+            for (start,) in self._db.read(starts, (owner, chains[count])):
+                # What is damaged, or has just left, is read anew.
+                with suppress(Damaged):
+                    found = self._longest_window(owner, start, rest)
+                    if found is not None and (kept := self.find(owner, found)) is not None:
+                        return kept, count * L + len(kept.window)
         return self.nothing(), 0
+
+    def _longest_window(self, owner: str, start: str, rest: bytes) -> str | None:
+        """Return the stream of a start whose window is the longest that `rest` begins with."""
+        query = (
+            "SELECT id, window FROM streams WHERE start = ? AND owner = ? AND window <= ? "
+            "ORDER BY window DESC LIMIT 1"
+        )
+        bound = rest
+        while rows := self._db.read(query, (start, owner, bound)):
+            ((name, window),) = rows
+            if rest.startswith(window):
+                return str(name)
+            # Whatever `rest` begins with and is longer than what both share would have come before this one.
+            shared = next(i for i, (a, b) in enumerate(zip(rest, window, strict=False)) if a != b)
+            bound = rest[: shared - shared % WIDTH]
+        return None
 
     def _remember(self, kept: Kept) -> Kept:
         self.recent.put(kept.id, kept)
@@ -519,6 +533,15 @@ class Store:
         for row in rows:
             with suppress(Damaged):
                 found.append(_thing(row))
+        return found
+
+    def without_stream(self, kind: str) -> list[tuple[str, Thing]]:
+        """Return owner and document of those, of all owners, that have come to no stream."""
+        query = "SELECT owner, id, kind, stream, created, body FROM things WHERE stream IS NULL AND kind = ?"
+        found = []
+        for owner, *row in self._db.read(query, (kind,)):
+            with suppress(Damaged):
+                found.append((owner, _thing(row)))
         return found
 
     def delete(self, owner: str, kind: str, name: str) -> bool:
@@ -595,7 +618,7 @@ class Store:
 
     def all_unread(self) -> list[tuple[str, str, int]]:
         """Return owner, name and number of tokens of all documents that have something to read."""
-        return self._db.read("SELECT owner, thing, length(tokens) / 8 FROM unread")
+        return self._db.read("SELECT owner, thing, length(tokens) / ? FROM unread", (WIDTH,))
 
     def unread(self, name: str) -> Tensor | None:
         """Return what a document still has to read.
@@ -645,7 +668,7 @@ class Store:
         return {"memory": self.recent.nbytes, "disk": self.room.taken(owner)}
 
 
-def _thing(row: tuple[str, str, str | None, float, str]) -> Thing:
+def _thing(row: Any) -> Thing:
     name, kind, stream, created, body = row
     try:
         return Thing(name, kind, stream, created, dict(json.loads(body)))
@@ -663,9 +686,9 @@ def _sync(folder: Path) -> None:
 
 
 def _blob(tokens: Tensor) -> bytes:
-    return tokens.to(torch.int64).numpy().tobytes()
+    return tokens.to(torch.int32).numpy().tobytes()
 
 
 def _tokens(blob: bytes) -> Tensor:
     # An empty buffer is refused, and one that cannot be written to warned of.
-    return torch.frombuffer(bytearray(blob), dtype=torch.int64) if blob else NO_TOKENS
+    return torch.frombuffer(bytearray(blob), dtype=torch.int32).long() if blob else NO_TOKENS
