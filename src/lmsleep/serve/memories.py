@@ -136,7 +136,8 @@ async def read(id: str, body: Text, request: Request, who: Who) -> JSONResponse:
     """Read text into a memory, in the background."""
     here = context(request)
     thing = _idle(here, who, id)
-    tokens = here.service.tokens(body.text, "text")
+    read, _, _ = here.service.store.position(who.name, thing.stream or "")
+    tokens = here.service.tokens(body.text, "text", first=not read)
     if len(tokens):
         await here.reader.read(who, id, tokens)
     return JSONResponse(_resource(here, who, _find(here, who, thing.id)), 202)
@@ -166,11 +167,12 @@ async def ask(id: str, body: Question, request: Request, who: Who) -> dict[str, 
     here = context(request)
     service = here.service
     kept = await _kept(here, who, _find(here, who, id))
-    written = Written(kept, service.tokens(body.question, "question"), 0)
+    empty = not (kept.stream.tokens or len(kept.unread))
+    written = Written(kept, service.tokens(body.question, "question", first=empty), 0)
     wanted = Wanted(
         sampling=Sampling(temperature=body.temperature, top_p=body.top_p),
         longest=body.max_tokens or service.longest,
-        stop=(*body.stop, *(s for s in service.chat.stop if isinstance(s, int))),
+        stop=tuple(body.stop),
         seed=body.seed,
     )
 

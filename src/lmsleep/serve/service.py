@@ -161,14 +161,17 @@ class Service:
             except Exception:  # the next time it may do better
                 LOG.exception("the store was not swept")
 
-    def tokens(self, text: str | Sequence[int], param: str) -> Tensor:
-        """Return the tokens of a text, or checked tokens.
+    def tokens(self, text: str | Sequence[int], param: str, *, first: bool = True) -> Tensor:
+        """Return the tokens of a text, or checked tokens; `first`: a stream begins with them.
 
         Raises:
             ApiError: for what the model cannot read.
         """
         try:
-            numbers = begun(self.tokenizer, text) if isinstance(text, str) else list(text)
+            if isinstance(text, str):
+                numbers = begun(self.tokenizer, text) if first else self.tokenizer.encode(text)
+            else:
+                numbers = list(text)
             found = torch.tensor(numbers, dtype=torch.int64)
             check_tokens(found, self.engine.model.vocab_size)
         except (ValueError, OverflowError, RuntimeError) as error:
