@@ -202,7 +202,7 @@ def killed(nursery, folder, kills, seed):
 
 
 def test_what_was_acknowledged_goes_on_exactly_after_kills(nursery, tmp_path):
-    assert killed(nursery, tmp_path, 3, seed=0).known
+    assert killed(nursery, tmp_path, 3, seed=0).known  # few: the longer test has 200
 
 
 @pytest.mark.slow
@@ -369,10 +369,10 @@ def test_a_thousand_idle_connections_hold_nobody(server):
 
 
 def test_a_signal_drains_and_reading_is_taken_up_again(server, tmp_path):
-    text = "abcdefgh" * 1000
+    text = "abcdefgh" * 300
     _, memory = server.ask("POST", "/v1/memories", {"text": text})
     answers = []
-    client = threading.Thread(target=lambda: answers.append(server.respond("hi", tokens=1000)))
+    client = threading.Thread(target=lambda: answers.append(server.respond("hi", tokens=500)))
     client.start()
     server.until(lambda: server.metric("generation_tokens_total{") > 5)
     server.kill(signal.SIGTERM)
