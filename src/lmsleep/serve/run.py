@@ -51,11 +51,9 @@ def run(
     assert session.tokenizer is not None
     listening = _listen(host, port)
     _allow_connections()
-    with listening:
-        model, sleep = session.model, session.sleep_config
-        engine = Engine(
-            model, sleep, portion=portion, debt=debt, most_waiting=most_waiting, most_rows=most_rows
-        )
+    model, sleep = session.model, session.sleep_config
+    engine = Engine(model, sleep, portion=portion, debt=debt, most_waiting=most_waiting, most_rows=most_rows)
+    try:
         kept = Store(
             store,
             model,
@@ -65,19 +63,22 @@ def run(
             most_each=keys.quota.bytes,
             keep_days=keep_days,
         )
-        service = Service(
-            engine, kept, session.tokenizer, chat_of(session.tokenizer), name=names[0], longest=longest
-        )
-        said = f"{kept.origin.model} {json.dumps(sleep.to_dict())}"
-        fingerprint = f"fp_{hashlib.sha256(said.encode()).hexdigest()[:16]}"
-        here = Context(service, keys, Metrics(engine, kept, names[0]), names, fingerprint)
-        config = uvicorn.Config(
-            create_app(here), log_level="warning", timeout_graceful_shutdown=1, server_header=False
-        )
-        address, bound = listening.getsockname()[:2]
-        shown = f"[{address}]" if ":" in address else address
-        here.started = lambda: tell(f"http://{shown}:{bound}")
-        Draining(config, here).run(sockets=[listening])
+    except BaseException:
+        listening.close()
+        raise
+    service = Service(
+        engine, kept, session.tokenizer, chat_of(session.tokenizer), name=names[0], longest=longest
+    )
+    said = f"{kept.origin.model} {json.dumps(sleep.to_dict())}"
+    fingerprint = f"fp_{hashlib.sha256(said.encode()).hexdigest()[:16]}"
+    here = Context(service, keys, Metrics(engine, kept, names[0]), names, fingerprint)
+    config = uvicorn.Config(
+        create_app(here), log_level="warning", timeout_graceful_shutdown=1, server_header=False
+    )
+    address, bound = listening.getsockname()[:2]
+    shown = f"[{address}]" if ":" in address else address
+    here.started = lambda: tell(f"http://{shown}:{bound}")
+    Draining(config, here).run(sockets=[listening])
 
 
 def _listen(host: str, port: int) -> socket.socket:
