@@ -63,6 +63,7 @@ def nurse():
         try:
             run(
                 begun, names=("tiny",), host="127.0.0.1", port=0, store=Path(asked["store"]), keys=Keys(),
+                examples=(),
                 tell=lambda url: say(url=url, pid=os.getpid()), **options,
             )  # fmt: skip
             os._exit(0)

@@ -5,7 +5,6 @@ What of it has been read before is found, so that only what is new is read.
 
 import asyncio
 import json
-import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
@@ -20,11 +19,11 @@ from torch import Tensor
 from lmsleep.serve.context import Context, Who, context
 from lmsleep.serve.errors import ApiError, invalid
 from lmsleep.serve.leaving import Events, unless_gone
+from lmsleep.serve.log import LOG
 from lmsleep.serve.service import Service, Wanted, Written
 from lmsleep.serve.wire import ChatBody, CompletionBody, Many, message
 from lmsleep.session.rows import Odds
 
-LOG = logging.getLogger("lmsleep.serve")
 router = APIRouter(prefix="/v1", tags=["completions"])
 
 
@@ -146,7 +145,7 @@ async def _steps(
 ) -> AsyncIterator[tuple[str, Odds | None, str]]:
     """Yield what is written, piece by piece, with its odds; keep it in the end."""
     last = None
-    async for event in here.service.write(written, wanted):
+    async for event in here.write(who, written, wanted):
         now = time.perf_counter()
         if event.what == "wrote":
             (here.metrics.first_token if last is None else here.metrics.between).observe(
@@ -157,7 +156,7 @@ async def _steps(
         elif event.what in ("sleeping", "slept", "read"):
             yield "", None, event.what
     here.metrics.whole.observe(time.perf_counter() - began)
-    here.told(who, written)
+    here.told(written)
     await here.service.remember(who.name, written)
 
 

@@ -1,7 +1,6 @@
 """An SQLite file whose changes are made whole or not at all, and whose readers never wait for a disk."""
 
 import errno
-import logging
 import sqlite3
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -10,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from lmsleep.serve.errors import ApiError
+from lmsleep.serve.log import LOG
 
-LOG = logging.getLogger("lmsleep.serve")
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 

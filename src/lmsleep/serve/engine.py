@@ -9,7 +9,6 @@ it has to sleep. Then, or when the answer is over (`settled`), the window is sle
 followed is read anew. So the memory is that of a row without debt; only the tokens in between have seen more.
 """
 
-import logging
 import threading
 import time
 from collections import deque
@@ -20,13 +19,13 @@ from typing import Literal
 import torch
 
 from lmsleep.serve.baton import Baton, GivingWay
+from lmsleep.serve.log import LOG
 from lmsleep.session.answer import Piece
 from lmsleep.session.rows import Odds, Row, advance
 from lmsleep.session.stream import size
 from lmsleep.sleep import Backbone, SleepConfig
 from lmsleep.training.device import is_out_of_memory
 
-LOG = logging.getLogger("lmsleep.serve")
 What = Literal["read", "wrote", "sleeping", "slept", "done"]
 
 
@@ -164,7 +163,10 @@ class Engine:
                 raise Closing("the engine takes no more requests")
             if self.waiting >= self.most_waiting:
                 raise Busy(f"{self.most_waiting} requests are being answered or wait already")
-            (self._due if self._is_due(row) else self._active).append(request)
+            due = self._is_due(row)
+            (self._due if due else self._active).append(request)
+            if due:  # told with the lock held: nothing else may have happened before
+                request.tell(Happened(what="sleeping", row=row))
             self._changed.notify_all()
         return request
 
@@ -356,7 +358,7 @@ class Engine:
         request.tell(Happened(what=what, row=row, pieces=row.pieces, odds=row.odds))
         if row.done:
             request.tell(Happened(what="done", row=row))
-        elif due and not slept:
+        elif due:
             request.tell(Happened(what="sleeping", row=row))
 
     def _is_due(self, row: Row) -> bool:

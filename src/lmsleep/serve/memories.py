@@ -94,6 +94,7 @@ async def create(body: NewMemory, request: Request, who: Who) -> JSONResponse:
     said = {"name": body.name, "tags": body.tags, "origin": origin, "parents": [], "status": "ready"}
     await asyncio.to_thread(here.service.store.put, who.name, MEMORY, id, said, kept.id)
     if len(tokens):
+        here.spent(who, read=len(tokens))
         await here.reader.read(who, id, tokens)
     return JSONResponse(_resource(here, who, _find(here, who, id)), 202 if len(tokens) else 201)
 
@@ -139,6 +140,7 @@ async def read(id: str, body: Text, request: Request, who: Who) -> JSONResponse:
     read, _, _ = here.service.store.position(who.name, thing.stream or "")
     tokens = here.service.tokens(body.text, "text", first=not read)
     if len(tokens):
+        here.spent(who, read=len(tokens))
         await here.reader.read(who, id, tokens)
     return JSONResponse(_resource(here, who, _find(here, who, thing.id)), 202)
 
@@ -177,11 +179,11 @@ async def ask(id: str, body: Question, request: Request, who: Who) -> dict[str, 
     )
 
     async def write() -> None:
-        async for _ in service.write(written, wanted):
+        async for _ in here.write(who, written, wanted):
             pass
 
     await unless_gone(request, write())
-    here.told(who, written)
+    here.told(written)
     usage = {"read": len(written.prompt), "written": len(written.tokens), "sleeps": written.sleeps}
     return {
         "object": "memory.answer",
@@ -340,10 +342,15 @@ def _idle(here: Context, who: Who, id: str) -> Thing:
 
 
 async def _kept(here: Context, who: Who, thing: Thing) -> Kept:
-    kept = None if thing.stream is None else await here.service.find(who.name, thing.stream)
-    if kept is None:
-        raise ApiError(500, "the file of this memory is missing", code="lost")
-    return kept
+    """Return the stream of a memory."""
+    while thing.stream is not None:
+        if (kept := await here.service.find(who.name, thing.stream)) is not None:
+            return kept
+        # Read on meanwhile, so that it has another one now?
+        before, thing = thing.stream, _find(here, who, thing.id)
+        if thing.stream == before:
+            break
+    raise ApiError(500, "the stream of this memory is missing", code="lost")
 
 
 async def _whole(here: Context, who: Who, id: str) -> Kept:

@@ -1,7 +1,6 @@
 """Texts that are read in the background, and taken up again after a restart."""
 
 import asyncio
-import logging
 import time
 from collections.abc import Iterator
 from contextlib import aclosing, contextmanager, suppress
@@ -13,10 +12,10 @@ from torch import Tensor
 from lmsleep.serve.database import Unstored
 from lmsleep.serve.errors import ApiError
 from lmsleep.serve.keys import Owner
+from lmsleep.serve.log import LOG
 from lmsleep.serve.service import Service, Written
 from lmsleep.session import Row
 
-LOG = logging.getLogger("lmsleep.serve")
 KEEP_EVERY = 5.0  # seconds
 TRY_AGAIN = 10.0  # seconds after a disk was full, or the server busy
 PASSING = (429, 503)  # statuses of what the next attempt may not meet again

@@ -1,7 +1,6 @@
 """From a prompt to an answer: what is known already is found, the rest read, the answer written and kept."""
 
 import asyncio
-import logging
 import random
 import time
 from collections.abc import AsyncGenerator, Sequence
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from lmsleep.serve.engine import Busy, Closing, Engine, Happened, What, settled
 from lmsleep.serve.errors import ApiError, draining, invalid
+from lmsleep.serve.log import LOG
 from lmsleep.serve.store import Kept, Store
 from lmsleep.session import Answer, BrokenSleep, Row, Sampling
 from lmsleep.session.answer import Piece
@@ -21,7 +21,6 @@ from lmsleep.text.chat import Chat
 from lmsleep.text.tokenizers import Spelled, Tokenizer, begun, check_tokens
 from lmsleep.training.device import is_out_of_memory
 
-LOG = logging.getLogger("lmsleep.serve")
 SWEEP_EVERY = 60.0  # seconds
 PATIENCE = 60.0  # seconds that what is under way may take when the server ends
 

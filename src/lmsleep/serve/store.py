@@ -8,7 +8,6 @@ What was used last is in memory too, and comes from disk otherwise.
 
 import hashlib
 import json
-import logging
 import os
 import secrets
 import shutil
@@ -26,6 +25,7 @@ from lmsleep.files import locked
 from lmsleep.memory import model_identity
 from lmsleep.serve.database import Database, no_room, storing
 from lmsleep.serve.errors import ApiError
+from lmsleep.serve.log import LOG
 from lmsleep.serve.recent import Recent
 from lmsleep.serve.room import Clock, Room
 from lmsleep.session import Stream, saving
@@ -34,7 +34,6 @@ from lmsleep.sleep import Backbone, SleepConfig
 from lmsleep.state import Origin
 from lmsleep.text.tokenizers import check_tokens
 
-LOG = logging.getLogger("lmsleep.serve")
 VERSION = 1
 DAY = 86400.0  # seconds
 NO_TOKENS = no_tokens()
