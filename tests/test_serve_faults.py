@@ -17,7 +17,7 @@ from pathlib import Path
 import faulty
 import pytest
 import torch
-from conftest import VOCAB, lively, random_tokens, run_command, tiny
+from conftest import VOCAB, lively, random_tokens, tiny
 from faulty import WAIT, Nursery, text_of
 from test_serve_engine import Poisoned, finish, row, sleep_of
 
@@ -296,14 +296,11 @@ def test_a_store_that_cannot_be_written_is_refused_in_one_line(nursery, tmp_path
     assert "fixed" in told["error"]
 
 
-def test_a_second_server_on_a_store_is_refused_in_one_line(capsys, tmp_path):
-    model = lively(tiny())
-    store = Store(tmp_path, model, SleepConfig(window=8))
-    code, out, err = run_command(capsys, "serve", "--store", tmp_path, "--port", 0)
-    store.close()
-    assert (code, out) == (2, "")
-    assert err.count("\n") == 1
-    assert "another process" in err
+def test_a_second_server_on_a_store_is_refused_in_one_line(server, nursery, tmp_path):
+    told = nursery.ask(store=str(tmp_path / "store"), options={})  # which commands say, with exit code 2
+    assert "another process" in told["error"]
+    assert "\n" not in told["error"]
+    assert server.respond("hi")[0] == 200
 
 
 # Clients
