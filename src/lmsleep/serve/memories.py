@@ -340,10 +340,15 @@ def _idle(here: Context, who: Who, id: str) -> Thing:
 
 
 async def _kept(here: Context, who: Who, thing: Thing) -> Kept:
-    kept = None if thing.stream is None else await here.service.find(who.name, thing.stream)
-    if kept is None:
-        raise ApiError(500, "the file of this memory is missing", code="lost")
-    return kept
+    """Return the stream of a memory."""
+    while thing.stream is not None:
+        if (kept := await here.service.find(who.name, thing.stream)) is not None:
+            return kept
+        # Read on meanwhile, so that it has another one now?
+        before, thing = thing.stream, _find(here, who, thing.id)
+        if thing.stream == before:
+            break
+    raise ApiError(500, "the stream of this memory is missing", code="lost")
 
 
 async def _whole(here: Context, who: Who, id: str) -> Kept:
