@@ -1,4 +1,5 @@
 import asyncio
+import errno
 import io
 import json
 import logging
@@ -394,9 +395,10 @@ def test_a_request_is_a_line_in_the_log(client, logged):
         assert secret not in logged.getvalue()
 
 
-def test_a_failure_is_in_the_log_and_not_in_the_answer(client, app, logged, monkeypatch):
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.ETIMEDOUT])  # the latter is a TimeoutError
+def test_a_failure_is_in_the_log_and_not_in_the_answer(client, app, logged, monkeypatch, number):
     def fail(*_):
-        raise OSError(28, "No space left on device", "/secret/path")
+        raise OSError(number, "it failed", "/secret/path")
 
     monkeypatch.setattr(app.state.context.service.store, "get", fail)
     answer = client.get("/v1/responses/x", headers=bearer(ANN))

@@ -38,6 +38,10 @@ class Asked:
     written: int = 0
 
 
+class NotTaken(Exception):
+    """A client has stopped to take its answer."""
+
+
 _asked: ContextVar[Asked] = ContextVar("asked")
 
 
@@ -73,12 +77,15 @@ class Gate:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 MutableHeaders(scope=message)[ID] = one.id
-            async with asyncio.timeout(self.patience):
-                await send(message)
+            try:
+                async with asyncio.timeout(self.patience):
+                    await send(message)
+            except TimeoutError:
+                raise NotTaken from None
 
         try:
             await self.app(scope, self._bounded(scope, receive, one), stamped)
-        except TimeoutError:
+        except NotTaken:  # returning cuts the connection
             LOG.warning("a client did not take its answer", extra={FIELDS: {"request": one.id}})
         except Exception:
             LOG.exception("a request failed", extra={FIELDS: {"request": one.id}})

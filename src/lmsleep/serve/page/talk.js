@@ -205,8 +205,10 @@ async function* events(body) {
       text += value;
       for (let end; (end = text.indexOf("\n\n")) >= 0; text = text.slice(end + 2)) {
         const block = text.slice(0, end);
-        if (block.startsWith(": ")) yield { ...JSON.parse(block.slice(2)), type: "state" };
-        else yield JSON.parse(block.split("\n").find((line) => line.startsWith("data: ")).slice(6));
+        // Other comments, such as those that keep a connection open, say nothing to us.
+        if (block.startsWith(": {")) yield { ...JSON.parse(block.slice(2)), type: "state" };
+        const data = block.split("\n").find((line) => line.startsWith("data: "));
+        if (data) yield JSON.parse(data.slice(6));
       }
     }
   } finally {
