@@ -7,16 +7,18 @@ import asyncio
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
 from torch import Tensor
 
 from lmsleep.serve.context import Context, Who, context
 from lmsleep.serve.errors import ApiError, invalid, told
+from lmsleep.serve.leaving import Events, unless_gone
 from lmsleep.serve.odds import Told, listed_odds, read_with_odds, text_odds
 from lmsleep.serve.service import Service, Wanted, Written
 from lmsleep.serve.wire import ChatBody, CompletionBody, Many
@@ -162,31 +164,25 @@ async def _answer(
         usage = bool(body.stream_options and body.stream_options.include_usage)
         events = _events(here, who, choices, form, {**head, "object": form.chunk}, usage, began)
         first = await anext(events)  # errors before the first byte have a status of their own
-        return StreamingResponse(_chained(first, events), media_type="text/event-stream", headers=NO_BUFFER)
-    tasks = [asyncio.create_task(_whole(here, who, choice, began)) for choice in choices]
-    gone, whole = asyncio.create_task(_gone(request)), asyncio.gather(*tasks)
-    try:
-        either: list[asyncio.Future[Any]] = [whole, gone]
-        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-        if not whole.done():
-            return Response(status_code=499)
-        await whole  # raises what ended one of them
-    finally:
-        for task in (*tasks, gone):
-            task.cancel()
+        return Events(_chained(first, events))
+    await unless_gone(request, _whole(here, who, choices, began))
     said = [_choice(choice, form, here.service) for choice in choices]
     return JSONResponse({**head, "object": form.object, "choices": said, "usage": usage_of(choices)})
 
 
-async def _gone(request: Request) -> None:
-    """Wait until the client has left."""
-    while not await request.is_disconnected():
-        await asyncio.sleep(0.25)
+async def _whole(here: Context, who: Who, choices: Sequence[Choice], began: float) -> None:
+    """Write all answers, or none if one of them fails."""
 
+    async def one(choice: Choice) -> None:
+        async for _ in _steps(here, who, choice, began):
+            pass
 
-async def _whole(here: Context, who: Who, choice: Choice, began: float) -> None:
-    async for _ in _steps(here, who, choice, began):
-        pass
+    tasks = [asyncio.create_task(one(choice)) for choice in choices]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
 def _numbered(wanted: Wanted, number: int) -> Wanted:
@@ -212,13 +208,13 @@ async def _steps(
     here.metrics.whole.observe(time.perf_counter() - began)
     here.told(written)
     if not choice.before:
-        await here.service.keep(who.name, written)
+        await here.service.remember(who.name, written)
 
 
 async def _events(
     here: Context, who: Who, choices: Sequence[Choice], form: Form, head: dict[str, Any], usage: bool,
     began: float,
-) -> AsyncIterator[str]:  # fmt: skip
+) -> AsyncGenerator[str]:  # fmt: skip
     """Yield the events of a stream; several answers take turns as they are written."""
     queue = asyncio.Queue[tuple[int, str, Odds | None, str] | ApiError | int]()
 
@@ -281,10 +277,11 @@ async def _events(
             task.cancel()
 
 
-async def _chained(first: str, rest: AsyncIterator[str]) -> AsyncIterator[str]:
-    yield first
-    async for event in rest:
-        yield event
+async def _chained(first: str, rest: AsyncGenerator[str]) -> AsyncGenerator[str]:
+    async with aclosing(rest):
+        yield first
+        async for event in rest:
+            yield event
 
 
 def _sse(data: dict[str, Any]) -> str:

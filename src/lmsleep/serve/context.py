@@ -9,14 +9,13 @@ from urllib.parse import urlsplit
 
 from fastapi import Depends, Request
 
-from lmsleep.serve.engine import Happened
-from lmsleep.serve.errors import ApiError
+from lmsleep.serve.errors import ApiError, draining
 from lmsleep.serve.gate import asked
 from lmsleep.serve.keys import Keys, Owner
 from lmsleep.serve.loopback import is_loopback
 from lmsleep.serve.metrics import Metrics
 from lmsleep.serve.reader import Reader
-from lmsleep.serve.service import Service, Wanted, Written
+from lmsleep.serve.service import Event, Service, Wanted, Written
 from lmsleep.serve.wire import Body
 
 
@@ -75,8 +74,6 @@ class Context:
         Raises:
             ApiError: naming the field.
         """
-        if not self.ready:
-            raise ApiError(503, "the server is shutting down", code="draining", retry_after=5)
         if (most := self.service.engine.most_waiting) <= self.service.engine.waiting:
             # Before a stream has begun: then it still has a status of its own.
             raise ApiError(
@@ -107,7 +104,7 @@ class Context:
         asked().read += read
         asked().written += written
 
-    async def write(self, who: Owner, written: Written, wanted: Wanted) -> AsyncGenerator[Happened]:
+    async def write(self, who: Owner, written: Written, wanted: Wanted) -> AsyncGenerator[Event]:
         """Write an answer as `Service.write` does; what it took is counted however it ends."""
         try:
             async with aclosing(self.service.write(written, wanted)) as events:
@@ -137,6 +134,8 @@ async def _who(request: Request) -> Owner:
     if here.keys.open is not None:
         _from_here(request)
     if request.method == "POST":
+        if not here.ready:
+            raise draining()
         here.keys.admit(owner)
     return owner
 

@@ -59,3 +59,8 @@ def told(error: Exception) -> ApiError:
         return error
     LOG.error("a request failed", exc_info=error)
     return ApiError(500, "the server failed on this request", code="internal_error")
+
+
+def draining() -> ApiError:
+    """Return the error for a server that takes no more work, for it is about to end."""
+    return ApiError(503, "the server is shutting down", code="draining", retry_after=5)

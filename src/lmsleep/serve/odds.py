@@ -68,10 +68,10 @@ async def read_with_odds(service: Service, prompt: Tensor, count: int) -> tuple[
         room = PIECE if L is None else L - len(stream.window) or L
         piece = prompt[begin:-1][: min(room, PIECE)]
         async for event in service.follow(Row(stream=stream, unread=piece, keep_logits=True)):
-            stream, logits = event.row.stream, event.row.logits
-            if event.what != "done" and logits is not None and len(logits):
-                targets = prompt[len(told) :][: len(logits)]
-                told += await asyncio.to_thread(_told, logits, targets, count)
+            stream = event.row.stream
+            if event.logits is not None and len(event.logits):
+                targets = prompt[len(told) :][: len(event.logits)]
+                told += await asyncio.to_thread(_told, event.logits, targets, count)
     return stream, told
 
 

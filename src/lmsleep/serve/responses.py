@@ -4,20 +4,20 @@ import asyncio
 import json
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import aclosing, nullcontext
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import torch
 from fastapi import APIRouter, Query, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
 from torch import Tensor
 
 from lmsleep.memory.figures import diff_rows
-from lmsleep.serve.chat import NO_BUFFER
 from lmsleep.serve.context import Context, Who, context
-from lmsleep.serve.errors import invalid, not_found, told
+from lmsleep.serve.errors import ApiError, invalid, not_found, told
+from lmsleep.serve.leaving import Events, unless_gone
 from lmsleep.serve.odds import listed_odds
 from lmsleep.serve.service import Wanted, Written
 from lmsleep.serve.store import Kept, Thing
@@ -104,15 +104,23 @@ async def create(body: ResponseBody, request: Request, who: Who) -> Response:
     events = _events(here, who, id, body)
     first = await anext(events)  # errors before it have a status of their own
     if body.stream:
-        return StreamingResponse(_sse(first, events), media_type="text/event-stream", headers=NO_BUFFER)
+        return Events(_sse(first, events))
     if body.background:
         here.running[id] = task = asyncio.create_task(_in_background(events))
         task.add_done_callback(lambda _: here.running.pop(id, None))
         return JSONResponse(_response(first))
+    return JSONResponse(_response(await unless_gone(request, _last(first, events))))
+
+
+async def _last(
+    first: dict[str, Any] | str, events: AsyncGenerator[dict[str, Any] | str]
+) -> dict[str, Any] | str:
+    """Return the last event."""
     last = first
-    async for event in events:
-        last = event
-    return JSONResponse(_response(last))
+    async with aclosing(events):
+        async for event in events:
+            last = event
+    return last
 
 
 def _response(event: dict[str, Any] | str) -> dict[str, Any]:
@@ -328,7 +336,7 @@ def _item() -> dict[str, Any]:
 
 async def _compact(
     here: Context, who: Who, item: dict[str, Any], written: Written, given: Input
-) -> AsyncIterator[str]:
+) -> AsyncGenerator[str]:
     """Read a prompt, sleep on the open window, and keep it under the name of the item; yield what happens."""
     sleep = here.service.engine.sleep
     if sleep.window is None:
@@ -448,27 +456,54 @@ async def _answer(here: Context, who: Who, made: Making) -> AsyncGenerator[dict[
 
 
 def _put(here: Context, who: Who, made: Making) -> None:
-    """Store a response, and where its conversation is now."""
+    """Store a response, and where its conversation is now, both or neither."""
     store, given = here.service.store, made.input
     after = None if made.written is None or made.written.after is None else made.written.after.id
     response = _resource(here, made)
     read = {"instructions": given.instructions, "compacted": given.compacted}
-    store.put(who.name, RESPONSE, made.id, {"response": response, "input": given.items, **read}, after)
-    if given.conversation is not None and after is not None:
-        thing = store.get(who.name, CONVERSATION, given.conversation)
-        if thing is not None:  # it may have been deleted meanwhile
-            items = [*thing.body["items"], *given.new, *response["output"]]
-            said = {**thing.body, "items": items, "pending": [], **read}
-            store.put(who.name, CONVERSATION, thing.id, said, after)
+    with store.together():
+        store.put(who.name, RESPONSE, made.id, {"response": response, "input": given.items, **read}, after)
+        if given.conversation is not None and after is not None:
+            thing = store.get(who.name, CONVERSATION, given.conversation)
+            if thing is not None:  # it may have been deleted meanwhile
+                items = [*thing.body["items"], *given.new, *response["output"]]
+                said = {**thing.body, "items": items, "pending": [], **read}
+                store.put(who.name, CONVERSATION, thing.id, said, after)
 
 
 async def _in_background(events: AsyncGenerator[dict[str, Any] | str]) -> None:
-    async with aclosing(events):
-        async for _ in events:
-            pass
+    with suppress(ApiError):  # the log has why the store refuses
+        async with aclosing(events):
+            async for _ in events:
+                pass
 
 
-async def _sse(first: dict[str, Any] | str, rest: AsyncIterator[dict[str, Any] | str]) -> AsyncIterator[str]:
+def take_up(here: Context) -> None:
+    """Say of responses that a kill broke off in the background that they will not come."""
+    store = here.service.store
+    for owner, thing in store.without_stream(RESPONSE):
+        response = thing.body["response"]
+        if response["status"] == "in_progress":
+            error = {"code": "server_error", "message": "the server ended while it made this response"}
+            store.put(
+                owner,
+                RESPONSE,
+                thing.id,
+                {**thing.body, "response": {**response, "status": "failed", "error": error}},
+            )
+
+
+async def put_off(here: Context) -> None:
+    """End the responses that are still made in the background."""
+    for task in (tasks := list(here.running.values())):
+        task.cancel()
+    if tasks:
+        await asyncio.wait(tasks)
+
+
+async def _sse(
+    first: dict[str, Any] | str, rest: AsyncGenerator[dict[str, Any] | str]
+) -> AsyncGenerator[str]:
     """Number the events and write them."""
     number = 0
 
@@ -480,9 +515,10 @@ async def _sse(first: dict[str, Any] | str, rest: AsyncIterator[dict[str, Any] |
         number += 1
         return f"event: {said['type']}\ndata: {text}\n\n"
 
-    yield event(first)
-    async for said in rest:
-        yield event(said)
+    async with aclosing(rest):
+        yield event(first)
+        async for said in rest:
+            yield event(said)
 
 
 def said_in(item: dict[str, Any], where: str) -> Message:
