@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmsleep.layers.rope import rotate
-from lmsleep.ops import right_align
+from lmsleep.ops import append, right_align
 
 
 class Attention(nn.Module):
@@ -65,10 +65,9 @@ class Attention(nn.Module):
             proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = self.q_norm(q), self.k_norm(k)
-        # Under autocast k and v are halves while an empty cache has the dtype of the weights; hence the
-        # casts.
+        # Under autocast k and v are halves while an empty cache has the dtype of the weights.
         past = cache[0].shape[1]
-        k, v = torch.cat([cache[0].to(k.dtype), k], dim=1), torch.cat([cache[1].to(v.dtype), v], dim=1)
+        k, v = append(cache[0], k), append(cache[1], v)
         cache = (k, v) if valid is None else (right_align(k, valid), right_align(v, valid))
         # Keys are rotated after they were cached, all of them anew: key 0 is the oldest that is visible.
         if self.rope_theta is not None:
