@@ -45,7 +45,11 @@ def append(past: Tensor, new: Tensor) -> Tensor:
     room: _Room | None = getattr(past, "room", None)
     buffer = None if room is None else room.take(begin, new.shape[1])
     if buffer is None:
-        buffer = past.new_empty(len(past), end + max(SPARE, end // 8), *past.shape[2:])
+        # Heads before time: attention goes through the positions of one head after the other.
+        heads, size = past.shape[2:-1], past.shape[-1:] if past.ndim > 2 else ()
+        buffer = past.new_empty(len(past), *heads, end + max(SPARE, end // 8), *size).movedim(
+            1 + len(heads), 1
+        )
         buffer[:, :begin] = past
         room = _Room(buffer, end)
     buffer[:, begin:end] = new

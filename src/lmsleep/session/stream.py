@@ -59,6 +59,12 @@ class Share:
             batch, row = self._held = Batch(batch.views[row].clone(), 1), 0
         return batch.state
 
+    @property
+    def nbytes(self) -> int:
+        """Count the bytes of the state, which stays where it is."""
+        batch, row = self._held
+        return size(batch.views[row])
+
     @staticmethod
     def joined(shares: Sequence["Share"]) -> tuple[State, list[int]]:
         """Return the states of these streams in one batch, and which stream each of its rows is.
@@ -107,9 +113,14 @@ class Stream:
         return self.share.take()
 
     @property
+    def nbytes(self) -> int:
+        """Count the bytes of `state`, without taking it out of a batch."""
+        return self.share.nbytes
+
+    @property
     def peak_bytes(self) -> int:
         """Most bytes that `state` ever took: within a window it only grows."""
-        return max(self.peak, size(self.state))
+        return max(self.peak, self.nbytes)
 
     def reopened(self) -> Self:
         """Return the stream where its window began: the tokens of the window are not read."""
