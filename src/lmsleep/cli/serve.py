@@ -30,7 +30,10 @@ class ServeOptions(SleepOptions):
     max_tokens: int = 1024
     """Longest answer where a request does not say."""
     debt: int | None = None
-    """Tokens that an answer may run past the end of its window before it must sleep; default L / 4."""
+    """Tokens that a question and its answer may run past the end of the window before a sleep must
+    come; 0: it comes at once; default L / 4."""
+    sleep_after: float = 0.0
+    """Seconds that a stream rests in debt before it sleeps; who goes on sooner has all of it in sight."""
     portion: int = 64
     """Most tokens of prompts that a step reads while somebody waits for a next token."""
     max_waiting: int = 1024
@@ -56,6 +59,8 @@ class ServeOptions(SleepOptions):
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.debt is not None and self.debt < 0:
             raise ValueError(f"debt must not be negative, got {self.debt}")
+        if not 0 <= self.sleep_after < float("inf"):
+            raise ValueError(f"sleep_after must be finite and not negative, got {self.sleep_after}")
         if self.keys is None and not _own(self.host):
             raise ValueError(
                 f"host={self.host} can be reached from elsewhere: name the --keys of those who may"
@@ -90,6 +95,7 @@ def serve(argv: list[str]) -> None:
         keys=keys,
         longest=options.max_tokens,
         debt=(window or 0) // 4 if options.debt is None else options.debt,
+        sleep_after=options.sleep_after,
         portion=options.portion,
         most_waiting=options.max_waiting,
         most_rows=options.max_rows,

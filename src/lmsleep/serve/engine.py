@@ -4,9 +4,10 @@ Two threads use the model, one at a time (`Baton`): one writes answers and reads
 other reads whole windows and sleeps on them. A row that is due goes over to the second and comes back, while
 the others go on.
 
-With a `debt` an answer may run past the end of its window by so many tokens, attending to all of them, before
-it has to sleep. Then, or when the answer is over (`settled`), the window is slept on where it ended and what
-followed is read anew. So the memory is that of a row without debt; only the tokens in between have seen more.
+With a `debt` a question and its answer may run past the end of the window by so many tokens, attending to
+all of them, before a sleep has to come. Then, or when the answer is over (`settled`), the window is slept on
+where it ended and what followed is read anew. So the memory is that of a row without debt; only the tokens in
+between have seen more.
 """
 
 import threading
@@ -84,7 +85,7 @@ class Engine:
         model: any `Backbone`.
         sleep: how it sleeps, with one wake pass.
         portion: most tokens of prompts that one step reads while somebody waits for a next token.
-        debt: tokens that an answer may run past the end of its window.
+        debt: tokens that a question and its answer may run past the end of the window.
         most_waiting: requests at a time, all together; more are refused.
         most_rows: rows in one step; those beyond wait for their turn.
         most_sleepers: rows that sleep together; the more, the longer others may wait for one block.
@@ -264,10 +265,12 @@ class Engine:
         """Say whether a row goes on with a sleep."""
         if row.done or self.sleep.window is None:
             return bool(row.nap) and not row.done
-        over = len(row.stream.window) - self.sleep.window
-        if _writes(row) and over < self.debt:
-            return False
-        return over > 0 or row.turn(self.sleep).passes > 0
+        if row.nap and not row.budget:
+            return row.turn(self.sleep).passes > 0
+        # Where nobody waits for an answer (a text that goes into a memory) nothing is gained by being late.
+        answers = row.budget or row.answer.tokens or row.answer.stopped
+        debt = self.debt if answers else 0
+        return len(row.stream.window) + len(row.unread) > self.sleep.window + debt
 
 
 def settled(row: Row, sleep: SleepConfig) -> Row | None:

@@ -31,6 +31,7 @@ def run(
     keys: Keys,
     longest: int,
     debt: int,
+    sleep_after: float,
     portion: int,
     most_waiting: int,
     most_rows: int,
@@ -52,7 +53,13 @@ def run(
     engine = Engine(model, sleep, portion=portion, debt=debt, most_waiting=most_waiting, most_rows=most_rows)
     kept = Store(store, model, sleep, most_bytes=most_bytes)
     service = Service(
-        engine, kept, session.tokenizer, chat_of(session.tokenizer), name=names[0], longest=longest
+        engine,
+        kept,
+        session.tokenizer,
+        chat_of(session.tokenizer),
+        name=names[0],
+        longest=longest,
+        sleep_after=sleep_after,
     )
     said = f"{kept.origin.model} {json.dumps(sleep.to_dict())}"
     fingerprint = f"fp_{hashlib.sha256(said.encode()).hexdigest()[:16]}"
