@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from benchmarks import data, floors, recurrence, rules, serve, sessions, step, window
+from benchmarks import capacity, data, floors, recurrence, rules, serve, sessions, step, window
 from benchmarks.processor import Processor
 from benchmarks.table import Table, as_page
 from lmsleep.files import write_atomic
@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[1]
 Measures = dict[str, Callable[[], Table]]
 # By name what measures a table: every case `repeats` times (tiny: no more than shows that it runs).
 ON_CPU: dict[str, Callable[[int, bool], Measures]] = {
+    "capacity": capacity.tables,
     "data": data.tables,
     "serve": serve.tables,
     "sessions": sessions.tables,

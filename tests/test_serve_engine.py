@@ -248,3 +248,13 @@ def test_giving_way_changes_no_bit(model):
     alone.read(tokens[0])
     for one, other in zip(mine.stream.state.tensors(), alone.stream.state.tensors(), strict=True):
         assert torch.equal(one, other)
+
+
+def test_every_sleep_is_told_before_it_begins(model):
+    engine = Engine(model, sleep_of())
+    engine.start()
+    [events] = finish(engine, [row(model, 3 * L + 1, 2)])
+    engine.close(WAIT)
+    told = [event.what for event in events]
+    assert told[:6] == ["sleeping", "slept"] * 3  # nobody takes the silence of a sleep for an end
+    assert "sleeping" not in told[6:]

@@ -1,14 +1,15 @@
 """`lmsleep serve`: sessions that sleep, behind the API that clients of OpenAI speak."""
 
-import ipaddress
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from tyro.conf import Positional
 
+from lmsleep import shipped
 from lmsleep.cli.opening import SleepOptions, new_session
 from lmsleep.cli.options import parse
+from lmsleep.serve.loopback import is_loopback
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +44,9 @@ class ServeOptions(SleepOptions):
     memory_bytes: int = 2**30
     """Bytes of states that are held in memory; all are on disk."""
     requests_a_minute: int | None = None
-    """Of each owner; default without limit."""
+    """Of each owner, those that ask or make something (POST); default without limit."""
     tokens_a_minute: int | None = None
-    """Of each owner; default without limit."""
+    """Of each owner, read and written; default without limit."""
     max_memories: int | None = None
     """Of each owner; default without limit."""
     max_bytes: int | None = None
@@ -61,7 +62,7 @@ class ServeOptions(SleepOptions):
             raise ValueError(f"debt must not be negative, got {self.debt}")
         if not 0 <= self.sleep_after < float("inf"):
             raise ValueError(f"sleep_after must be finite and not negative, got {self.sleep_after}")
-        if self.keys is None and not _own(self.host):
+        if self.keys is None and not is_loopback(self.host):
             raise ValueError(
                 f"host={self.host} can be reached from elsewhere: name the --keys of those who may"
             )
@@ -85,10 +86,12 @@ def serve(argv: list[str]) -> None:
     keys = Keys(options.keys, quota)
     session = new_session(options.model, options)
     name = options.model.resolve().name
+    examples = (shipped.EXAMPLE,) if shipped.find(options.model).parent == shipped.HERE else ()
     window = session.sleep_config.window
     run(
         session,
         names=(name, *options.alias),
+        examples=examples,
         host=options.host,
         port=options.port,
         store=options.store,
@@ -100,27 +103,19 @@ def serve(argv: list[str]) -> None:
         most_waiting=options.max_waiting,
         most_rows=options.max_rows,
         most_bytes=options.memory_bytes,
-        tell=lambda url: _tell(url, name),
+        tell=lambda url: _tell(url, name, examples),
     )
 
 
-def _tell(url: str, name: str) -> None:
+def _tell(url: str, name: str, examples: tuple[str, ...]) -> None:
     """Say where the server is, and what to try."""
-    sys.stdout.write(
-        f"lmsleep serves {name} at {url}\n"
-        f"  a page to talk to it:  {url}/\n"
-        f"  its API:               {url}/docs\n"
-        f'  with any client:       OpenAI(base_url="{url}/v1", api_key="...")\n'
-        "Ctrl-C ends it; what was answered is kept.\n"
-    )
+    lines = [
+        f"lmsleep serves {name} at {url}",
+        f"  a page to talk to it:  {url}/",
+        *(f"  where one may say:     {example}" for example in examples),
+        f"  its API:               {url}/openapi.json",
+        f'  with any client:       OpenAI(base_url="{url}/v1", api_key="...")',
+        "Ctrl-C ends it; what was answered is kept.",
+    ]
+    sys.stdout.write("\n".join(lines) + "\n")
     sys.stdout.flush()
-
-
-def _own(host: str) -> bool:
-    """Say whether an address is reached from this machine alone."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

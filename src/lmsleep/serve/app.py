@@ -15,8 +15,16 @@ from starlette.exceptions import HTTPException
 from lmsleep.serve import chat, conversations, memories, responses
 from lmsleep.serve.context import Context, Who
 from lmsleep.serve.errors import ApiError, not_found
+from lmsleep.serve.gate import Gate
+from lmsleep.text.tokenizers import Spelled
 
 PAGE = Path(__file__).parent / "page"
+GUARD = {
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}  # the page asks nothing of any other server, whatever is written into it
 
 
 def create_app(here: Context) -> FastAPI:
@@ -33,14 +41,15 @@ def create_app(here: Context) -> FastAPI:
         here.service.engine.close(60)
         here.service.store.close()
 
-    app = FastAPI(title="lmsleep", version=version("lmsleep"), lifespan=life)
+    # Without FastAPI's own pages, whose scripts come from elsewhere; the schema is at /openapi.json.
+    app = FastAPI(title="lmsleep", version=version("lmsleep"), lifespan=life, docs_url=None, redoc_url=None)
     app.state.context = here
+    app.add_middleware(Gate)
     for part in (chat, responses, conversations, memories):
         app.include_router(part.router)
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(RequestValidationError, _not_valid)
     app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(Exception, _failed)
 
     @app.get("/v1/models", tags=["models"])
     async def models(who: Who) -> dict[str, Any]:
@@ -57,7 +66,7 @@ def create_app(here: Context) -> FastAPI:
     @app.get("/", include_in_schema=False)
     async def page() -> FileResponse:
         """Return the page."""
-        return FileResponse(PAGE / "index.html")
+        return FileResponse(PAGE / "index.html", headers=GUARD)
 
     app.mount("/page", StaticFiles(directory=PAGE))
 
@@ -85,39 +94,29 @@ def create_app(here: Context) -> FastAPI:
 
 
 def _model(here: Context, name: str) -> dict[str, Any]:
-    sleep = here.service.engine.sleep
+    sleep, tokenizer = here.service.engine.sleep, here.service.tokenizer
     said = {"id": name, "object": "model", "created": here.service.created, "owned_by": "lmsleep"}
-    return {**said, "window": sleep.window, "passes": sleep.passes}
-
-
-def _error(status: int, body: dict[str, Any], headers: dict[str, str] | None = None) -> JSONResponse:
-    return JSONResponse({"error": body}, status, headers)
+    # The words of a task, which are all that a model of it can read.
+    words = [*tokenizer.numbers] if isinstance(tokenizer, Spelled) else None
+    about = {"window": sleep.window, "passes": sleep.passes, "words": words, "examples": here.examples}
+    return {**said, **about}
 
 
 async def _api_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, ApiError)
-    return _error(error.status, error.body, error.headers)
+    return error.answer()
 
 
 async def _not_valid(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"] if part not in ("body", "query", "path"))
-    said = ApiError(
-        400,
-        f"{where}: {first['msg']}" if where else first["msg"],
-        code="invalid_request",
-        param=where or None,
-    )
-    return _error(400, said.body)
+    said = f"{where}: {first['msg']}" if where else first["msg"]
+    return ApiError(400, said, code="invalid_request", param=where or None).answer()
 
 
 async def _http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
-    said = ApiError(error.status_code, str(error.detail))
-    return _error(error.status_code, said.body, dict(error.headers or {}))
-
-
-async def _failed(request: Request, error: Exception) -> JSONResponse:
-    # Without the error: it may hold paths.
-    return _error(500, ApiError(500, "the server failed on this request", code="internal_error").body)
+    answer = ApiError(error.status_code, str(error.detail)).answer()
+    answer.headers.update(error.headers or {})
+    return answer

@@ -150,7 +150,7 @@ async def _steps(
 ) -> AsyncIterator[tuple[str, Odds | None, str]]:
     """Yield what is written, piece by piece, with its odds; keep it in the end."""
     last = None
-    async for event in here.service.write(written, wanted):
+    async for event in here.write(who, written, wanted):
         now = time.perf_counter()
         if event.what == "wrote":
             (here.metrics.first_token if last is None else here.metrics.between).observe(
@@ -161,7 +161,7 @@ async def _steps(
         elif event.what in ("sleeping", "slept", "read"):
             yield "", None, event.what
     here.metrics.whole.observe(time.perf_counter() - began)
-    here.told(who, written)
+    here.told(written)
     await here.service.keep(who.name, written)
 
 

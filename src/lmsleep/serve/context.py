@@ -1,17 +1,22 @@
 """What every endpoint has at hand: the service, who asks, and what is counted."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Annotated
+from urllib.parse import urlsplit
 
 from fastapi import Depends, Request
 
+from lmsleep.serve.engine import Happened
 from lmsleep.serve.errors import ApiError
+from lmsleep.serve.gate import asked
 from lmsleep.serve.keys import Keys, Owner
+from lmsleep.serve.loopback import is_loopback
 from lmsleep.serve.metrics import Metrics
 from lmsleep.serve.reader import Reader
-from lmsleep.serve.service import Service, Written
+from lmsleep.serve.service import Service, Wanted, Written
 from lmsleep.serve.wire import Body
 
 
@@ -25,9 +30,10 @@ class Context:
         metrics: counts.
         names: that the model answers to.
         fingerprint: of model and sleep: equal ones give equal answers to equal seeds.
+        examples: of what can be said to the model, for people who do not know it.
         ready: whether new work is taken.
         running: responses that are made in the background.
-        most_bytes: of the body of a request.
+        most_bytes: of the body of a request that is no JSON.
         started: is called once requests can be answered.
         reader: reads texts into memories.
     """
@@ -37,6 +43,7 @@ class Context:
     metrics: Metrics
     names: tuple[str, ...]
     fingerprint: str
+    examples: tuple[str, ...] = ()
     ready: bool = True
     running: dict[str, "asyncio.Task[None]"] = field(default_factory=dict)
     most_bytes: int = 256 * 2**20
@@ -64,27 +71,35 @@ class Context:
         body.check()
 
     async def body(self, request: Request) -> bytes:
-        """Return the body of a request that is no JSON.
+        """Return the body of a request that is no JSON, of `most_bytes` at most.
 
         Raises:
-            ApiError: 413 if it is too long.
+            ApiError: 413 if it is longer.
         """
-        data = bytearray()
-        async for part in request.stream():
-            data += part
-            if len(data) > self.most_bytes:
-                raise ApiError(
-                    413, f"a body of more than {self.most_bytes} bytes is not taken", code="too_large"
-                )
-        return bytes(data)
+        asked().most_bytes = self.most_bytes
+        return await request.body()
 
-    def told(self, who: Owner, written: Written) -> None:
+    def spent(self, who: Owner, *, read: int = 0, written: int = 0) -> None:
+        """Count tokens against the quota of an owner, and for the log."""
+        self.keys.spend(who, read + written)
+        asked().read += read
+        asked().written += written
+
+    async def write(self, who: Owner, written: Written, wanted: Wanted) -> AsyncGenerator[Happened]:
+        """Write an answer as `Service.write` does; what it took is counted however it ends."""
+        try:
+            async with aclosing(self.service.write(written, wanted)) as events:
+                async for event in events:
+                    yield event
+        finally:
+            self.spent(who, read=len(written.prompt), written=len(written.tokens))
+
+    def told(self, written: Written) -> None:
         """Count an answer that is complete."""
         name = self.names[0]
         self.metrics.success.labels(model_name=name, finished_reason=written.finish_reason).inc()
         self.metrics.prompt.labels(model_name=name).inc(written.prompt_tokens)
         self.metrics.known.labels(model_name=name).inc(written.known)
-        self.keys.spend(who, len(written.prompt) + len(written.tokens))
 
 
 def context(request: Request) -> Context:
@@ -93,12 +108,35 @@ def context(request: Request) -> Context:
     return found
 
 
-def _who(request: Request) -> Owner:
+async def _who(request: Request) -> Owner:
     here = context(request)
     owner = here.keys.owner(request.headers.get("authorization"))
+    asked().owner = owner.name
+    if here.keys.open is not None:
+        _from_here(request)
     if request.method == "POST":
         here.keys.admit(owner)
     return owner
+
+
+def _from_here(request: Request) -> None:
+    """Refuse, where no key protects the server, what a page from elsewhere made somebody's browser send.
+
+    Raises:
+        ApiError: 403 if the request was addressed to another name, or a page of another origin sent it.
+    """
+    hosts = [f"//{request.headers.get('host', '')}"]
+    if (origin := request.headers.get("origin")) is not None:
+        hosts.append(origin)
+    for host in hosts:
+        try:
+            name = urlsplit(host).hostname or ""
+        except ValueError:
+            name = ""
+        if not is_loopback(name):
+            raise ApiError(
+                403, "a server without keys answers to this machine's own names alone", code="foreign_host"
+            )
 
 
 Who = Annotated[Owner, Depends(_who)]

@@ -139,7 +139,10 @@ class Engine:
                 raise Busy("the server is shutting down")
             if self.waiting >= self.most_waiting:
                 raise Busy(f"{self.most_waiting} requests are being answered or wait already")
-            (self._due if self._is_due(row) else self._active).append(request)
+            due = self._is_due(row)
+            (self._due if due else self._active).append(request)
+            if due:  # told with the lock held: nothing else may have happened before
+                listener(Happened(what="sleeping", row=row))
             self._changed.notify_all()
         return request
 
@@ -259,7 +262,7 @@ class Engine:
         request.listener(Happened(what=what, row=row, pieces=row.pieces, odds=row.odds))
         if row.done:
             request.listener(Happened(what="done", row=row))
-        elif due and not slept:
+        elif due:
             request.listener(Happened(what="sleeping", row=row))
 
     def _is_due(self, row: Row) -> bool:

@@ -2,13 +2,15 @@
 
 from typing import Any
 
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
 
-class ApiError(Exception):
-    """Is answered with `status` and `{"error": ...}`.
+
+class ApiError(HTTPException):
+    """Is answered with `status` and `{"error": ...}`; FastAPI lets it through wherever it is raised.
 
     Attributes:
         status: of HTTP.
-        headers: of the answer.
         body: the error as a client reads it.
     """
 
@@ -21,11 +23,14 @@ class ApiError(Exception):
         param: str | None = None,
         retry_after: int | None = None,
     ) -> None:
-        super().__init__(message)
+        super().__init__(status, message, None if retry_after is None else {"Retry-After": str(retry_after)})
         self.status = status
-        self.headers = {} if retry_after is None else {"Retry-After": str(retry_after)}
         kind = TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
         self.body: dict[str, Any] = {"message": message, "type": kind, "param": param, "code": code}
+
+    def answer(self) -> JSONResponse:
+        """Return what the client is sent."""
+        return JSONResponse({"error": self.body}, self.status, self.headers)
 
 
 TYPES = {

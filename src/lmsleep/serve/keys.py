@@ -2,6 +2,7 @@
 
 import hashlib
 import hmac
+import math
 import time
 from collections import deque
 from dataclasses import dataclass, field
@@ -23,16 +24,47 @@ class Quota:
 
 
 @dataclass
+class Lately:
+    """What was used within the last minute.
+
+    Attributes:
+        used: when, and how much, the oldest first.
+        total: of it.
+    """
+
+    used: deque[tuple[float, int]] = field(default_factory=deque)
+    total: int = 0
+
+    def add(self, amount: int, now: float) -> None:
+        """Count an amount."""
+        self.used.append((now, amount))
+        self.total += amount
+
+    def wait(self, most: int, now: float) -> float:
+        """Return the seconds until less than `most` is in use; 0 if it is."""
+        while self.used and self.used[0][0] <= now - MINUTE:
+            self.total -= self.used.popleft()[1]
+        left, wait = self.total, 0.0
+        for when, amount in self.used:
+            if left < most:
+                break
+            left, wait = left - amount, when + MINUTE - now
+        return wait
+
+
+@dataclass
 class Owner:
     """Somebody with a namespace.
 
     Attributes:
         name: of the namespace; nothing outside of it is ever found.
-        spent: what was used lately: when, and how many tokens.
+        requests: made lately.
+        tokens: read and written lately.
     """
 
     name: str
-    spent: deque[tuple[float, int]] = field(default_factory=deque)
+    requests: Lately = field(default_factory=Lately)
+    tokens: Lately = field(default_factory=Lately)
 
 
 class Keys:
@@ -52,15 +84,16 @@ class Keys:
         self.open = Owner("local") if file is None else None
         self._owners = dict[bytes, Owner]()
         owners = dict[str, Owner]()
-        for number, line in enumerate([] if file is None else file.read_text().splitlines(), 1):
+        for number, line in enumerate(_lines(file), 1):
             if not line.strip() or line.startswith("#"):
                 continue
-            name, _, key = line.strip().partition(" ")
-            if len(key.strip()) < 16:
+            name, *rest = line.split(maxsplit=1)
+            key = "".join(rest).strip()
+            if len(key) < 16:
                 raise ValueError(
                     f"{file}, line {number}: write NAME KEY, with a key of 16 characters or more"
                 )
-            digest = _digest(key.strip())
+            digest = _digest(key)
             if digest in self._owners:
                 raise ValueError(f"{file}, line {number}: this key is there twice")
             # Two keys of one name are one owner.
@@ -94,24 +127,31 @@ class Keys:
             ApiError: 429 if the owner has used up what a minute allows.
         """
         now = time.monotonic()
-        while owner.spent and owner.spent[0][0] <= now - MINUTE:
-            owner.spent.popleft()
-        wait = int(owner.spent[0][0] + MINUTE - now) + 1 if owner.spent else 1
-        requests, tokens = self.quota.requests_a_minute, self.quota.tokens_a_minute
-        if requests is not None and sum(n == 0 for _, n in owner.spent) >= requests:
-            raise ApiError(
-                429, f"{requests} requests a minute are used up", code="rate_limit_exceeded", retry_after=wait
-            )
-        if tokens is not None and sum(n for _, n in owner.spent) >= tokens:
-            raise ApiError(
-                429, f"{tokens} tokens a minute are used up", code="rate_limit_exceeded", retry_after=wait
-            )
-        owner.spent.append((now, 0))
+        for what, most, lately in (
+            ("requests", self.quota.requests_a_minute, owner.requests),
+            ("tokens", self.quota.tokens_a_minute, owner.tokens),
+        ):
+            if most is not None and (wait := lately.wait(most, now)) > 0:
+                raise ApiError(
+                    429,
+                    f"{most} {what} a minute are used up",
+                    code="rate_limit_exceeded",
+                    retry_after=math.ceil(wait),
+                )
+        if self.quota.requests_a_minute is not None:
+            owner.requests.add(1, now)
 
     def spend(self, owner: Owner, tokens: int) -> None:
-        """Count tokens that a request has used."""
-        if self.quota.tokens_a_minute is not None:
-            owner.spent.append((time.monotonic(), tokens))
+        """Count tokens that were read or written for an owner; they weigh on requests to come."""
+        if self.quota.tokens_a_minute is not None and tokens:
+            owner.tokens.add(tokens, time.monotonic())
+
+
+def _lines(file: Path | None) -> list[str]:
+    try:
+        return [] if file is None else file.read_text("utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise ValueError(f"{file} is no text: write a line for each key, NAME KEY") from None
 
 
 def _digest(key: str) -> bytes:

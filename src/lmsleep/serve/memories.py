@@ -93,6 +93,7 @@ async def create(body: NewMemory, request: Request, who: Who) -> JSONResponse:
     said = {"name": body.name, "tags": body.tags, "origin": origin, "parents": [], "status": "ready"}
     await asyncio.to_thread(here.service.store.put, who.name, MEMORY, id, said, kept.id)
     if len(tokens):
+        here.spent(who, read=len(tokens))
         await here.reader.read(who, id, tokens)
     return JSONResponse(_resource(here, who, _find(here, who, id)), 202 if len(tokens) else 201)
 
@@ -135,8 +136,10 @@ async def read(id: str, body: Text, request: Request, who: Who) -> JSONResponse:
     """Read text into a memory, in the background."""
     here = context(request)
     thing = _idle(here, who, id)
-    tokens = here.service.tokens(body.text, "text")
+    read, _, _ = here.service.store.position(who.name, thing.stream or "")
+    tokens = here.service.tokens(body.text, "text", first=not read)
     if len(tokens):
+        here.spent(who, read=len(tokens))
         await here.reader.read(who, id, tokens)
     return JSONResponse(_resource(here, who, _find(here, who, thing.id)), 202)
 
@@ -165,16 +168,17 @@ async def ask(id: str, body: Question, request: Request, who: Who) -> dict[str, 
     here = context(request)
     service = here.service
     kept = await _kept(here, who, _find(here, who, id))
-    written = Written(kept, service.tokens(body.question, "question"), 0)
+    empty = not (kept.stream.tokens or len(kept.unread))
+    written = Written(kept, service.tokens(body.question, "question", first=empty), 0)
     wanted = Wanted(
         sampling=Sampling(temperature=body.temperature, top_p=body.top_p),
         longest=body.max_tokens or service.longest,
-        stop=(*body.stop, *(s for s in service.chat.stop if isinstance(s, int))),
+        stop=tuple(body.stop),
         seed=body.seed,
     )
-    async for _ in service.write(written, wanted):
+    async for _ in here.write(who, written, wanted):
         pass
-    here.told(who, written)
+    here.told(written)
     usage = {"read": len(written.prompt), "written": len(written.tokens), "sleeps": written.sleeps}
     return {
         "object": "memory.answer",

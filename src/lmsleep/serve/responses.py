@@ -275,6 +275,7 @@ async def _compact(here: Context, who: Who, kept: Kept, tokens: Tensor) -> tuple
         written.row = event.row
     if written.row is None:  # nothing to read, and no window to sleep on
         written.row = row
+    here.spent(who, read=len(tokens))
     after = await here.service.keep(who.name, written)
     name = f"cmp_{secrets.token_hex(16)}"
     await asyncio.to_thread(here.service.store.put, who.name, COMPACTION, name, {}, after.id)
@@ -321,7 +322,7 @@ async def _events(here: Context, who: Who, made: Making) -> AsyncIterator[dict[s
     }
     empty = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
     yield {"type": "response.content_part.added", **item, **part, "part": empty}
-    async for event in service.write(written, wanted):
+    async for event in here.write(who, written, wanted):
         if event.what == "wrote":
             now = time.perf_counter()
             (here.metrics.first_token if last is None else here.metrics.between).observe(
@@ -337,7 +338,7 @@ async def _events(here: Context, who: Who, made: Making) -> AsyncIterator[dict[s
         elif event.what not in ("wrote", "done"):
             yield event.what
     here.metrics.whole.observe(time.perf_counter() - began)
-    here.told(who, written)
+    here.told(written)
     made.status = "completed" if written.finish_reason == "stop" else "incomplete"
     if body.store is not False:
         await service.keep(who.name, written)

@@ -12,6 +12,7 @@ from lmsleep.serve.app import create_app
 from lmsleep.serve.context import Context
 from lmsleep.serve.engine import Engine
 from lmsleep.serve.keys import Keys
+from lmsleep.serve.log import to_stderr
 from lmsleep.serve.metrics import Metrics
 from lmsleep.serve.service import Service
 from lmsleep.serve.store import Store
@@ -25,6 +26,7 @@ def run(
     session: Session,
     *,
     names: tuple[str, ...],
+    examples: tuple[str, ...],
     host: str,
     port: int,
     store: Path,
@@ -48,6 +50,7 @@ def run(
         OSError: if the address is taken, or the store cannot be written.
     """
     assert session.tokenizer is not None
+    to_stderr()
     listening = _listen(host, port)
     model, sleep = session.model, session.sleep_config
     engine = Engine(model, sleep, portion=portion, debt=debt, most_waiting=most_waiting, most_rows=most_rows)
@@ -63,9 +66,13 @@ def run(
     )
     said = f"{kept.origin.model} {json.dumps(sleep.to_dict())}"
     fingerprint = f"fp_{hashlib.sha256(said.encode()).hexdigest()[:16]}"
-    here = Context(service, keys, Metrics(engine, kept, names[0]), names, fingerprint)
+    here = Context(service, keys, Metrics(engine, kept, names[0]), names, fingerprint, examples)
     config = uvicorn.Config(
-        create_app(here), log_level="warning", timeout_graceful_shutdown=DRAIN, server_header=False
+        create_app(here),
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=DRAIN,
+        server_header=False,
     )
     address, bound = listening.getsockname()[:2]
     shown = f"[{address}]" if ":" in address else address

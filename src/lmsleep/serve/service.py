@@ -3,7 +3,7 @@
 import asyncio
 import random
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -109,14 +109,17 @@ class Service:
         self._resting = dict[str, asyncio.TimerHandle]()
         self._settling = dict[str, asyncio.Task[None]]()
 
-    def tokens(self, text: str | Sequence[int], param: str) -> Tensor:
-        """Return the tokens of a text, or checked tokens.
+    def tokens(self, text: str | Sequence[int], param: str, *, first: bool = True) -> Tensor:
+        """Return the tokens of a text, or checked tokens; `first`: a stream begins with them.
 
         Raises:
             ApiError: for what the model cannot read.
         """
         try:
-            numbers = begun(self.tokenizer, text) if isinstance(text, str) else list(text)
+            if isinstance(text, str):
+                numbers = begun(self.tokenizer, text) if first else self.tokenizer.encode(text)
+            else:
+                numbers = list(text)
             found = torch.tensor(numbers, dtype=torch.int64)
             check_tokens(found, self.engine.model.vocab_size)
         except (ValueError, OverflowError, RuntimeError) as error:
@@ -153,7 +156,7 @@ class Service:
             row = event.row
         return replace(kept, stream=row.stream, unread=kept.unread[:0])
 
-    async def write(self, written: Written, wanted: Wanted) -> AsyncIterator[Happened]:
+    async def write(self, written: Written, wanted: Wanted) -> AsyncGenerator[Happened]:
         """Read the prompt and write the answer; what happens is told as it happens.
 
         Leaving early (a client that went away) ends the answer after the token that is being written.

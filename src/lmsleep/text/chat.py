@@ -96,9 +96,12 @@ class Templated:
         """
         if last is None:
             return self.begin(messages)
-        text = self._text([Message("user", MARK), Message("assistant", MARK), *messages])
-        before, _, after = text.rpartition(MARK)
-        if MARK not in before:
+        mark = MARK
+        while any(mark in message.content for message in messages):
+            mark += MARK
+        text = self._text([Message("user", mark), Message("assistant", mark), *messages])
+        before, _, after = text.rpartition(mark)
+        if mark not in before:
             raise ValueError("the chat template does not repeat what was said")
         tokens = self.tokenizer.encode(after)
         # The answer may have written the end of its message itself.
