@@ -53,8 +53,8 @@ def overhead(config: HybridConfig, *, window: int, count: int, tokens: int, repe
         for case, found in seconds.items()
     ]
     note = (
-        f"{count} completions of {tokens} tokens to prompts of {asked.question}, all at once: `lmsleep serve` "
-        "in a process of its own, asked over loopback by one client, beside an engine in the client's "
+        f"{count} completions of {tokens} tokens to prompts of {asked.question}, all at once: `lmsleep "
+        "serve` in a process of its own, asked over loopback by one client, beside an engine in the client's "
         f"process. {asked}. One thread each for the model. Wall time of all answers, medians of {repeats} "
         "repeats that took turns; ratios within a repeat: median [10th ... 90th percentile]. The server "
         "keeps every answer on disk before it ends."
@@ -95,12 +95,15 @@ def _serving(model: HybridLM, folder: Path, asked: Asked) -> Iterator[str]:
     words = [str(word) for option in options.items() for word in option]
     command = [sys.executable, "-m", "lmsleep", "serve", str(folder / "model"), *words]
     alone = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=alone) as process:
+    with (
+        (folder / "log").open("w") as log,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=alone) as process,
+    ):
         try:
             assert process.stdout is not None
             told = re.search(r"at (http://\S+)", process.stdout.readline())
             if told is None:
-                raise RuntimeError("the server told no address")
+                raise RuntimeError(f"the server told no address: {(folder / 'log').read_text()[-500:]}")
             yield told[1]
         finally:
             process.terminate()

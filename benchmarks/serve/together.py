@@ -47,11 +47,12 @@ def streams(
             del ours, theirs, calls
             gc.collect()  # two caches of the longest contexts do not fit beside each other everywhere
     note = (
-        f"{tokens} greedy tokens on each stream, all streams together, after contexts of that many tokens or "
-        f"up to {APART * (max(counts) - 1)} fewer, no two alike. {about(model)}. Ours: a `SessionBatch` with L "
-        f"= {window}, which has slept on all windows but the open ones; transformers: `generate` on a batch "
-        "padded on the left, with the keys and values of all contexts. Of the long ones only the end is really "
-        "read, by both: no time depends on what was in the windows before, or in those keys. Tokens a second of CPU time, medians of "
+        f"{tokens} greedy tokens on each stream, all streams together, after contexts of that many tokens "
+        f"or up to {APART * (max(counts) - 1)} fewer, no two alike. {about(model)}. Ours: a `SessionBatch` "
+        f"with L = {window}, which has slept on all windows but the open ones; transformers: `generate` on a "
+        "batch padded on the left, with the keys and values of all contexts. Of the long ones only the end "
+        "is really read, by both: no time depends on what was in the windows before, or in those keys. "
+        "Tokens a second of CPU time, medians of "
         f"{repeats} repeats that took turns; ratios within a repeat: median [10th ... 90th percentile]. "
         "Before anything is evicted both give the same answers."
     )

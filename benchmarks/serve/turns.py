@@ -41,8 +41,8 @@ def turn(config: HybridConfig, *, window: int, length: int, repeats: int) -> Tab
         f"The first token of an answer to {QUESTION} tokens after a conversation of {length:,} tokens: from "
         "the stream that has read it, or from one that reads it again, as a server does that keeps no state. "
         f"{len(config.blocks)} blocks of width {config.d_model}, random weights, float32, one thread, L = "
-        f"{window}; for N = 1 reading again is one pass over each token, the least there is. Once read again, "
-        f"{repeats} turns."
+        f"{window}; for N = 1 reading again is one pass over each token, the least there is. Read again "
+        f"once, {repeats} turns."
     )
     return Table(rows=rows, note=note)
 

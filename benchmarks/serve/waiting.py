@@ -198,10 +198,10 @@ def stalls(asked: Asked, *, count: int, repeats: int) -> Table:
         for case, found in between.items()
     ]
     note = (
-        f"{count} sessions write {answer} tokens each while nobody else is there, while {count} others sleep "
-        f"(again and again on L tokens, N = {PASSES[-1]}), and while {count} others have a prompt of L tokens read. "
-        f"{asked.config.d_model} wide, {len(asked.config.blocks)} blocks, L = {L}. Wall time, {repeats} "
-        "rounds of each that took turns, no first token among the gaps."
+        f"{count} sessions write {answer} tokens each while nobody else is there, while {count} others "
+        f"sleep (again and again on L tokens, N = {PASSES[-1]}), and while {count} others have a prompt of L "
+        f"tokens read. {asked.config.d_model} wide, {len(asked.config.blocks)} blocks, L = {L}. Wall time, "
+        f"{repeats} rounds of each that took turns, no first token among the gaps."
     )
     return Table(rows=rows, note=note)
 
@@ -240,9 +240,10 @@ def policies(asked: Asked, *, count: int, repeats: int) -> Table:
         )
         talks[kind].close()
     note = (
-        f"{count} sessions that are asked at once, again and again. {asked}, N = {PASSES[-1]}. At once: a full "
-        "window is slept on where it ends, in an answer too. After the answer: those in debt sleep between "
-        f"two rounds. After a rest: nobody rests that long. Wall time, {rounds} rounds that took turns."
+        f"{count} sessions that are asked at once, again and again. {asked}, N = {PASSES[-1]}. At once: a "
+        "full window is slept on where it ends, in an answer too. After the answer: those in debt sleep "
+        f"between two rounds. After a rest: nobody rests that long. Wall time, {rounds} rounds that took "
+        "turns."
     )
     return Table(rows=rows, note=note)
 
@@ -258,5 +259,3 @@ def _model(asked: Asked) -> HybridLM:
 
 def _some(model: HybridLM, count: int) -> torch.Tensor:
     return torch.arange(count) * 7 % model.vocab_size
-
-

@@ -134,6 +134,7 @@ def random_model(width: int) -> Any:
 
 
 def about(model: Any) -> str:
+    """Say what a model of transformers is."""
     c = model.config
     return (
         f"{c.num_hidden_layers} blocks of Qwen3.5, width {c.hidden_size}, random weights, float32, one thread"
