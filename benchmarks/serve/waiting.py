@@ -218,11 +218,11 @@ def policies(asked: Asked, *, count: int, repeats: int) -> Table:
     rounds = repeats * L // (asked.question + asked.answer)  # every session comes through so many windows
     for turn in range(-1, rounds):
         for kind, (_, at_once) in kinds.items():
-            found = talks[kind].ask()
+            answered = talks[kind].ask()
             if at_once:
                 talks[kind].rest()
             if turn >= 0:
-                waited[kind].append(found)
+                waited[kind].append(answered)
     rows = list[dict[str, Cell]]()
     for kind, found in waited.items():
         first, between = ([x for w in found for x in getattr(w, name)] for name in ("first", "between"))
