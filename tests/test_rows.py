@@ -148,6 +148,10 @@ def test_a_stream_that_is_asked_for_its_state_keeps_no_other_alive(model):
     held = [{t.untyped_storage().data_ptr() for t in state.tensors()} for state in states]
     assert not held[0] & held[1] and not held[1] & held[2]
     assert rows[0].stream.state is states[0]
+    for _ in range(2):  # nor has one that went on alone the room to grow in which it was read
+        rows[1:2] = advance(model, sleep, [replace(rows[1], unread=random_tokens(1))])
+    keys = rows[1].stream.state.cache.layers[0][0]
+    assert keys.shape[1] == 6 and keys.untyped_storage().nbytes() == keys.nbytes
 
 
 def test_a_row_is_a_value_and_a_step_can_be_taken_again(model):

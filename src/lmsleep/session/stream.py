@@ -25,8 +25,9 @@ def no_tokens() -> Tensor:
 class Batch:
     """The state of streams that were read together; each of them may be taken out of it (`views`)."""
 
-    def __init__(self, state: State, rows: int) -> None:
-        self.state, self.rows = state, rows
+    def __init__(self, state: State, rows: int, *, alone: bool = False) -> None:
+        # alone: one row, in a storage with nothing else in it: no other rows, no room to grow into.
+        self.state, self.rows, self.alone = state, rows, alone
         self._views: list[State] | None = None
 
     @property
@@ -50,13 +51,13 @@ class Share:
     @classmethod
     def of(cls, state: State) -> Self:
         """Return a state of one row as it is."""
-        return cls(Batch(state, 1), 0)
+        return cls(Batch(state, 1, alone=True), 0)
 
     def take(self) -> State:
-        """Return the state as a batch of one that keeps no other row alive."""
+        """Return the state as a batch of one that keeps nothing else alive."""
         batch, row = self._held
-        if batch.rows > 1 or batch.state.cache.filled is not None:
-            batch, row = self._held = Batch(batch.views[row].clone(), 1), 0
+        if not batch.alone:
+            batch, row = self._held = Batch(batch.views[row].clone(), 1, alone=True), 0
         return batch.state
 
     @property
