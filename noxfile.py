@@ -91,3 +91,12 @@ def test_newest(session: nox.Session) -> None:
 def test_pinned(session: nox.Session) -> None:
     """Test with what development pins, on another Python."""
     test(session, map(str, pins(PYPROJECT).values()))
+
+
+@nox.session(name="clients", python=OLDEST_PYTHON, default=False)
+def test_clients(session: nox.Session) -> None:
+    """Let the clients that people use, pinned too, judge the server."""
+    clients = nox.project.dependency_groups(PYPROJECT, "clients")
+    # Whatever they warn of among themselves is no fault of the server.
+    how = ["-Wignore", "-m", "slow", "tests/test_serve_judges.py"]
+    test(session, [*map(str, pins(PYPROJECT).values()), *clients], *how)

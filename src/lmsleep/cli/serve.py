@@ -43,6 +43,11 @@ class ServeOptions(SleepOptions):
     """Rows in one step."""
     memory_bytes: int = 2**30
     """Bytes of states that are held in memory; all are on disk."""
+    disk_bytes: int | None = None
+    """Bytes of the store. What was used longest ago leaves: first what saves plain chats the reading, then
+    responses; memories and conversations stay. Default without limit."""
+    keep_days: float | None = 30
+    """Days that a response can be gone on from after it was last used; None: for ever."""
     requests_a_minute: int | None = None
     """Of each owner, those that ask or make something (POST); default without limit."""
     tokens_a_minute: int | None = None
@@ -55,9 +60,11 @@ class ServeOptions(SleepOptions):
     def __post_init__(self) -> None:
         if not 0 <= self.port < 2**16:
             raise ValueError(f"port must lie in 0 ... 65535, got {self.port}")
-        for name in ("max_tokens", "portion", "max_waiting", "max_rows", "memory_bytes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("max_tokens", "portion", "max_waiting", "max_rows", "memory_bytes", "disk_bytes"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.keep_days is not None and not self.keep_days > 0:
+            raise ValueError(f"keep_days must be positive, got {self.keep_days}")
         if self.debt is not None and self.debt < 0:
             raise ValueError(f"debt must not be negative, got {self.debt}")
         if not 0 <= self.sleep_after < float("inf"):
@@ -103,6 +110,8 @@ def serve(argv: list[str]) -> None:
         most_waiting=options.max_waiting,
         most_rows=options.max_rows,
         most_bytes=options.memory_bytes,
+        most_disk=options.disk_bytes,
+        keep_days=options.keep_days,
         tell=lambda url: _tell(url, name, examples),
     )
 

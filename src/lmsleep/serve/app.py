@@ -1,5 +1,6 @@
 """The application: endpoints, errors and the life of the engine behind them."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
@@ -19,6 +20,7 @@ from lmsleep.serve.gate import Gate
 from lmsleep.text.tokenizers import Spelled
 
 PAGE = Path(__file__).parent / "page"
+PATIENCE = 60  # seconds that may pass until what has begun has come to its end
 GUARD = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; base-uri 'none'; "
     "form-action 'none'; frame-ancestors 'none'",
@@ -32,14 +34,16 @@ def create_app(here: Context) -> FastAPI:
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
-        here.service.engine.start()
+        here.service.start()
         here.reader.take_up()
-        here.started()
+        responses.take_up(here)
         yield
         here.ready = False
+        if here.running:  # responses in the background come to their end, as all others have
+            await asyncio.wait(list(here.running.values()), timeout=PATIENCE)
         await here.reader.pause()
-        here.service.engine.close(60)
-        here.service.store.close()
+        await responses.put_off(here)
+        await here.service.stop()
 
     # Without FastAPI's own pages, whose scripts come from elsewhere; the schema is at /openapi.json.
     app = FastAPI(title="lmsleep", version=version("lmsleep"), lifespan=life, docs_url=None, redoc_url=None)
@@ -71,14 +75,22 @@ def create_app(here: Context) -> FastAPI:
     app.mount("/page", StaticFiles(directory=PAGE))
 
     @app.get("/health", tags=["operations"])
-    async def health() -> dict[str, str]:
-        """Say that the process is there."""
-        return {"status": "ok"}
+    async def health() -> JSONResponse:
+        """Say that the process is there and its engine runs."""
+        if here.service.engine.failed:
+            return JSONResponse({"status": "failed"}, 503)
+        return JSONResponse({"status": "ok"})
 
     @app.get("/ready", tags=["operations"])
     async def ready() -> JSONResponse:
-        """Say whether requests are taken."""
-        return JSONResponse({"ready": here.ready}, 200 if here.ready else 503)
+        """Say whether requests are taken and can be stored, and if not, why."""
+        reason = None if here.ready else "draining"
+        if reason is None:
+            try:
+                await asyncio.to_thread(here.service.store.check_writable)
+            except ApiError as error:
+                reason = error.body["code"]
+        return JSONResponse({"ready": reason is None, "reason": reason}, 200 if reason is None else 503)
 
     @app.get("/version", tags=["operations"])
     async def told_version() -> dict[str, str]:

@@ -7,36 +7,71 @@ import asyncio
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
 from torch import Tensor
 
 from lmsleep.serve.context import Context, Who, context
-from lmsleep.serve.errors import ApiError, invalid
+from lmsleep.serve.errors import ApiError, invalid, told
+from lmsleep.serve.leaving import Events, unless_gone
+from lmsleep.serve.odds import Told, listed_odds, read_with_odds, text_odds
 from lmsleep.serve.service import Service, Wanted, Written
-from lmsleep.serve.wire import ChatBody, CompletionBody, Many, message
+from lmsleep.serve.wire import ChatBody, CompletionBody, Many
 from lmsleep.session.rows import Odds
 
 router = APIRouter(prefix="/v1", tags=["completions"])
+MOST_ANSWERS = 128  # to one request
+NO_BUFFER = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
-class _Form:
-    """How one of the two endpoints writes what both do."""
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """How one of the two endpoints writes what both do.
 
-    def __init__(self, name: str, object: str, id: str, chunk: str) -> None:
-        self.name, self.object, self.id, self.chunk = name, object, id, chunk
+    Attributes:
+        object: of a whole answer.
+        chunk: of a part of a streamed one.
+        id: begins the names of answers.
+        chat: whether answers are messages.
+    """
 
-    @property
-    def chat(self) -> bool:
-        return self.name == "chat"
+    object: str
+    chunk: str
+    id: str
+    chat: bool
 
 
-CHAT = _Form("chat", "chat.completion", "chatcmpl", "chat.completion.chunk")
-TEXT = _Form("text", "text_completion", "cmpl", "text_completion")
+CHAT = Form(object="chat.completion", chunk="chat.completion.chunk", id="chatcmpl", chat=True)
+TEXT = Form(object="text_completion", chunk="text_completion", id="cmpl", chat=False)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Choice:
+    """One of the answers that a request asks for.
+
+    Attributes:
+        number: of it.
+        prompt: number of its prompt.
+        read: tokens of the prompt that had to be read.
+        written: the answer.
+        wanted: how it is written.
+        echo: what is repeated before it.
+        before: the tokens of that with their odds, where these are wanted; it was read for them alone, and
+            is not kept.
+    """
+
+    number: int
+    prompt: int
+    read: int
+    written: Written
+    wanted: Wanted
+    echo: str
+    before: list[Told]
 
 
 @router.post("/chat/completions")
@@ -45,16 +80,21 @@ async def chat(body: ChatBody, request: Request, who: Who) -> Response:
     here = context(request)
     here.check(body)
     service = here.service
-    messages = [message(m.role, m.content, f"messages[{i}]") for i, m in enumerate(body.messages)]
+    messages = [m.said(f"messages[{i}]") for i, m in enumerate(body.messages)]
+    if body.top_logprobs is not None and not body.logprobs:
+        raise invalid("top_logprobs needs logprobs: true", "top_logprobs")
     try:
         tokens = service.chat.begin(messages)
     except ValueError as error:
         raise invalid(str(error), "messages") from None
-    odds = (body.top_logprobs or 0) if body.logprobs else None
-    if body.top_logprobs is not None and not body.logprobs:
-        raise invalid("top_logprobs needs logprobs: true", "top_logprobs")
-    wanted = _wanted(service, body, body.max_completion_tokens or body.max_tokens, odds)
-    return await _answer(here, who, body, [service.tokens(tokens, "messages")], wanted, CHAT, request)
+    wanted = Wanted(
+        sampling=body.sampling(),
+        longest=body.max_completion_tokens or body.max_tokens or service.longest,
+        stop=(*body.stops(), *service.chat.stop),
+        seed=body.seed,
+        odds=(body.top_logprobs or 0) if body.logprobs else None,
+    )
+    return await _answer(here, who, body, [service.tokens(tokens, "messages")], [""], wanted, CHAT, request)
 
 
 @router.post("/completions")
@@ -62,27 +102,20 @@ async def completions(body: CompletionBody, request: Request, who: Who) -> Respo
     """Go on with texts."""
     here = context(request)
     here.check(body)
-    if body.echo:
-        raise invalid("echo is not supported", "echo", "unsupported_parameter")
     prompts: list[Any] = [body.prompt]
     if isinstance(body.prompt, list) and not all(isinstance(p, int) for p in body.prompt):
         prompts = list(body.prompt)
-    if not prompts or len(prompts) > 128:
-        raise invalid("prompt must be 1 to 128 texts", "prompt")
     tokens = [here.service.tokens(prompt, "prompt") for prompt in prompts]
-    wanted = _wanted(here.service, body, body.max_tokens or 16, body.logprobs)
-    return await _answer(here, who, body, tokens, wanted, TEXT, request)
-
-
-def _wanted(service: Service, body: Many, longest: int | None, odds: int | None) -> Wanted:
-    ends = service.chat.stop if isinstance(body, ChatBody) else ()
-    return Wanted(
+    decode = here.service.tokenizer.decode
+    texts = [p if isinstance(p, str) else decode(p) for p in prompts] if body.echo else [""] * len(prompts)
+    wanted = Wanted(
         sampling=body.sampling(),
-        longest=longest or service.longest,
-        stop=(*body.stops(), *ends),
+        longest=min(16, here.service.longest) if body.max_tokens is None else body.max_tokens,
+        stop=body.stops(),
         seed=body.seed,
-        odds=odds,
+        odds=body.logprobs,
     )
+    return await _answer(here, who, body, tokens, texts, wanted, TEXT, request)
 
 
 async def _answer(
@@ -90,67 +123,79 @@ async def _answer(
     who: Who,
     body: Many,
     prompts: Sequence[Tensor],
+    echoes: Sequence[str],
     wanted: Wanted,
-    form: _Form,
+    form: Form,
     request: Request,
 ) -> Response:
     """Write n answers to each prompt, and send them at once or as they are written."""
-    began = time.perf_counter()
-    asked = []
-    for prompt in prompts:
+    began, n = time.perf_counter(), body.n or 1
+    if n * len(prompts) > MOST_ANSWERS:
+        raise invalid(
+            f"n times the number of prompts must be {MOST_ANSWERS} at most, got {n * len(prompts)}", "n"
+        )
+    choices = list[Choice]()
+    for number, (prompt, echo) in enumerate(zip(prompts, echoes, strict=True)):
         if not len(prompt):
             raise invalid("the prompt has no token", "prompt")
-        kept, rest = await here.service.prefix(who.name, prompt)
-        for _ in range(body.n or 1):
-            asked.append(Written(kept, rest, len(prompt) - len(rest)))
+        if echo and wanted.odds is not None:
+            stream, before = await read_with_odds(here.service, prompt, wanted.odds)
+            kept, rest, read = replace(here.service.store.nothing(), stream=stream), prompt[-1:], len(prompt)
+            here.spent(who, read=read - 1)
+        else:
+            kept, rest = await here.service.prefix(who.name, prompt)
+            before, read = [], len(rest)
+        for _ in range(n):
+            written = Written(kept, rest, len(prompt) - len(rest))
+            choices.append(
+                Choice(
+                    number=len(choices),
+                    prompt=number,
+                    read=read,
+                    written=written,
+                    wanted=_numbered(wanted, len(choices)),
+                    echo=echo,
+                    before=before,
+                )
+            )
     id, created = f"{form.id}-{secrets.token_hex(12)}", int(time.time())
     head = {"id": id, "created": created, "model": body.model, "system_fingerprint": here.fingerprint}
     if body.stream:
         usage = bool(body.stream_options and body.stream_options.include_usage)
-        events = _events(here, who, asked, wanted, form, {**head, "object": form.chunk}, usage, began)
+        events = _events(here, who, choices, form, {**head, "object": form.chunk}, usage, began)
         first = await anext(events)  # errors before the first byte have a status of their own
-        return StreamingResponse(_chained(first, events), media_type="text/event-stream", headers=NO_BUFFER)
-    tasks = [asyncio.create_task(_whole(here, who, w, wanted, i, began)) for i, w in enumerate(asked)]
-    gone, written = asyncio.create_task(_gone(request)), asyncio.gather(*tasks)
+        return Events(_chained(first, events))
+    await unless_gone(request, _whole(here, who, choices, began))
+    said = [_choice(choice, form, here.service) for choice in choices]
+    return JSONResponse({**head, "object": form.object, "choices": said, "usage": usage_of(choices)})
+
+
+async def _whole(here: Context, who: Who, choices: Sequence[Choice], began: float) -> None:
+    """Write all answers, or none if one of them fails."""
+
+    async def one(choice: Choice) -> None:
+        async for _ in _steps(here, who, choice, began):
+            pass
+
+    tasks = [asyncio.create_task(one(choice)) for choice in choices]
     try:
-        either: list[asyncio.Future[Any]] = [written, gone]
-        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-        if not written.done():
-            return Response(status_code=499)
-        await written  # raises what ended one of them
+        await asyncio.gather(*tasks)
     finally:
-        for task in (*tasks, gone):
+        for task in tasks:
             task.cancel()
-    choices = [_choice(w, i, form, wanted, here.service) for i, w in enumerate(asked)]
-    return JSONResponse({**head, "object": form.object, "choices": choices, "usage": usage_of(asked)})
-
-
-async def _gone(request: Request) -> None:
-    """Wait until the client has left."""
-    while not await request.is_disconnected():
-        await asyncio.sleep(0.25)
-
-
-async def _whole(
-    here: Context, who: Who, written: Written, wanted: Wanted, number: int, began: float
-) -> None:
-    async for _ in _steps(here, who, written, _numbered(wanted, number), began):
-        pass
 
 
 def _numbered(wanted: Wanted, number: int) -> Wanted:
     """Return how the answer of that number is drawn: each by a seed of its own."""
-    from dataclasses import replace
-
     return wanted if wanted.seed is None else replace(wanted, seed=wanted.seed + number)
 
 
 async def _steps(
-    here: Context, who: Who, written: Written, wanted: Wanted, began: float
+    here: Context, who: Who, choice: Choice, began: float
 ) -> AsyncIterator[tuple[str, Odds | None, str]]:
     """Yield what is written, piece by piece, with its odds; keep it in the end."""
-    last = None
-    async for event in here.write(who, written, wanted):
+    last, written = None, choice.written
+    async for event in here.write(who, written, choice.wanted):
         now = time.perf_counter()
         if event.what == "wrote":
             (here.metrics.first_token if last is None else here.metrics.between).observe(
@@ -162,121 +207,122 @@ async def _steps(
             yield "", None, event.what
     here.metrics.whole.observe(time.perf_counter() - began)
     here.told(written)
-    await here.service.keep(who.name, written)
+    if not choice.before:
+        await here.service.remember(who.name, written)
 
 
 async def _events(
-    here: Context, who: Who, asked: Sequence[Written], wanted: Wanted, form: _Form, head: dict[str, Any],
-    usage: bool, began: float,
-) -> AsyncIterator[str]:  # fmt: skip
+    here: Context, who: Who, choices: Sequence[Choice], form: Form, head: dict[str, Any], usage: bool,
+    began: float,
+) -> AsyncGenerator[str]:  # fmt: skip
     """Yield the events of a stream; several answers take turns as they are written."""
-    queue = asyncio.Queue[tuple[int, str, Odds | None, str] | Exception | int]()
+    queue = asyncio.Queue[tuple[int, str, Odds | None, str] | ApiError | int]()
 
-    async def one(number: int) -> None:
+    async def one(choice: Choice) -> None:
         try:
-            async for text, odds, what in _steps(here, who, asked[number], _numbered(wanted, number), began):
-                queue.put_nowait((number, text, odds, what))
-        except ApiError as error:
-            queue.put_nowait(error)
-        queue.put_nowait(number)
+            async for text, odds, what in _steps(here, who, choice, began):
+                queue.put_nowait((choice.number, text, odds, what))
+        except Exception as error:  # whatever it is: who reads the stream must not wait for ever
+            queue.put_nowait(told(error))
+        queue.put_nowait(choice.number)
 
-    tasks = [asyncio.create_task(one(i)) for i in range(len(asked))]
+    tasks = [asyncio.create_task(one(choice)) for choice in choices]
+    service = here.service
     extra: dict[str, Any] = {"usage": None} if usage else {}
+    offsets = [len(choice.echo) for choice in choices]
 
-    def event(number: int, delta: dict[str, Any], reason: str | None = None, odds: Odds | None = None) -> str:
-        choice: dict[str, Any] = {"index": number, "finish_reason": reason, "logprobs": None}
-        if odds is not None:
-            choice["logprobs"] = _logprobs([odds], form, here.service)
+    def event(
+        number: int, delta: dict[str, Any], reason: str | None = None, odds: dict[str, Any] | None = None
+    ) -> str:
+        choice: dict[str, Any] = {"index": number, "finish_reason": reason, "logprobs": odds}
         choice |= {"delta": delta} if form.chat else {"text": delta.get("content", "")}
         return _sse({**head, "choices": [choice], **extra})
 
     try:
-        begun, left = set[int](), len(asked)
+        begun, left, silent = set[int](), len(choices), True
         while left:
             found = await queue.get()
             if isinstance(found, ApiError):
-                if not begun:
+                if silent:
                     raise found
                 yield _sse({"error": found.body})
                 return
-            if isinstance(found, int):
-                left -= 1
-                yield event(found, {}, asked[found].finish_reason)
-                continue
-            assert not isinstance(found, Exception)
-            number, text, odds, what = found
-            if what != "wrote":
-                if begun:  # nobody may take silence for a connection that has died
-                    yield f": {what}\n\n"
+            silent = False
+            number, text, odds, what = (found, "", None, "done") if isinstance(found, int) else found
+            choice = choices[number]
+            if what not in ("wrote", "done"):  # nobody may take silence for a connection that has died
+                yield f": {what}\n\n"
                 continue
             if number not in begun:
                 begun.add(number)
                 if form.chat:
                     yield event(number, {"role": "assistant", "content": ""})
-            if text or odds is not None:
-                yield event(number, {"content": text}, odds=odds)
+                elif choice.echo:
+                    told_before = _logprobs(choice.before, form, service, 0) if choice.before else None
+                    yield event(number, {"content": choice.echo}, odds=told_before)
+            if what == "done":
+                left -= 1
+                yield event(number, {}, choice.written.finish_reason)
+            elif odds is not None:
+                told_odds = _logprobs([(odds.token, odds)], form, service, offsets[number])
+                offsets[number] += len(service.tokenizer.decode([odds.token]))
+                yield event(number, {"content": text}, odds=told_odds)
+            elif text:
+                yield event(number, {"content": text})
         if usage:
-            yield _sse({**head, "choices": [], "usage": usage_of(asked)})
+            yield _sse({**head, "choices": [], "usage": usage_of(choices)})
         yield "data: [DONE]\n\n"
     finally:
         for task in tasks:
             task.cancel()
 
 
-async def _chained(first: str, rest: AsyncIterator[str]) -> AsyncIterator[str]:
-    yield first
-    async for event in rest:
-        yield event
+async def _chained(first: str, rest: AsyncGenerator[str]) -> AsyncGenerator[str]:
+    async with aclosing(rest):
+        yield first
+        async for event in rest:
+            yield event
 
 
 def _sse(data: dict[str, Any]) -> str:
     return f"data: {json.dumps(data)}\n\n"
 
 
-NO_BUFFER = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-
-
-def _choice(written: Written, number: int, form: _Form, wanted: Wanted, service: Service) -> dict[str, Any]:
-    odds = None if wanted.odds is None else _logprobs(written.odds, form, service)
-    choice = {"index": number, "finish_reason": written.finish_reason, "logprobs": odds}
+def _choice(choice: Choice, form: Form, service: Service) -> dict[str, Any]:
+    written, odds = choice.written, None
+    if choice.wanted.odds is not None:
+        told_odds = [*choice.before, *((of.token, of) for of in written.odds)]
+        odds = _logprobs(told_odds, form, service, 0)
+    said = {"index": choice.number, "finish_reason": written.finish_reason, "logprobs": odds}
     if form.chat:
-        return {**choice, "message": {"role": "assistant", "content": written.text, "refusal": None}}
-    return {**choice, "text": written.text}
+        answer: dict[str, Any] = {
+            "role": "assistant",
+            "content": written.text,
+            "refusal": None,
+            "annotations": [],
+        }
+        return {**said, "message": answer}
+    return {**said, "text": choice.echo + written.text}
 
 
-def _logprobs(odds: Sequence[Odds], form: _Form, service: Service) -> dict[str, Any]:
-    def spelled(token: int) -> str:
-        return service.tokenizer.decode([token])
-
+def _logprobs(odds: Sequence[Told], form: Form, service: Service, offset: int) -> dict[str, Any]:
     if form.chat:
-
-        def one(token: int, log_p: float) -> dict[str, Any]:
-            return {"token": spelled(token), "logprob": log_p, "bytes": list(spelled(token).encode())}
-
-        content = [
-            {**one(o.token, o.log_p), "top_logprobs": [one(*other) for other in o.likeliest]} for o in odds
-        ]
-        return {"content": content, "refusal": None}
-    texts = [spelled(o.token) for o in odds]
-    offsets = torch.tensor([0, *map(len, texts)]).cumsum(0).tolist()[:-1]
-    return {
-        "tokens": texts,
-        "token_logprobs": [o.log_p for o in odds],
-        "top_logprobs": [{spelled(t): p for t, p in o.likeliest} for o in odds],
-        "text_offset": offsets,
-    }
+        known = [of for _, of in odds if of is not None]
+        return {"content": listed_odds(service.tokenizer, known), "refusal": None}
+    return text_odds(service.tokenizer, odds, offset)
 
 
-def usage_of(asked: Sequence[Written]) -> dict[str, Any]:
+def usage_of(choices: Sequence[Choice]) -> dict[str, Any]:
     """Count tokens: a prompt once, however many answers it has."""
-    prompts = {id(w.prompt): w for w in asked}.values()
-    prompt, known = sum(w.prompt_tokens for w in prompts), sum(w.known for w in prompts)
-    written = sum(len(w.tokens) for w in asked)
+    first = {choice.prompt: choice for choice in reversed(choices)}.values()
+    prompt = sum(choice.written.prompt_tokens for choice in first)
+    read = sum(choice.read for choice in first)
+    written = sum(len(choice.written.tokens) for choice in choices)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": written,
         "total_tokens": prompt + written,
-        "prompt_tokens_details": {"cached_tokens": known, "audio_tokens": 0},
+        "prompt_tokens_details": {"cached_tokens": prompt - read, "audio_tokens": 0},
         "completion_tokens_details": {
             "reasoning_tokens": 0,
             "audio_tokens": 0,

@@ -1,22 +1,21 @@
 """What every endpoint has at hand: the service, who asks, and what is counted."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from typing import Annotated
 from urllib.parse import urlsplit
 
 from fastapi import Depends, Request
 
-from lmsleep.serve.engine import Happened
-from lmsleep.serve.errors import ApiError
+from lmsleep.serve.errors import ApiError, draining
 from lmsleep.serve.gate import asked
 from lmsleep.serve.keys import Keys, Owner
 from lmsleep.serve.loopback import is_loopback
 from lmsleep.serve.metrics import Metrics
 from lmsleep.serve.reader import Reader
-from lmsleep.serve.service import Service, Wanted, Written
+from lmsleep.serve.service import Event, Service, Wanted, Written
 from lmsleep.serve.wire import Body
 
 
@@ -51,6 +50,23 @@ class Context:
 
     def __post_init__(self) -> None:
         self.reader = Reader(self.service)
+        self._held = set[tuple[str, str]]()
+
+    @contextmanager
+    def held(self, who: Owner, id: str) -> Iterator[None]:
+        """Keep other requests from changing a conversation.
+
+        Raises:
+            ApiError: 409 if one does already.
+        """
+        # By owner, or one could learn of what another one has.
+        if (key := (who.name, id)) in self._held:
+            raise ApiError(409, f"conversation {id!r} is being changed", code="busy")
+        self._held.add(key)
+        try:
+            yield
+        finally:
+            self._held.discard(key)
 
     def check(self, body: Body) -> None:
         """Refuse what this server cannot do.
@@ -58,8 +74,11 @@ class Context:
         Raises:
             ApiError: naming the field.
         """
-        if not self.ready:
-            raise ApiError(503, "the server is shutting down", code="draining", retry_after=5)
+        if (most := self.service.engine.most_waiting) <= self.service.engine.waiting:
+            # Before a stream has begun: then it still has a status of its own.
+            raise ApiError(
+                429, f"{most} requests are being answered or wait already", code="busy", retry_after=1
+            )
         model = getattr(body, "model", None)
         if model is not None and model not in self.names:
             raise ApiError(
@@ -85,7 +104,7 @@ class Context:
         asked().read += read
         asked().written += written
 
-    async def write(self, who: Owner, written: Written, wanted: Wanted) -> AsyncGenerator[Happened]:
+    async def write(self, who: Owner, written: Written, wanted: Wanted) -> AsyncGenerator[Event]:
         """Write an answer as `Service.write` does; what it took is counted however it ends."""
         try:
             async with aclosing(self.service.write(written, wanted)) as events:
@@ -115,6 +134,8 @@ async def _who(request: Request) -> Owner:
     if here.keys.open is not None:
         _from_here(request)
     if request.method == "POST":
+        if not here.ready:
+            raise draining()
         here.keys.admit(owner)
     return owner
 

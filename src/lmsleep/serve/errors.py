@@ -5,6 +5,8 @@ from typing import Any
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
+from lmsleep.serve.log import LOG
+
 
 class ApiError(HTTPException):
     """Is answered with `status` and `{"error": ...}`; FastAPI lets it through wherever it is raised.
@@ -49,3 +51,16 @@ def not_found(kind: str, name: str, code: str | None = None, param: str | None =
 def invalid(message: str, param: str | None = None, code: str = "invalid_value") -> ApiError:
     """Return the error for a value that cannot be used."""
     return ApiError(400, message, code=code, param=param)
+
+
+def told(error: Exception) -> ApiError:
+    """Return what a client is told of an error; what was not foreseen may hold paths, and goes to the log."""
+    if isinstance(error, ApiError):
+        return error
+    LOG.error("a request failed", exc_info=error)
+    return ApiError(500, "the server failed on this request", code="internal_error")
+
+
+def draining() -> ApiError:
+    """Return the error for a server that takes no more work, for it is about to end."""
+    return ApiError(503, "the server is shutting down", code="draining", retry_after=5)

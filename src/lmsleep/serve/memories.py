@@ -10,14 +10,15 @@ from typing import Annotated, Any
 import torch
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
 from lmsleep.memory.figures import diff_rows, head_rows
 from lmsleep.serve.context import Context, Who, context
 from lmsleep.serve.errors import ApiError, invalid, not_found
+from lmsleep.serve.leaving import unless_gone
 from lmsleep.serve.service import Wanted, Written
-from lmsleep.serve.store import Kept, Thing
-from lmsleep.serve.wire import Count
+from lmsleep.serve.store import NO_TOKENS, Kept, Thing
+from lmsleep.serve.wire import Count, Sent
 from lmsleep.session import Row, Sampling, Stream, saving
 from lmsleep.state import Memory, Origin, State
 
@@ -28,7 +29,7 @@ Name = Annotated[str, Field(max_length=200)]
 Tags = Annotated[dict[Name, Name], Field(max_length=64)]
 
 
-class Strict(BaseModel):
+class Strict(Sent):
     """A body without unknown fields."""
 
     model_config = ConfigDict(extra="forbid")
@@ -45,7 +46,7 @@ class NewMemory(Strict):
 
     name: Name = ""
     text: str = ""
-    tags: Tags = {}
+    tags: Tags = Field(default_factory=dict)
 
 
 class Text(Strict):
@@ -76,7 +77,7 @@ class Question(Strict):
     temperature: Annotated[float, Field(ge=0, le=2)] = 0.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     seed: int | None = None
-    stop: list[str] = []
+    stop: list[str] = Field(default_factory=list)
 
 
 @router.post("", status_code=201)
@@ -176,8 +177,12 @@ async def ask(id: str, body: Question, request: Request, who: Who) -> dict[str, 
         stop=tuple(body.stop),
         seed=body.seed,
     )
-    async for _ in here.write(who, written, wanted):
-        pass
+
+    async def write() -> None:
+        async for _ in here.write(who, written, wanted):
+            pass
+
+    await unless_gone(request, write())
     here.told(written)
     usage = {"read": len(written.prompt), "written": len(written.tokens), "sleeps": written.sleeps}
     return {
@@ -251,7 +256,7 @@ async def content(id: str, request: Request, who: Who) -> Response:
             id=thing.body["origin"], parents=tuple(thing.body["parents"]), model=store.origin.model,
             tokens=stream.tokens, sleeps=stream.sleeps, passes=store.sleep.passes, tags=thing.body["tags"],
         )  # fmt: skip
-        with tempfile.TemporaryDirectory(dir=store.folder) as folder:
+        with tempfile.TemporaryDirectory(dir=store.scratch) as folder:
             path = Path(folder) / "memory"
             saving.write(path, stream, origin, store.sleep, None)
             return path.read_bytes()
@@ -269,7 +274,7 @@ async def upload(request: Request, who: Who, name: str = "") -> dict[str, Any]:
     data = await here.body(request)
 
     def read() -> tuple[State, Origin, torch.Tensor]:
-        with tempfile.TemporaryDirectory(dir=store.folder) as folder:
+        with tempfile.TemporaryDirectory(dir=store.scratch) as folder:
             path = Path(folder) / "memory"
             path.write_bytes(data)
             try:
@@ -293,14 +298,17 @@ async def upload(request: Request, who: Who, name: str = "") -> dict[str, Any]:
 
 async def _bring(
     here: Context, who: Who, state: State | Memory, counted: tuple[int, int], said: dict[str, Any],
-    window: torch.Tensor | None = None,
+    window: torch.Tensor = NO_TOKENS,
 ) -> Thing:  # fmt: skip
     """Keep a state that came from elsewhere as a memory."""
     service, nothing = here.service, here.service.store.nothing()
     if isinstance(state, Memory):
         state = State(Memory(state.layers), nothing.stream.state.cache)
     begun = Stream.begin(state, tokens=counted[0], sleeps=counted[1])
-    kept = await asyncio.to_thread(service.store.bring, who.name, begun, window)
+    try:
+        kept = await asyncio.to_thread(service.store.bring, who.name, begun, window)
+    except ValueError:
+        raise invalid("the memory would hold NaN or infinity", "weights") from None
     id = f"mem_{secrets.token_hex(12)}"
     body = {"origin": Origin().id, "status": "ready", **said}
     await asyncio.to_thread(service.store.put, who.name, MEMORY, id, body, kept.id)
@@ -308,7 +316,7 @@ async def _bring(
 
 
 def _room(here: Context, who: Who) -> None:
-    """Refuse one memory too many, or one byte.
+    """Refuse one memory too many; the store refuses bytes.
 
     Raises:
         ApiError: 403.
@@ -316,8 +324,6 @@ def _room(here: Context, who: Who) -> None:
     quota, store = here.keys.quota, here.service.store
     if quota.memories is not None and store.count(who.name, MEMORY) >= quota.memories:
         raise ApiError(403, f"{quota.memories} memories are in use; delete one", code="quota_exceeded")
-    if quota.bytes is not None and store.bytes(who.name)["disk"] >= quota.bytes:
-        raise ApiError(403, f"{quota.bytes} bytes are in use; delete something", code="quota_exceeded")
 
 
 def _find(here: Context, who: Who, id: str) -> Thing:
@@ -336,10 +342,15 @@ def _idle(here: Context, who: Who, id: str) -> Thing:
 
 
 async def _kept(here: Context, who: Who, thing: Thing) -> Kept:
-    kept = None if thing.stream is None else await here.service.find(who.name, thing.stream)
-    if kept is None:
-        raise ApiError(500, "the file of this memory is missing", code="lost")
-    return kept
+    """Return the stream of a memory."""
+    while thing.stream is not None:
+        if (kept := await here.service.find(who.name, thing.stream)) is not None:
+            return kept
+        # Read on meanwhile, so that it has another one now?
+        before, thing = thing.stream, _find(here, who, thing.id)
+        if thing.stream == before:
+            break
+    raise ApiError(500, "the stream of this memory is missing", code="lost")
 
 
 async def _whole(here: Context, who: Who, id: str) -> Kept:

@@ -33,6 +33,13 @@ class Metrics:
         self.first_token = histogram("time_to_first_token_seconds", "From the request to its first token.")
         self.between = histogram("inter_token_latency_seconds", "Between two tokens of an answer.")
         self.whole = histogram("e2e_request_latency_seconds", "From the request to the end of its answer.")
+        self.queued = histogram("request_queue_time_seconds", "From the request to its first step.")
+        N, L = str(engine.sleep.passes), str(engine.sleep.window)
+        self.sleeping = Histogram(
+            "lmsleep_sleep_seconds", "A sleep of one or several sessions together, by N and L.",
+            ["model_name", "passes", "window"], buckets=SECONDS, registry=self.registry,
+        ).labels(model_name=name, passes=N, window=L)  # fmt: skip
+        engine.timed = lambda what, s: (self.queued if what == "queue" else self.sleeping).observe(s)
         self.success = Counter(
             "lmsleep_request_success", "Answers, by why they ended.", ["model_name", "finished_reason"],
             registry=self.registry,
@@ -60,7 +67,8 @@ class _Asked:
     def collect(self) -> list[CounterMetricFamily | GaugeMetricFamily]:
         """Return them as they are now."""
         engine, store = self.metrics.engine, self.metrics.store
-        counts, states, bytes = engine.counts, engine.states, store.bytes()
+        counts, states = engine.counts, engine.states
+        held = {"live": engine.state_bytes, **store.bytes()}
         N, L = str(engine.sleep.passes), str(engine.sleep.window)
         found: list[CounterMetricFamily | GaugeMetricFamily] = []
 
@@ -83,26 +91,27 @@ class _Asked:
         tell(
             GaugeMetricFamily,
             "sessions",
-            "Requests by state.",
-            {(s,): n for s, n in states.items()},
+            "Sessions by state: of requests under way, and streams that are kept in memory and on disk.",
+            {(state,): n for state, n in {**states, **store.streams()}.items()},
             ("state",),
         )
         tell(CounterMetricFamily, "generation_tokens", "Tokens written.", {(): counts.tokens_written})
         tell(CounterMetricFamily, "tokens_read", "Tokens read.", {(): counts.tokens_read})
         tell(CounterMetricFamily, "sleeps", "Sleeps.", {(N, L): counts.sleeps}, ("passes", "window"))
-        tell(
-            CounterMetricFamily,
-            "sleep_seconds",
-            "Time asleep.",
-            {(N, L): counts.seconds_asleep},
-            ("passes", "window"),
-        )
         tell(CounterMetricFamily, "broken_requests", "Requests that ended in an error.", {(): counts.broken})
         tell(
             GaugeMetricFamily,
             "memory_bytes",
-            "Bytes by tier.",
-            {(t,): n for t, n in bytes.items()},
+            "Bytes by tier: of requests under way, kept in memory, kept on disk.",
+            {(tier,): n for tier, n in held.items()},
             ("tier",),
+        )
+        evicted = {"memory": store.recent.evicted, "age": 0, "room": 0, **store.room.evicted}
+        tell(
+            CounterMetricFamily,
+            "evicted_sessions",
+            "Streams that left memory, and that left the store for their age or for want of room.",
+            {(why,): n for why, n in evicted.items()},
+            ("reason",),
         )
         return found

@@ -4,28 +4,34 @@ import asyncio
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing, nullcontext, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
-from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import JSONResponse, Response
 from torch import Tensor
 
 from lmsleep.memory.figures import diff_rows
-from lmsleep.serve.chat import NO_BUFFER
 from lmsleep.serve.context import Context, Who, context
-from lmsleep.serve.errors import ApiError, invalid, not_found
+from lmsleep.serve.errors import ApiError, invalid, not_found, told
+from lmsleep.serve.leaving import Events, unless_gone
+from lmsleep.serve.odds import listed_odds
 from lmsleep.serve.service import Wanted, Written
-from lmsleep.serve.store import Kept
-from lmsleep.serve.wire import CompactBody, ResponseBody, message
+from lmsleep.serve.store import Kept, Thing
+from lmsleep.serve.wire import ODDS, CompactBody, ConversationName, Include, ResponseBody, message
 from lmsleep.session import Row, Stream
 from lmsleep.session.rows import Odds
 from lmsleep.text.chat import Message
 
 router = APIRouter(prefix="/v1", tags=["responses"])
 RESPONSE, COMPACTION, CONVERSATION = "response", "compaction", "conversation"
+CODES = {400: "invalid_prompt", 429: "rate_limit_exceeded"}  # of a response that failed; else "server_error"
+Limit = Annotated[int, Query(ge=1, le=100)]
+Order = Annotated[Literal["asc", "desc"], Query()]
+INCLUDE = Query(alias="include[]")  # as the API's own clients write a list
 
 
 @dataclass(eq=False)
@@ -35,16 +41,25 @@ class Input:
     Attributes:
         kept: the stream.
         tokens: what is new.
-        known: tokens of a resent history that `kept` has read.
-        items: the new items, as they are listed later.
+        items: what was given, as it is listed later.
+        new: those that were not in the conversation before.
         conversation: that it belongs to.
+        compacted: how many tokens the stream had when somebody last asked for a sleep on it.
+        instructions: that the stream has read, these included.
     """
 
     kept: Kept
     tokens: Tensor
-    known: int
     items: list[dict[str, Any]]
-    conversation: str | None = None
+    new: list[dict[str, Any]]
+    conversation: str | None
+    compacted: int
+    instructions: str | None
+
+    @property
+    def known(self) -> int:
+        """Count the tokens that were read before."""
+        return self.kept.stream.tokens + len(self.kept.unread)
 
 
 @dataclass(eq=False)
@@ -56,22 +71,24 @@ class Making:
         body: what was asked.
         input: what it goes on from.
         created: seconds since 1970.
+        completed: likewise, once it is.
         written: its answer, once it is being written.
         compacted: what was slept on before it, as an item.
         status: of the API.
-        task: that makes it in the background.
+        error: what ended it.
+        message_id: of its answer.
     """
 
     id: str
     body: ResponseBody
     input: Input
     created: int = field(default_factory=lambda: int(time.time()))
+    completed: int | None = None
     written: Written | None = None
     compacted: dict[str, Any] | None = None
     status: str = "in_progress"
     error: dict[str, Any] | None = None
     message_id: str = field(default_factory=lambda: f"msg_{secrets.token_hex(12)}")
-    task: "asyncio.Task[None] | None" = None
 
 
 @router.post("/responses")
@@ -81,39 +98,60 @@ async def create(body: ResponseBody, request: Request, who: Who) -> Response:
     here.check(body)
     if body.background and body.stream:
         raise invalid("a response in the background is not streamed", "stream")
-    made = Making(f"resp_{secrets.token_hex(12)}", body, await _input(here, who, body))
-    if body.background:
-        if body.store is False:
-            raise invalid("a response in the background must be stored", "store")
-        _put(here, who, made)
-        made.task = asyncio.create_task(_in_background(here, who, made))
-        here.running[made.id] = made.task
-        made.task.add_done_callback(lambda _: here.running.pop(made.id, None))
-        return JSONResponse(_resource(here, made))
-    events = _events(here, who, made)
+    if body.background and body.store is False:
+        raise invalid("a response in the background must be stored", "store")
+    id = f"resp_{secrets.token_hex(12)}"
+    events = _events(here, who, id, body)
+    first = await anext(events)  # errors before it have a status of their own
     if body.stream:
-        first = await anext(events)
-        return StreamingResponse(_sse(first, events), media_type="text/event-stream", headers=NO_BUFFER)
-    async for _ in events:
-        pass
-    return JSONResponse(_resource(here, made))
+        return Events(_sse(first, events))
+    if body.background:
+        here.running[id] = task = asyncio.create_task(_in_background(events))
+        task.add_done_callback(lambda _: here.running.pop(id, None))
+        return JSONResponse(_response(first))
+    return JSONResponse(_response(await unless_gone(request, _last(first, events))))
+
+
+async def _last(
+    first: dict[str, Any] | str, events: AsyncGenerator[dict[str, Any] | str]
+) -> dict[str, Any] | str:
+    """Return the last event."""
+    last = first
+    async with aclosing(events):
+        async for event in events:
+            last = event
+    return last
+
+
+def _response(event: dict[str, Any] | str) -> dict[str, Any]:
+    """Return the response that the first and the last event of its making tell."""
+    assert isinstance(event, dict)
+    response: dict[str, Any] = event["response"]
+    return response
 
 
 @router.get("/responses/{id}")
-async def get(id: str, request: Request, who: Who) -> dict[str, Any]:
+async def get(
+    id: str,
+    request: Request,
+    who: Who,
+    stream: bool = False,
+    include: Annotated[list[Include] | None, INCLUDE] = None,
+) -> dict[str, Any]:
     """Return a stored response."""
-    found = context(request).service.store.get(who.name, RESPONSE, id)
-    if found is None:
-        raise not_found("response", id)
-    response: dict[str, Any] = found.body["response"]
-    return response
+    if stream:
+        raise invalid("a stored response is not streamed again", "stream", "unsupported_parameter")
+    here = context(request)
+    return _stored(here, _find(here, who, id))
 
 
 @router.delete("/responses/{id}")
 async def delete(id: str, request: Request, who: Who) -> dict[str, Any]:
     """Delete a response, with its stream and all that nothing else needs."""
-    if not await asyncio.to_thread(context(request).service.store.delete, who.name, RESPONSE, id):
-        raise not_found("response", id)
+    here = context(request)
+    _find(here, who, id)
+    await _end(here, id)
+    await asyncio.to_thread(here.service.store.delete, who.name, RESPONSE, id)
     return {"id": id, "object": "response", "deleted": True}
 
 
@@ -121,29 +159,47 @@ async def delete(id: str, request: Request, who: Who) -> dict[str, Any]:
 async def cancel(id: str, request: Request, who: Who) -> dict[str, Any]:
     """End a response that is made in the background."""
     here = context(request)
-    found = here.service.store.get(who.name, RESPONSE, id)
-    if found is None:
-        raise not_found("response", id)
-    task = here.running.get(id)
-    if task is None:
-        if found.body["response"]["background"]:
-            done: dict[str, Any] = found.body["response"]
-            return done
+    if not _find(here, who, id).body["response"]["background"]:
         raise invalid("only a response that is made in the background can be cancelled", "id")
-    task.cancel()
-    await asyncio.wait([task])
-    return await get(id, request, who)
+    await _end(here, id)
+    return _stored(here, _find(here, who, id))
 
 
 @router.get("/responses/{id}/input_items")
 async def input_items(
-    id: str, request: Request, who: Who, limit: int = 20, order: str = "desc"
+    id: str,
+    request: Request,
+    who: Who,
+    limit: Limit = 20,
+    order: Order = "desc",
+    after: str | None = None,
+    include: Annotated[list[Include] | None, INCLUDE] = None,
 ) -> dict[str, Any]:
     """List what a response was given."""
-    found = context(request).service.store.get(who.name, RESPONSE, id)
-    if found is None:
+    return listed(_find(context(request), who, id).body["input"], limit, order, after)
+
+
+def _find(here: Context, who: Who, id: str) -> Thing:
+    thing = here.service.store.get(who.name, RESPONSE, id)
+    if thing is None:
         raise not_found("response", id)
-    return listed(found.body["input"], limit, order)
+    return thing
+
+
+def _stored(here: Context, thing: Thing) -> dict[str, Any]:
+    """Return a response as it was stored last."""
+    response: dict[str, Any] = thing.body["response"]
+    if response["status"] == "in_progress" and thing.id not in here.running:
+        error = {"code": "server_error", "message": "the server ended before this response was complete"}
+        return {**response, "status": "failed", "error": error}
+    return response
+
+
+async def _end(here: Context, id: str) -> None:
+    """End what is made in the background."""
+    if (task := here.running.get(id)) is not None:
+        task.cancel()
+        await asyncio.wait([task])
 
 
 @router.get("/responses/{id}/changed")
@@ -151,10 +207,10 @@ async def changed(id: str, request: Request, who: Who) -> dict[str, Any]:
     """Say what a response changed in the fast weights that it went on from, head by head."""
     here = context(request)
     store = here.service.store
-    thing = store.get(who.name, RESPONSE, id)
-    after = None if thing is None or thing.stream is None else await here.service.find(who.name, thing.stream)
-    if thing is None or after is None:
-        raise not_found("response", id)
+    thing = _find(here, who, id)
+    after = None if thing.stream is None else await here.service.find(who.name, thing.stream)
+    if after is None:
+        raise invalid("this response is not complete", "id")
     before: Kept | None = store.nothing()
     if (previous := thing.body["response"]["previous_response_id"]) is not None:
         old = store.get(who.name, RESPONSE, previous)
@@ -170,90 +226,98 @@ async def compact(body: CompactBody, request: Request, who: Who) -> dict[str, An
     """Sleep on all that was said; the item that is returned stands for it."""
     here = context(request)
     here.check(body)
-    given = await _input(here, who, body, answer=False)
-    item, written = await _compact(here, who, given.kept, given.tokens)
-    usage = _usage(written, given.known)
-    id = f"resp_{secrets.token_hex(12)}"
+    given = await _input(here, who, body)
+    item, written = _item(), Written(given.kept, given.tokens, given.known)
+    async for _ in _compact(here, who, item, written, given):
+        pass
     return {
-        "id": id,
+        "id": f"resp_{secrets.token_hex(12)}",
         "object": "response.compaction",
         "created_at": int(time.time()),
         "output": [item],
-        "usage": usage,
+        "usage": _usage(given, written),
     }
 
 
-def listed(items: Sequence[dict[str, Any]], limit: int, order: str) -> dict[str, Any]:
-    """Return a page of items as the API lists them."""
-    if not 1 <= limit <= 100:
-        raise invalid(f"limit must lie in 1 ... 100, got {limit}", "limit")
-    if order not in ("asc", "desc"):
-        raise invalid(f"order must be asc or desc, got {order!r}", "order")
+def listed(items: Sequence[dict[str, Any]], limit: int, order: str, after: str | None) -> dict[str, Any]:
+    """Return a page of items as the API lists them.
+
+    Raises:
+        ApiError: if there is no item `after` which the page should begin.
+    """
     page = [*items][:: -1 if order == "desc" else 1]
-    first, last = (page[0]["id"], page[:limit][-1]["id"]) if page else (None, None)
-    return {
-        "object": "list",
-        "data": page[:limit],
-        "first_id": first,
-        "last_id": last,
-        "has_more": len(page) > limit,
-    }
+    if after is not None:
+        begin = next((i for i, item in enumerate(page) if item["id"] == after), None)
+        if begin is None:
+            raise not_found("item", after, param="after")
+        page = page[begin + 1 :]
+    data = page[:limit]
+    first, last = (data[0]["id"], data[-1]["id"]) if data else (None, None)
+    has_more = len(page) > limit
+    return {"object": "list", "data": data, "first_id": first, "last_id": last, "has_more": has_more}
 
 
-async def _input(here: Context, who: Who, body: ResponseBody | CompactBody, *, answer: bool = True) -> Input:
+async def _input(here: Context, who: Who, body: ResponseBody | CompactBody) -> Input:
     """Find what a request goes on from, and turn the rest into tokens."""
     service, store = here.service, here.service.store
-    raw = [{"role": "user", "content": body.input}] if isinstance(body.input, str) else list(body.input or [])
-    conversation, before, pending = None, None, list[dict[str, Any]]()
+    raw = [{"role": "user", "content": body.input}] if isinstance(body.input, str) else body.input or []
+    before, conversation = None, _conversation(body)
     if body.previous_response_id is not None:
-        if getattr(body, "conversation", None) is not None:
+        if conversation is not None:
             raise invalid("previous_response_id and conversation exclude each other", "previous_response_id")
-        thing = store.get(who.name, RESPONSE, body.previous_response_id)
-        if thing is None or thing.stream is None:
+        before = store.get(who.name, RESPONSE, body.previous_response_id)
+        if before is None or before.stream is None:
             said = "previous_response_not_found"
             raise not_found("response", body.previous_response_id, said, "previous_response_id")
-        before = thing.stream
-    elif getattr(body, "conversation", None) is not None:
-        asked: Any = body.conversation  # type: ignore[union-attr]
-        conversation = asked if isinstance(asked, str) else str(asked.get("id"))
-        thing = store.get(who.name, CONVERSATION, conversation)
-        if thing is None:
+    elif conversation is not None:
+        before = store.get(who.name, CONVERSATION, conversation)
+        if before is None:
             raise not_found("conversation", conversation, param="conversation")
-        before, pending = thing.stream, thing.body["pending"]
+    pending: list[dict[str, Any]] = [] if before is None else before.body.get("pending", [])
     items, messages = list[dict[str, Any]](), list[Message]()
     for i, item in enumerate([*pending, *raw]):
         where = f"input[{i - len(pending)}]"
-        kind = item.get("type", "message")
-        if kind == COMPACTION:
-            found = store.get(who.name, COMPACTION, str(item.get("encrypted_content")))
-            if found is None or found.stream is None:
-                raise not_found(COMPACTION, str(item.get("encrypted_content"))[:64], param=where)
+        if item.get("type") == COMPACTION:
+            name = item.get("encrypted_content")
+            found = store.get(who.name, COMPACTION, name) if isinstance(name, str) else None
+            if found is None:
+                raise not_found(COMPACTION, str(name)[:64], param=where)
             # It stands for everything before it.
-            before, messages, items = found.stream, [], [item]
-            continue
-        if kind != "message":
-            raise invalid(
-                f"items of type {kind!r} are not supported by a model of text", where, "unsupported_content"
-            )
-        one = message(str(item.get("role")), item.get("content"), where)
-        messages.append(one)
-        items.append(item if "id" in item else message_item(one))
-    if body.instructions:
+            before, messages, items = found, [], []
+            items.append({"type": COMPACTION, "id": found.id, "encrypted_content": found.id})
+        else:
+            messages.append(said_in(item, where))
+            items.append(message_item(messages[-1], item.get("id")))
+    known = {} if before is None else before.body
+    instructions, compacted = known.get("instructions"), known.get("compacted", 0)
+    # What the stream has read, it need not read again.
+    if body.instructions and body.instructions != instructions:
         messages.insert(0, Message("system", body.instructions))
-    if not messages and (answer or before is None):
+        instructions = body.instructions
+    new = items[len(pending) :] if len(items) == len(pending) + len(raw) else items
+    kept = None
+    if before is not None and before.stream is not None:
+        kept = await service.find(who.name, before.stream)
+        if kept is None:
+            raise not_found("stream", before.stream)
+    if not messages and (kept is None or isinstance(body, ResponseBody)):
         raise invalid("input has no message", "input")
-    if before is None:
+    if kept is None:
         tokens = service.tokens(_rendered(service.chat.begin, messages), "input")
-        kept, rest = await service.prefix(who.name, tokens)
-        return Input(kept, rest, len(tokens) - len(rest), items, conversation)
-    kept_before = await service.find(who.name, before)
-    if kept_before is None:
-        raise not_found("stream", before)
-    window = kept_before.window
-    last = int(window[-1]) if len(window) else None
-    # After a sleep nothing tells which token was last; the template then begins a message as it would anyway.
-    new = _rendered(lambda m: service.chat.go_on(m, last), messages) if messages else []
-    return Input(kept_before, service.tokens(new, "input"), 0, items, conversation)
+        kept, tokens = await service.prefix(who.name, tokens)
+    else:
+        window = kept.window
+        last = int(window[-1]) if len(window) else None
+        # After a sleep nothing tells which token was last; the template then begins a message as it would
+        # anyway.
+        rendered = _rendered(lambda m: service.chat.go_on(m, last), messages) if messages else []
+        tokens = service.tokens(rendered, "input")
+    return Input(kept, tokens, items, new, conversation, compacted, instructions)
+
+
+def _conversation(body: ResponseBody | CompactBody) -> str | None:
+    asked = body.conversation
+    return asked.id if isinstance(asked, ConversationName) else asked
 
 
 def _rendered(render: Any, messages: Sequence[Message]) -> list[int]:
@@ -264,64 +328,102 @@ def _rendered(render: Any, messages: Sequence[Message]) -> list[int]:
     return tokens
 
 
-async def _compact(here: Context, who: Who, kept: Kept, tokens: Tensor) -> tuple[dict[str, Any], Written]:
-    """Read tokens, sleep on the open window, and return the item that stands for it all."""
+def _item() -> dict[str, Any]:
+    """Return a compaction: an item whose name is all that a client needs to keep."""
+    name = f"cmp_{secrets.token_hex(16)}"
+    return {"type": COMPACTION, "id": name, "encrypted_content": name}
+
+
+async def _compact(
+    here: Context, who: Who, item: dict[str, Any], written: Written, given: Input
+) -> AsyncGenerator[str]:
+    """Read a prompt, sleep on the open window, and keep it under the name of the item; yield what happens."""
     sleep = here.service.engine.sleep
     if sleep.window is None:
         raise invalid("this model never sleeps, so it cannot compact", "context_management")
-    written = Written(kept, tokens, 0)
-    row = Row(stream=kept.stream, unread=torch.cat([kept.unread, tokens]), nap=sleep.passes)
+    kept = written.before
+    row = Row(stream=kept.stream, unread=torch.cat([kept.unread, written.prompt]), nap=sleep.passes)
+    written.row = row
     async for event in here.service.follow(row):
         written.row = event.row
-    if written.row is None:  # nothing to read, and no window to sleep on
-        written.row = row
-    here.spent(who, read=len(tokens))
+        yield event.what
+    here.spent(who, read=len(written.prompt))
     after = await here.service.keep(who.name, written)
-    name = f"cmp_{secrets.token_hex(16)}"
-    await asyncio.to_thread(here.service.store.put, who.name, COMPACTION, name, {}, after.id)
-    return {"type": COMPACTION, "id": name, "encrypted_content": name}, written
+    said = {"compacted": after.stream.tokens, "instructions": given.instructions}
+    await asyncio.to_thread(here.service.store.put, who.name, COMPACTION, item["id"], said, after.id)
 
 
-async def _events(here: Context, who: Who, made: Making) -> AsyncIterator[dict[str, Any] | str]:
-    """Make a response, and tell of it as the API streams it; strings are comments."""
+async def _events(
+    here: Context, who: Who, id: str, body: ResponseBody
+) -> AsyncGenerator[dict[str, Any] | str]:
+    """Make a response, and tell of it as the API streams it; strings are comments.
+
+    The first and the last event have the response. What fails after the first is told by the last, if
+    anybody reads events or comes back for the response; else it is raised.
+    """
+    conversation = _conversation(body)
+    with nullcontext() if conversation is None else here.held(who, conversation):
+        made = Making(id, body, await _input(here, who, body))
+        if not len(made.input.tokens):
+            raise invalid("input has no token", "input")
+        if body.background:
+            await asyncio.to_thread(_put, here, who, made)
+        yield {"type": "response.created", "response": _resource(here, made)}
+        yield {"type": "response.in_progress", "response": _resource(here, made)}
+        try:
+            async with aclosing(_answer(here, who, made)) as events:
+                async for event in events:
+                    yield event
+        except asyncio.CancelledError:
+            if body.background:
+                made.status = "cancelled"
+                await asyncio.to_thread(_put, here, who, made)
+            raise
+        except Exception as error:
+            if not (body.stream or body.background):
+                raise
+            said = told(error)
+            made.status = "failed"
+            made.error = {"code": CODES.get(said.status, "server_error"), "message": said.body["message"]}
+            if body.background:
+                await asyncio.to_thread(_put, here, who, made)
+        yield {"type": f"response.{made.status}", "response": _resource(here, made)}
+
+
+async def _answer(here: Context, who: Who, made: Making) -> AsyncGenerator[dict[str, Any] | str]:
+    """Write what a response says, and keep it."""
     body, service, given = made.body, here.service, made.input
     threshold = min(
         (c.compact_threshold for c in body.context_management or [] if c.compact_threshold), default=None
     )
     kept, tokens = given.kept, given.tokens
     began, last = time.perf_counter(), None
-    number = 0
-    if not len(tokens):
-        raise invalid("input has no token", "input")
-    yield {"type": "response.created", "response": _resource(here, made)}
-    yield {"type": "response.in_progress", "response": _resource(here, made)}
-    if (
-        threshold is not None
-        and kept.stream.tokens + len(kept.unread) + len(tokens) - kept.compacted >= threshold
-    ):
+    if threshold is not None and given.known + len(tokens) - given.compacted >= threshold:
         split = len(tokens) - min(service.chat.opening, len(tokens))
-        made.compacted, compacted = await _compact(here, who, kept, tokens[:split])
+        made.compacted, compacted = _item(), Written(kept, tokens[:split], given.known)
+        number = {"output_index": 0}
+        yield {"type": "response.output_item.added", **number, "item": made.compacted}
+        yield {"type": "response.compaction.compacting", **number, "item_id": made.compacted["id"]}
+        async for what in _compact(here, who, made.compacted, compacted, given):
+            yield what
+        yield {"type": "response.output_item.done", **number, "item": made.compacted}
         assert compacted.after is not None
         kept, tokens = compacted.after, tokens[split:]
-        yield {"type": "response.output_item.added", "output_index": 0, "item": made.compacted}
-        yield {"type": "response.output_item.done", "output_index": 0, "item": made.compacted}
-        number = 1
-    tells = bool((body.stream_options or {}).get("include_state"))
+        given.compacted = kept.stream.tokens
     wanted = Wanted(
         sampling=body.sampling(),
         longest=body.max_output_tokens or service.longest,
         stop=service.chat.stop,
-        odds=body.top_logprobs,
+        odds=body.top_logprobs or (0 if ODDS in (body.include or []) else None),
     )
-    made.written = written = Written(kept, tokens, given.known)
-    item, part = {"output_index": number, "item_id": made.message_id}, {"content_index": 0}
-    yield {
-        "type": "response.output_item.added",
-        "output_index": number,
-        "item": _message(made, "in_progress", []),
-    }
+    made.written = written = Written(kept, tokens, given.known + len(given.tokens) - len(tokens))
+    number = {"output_index": 0 if made.compacted is None else 1}
+    part = {**number, "item_id": made.message_id, "content_index": 0}
+    item = _message(made, "in_progress", [])
+    yield {"type": "response.output_item.added", **number, "item": item}
     empty = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
-    yield {"type": "response.content_part.added", **item, **part, "part": empty}
+    yield {"type": "response.content_part.added", **part, "part": empty}
+    tells = bool(body.stream_options and body.stream_options.include_state)
     async for event in here.write(who, written, wanted):
         if event.what == "wrote":
             now = time.perf_counter()
@@ -331,62 +433,77 @@ async def _events(here: Context, who: Who, made: Making) -> AsyncIterator[dict[s
             last = now
             text = "".join(map(str, event.pieces))
             odds = [] if event.odds is None else _logprobs(here, [event.odds])
-            if text:
-                yield {"type": "response.output_text.delta", **item, **part, "delta": text, "logprobs": odds}
+            if text or odds:
+                yield {"type": "response.output_text.delta", **part, "delta": text, "logprobs": odds}
         if tells:
             yield json.dumps({"what": event.what, **stream_of(event.row.stream)})
         elif event.what not in ("wrote", "done"):
             yield event.what
     here.metrics.whole.observe(time.perf_counter() - began)
     here.told(written)
-    made.status = "completed" if written.finish_reason == "stop" else "incomplete"
     if body.store is not False:
         await service.keep(who.name, written)
+    made.status = "completed" if written.finish_reason == "stop" else "incomplete"
+    made.completed = int(time.time())
+    if body.store is not False:
         await asyncio.to_thread(_put, here, who, made)
     done = _content(here, made)
-    yield {
-        "type": "response.output_text.done",
-        **item,
-        **part,
-        "text": written.text,
-        "logprobs": done["logprobs"],
-    }
-    yield {"type": "response.content_part.done", **item, **part, "part": done}
-    yield {
-        "type": "response.output_item.done",
-        "output_index": number,
-        "item": _message(made, made.status, [done]),
-    }
-    yield {"type": f"response.{made.status}", "response": _resource(here, made)}
+    text_done = {"text": written.text, "logprobs": done["logprobs"]}
+    yield {"type": "response.output_text.done", **part, **text_done}
+    yield {"type": "response.content_part.done", **part, "part": done}
+    item = _message(made, made.status, [done])
+    yield {"type": "response.output_item.done", **number, "item": item}
 
 
 def _put(here: Context, who: Who, made: Making) -> None:
-    """Store a response, and where its conversation is now."""
+    """Store a response, and where its conversation is now, both or neither."""
     store, given = here.service.store, made.input
     after = None if made.written is None or made.written.after is None else made.written.after.id
     response = _resource(here, made)
-    store.put(who.name, RESPONSE, made.id, {"response": response, "input": given.items}, after)
-    if given.conversation is not None and after is not None:
-        thing = store.get(who.name, CONVERSATION, given.conversation)
-        if thing is not None:  # it may have been deleted meanwhile
-            new = [*given.items[len(thing.body["pending"]) :], *response["output"]]
-            said = {**thing.body, "items": [*thing.body["items"], *new], "pending": []}
-            store.put(who.name, CONVERSATION, thing.id, said, after)
+    read = {"instructions": given.instructions, "compacted": given.compacted}
+    with store.together():
+        store.put(who.name, RESPONSE, made.id, {"response": response, "input": given.items, **read}, after)
+        if given.conversation is not None and after is not None:
+            thing = store.get(who.name, CONVERSATION, given.conversation)
+            if thing is not None:  # it may have been deleted meanwhile
+                items = [*thing.body["items"], *given.new, *response["output"]]
+                said = {**thing.body, "items": items, "pending": [], **read}
+                store.put(who.name, CONVERSATION, thing.id, said, after)
 
 
-async def _in_background(here: Context, who: Who, made: Making) -> None:
-    try:
-        async for _ in _events(here, who, made):
-            pass
-    except asyncio.CancelledError:
-        made.status = "cancelled"
-    except ApiError as error:
-        made.status, made.error = "failed", {"code": error.body["code"], "message": error.body["message"]}
-    if made.status in ("cancelled", "failed"):
-        await asyncio.to_thread(_put, here, who, made)
+async def _in_background(events: AsyncGenerator[dict[str, Any] | str]) -> None:
+    with suppress(ApiError):  # the log has why the store refuses
+        async with aclosing(events):
+            async for _ in events:
+                pass
 
 
-async def _sse(first: dict[str, Any] | str, rest: AsyncIterator[dict[str, Any] | str]) -> AsyncIterator[str]:
+def take_up(here: Context) -> None:
+    """Say of responses that a kill broke off in the background that they will not come."""
+    store = here.service.store
+    for owner, thing in store.without_stream(RESPONSE):
+        response = thing.body["response"]
+        if response["status"] == "in_progress":
+            error = {"code": "server_error", "message": "the server ended while it made this response"}
+            store.put(
+                owner,
+                RESPONSE,
+                thing.id,
+                {**thing.body, "response": {**response, "status": "failed", "error": error}},
+            )
+
+
+async def put_off(here: Context) -> None:
+    """End the responses that are still made in the background."""
+    for task in (tasks := list(here.running.values())):
+        task.cancel()
+    if tasks:
+        await asyncio.wait(tasks)
+
+
+async def _sse(
+    first: dict[str, Any] | str, rest: AsyncGenerator[dict[str, Any] | str]
+) -> AsyncGenerator[str]:
     """Number the events and write them."""
     number = 0
 
@@ -398,21 +515,33 @@ async def _sse(first: dict[str, Any] | str, rest: AsyncIterator[dict[str, Any] |
         number += 1
         return f"event: {said['type']}\ndata: {text}\n\n"
 
-    yield event(first)
-    try:
+    async with aclosing(rest):
+        yield event(first)
         async for said in rest:
             yield event(said)
-    except ApiError as error:
-        yield event({"type": "error", **error.body})
 
 
-def message_item(said: Message) -> dict[str, Any]:
-    """Return an input message as the API lists it."""
+def said_in(item: dict[str, Any], where: str) -> Message:
+    """Return what an item says.
+
+    Raises:
+        ApiError: if it is no message of text.
+    """
+    kind = item.get("type", "message")
+    if kind != "message":
+        raise invalid(
+            f"items of type {kind!r} are not supported by a model of text", where, "unsupported_content"
+        )
+    return message(str(item.get("role")), item.get("content"), where)
+
+
+def message_item(said: Message, id: Any = None) -> dict[str, Any]:
+    """Return an input message as the API lists it, under the `id` that a client gave it or a new one."""
     kind = "output_text" if said.role == "assistant" else "input_text"
     part: dict[str, Any] = {"type": kind, "text": said.content}
     if said.role == "assistant":
         part |= {"annotations": [], "logprobs": []}
-    id = f"msg_{secrets.token_hex(12)}"
+    id = id if isinstance(id, str) and id else f"msg_{secrets.token_hex(12)}"
     return {"type": "message", "id": id, "status": "completed", "role": said.role, "content": [part]}
 
 
@@ -433,18 +562,20 @@ def _content(here: Context, made: Making) -> dict[str, Any]:
 
 
 def _logprobs(here: Context, odds: Sequence[Odds]) -> list[dict[str, Any]]:
-    def one(token: int, log_p: float) -> dict[str, Any]:
-        text = here.service.tokenizer.decode([token])
-        return {"token": text, "logprob": log_p, "bytes": list(text.encode())}
+    """Return odds as `listed_odds` does; here every token must have bytes, if only none."""
 
-    return [{**one(o.token, o.log_p), "top_logprobs": [one(*other) for other in o.likeliest]} for o in odds]
+    def whole(one: dict[str, Any]) -> dict[str, Any]:
+        return {**one, "bytes": one["bytes"] or []}
+
+    listed = listed_odds(here.service.tokenizer, odds)
+    return [{**whole(one), "top_logprobs": [*map(whole, one["top_logprobs"])]} for one in listed]
 
 
-def _usage(written: Written, known: int) -> dict[str, Any]:
-    read, wrote = known + len(written.prompt), len(written.tokens)
+def _usage(given: Input, written: Written) -> dict[str, Any]:
+    read, wrote = given.known + len(given.tokens), len(written.tokens)
     return {
         "input_tokens": read,
-        "input_tokens_details": {"cached_tokens": known, "cache_write_tokens": 0},
+        "input_tokens_details": {"cached_tokens": given.known, "cache_write_tokens": 0},
         "output_tokens": wrote,
         "output_tokens_details": {"reasoning_tokens": 0},
         "total_tokens": read + wrote,
@@ -454,6 +585,7 @@ def _usage(written: Written, known: int) -> dict[str, Any]:
 def _resource(here: Context, made: Making) -> dict[str, Any]:
     """Return a response as the API describes it, whole or on its way."""
     body, written = made.body, made.written
+    extra = {name: value for name, value in (body.model_extra or {}).items() if value is not None}
     over = made.status in ("completed", "incomplete")
     output = [made.compacted] if made.compacted is not None else []
     if over:
@@ -463,7 +595,7 @@ def _resource(here: Context, made: Making) -> dict[str, Any]:
         "id": made.id,
         "object": "response",
         "created_at": made.created,
-        "completed_at": int(time.time()) if over else None,
+        "completed_at": made.completed,
         "status": made.status,
         "incomplete_details": reason,
         "model": body.model,
@@ -473,25 +605,25 @@ def _resource(here: Context, made: Making) -> dict[str, Any]:
         "output": output,
         "error": made.error,
         "tools": [],
-        "tool_choice": "auto",
-        "truncation": "disabled",
-        "parallel_tool_calls": True,
-        "text": {"format": {"type": "text"}},
+        "tool_choice": extra.get("tool_choice", "auto"),
+        "truncation": extra.get("truncation", "disabled"),
+        "parallel_tool_calls": extra.get("parallel_tool_calls", True),
+        "text": {"format": {"type": "text"}, **extra.get("text", {})},
         "top_p": 1.0 if body.top_p is None else body.top_p,
         "presence_penalty": 0.0,
         "frequency_penalty": 0.0,
         "top_logprobs": body.top_logprobs or 0,
         "temperature": 1.0 if body.temperature is None else body.temperature,
         "reasoning": None,
-        "usage": _usage(written, made.input.known + previous_tokens(made)) if over and written else None,
+        "usage": _usage(made.input, written) if over and written else None,
         "max_output_tokens": body.max_output_tokens,
         "max_tool_calls": None,
         "store": body.store is not False,
         "background": bool(body.background),
         "service_tier": "default",
         "metadata": body.metadata or {},
-        "safety_identifier": None,
-        "prompt_cache_key": None,
+        "safety_identifier": body.safety_identifier,
+        "prompt_cache_key": body.prompt_cache_key,
         "stream": stream_of(
             made.input.kept.stream if written is None or written.row is None else written.row.stream
         ),
@@ -501,9 +633,3 @@ def _resource(here: Context, made: Making) -> dict[str, Any]:
 def stream_of(stream: Stream) -> dict[str, int]:
     """Say how far a stream is."""
     return {"tokens": stream.tokens, "sleeps": stream.sleeps, "window_tokens": len(stream.window)}
-
-
-def previous_tokens(made: Making) -> int:
-    """Count the tokens that an answer goes on from and that were read before."""
-    kept = made.input.kept
-    return 0 if made.input.known else kept.stream.tokens + len(kept.unread)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import socket
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import uvicorn
 
 from lmsleep.serve.app import create_app
 from lmsleep.serve.context import Context
+from lmsleep.serve.drain import Draining
 from lmsleep.serve.engine import Engine
 from lmsleep.serve.keys import Keys
 from lmsleep.serve.log import to_stderr
@@ -18,8 +20,6 @@ from lmsleep.serve.service import Service
 from lmsleep.serve.store import Store
 from lmsleep.session import Session
 from lmsleep.text.chat import chat_of
-
-DRAIN = 60  # seconds that answers under way may take after a signal
 
 
 def run(
@@ -38,6 +38,8 @@ def run(
     most_waiting: int,
     most_rows: int,
     most_bytes: int,
+    most_disk: int | None,
+    keep_days: float | None,
     tell: Callable[[str], None],
 ) -> None:
     """Serve until SIGINT or SIGTERM; answers under way are brought to their end first.
@@ -52,9 +54,22 @@ def run(
     assert session.tokenizer is not None
     to_stderr()
     listening = _listen(host, port)
+    _allow_connections()
     model, sleep = session.model, session.sleep_config
     engine = Engine(model, sleep, portion=portion, debt=debt, most_waiting=most_waiting, most_rows=most_rows)
-    kept = Store(store, model, sleep, most_bytes=most_bytes)
+    try:
+        kept = Store(
+            store,
+            model,
+            sleep,
+            most_bytes=most_bytes,
+            most_disk=most_disk,
+            most_each=keys.quota.bytes,
+            keep_days=keep_days,
+        )
+    except BaseException:
+        listening.close()
+        raise
     service = Service(
         engine,
         kept,
@@ -71,13 +86,13 @@ def run(
         create_app(here),
         log_config=None,
         access_log=False,
-        timeout_graceful_shutdown=DRAIN,
+        timeout_graceful_shutdown=1,
         server_header=False,
     )
     address, bound = listening.getsockname()[:2]
     shown = f"[{address}]" if ":" in address else address
     here.started = lambda: tell(f"http://{shown}:{bound}")
-    uvicorn.Server(config).run(sockets=[listening])
+    Draining(config, here).run(sockets=[listening])
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -91,3 +106,12 @@ def _listen(host: str, port: int) -> socket.socket:
         listening.close()
         raise OSError(f"host={host} and port={port} cannot be listened at: {error.strerror}") from None
     return listening
+
+
+def _allow_connections() -> None:
+    """Let the process open as many files, connections among them, as the system allows it."""
+    if sys.platform != "win32":
+        import resource
+
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

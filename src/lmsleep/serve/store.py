@@ -3,17 +3,17 @@
 A stream is where its window began (`starts`: one memory file, shared by all streams of that window) and the
 tokens of the window (a row). So a response more in the same window costs a row, and going on from an old one
 costs nothing. Everything has an owner, and nothing is ever found by another one, shared prefixes included.
+What was used last is in memory too, and comes from disk otherwise.
 """
 
 import hashlib
 import json
+import os
 import secrets
-import sqlite3
-import threading
+import shutil
 import time
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,35 +23,89 @@ from torch import Tensor
 
 from lmsleep.files import locked
 from lmsleep.memory import model_identity
+from lmsleep.serve.database import Database, no_room, storing
+from lmsleep.serve.errors import ApiError
+from lmsleep.serve.log import LOG
+from lmsleep.serve.recent import Recent
+from lmsleep.serve.room import Clock, Room
 from lmsleep.session import Stream, saving
 from lmsleep.session.stream import no_tokens, size
 from lmsleep.sleep import Backbone, SleepConfig
 from lmsleep.state import Origin
+from lmsleep.text.tokenizers import check_tokens
 
 VERSION = 1
+DAY = 86400.0  # seconds
 NO_TOKENS = no_tokens()
+WIDTH = 4  # bytes of a token in a row
 TABLES = """
-CREATE TABLE about (key TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE about (key TEXT PRIMARY KEY, value TEXT NOT NULL)
+
 CREATE TABLE starts (
     id TEXT PRIMARY KEY, owner TEXT NOT NULL, tokens INTEGER NOT NULL, sleeps INTEGER NOT NULL,
     chain BLOB, bytes INTEGER NOT NULL
-);
-CREATE INDEX starts_by_chain ON starts (owner, chain);
+)
+
+CREATE INDEX starts_by_chain ON starts (owner, chain)
+
 CREATE TABLE streams (
     id TEXT PRIMARY KEY, owner TEXT NOT NULL, start TEXT NOT NULL REFERENCES starts (id),
     window BLOB NOT NULL, used REAL NOT NULL
-);
-CREATE INDEX streams_by_start ON streams (start);
+)
+
+CREATE INDEX streams_by_window ON streams (start, owner, window)
+
+CREATE INDEX streams_by_use ON streams (used)
+
 CREATE TABLE things (
-    id TEXT PRIMARY KEY, owner TEXT NOT NULL, kind TEXT NOT NULL, stream TEXT REFERENCES streams (id),
-    created REAL NOT NULL, body TEXT NOT NULL
-);
-CREATE INDEX things_by_owner ON things (owner, kind, created);
-CREATE INDEX things_by_stream ON things (stream);
+    number INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, owner TEXT NOT NULL, kind TEXT NOT NULL,
+    stream TEXT REFERENCES streams (id), created REAL NOT NULL, used REAL NOT NULL, body TEXT NOT NULL
+)
+
+CREATE INDEX things_by_owner ON things (owner, kind, number)
+
+CREATE INDEX things_by_stream ON things (stream)
+
 CREATE TABLE unread (
     thing TEXT PRIMARY KEY REFERENCES things (id) ON DELETE CASCADE, owner TEXT NOT NULL, tokens BLOB NOT NULL
-);
+)
+
+CREATE TABLE taken (owner TEXT PRIMARY KEY, bytes INTEGER NOT NULL)
 """
+# What each owner takes is counted with every change, so that asking for it costs nothing.
+COUNTED = {
+    "starts": "{row}.bytes",
+    "streams": "length({row}.window)",
+    "things": "length(CAST({row}.body AS BLOB))",
+    "unread": "length({row}.tokens)",
+}
+TRIGGER = """
+
+CREATE TRIGGER {table}_{change} AFTER {change} ON {table} BEGIN
+    INSERT INTO taken VALUES ({row}.owner, {bytes}) ON CONFLICT DO UPDATE SET bytes = bytes + excluded.bytes;
+END"""
+
+
+def _tables() -> str:
+    """Return the statements that make all tables."""
+    made = TABLES.strip()
+    for table, counted in COUNTED.items():
+        new, old = counted.format(row="new"), counted.format(row="old")
+        for change, row, bytes in (
+            ("INSERT", "new", new),
+            ("DELETE", "old", f"-{old}"),
+            ("UPDATE", "new", f"{new} - {old}"),
+        ):
+            made += TRIGGER.format(table=table, change=change, row=row, bytes=bytes)
+    return made
+
+
+class Damaged(ApiError):
+    """What is stored under a name cannot be read any more; nothing else is harmed."""
+
+    def __init__(self, what: str, name: str, error: Exception) -> None:
+        LOG.error("%s %s is damaged: %s: %s", what, name, type(error).__name__, error)
+        super().__init__(500, f"what is stored of {what} {name!r} is damaged", code="damaged")
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +118,6 @@ class Kept:
         chain: digest of all that was read before the window; None if a sleep came before its window was full.
         stream: the stream; where `unread` is not empty it stands where its window began.
         unread: tokens of its window, which must be read first.
-        compacted: how many tokens it had read when somebody last asked for a sleep.
     """
 
     id: str
@@ -72,12 +125,17 @@ class Kept:
     chain: bytes | None
     stream: Stream
     unread: Tensor
-    compacted: int = 0
 
     @property
     def window(self) -> Tensor:
         """Return the tokens of the open window."""
         return self.unread if len(self.unread) else self.stream.window
+
+    @property
+    def nbytes(self) -> int:
+        """Count the bytes of its states."""
+        stream = self.stream
+        return size(stream.state) + (0 if stream.start is stream.state else size(stream.start))
 
 
 @dataclass(frozen=True)
@@ -100,77 +158,104 @@ class Thing:
 
 
 class Store:
-    """Streams and documents in a folder; one process at a time.
+    """Streams and documents in a folder; one process at a time. For any threads.
 
     Args:
         folder: made if it is missing.
         model: whose streams these are; those of another one are refused.
         sleep: how it sleeps, likewise.
         most_bytes: of states that are held in memory; those used last stay.
+        most_disk: bytes of memory files and rows; None: without limit. `Room` says what leaves.
+        most_each: the same of each owner.
+        keep_days: how long streams, responses and compactions stay after they were last used; None: for ever.
+            Days on which the store is not open do not count.
 
     Raises:
-        ValueError: if another process has it, or it belongs to another model or sleep.
+        ValueError: if another process has it, or it belongs to another model or sleep, or is damaged.
         OSError: if it cannot be written.
     """
 
-    def __init__(self, folder: Path, model: Backbone, sleep: SleepConfig, *, most_bytes: int = 2**30) -> None:
-        self.folder, self.model, self.sleep, self.most_bytes = folder, model, sleep, most_bytes
-        self.starts = folder / "starts"
-        self.starts.mkdir(parents=True, exist_ok=True, mode=0o700)
+    def __init__(
+        self,
+        folder: Path,
+        model: Backbone,
+        sleep: SleepConfig,
+        *,
+        most_bytes: int = 2**30,
+        most_disk: int | None = None,
+        most_each: int | None = None,
+        keep_days: float | None = None,
+    ) -> None:
+        self.folder, self.model, self.sleep, self.keep_days = folder, model, sleep, keep_days
+        self._starts, self.scratch = folder / "starts", folder / "scratch"
+        self._starts.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._locked = locked(folder / "store")
         self._locked.__enter__()
-        self._lock = threading.RLock()
-        self._db = sqlite3.connect(folder / "store.sqlite", check_same_thread=False, isolation_level=None)
-        self._db.execute("PRAGMA journal_mode = WAL")
-        self._db.execute("PRAGMA synchronous = FULL")
-        self._db.execute("PRAGMA foreign_keys = ON")
-        self._recent = OrderedDict[str, Kept]()
-        self._held = 0
-        self.origin = Origin(model=model_identity(model))
-        self._begin()
+        try:
+            self._db = Database(folder / "store.sqlite", _tables())
+            self.origin = Origin(model=model_identity(model))
+            self._check()
+            self._clean()
+        except BaseException:
+            self._locked.__exit__(None, None, None)
+            raise
+        self.recent = Recent[Kept](most_bytes)
+        self.room = Room(self._db, self._drop_stream, self._note_use, most_disk, most_each)
+        (served,) = self._db.read("SELECT CAST(value AS REAL) FROM about WHERE key = 'served'") or [(0.0,)]
+        (used,) = self._db.read("SELECT coalesce(max(used), 0.0) FROM streams")
+        self._clock = Clock(max(*served, *used))  # a kill loses what was not noted yet
+        self._used = dict[str, float]()  # streams, and when they were used; on disk with the next sweep
 
-    def _begin(self) -> None:
-        """Make the tables, or check whose they are; sweep what a kill has left."""
+    def _check(self) -> None:
+        """Say whose the store is, or check it."""
         about = {
             "version": str(VERSION),
             "model": self.origin.model or "",
             "sleep": json.dumps(self.sleep.to_dict()),
         }
-        with self._changes():
-            if not self._db.execute("SELECT 1 FROM sqlite_master WHERE name = 'about'").fetchone():
-                for statement in TABLES.split(";"):
-                    self._db.execute(statement)
-                self._db.executemany("INSERT INTO about VALUES (?, ?)", about.items())
-        found = dict(self._db.execute("SELECT key, value FROM about"))
+        with self._db.together():
+            for item in about.items():
+                self._db.write("INSERT OR IGNORE INTO about VALUES (?, ?)", item)
+        found = dict(self._db.read("SELECT key, value FROM about"))
         for key, value in about.items():
-            if found.get(key) != value:
-                self.close()
+            if found[key] != value:
+                self._db.close()
                 raise ValueError(
-                    f"{self.folder} is a store of another {key} ({found.get(key)}, not {value}); "
+                    f"{self.folder} is a store of another {key} ({found[key]}, not {value}); "
                     "name another folder"
                 )
-        known = {row[0] for row in self._db.execute("SELECT id FROM starts")}
-        for path in self.starts.iterdir():
-            if path.stem not in known:  # written, but its row was not
-                path.unlink(missing_ok=True)
 
-    @contextmanager
-    def _changes(self) -> Iterator[None]:
-        """Make all changes or none."""
-        with self._lock:
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                yield
-            except BaseException:
-                self._db.execute("ROLLBACK")
-                raise
-            self._db.execute("COMMIT")
+    def _clean(self) -> None:
+        """Remove the files that a kill has left."""
+        shutil.rmtree(self.scratch, ignore_errors=True)
+        self.scratch.mkdir(mode=0o700)
+        known = {row[0] for row in self._db.read("SELECT id FROM starts")}
+        for path in self._starts.glob("*/*"):
+            if path.stem not in known:  # written, but its row was not; or deleted, but its file was not
+                path.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Let go of the folder."""
-        with self._lock:
-            self._db.close()
-            self._locked.__exit__(None, None, None)
+        with suppress(ApiError):
+            self._note_use()
+        self._db.close()
+        self._locked.__exit__(None, None, None)
+
+    def together(self) -> AbstractContextManager[None]:
+        """Make all changes within, or none."""
+        return self._db.together()
+
+    def check_writable(self) -> None:
+        """Try to write.
+
+        Raises:
+            Unstored: if that fails.
+        """
+        with storing():
+            path = self.scratch / secrets.token_hex(12)
+            path.write_bytes(bytes(4096))
+            path.unlink()
+        self._note_use()
 
     # Streams
 
@@ -190,49 +275,94 @@ class Store:
 
         Raises:
             ValueError: for a state with NaN.
-            OSError: if it cannot be written; nothing is kept then.
+            ApiError: if it cannot be written; nothing is kept then.
         """
-        name = secrets.token_hex(12)
-        with self._changes():
-            start, chain = self._start(owner, before, read, after)
-            row = (name, owner, start, _blob(after.window), time.time())
-            self._db.execute("INSERT INTO streams VALUES (?, ?, ?, ?, ?)", row)
+        name, window = secrets.token_hex(12), _blob(after.window)
+        with self._started(owner, before, read, after, len(window)) as (start, chain):
+            row = (name, owner, start, window, self._clock.now())
+            self._db.write("INSERT INTO streams VALUES (?, ?, ?, ?, ?)", row)
         return self._remember(Kept(name, start, chain, after, NO_TOKENS))
 
     def settle(self, owner: str, kept: Kept, after: Stream) -> None:
-        """Keep under the name of a stream what it is after a sleep that was due."""
-        with self._changes():
-            start, chain = self._start(owner, kept, NO_TOKENS, after)
-            change = "UPDATE streams SET start = ?, window = ? WHERE id = ?"
-            found = self._db.execute(change, (start, _blob(after.window), kept.id)).rowcount
-        if found:  # it may have been deleted meanwhile
-            self._remember(Kept(kept.id, start, chain, after, NO_TOKENS))
-        self._sweep()
+        """Keep under the name of a stream what it is after a sleep that was due.
 
-    def _start(self, owner: str, before: Kept, read: Tensor, after: Stream) -> tuple[str, bytes | None]:
-        """Return name and chain of where the window of `after` began; written if it is new."""
-        if after.sleeps == before.stream.sleeps:
-            if before.start == "":
-                self._db.execute("INSERT OR IGNORE INTO starts VALUES ('', '', 0, 0, ?, 0)", (before.chain,))
-            return before.start, before.chain
-        tokens, chain = torch.cat([before.window, read]), None
+        Raises:
+            ApiError: as `keep`; it then stays as it is.
+        """
+        with self._started(owner, kept, NO_TOKENS, after, 0) as (start, chain):
+            change = "UPDATE streams SET start = ?, window = ? WHERE id = ? RETURNING id"
+            found = self._db.write(change, (start, _blob(after.window), kept.id))
+            self._drop_start(kept.start)
+            self._drop_start(start)  # the stream may have been deleted meanwhile
+        if found:
+            self._remember(Kept(kept.id, start, chain, after, NO_TOKENS))
+
+    @contextmanager
+    def _started(
+        self, owner: str, before: Kept, read: Tensor, after: Stream, need: int
+    ) -> Iterator[tuple[str, bytes | None]]:
+        """Yield name and chain of where the window of `after` began, written if new; in a transaction."""
+        chain = self._continued(before, read, after)
+        same = before.start if after.sleeps == before.stream.sleeps else None
+        found = "" if same == "" else self._shared(owner, same, chain)
+        if found is not None:
+            self.room.make(owner, need)
+            with self._db.together():
+                if found == "":
+                    nothing = self.nothing().chain
+                    self._db.write("INSERT OR IGNORE INTO starts VALUES ('', '', 0, 0, ?, 0)", (nothing,))
+                # It may have left while there was no lock: then it is written again.
+                if self._db.read("SELECT 1 FROM starts WHERE id = ?", (found,)):
+                    yield found, chain
+                    return
+        begun = Stream.begin(after.start, tokens=after.tokens - len(after.window), sleeps=after.sleeps)
+        with self._written(owner, chain, begun, need) as start:
+            yield start, chain
+
+    def _continued(self, before: Kept, read: Tensor, after: Stream) -> bytes | None:
+        """Return the chain of where the window of `after` began."""
+        if after.sleeps == before.stream.sleeps or before.chain is None:
+            return before.chain
+        tokens = torch.cat([before.window, read])
         slept_on = (after.sleeps - before.stream.sleeps) * (self.sleep.window or 1)
         # Only if every window was full: else the state is no function of the tokens alone.
-        if before.chain is not None and len(tokens) - len(after.window) == slept_on:
-            chain = self.chain(before.chain, tokens[:slept_on])[-1]
-            where = "SELECT id FROM starts WHERE owner = ? AND chain = ?"
-            if (row := self._db.execute(where, (owner, chain)).fetchone()) is not None:
-                return str(row[0]), chain
-        start = secrets.token_hex(12)
-        self._write_start(owner, start, chain, after)
-        return start, chain
+        if len(tokens) - len(after.window) != slept_on:
+            return None
+        return self.chain(before.chain, tokens[:slept_on])[-1]
 
-    def _write_start(self, owner: str, start: str, chain: bytes | None, after: Stream) -> None:
-        begun = Stream.begin(after.start, tokens=after.tokens - len(after.window), sleeps=after.sleeps)
+    def _shared(self, owner: str, start: str | None, chain: bytes | None) -> str | None:
+        """Return a start of this name or this chain whose file is there."""
+        rows = self._db.read(
+            "SELECT id, bytes FROM starts WHERE id = ?1 UNION SELECT id, bytes FROM starts "
+            "WHERE ?1 IS NULL AND owner = ?2 AND chain = ?3",
+            (start, owner, chain),
+        )
+        for name, count in rows:
+            with suppress(OSError):
+                if self._path(name).stat().st_size == count:
+                    return str(name)
+        return None
+
+    @contextmanager
+    def _written(self, owner: str, chain: bytes | None, begun: Stream, need: int) -> Iterator[str]:
+        """Write where a window began, and yield its name in a transaction; a failure leaves no file."""
+        start = secrets.token_hex(12)
         path = self._path(start)
-        saving.write(path, begun, self._origin(begun), self.sleep, None)
-        row = (start, owner, begun.tokens, begun.sleeps, chain, path.stat().st_size)
-        self._db.execute("INSERT INTO starts VALUES (?, ?, ?, ?, ?, ?)", row)
+        try:
+            with storing():
+                path.parent.mkdir(exist_ok=True, mode=0o700)
+                # Before others have to wait: this takes longest.
+                saving.write(path, begun, self._origin(begun), self.sleep, None)
+                _sync(path.parent)
+                count = path.stat().st_size
+            self.room.make(owner, need + count)
+            with self._db.together():
+                row = (start, owner, begun.tokens, begun.sleeps, chain, count)
+                self._db.write("INSERT INTO starts VALUES (?, ?, ?, ?, ?, ?)", row)
+                yield start
+        except BaseException:
+            self._remove(start)
+            raise
 
     def _origin(self, stream: Stream) -> Origin:
         return Origin(
@@ -240,7 +370,14 @@ class Store:
         )
 
     def _path(self, start: str) -> Path:
-        return self.starts / f"{start}.mem"
+        # Many folders: one of a million files is slow to write to.
+        return self._starts / start[:2] / f"{start}.mem"
+
+    def _remove(self, start: str) -> None:
+        try:
+            self._path(start).unlink(missing_ok=True)
+        except OSError as error:  # swept with the next start
+            LOG.error("the file of a state could not be removed: %s", error)
 
     def chain(self, chain: bytes, tokens: Tensor) -> list[bytes]:
         """Return `chain`, and its continuation after each whole window of `tokens`."""
@@ -250,56 +387,63 @@ class Store:
                 chains.append(hashlib.sha256(chains[-1] + window.numpy().tobytes()).digest())
         return chains
 
-    def bring(self, owner: str, begun: Stream, window: Tensor | None = None) -> Kept:
+    def bring(self, owner: str, begun: Stream, window: Tensor = NO_TOKENS) -> Kept:
         """Keep a stream that came from elsewhere: where its window began, and the tokens of the window.
 
         Raises:
             ValueError: as `keep`.
-            OSError: as `keep`.
+            ApiError: as `keep`.
         """
-        name, start = secrets.token_hex(12), secrets.token_hex(12)
-        unread = NO_TOKENS if window is None else window
-        with self._changes():
-            self._write_start(owner, start, None, begun)
-            row = (name, owner, start, _blob(unread), time.time())
-            self._db.execute("INSERT INTO streams VALUES (?, ?, ?, ?, ?)", row)
-        return self._remember(Kept(name, start, None, begun, unread))
+        name, blob = secrets.token_hex(12), _blob(window)
+        with self._written(owner, None, begun, len(blob)) as start:
+            row = (name, owner, start, blob, self._clock.now())
+            self._db.write("INSERT INTO streams VALUES (?, ?, ?, ?, ?)", row)
+        return self._remember(Kept(name, start, None, begun, window))
 
     def position(self, owner: str, stream: str) -> tuple[int, int, int]:
         """Return tokens read, sleeps, and tokens in the open window of a stream; zeros if there is none."""
-        with self._lock:
-            row = self._db.execute(
-                "SELECT b.tokens + length(s.window) / 8, b.sleeps, length(s.window) / 8 "
-                "FROM streams s JOIN starts b ON b.id = s.start WHERE s.id = ? AND s.owner = ?",
-                (stream, owner),
-            ).fetchone()
-        return (0, 0, 0) if row is None else (int(row[0]), int(row[1]), int(row[2]))
+        rows = self._db.read(
+            "SELECT b.tokens + length(s.window) / ?3, b.sleeps, length(s.window) / ?3 "
+            "FROM streams s JOIN starts b ON b.id = s.start WHERE s.id = ?1 AND s.owner = ?2",
+            (stream, owner, WIDTH),
+        )
+        return rows[0] if rows else (0, 0, 0)
 
     def find(self, owner: str, stream: str) -> Kept | None:
-        """Return a stream of this owner."""
-        with self._lock:
-            row = self._db.execute(
-                "SELECT s.start, s.window, b.chain FROM streams s JOIN starts b ON b.id = s.start "
-                "WHERE s.id = ? AND s.owner = ?",
-                (stream, owner),
-            ).fetchone()
-            if row is None:
-                return None
-            self._db.execute("UPDATE streams SET used = ? WHERE id = ?", (time.time(), stream))
-            if (kept := self._recent.get(stream)) is not None:
-                self._recent.move_to_end(stream)
-                return kept
-        start, window, chain = row
-        return self._from_disk(stream, start, chain, window)
+        """Return a stream of this owner.
+
+        Raises:
+            ApiError: if its file or row is damaged.
+        """
+        query = (
+            "SELECT s.start, s.window, b.chain FROM streams s JOIN starts b ON b.id = s.start "
+            "WHERE s.id = ? AND s.owner = ?"
+        )
+        if not (rows := self._db.read(query, (stream, owner))):
+            return None
+        self._used[stream] = self._clock.now()
+        if (kept := self.recent.get(stream)) is not None:
+            return kept
+        ((start, window, chain),) = rows
+        try:
+            kept = self._from_disk(stream, start, chain, window)
+        except (ValueError, OSError) as error:
+            if self._db.read(query, (stream, owner)) != rows:  # changed or deleted meanwhile
+                return self.find(owner, stream)
+            with suppress(ApiError), self._db.together():
+                # So that nothing that reads the same begins with it.
+                self._db.write("UPDATE starts SET chain = NULL WHERE id = ? AND id != ''", (start,))
+            raise Damaged("stream", stream, error) from None
+        return self._remember(kept)
 
     def _from_disk(self, name: str, start: str, chain: bytes | None, window: bytes) -> Kept:
         tokens = _tokens(window)
+        check_tokens(tokens, self.model.vocab_size)
         if start == "":
             return Kept(name, start, chain, self.nothing().stream, tokens)
         state, origin, _, _ = saving.read(self._path(start), self.model, self.sleep)
-        return Kept(
-            name, start, chain, Stream.begin(state, tokens=origin.tokens, sleeps=origin.sleeps), tokens
-        )
+        begun = Stream.begin(state, tokens=origin.tokens, sleeps=origin.sleeps)
+        return Kept(name, start, chain, begun, tokens)
 
     def longest_prefix(self, owner: str, tokens: Tensor) -> tuple[Kept, int]:
         """Return the stream of this owner that has read most of the beginning of `tokens`, and how many.
@@ -308,30 +452,35 @@ class Store:
         """
         chains = self.chain(self.nothing().chain or b"", tokens[:-1])
         L = self.sleep.window or 0
-        with self._lock:
-            for count in range(len(chains) - 1, -1, -1):
-                rest = tokens[count * L : -1].numpy().tobytes()
-                row = self._db.execute(
-                    "SELECT s.id, length(s.window) FROM streams s JOIN starts b ON b.id = s.start "
-                    "WHERE s.owner = ? AND b.chain = ? AND length(s.window) <= ? "
-                    "AND s.window = substr(?, 1, length(s.window)) ORDER BY length(s.window) DESC LIMIT 1",
-                    (owner, chains[count], len(rest), rest),
-                ).fetchone()
-                if row is not None:
-                    kept = self.find(owner, row[0])
-                    assert kept is not None
-                    return kept, count * L + row[1] // 8
+        for count in range(len(chains) - 1, -1, -1):
+            rest = _blob(tokens[count * L : -1])
+            starts = "SELECT id FROM starts WHERE owner IN (?, '') AND chain = ?"
+            for (start,) in self._db.read(starts, (owner, chains[count])):
+                # What is damaged, or has just left, is read anew.
+                with suppress(Damaged):
+                    found = self._longest_window(owner, start, rest)
+                    if found is not None and (kept := self.find(owner, found)) is not None:
+                        return kept, count * L + len(kept.window)
         return self.nothing(), 0
 
+    def _longest_window(self, owner: str, start: str, rest: bytes) -> str | None:
+        """Return the stream of a start whose window is the longest that `rest` begins with."""
+        query = (
+            "SELECT id, window FROM streams WHERE start = ? AND owner = ? AND window <= ? "
+            "ORDER BY window DESC LIMIT 1"
+        )
+        bound = rest
+        while rows := self._db.read(query, (start, owner, bound)):
+            ((name, window),) = rows
+            if rest.startswith(window):
+                return str(name)
+            # Whatever `rest` begins with and is longer than what both share would have come before this one.
+            shared = next(i for i, (a, b) in enumerate(zip(rest, window, strict=False)) if a != b)
+            bound = rest[: shared - shared % WIDTH]
+        return None
+
     def _remember(self, kept: Kept) -> Kept:
-        with self._lock:
-            if (old := self._recent.pop(kept.id, None)) is not None:
-                self._held -= size(old.stream.state)
-            self._recent[kept.id] = kept
-            self._held += size(kept.stream.state)
-            while self._held > self.most_bytes and len(self._recent) > 1:
-                _, old = self._recent.popitem(last=False)
-                self._held -= size(old.stream.state)
+        self.recent.put(kept.id, kept)
         return kept
 
     # Documents
@@ -339,148 +488,204 @@ class Store:
     def put(
         self, owner: str, kind: str, name: str, body: Mapping[str, Any], stream: str | None = None
     ) -> None:
-        """Write a document, over an older one of that name and owner."""
-        with self._changes():
-            self._db.execute(
-                "INSERT INTO things VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET "
+        """Write a document, over an older one of that name and owner.
+
+        Raises:
+            ApiError: if there is no room, or it cannot be written.
+        """
+        said = json.dumps(body)
+        self.room.make(owner, len(said), stream or "")
+        with self._db.together():
+            if stream is not None and not self._db.read("SELECT 1 FROM streams WHERE id = ?", (stream,)):
+                raise no_room()  # it was kept, and had to leave at once
+            row = (name, owner, kind, stream, time.time(), self._clock.now(), said)
+            self._db.write(
+                "INSERT INTO things (id, owner, kind, stream, created, used, body) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET "
                 "stream = excluded.stream, body = excluded.body WHERE owner = excluded.owner",
-                (name, owner, kind, stream, time.time(), json.dumps(body)),
+                row,
             )
 
     def get(self, owner: str, kind: str, name: str) -> Thing | None:
-        """Return a document of this owner."""
-        with self._lock:
-            row = self._db.execute(
-                "SELECT id, kind, stream, created, body FROM things WHERE id = ? AND owner = ? AND kind = ?",
-                (name, owner, kind),
-            ).fetchone()
-        return None if row is None else _thing(row)
+        """Return a document of this owner.
+
+        Raises:
+            ApiError: if its row is damaged.
+        """
+        rows = self._db.read(
+            "SELECT id, kind, stream, created, body FROM things WHERE id = ? AND owner = ? AND kind = ?",
+            (name, owner, kind),
+        )
+        return _thing(rows[0]) if rows else None
 
     def all(self, owner: str, kind: str, most: int = 100, after: str = "") -> list[Thing]:
-        """Return documents of this owner, the newest first, from the one after `after`."""
-        with self._lock:
-            rows = self._db.execute(
-                "SELECT id, kind, stream, created, body FROM things WHERE owner = ?1 AND kind = ?2 "
-                "AND (?3 = '' OR (created, id) < "
-                "(SELECT created, id FROM things WHERE id = ?3 AND owner = ?1)) "
-                "ORDER BY created DESC, id DESC LIMIT ?4",
-                (owner, kind, after, most),
-            ).fetchall()
-        return [_thing(row) for row in rows]
+        """Return documents of this owner, the newest first, from the one after `after`; no damaged ones."""
+        rows = self._db.read(
+            "SELECT id, kind, stream, created, body FROM things WHERE owner = ?1 AND kind = ?2 "
+            "AND (?3 = '' OR number < (SELECT number FROM things WHERE id = ?3 AND owner = ?1)) "
+            "ORDER BY number DESC LIMIT ?4",
+            (owner, kind, after, most),
+        )
+        found = []
+        for row in rows:
+            with suppress(Damaged):
+                found.append(_thing(row))
+        return found
+
+    def without_stream(self, kind: str) -> list[tuple[str, Thing]]:
+        """Return owner and document of those, of all owners, that have come to no stream."""
+        query = "SELECT owner, id, kind, stream, created, body FROM things WHERE stream IS NULL AND kind = ?"
+        found = []
+        for owner, *row in self._db.read(query, (kind,)):
+            with suppress(Damaged):
+                found.append((owner, _thing(row)))
+        return found
 
     def delete(self, owner: str, kind: str, name: str) -> bool:
         """Delete a document and what nothing else needs any more: its stream, and where its window began."""
-        with self._changes():
-            row = self._db.execute(
+        with self._db.together():
+            rows = self._db.write(
                 "DELETE FROM things WHERE id = ? AND owner = ? AND kind = ? RETURNING stream",
                 (name, owner, kind),
-            ).fetchone()
-            if row is None:
-                return False
-            if row[0] is not None:
-                self._drop_stream(row[0])
-        self._sweep()
-        return True
+            )
+            if rows and rows[0][0] is not None:
+                self._drop_stream(rows[0][0])
+        return bool(rows)
 
     def _drop_stream(self, stream: str) -> None:
-        if self._db.execute("SELECT 1 FROM things WHERE stream = ?", (stream,)).fetchone():
+        """Delete a stream that no document holds, within a transaction."""
+        if self._db.read("SELECT 1 FROM things WHERE stream = ?", (stream,)):
             return
-        self._db.execute("DELETE FROM streams WHERE id = ?", (stream,))
-        if (kept := self._recent.pop(stream, None)) is not None:
-            self._held -= size(kept.stream.state)
+        for (start,) in self._db.write("DELETE FROM streams WHERE id = ? RETURNING start", (stream,)):
+            self._drop_start(start)
+        self._db.later(lambda: self.recent.drop(stream))
 
-    def _sweep(self) -> None:
-        """Remove starts that no stream needs: first their rows, then their files."""
-        with self._changes():
-            gone = self._db.execute(
-                "DELETE FROM starts WHERE id NOT IN (SELECT start FROM streams) RETURNING id"
-            ).fetchall()
-        for (start,) in gone:
-            if start:
-                self._path(start).unlink(missing_ok=True)
+    def _drop_start(self, start: str) -> None:
+        """Delete a start that no stream needs: first its row, then its file."""
+        gone = self._db.write(
+            "DELETE FROM starts WHERE id = ?1 "
+            "AND NOT EXISTS (SELECT 1 FROM streams WHERE start = ?1) RETURNING id",
+            (start,),
+        )
+        if gone and start:
+            self._db.later(lambda: self._remove(start))
 
-    def forget(self, older_than: float) -> int:
-        """Drop streams that no document holds and nobody has used since; return how many."""
-        with self._changes():
-            old = self._db.execute(
-                "SELECT id FROM streams WHERE used < ? AND NOT EXISTS "
-                "(SELECT 1 FROM things WHERE stream = streams.id)",
-                (older_than,),
-            ).fetchall()
-            for (stream,) in old:
-                self._drop_stream(stream)
-        self._sweep()
-        return len(old)
+    def sweep(self) -> int:
+        """Let go of what was not used for `keep_days`, and of its place on disk; return how many streams.
+
+        Raises:
+            ApiError: if the store cannot be written.
+        """
+        self._note_use()
+        gone = 0
+        if self.keep_days is not None:
+            gone = self.room.expire(self._clock.now() - self.keep_days * DAY)
+        self._db.tidy()
+        return gone
+
+    def _note_use(self) -> None:
+        """Write down what was used since the last time, and how long the store has been open."""
+        used, self._used = self._used, {}
+        with self._db.together():
+            for stream, when in used.items():
+                self._db.write("UPDATE streams SET used = ? WHERE id = ?", (when, stream))
+            served = ("served", str(self._clock.now()))
+            self._db.write("INSERT OR REPLACE INTO about VALUES (?, ?)", served)
 
     def count(self, owner: str, kind: str) -> int:
         """Count documents of this owner."""
-        with self._lock:
-            found = self._db.execute(
-                "SELECT count(*) FROM things WHERE owner = ? AND kind = ?", (owner, kind)
-            )
-            (number,) = found.fetchone()
-        return int(number)
+        query = "SELECT count(*) FROM things WHERE owner = ? AND kind = ?"
+        return int(self._db.read(query, (owner, kind))[0][0])
 
     # Texts that are being read
 
     def put_unread(self, owner: str, name: str, tokens: Tensor) -> None:
-        """Remember what a document still has to read."""
-        with self._changes():
-            values = (name, owner, _blob(tokens))
-            self._db.execute("INSERT OR REPLACE INTO unread VALUES (?, ?, ?)", values)
+        """Remember what a document still has to read.
 
-    def all_unread(self) -> list[tuple[str, str, Tensor]]:
-        """Return owner, document and tokens of all that is still to be read."""
-        with self._lock:
-            rows = self._db.execute("SELECT owner, thing, tokens FROM unread").fetchall()
-        return [(owner, thing, _tokens(tokens)) for owner, thing, tokens in rows]
+        Raises:
+            ApiError: as `put`.
+        """
+        blob = _blob(tokens)
+        self.room.make(owner, len(blob))
+        with self._db.together():
+            self._db.write(
+                "INSERT INTO unread VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET tokens = excluded.tokens",
+                (name, owner, blob),
+            )
+
+    def all_unread(self) -> list[tuple[str, str, int]]:
+        """Return owner, name and number of tokens of all documents that have something to read."""
+        return self._db.read("SELECT owner, thing, length(tokens) / ? FROM unread", (WIDTH,))
+
+    def unread(self, name: str) -> Tensor | None:
+        """Return what a document still has to read.
+
+        Raises:
+            ApiError: if it is damaged.
+        """
+        rows = self._db.read("SELECT tokens FROM unread WHERE thing = ?", (name,))
+        try:
+            tokens = _tokens(rows[0][0]) if rows else None
+            if tokens is not None:
+                check_tokens(tokens, self.model.vocab_size)
+        except ValueError as error:
+            raise Damaged("text", name, error) from None
+        return tokens
 
     def progress(self, owner: str, name: str, stream: str, left: Tensor) -> None:
         """Give a document the stream that it has come to, and what it still has to read."""
-        with self._changes():
-            row = self._db.execute(
-                "SELECT stream FROM things WHERE id = ? AND owner = ?", (name, owner)
-            ).fetchone()
-            self._db.execute("UPDATE things SET stream = ? WHERE id = ? AND owner = ?", (stream, name, owner))
+        with self._db.together():
+            rows = self._db.write("SELECT stream FROM things WHERE id = ? AND owner = ?", (name, owner))
+            self._db.write("UPDATE things SET stream = ? WHERE id = ? AND owner = ?", (stream, name, owner))
             if len(left):
-                self._db.execute("UPDATE unread SET tokens = ? WHERE thing = ?", (_blob(left), name))
+                self._db.write("UPDATE unread SET tokens = ? WHERE thing = ?", (_blob(left), name))
             else:
-                self._db.execute("DELETE FROM unread WHERE thing = ?", (name,))
+                self._db.write("DELETE FROM unread WHERE thing = ?", (name,))
             # Deleted meanwhile: then nobody needs the new one; else nobody needs the old one.
-            self._drop_stream(stream if row is None else row[0])
-        self._sweep()
+            self._drop_stream(rows[0][0] if rows else stream)
 
     def fail(self, owner: str, name: str, body: Mapping[str, Any]) -> None:
         """Say what ended the reading of a document, which keeps the stream that it had come to."""
-        with self._changes():
+        with self._db.together():
             change = "UPDATE things SET body = ? WHERE id = ? AND owner = ?"
-            self._db.execute(change, (json.dumps(body), name, owner))
-            self._db.execute("DELETE FROM unread WHERE thing = ?", (name,))
+            self._db.write(change, (json.dumps(body), name, owner))
+            self._db.write("DELETE FROM unread WHERE thing = ?", (name,))
 
     def drop_unread(self, name: str) -> None:
         """Forget what a document still had to read."""
-        with self._changes():
-            self._db.execute("DELETE FROM unread WHERE thing = ?", (name,))
+        with self._db.together():
+            self._db.write("DELETE FROM unread WHERE thing = ?", (name,))
+
+    def streams(self) -> dict[str, int]:
+        """Count the streams that are in memory, and all of them, which are on disk."""
+        return {"memory": len(self.recent), "disk": int(self._db.read("SELECT count(*) FROM streams")[0][0])}
 
     def bytes(self, owner: str | None = None) -> dict[str, int]:
-        """Count bytes in memory and on disk, of all owners or of one."""
-        with self._lock:
-            where, values = ("WHERE owner = ?", (owner,)) if owner is not None else ("", ())
-            (disk,) = self._db.execute(
-                f"SELECT coalesce(sum(bytes), 0) FROM starts {where}", values
-            ).fetchone()
-        return {"memory": self._held, "disk": disk}
+        """Count bytes in memory, of all owners, and on disk, of all or of one."""
+        return {"memory": self.recent.nbytes, "disk": self.room.taken(owner)}
 
 
-def _thing(row: tuple[str, str, str | None, float, str]) -> Thing:
+def _thing(row: Any) -> Thing:
     name, kind, stream, created, body = row
-    return Thing(name, kind, stream, created, json.loads(body))
+    try:
+        return Thing(name, kind, stream, created, dict(json.loads(body)))
+    except (ValueError, TypeError) as error:
+        raise Damaged(kind, name, error) from None
+
+
+def _sync(folder: Path) -> None:
+    """See that the names in a folder are on disk."""
+    file = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
 
 
 def _blob(tokens: Tensor) -> bytes:
-    return tokens.to(torch.int64).numpy().tobytes()
+    return tokens.to(torch.int32).numpy().tobytes()
 
 
 def _tokens(blob: bytes) -> Tensor:
     # An empty buffer is refused, and one that cannot be written to warned of.
-    return torch.frombuffer(bytearray(blob), dtype=torch.int64) if blob else NO_TOKENS
+    return torch.frombuffer(bytearray(blob), dtype=torch.int32).long() if blob else NO_TOKENS

@@ -1,34 +1,38 @@
 """What clients send. What a text model cannot do is refused by name, and so is what is not known at all."""
 
+import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from lmsleep.serve.errors import ApiError, invalid
+from lmsleep.serve.errors import invalid
 from lmsleep.session import Sampling
 from lmsleep.text.chat import Message
 
+PLAIN = {"type": "text"}
 # Fields of the API that a model of text has no use for, with the values that ask for nothing.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "best_of": (1,),
-    "echo": (False,),
     "frequency_penalty": (0,),
     "function_call": ("none", "auto"),
     "functions": ([],),
-    "include": ([],),
     "logit_bias": ({},),
     "max_tool_calls": (),
     "modalities": (["text"],),
+    "moderation": (),
     "parallel_tool_calls": (True, False),
     "prediction": (),
     "presence_penalty": (0,),
     "prompt": (),
     "reasoning": ({},),
     "reasoning_effort": ("none",),
-    "response_format": ({"type": "text"},),
+    "response_format": (PLAIN,),
+    "store": (False,),
     "suffix": (),
-    "text": ({}, {"format": {"type": "text"}}, {"format": {"type": "text"}, "verbosity": "medium"}),
+    "text": tuple(
+        {**f, **v} for f in ({}, {"format": {"type": "text"}}) for v in ({}, {"verbosity": "medium"})
+    ),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
     "top_k": (),
@@ -39,19 +43,31 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 # Said about a request, with no effect on the answer.
 ABOUT = {
     "metadata",
-    "moderation",
     "prompt_cache_key",
     "prompt_cache_retention",
     "safety_identifier",
     "service_tier",
-    "store",
     "user",
 }
 
 Count = Annotated[int, Field(ge=1, le=2**31)]
 
 
-class Body(BaseModel):
+class Sent(BaseModel):
+    """What a client sends as JSON."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def check_text(cls, data: Any) -> Any:
+        """Refuse what Python reads as JSON and nobody could be sent: NaN, and halves of surrogate pairs."""
+        try:
+            json.dumps(data, ensure_ascii=False, allow_nan=False).encode()
+        except (ValueError, RecursionError):
+            raise ValueError("the body is no JSON in Unicode") from None
+        return data
+
+
+class Body(Sent):
     """A request. Unknown fields are kept, so that they can be refused by name."""
 
     model_config = ConfigDict(extra="allow")
@@ -86,10 +102,19 @@ class Written(Body):
 
 
 class StreamOptions(BaseModel):
-    """Options of a stream."""
+    """Options of a streamed completion."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="forbid")
     include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None
+
+
+class ResponseStreamOptions(BaseModel):
+    """Options of a streamed response; `include_state`, this server's own, tells how far the tokens are."""
+
+    model_config = ConfigDict(extra="forbid")
+    include_obfuscation: Literal[False] | None = None
+    include_state: bool | None = None
 
 
 class Part(BaseModel):
@@ -101,11 +126,25 @@ class Part(BaseModel):
 
 
 class ChatMessage(BaseModel):
-    """A message of a conversation."""
+    """A message of a conversation. What it has beside its text may be there, but must be empty."""
 
     model_config = ConfigDict(extra="allow")
     role: str
     content: str | list[Part] | None = None
+    name: str | None = None
+
+    def said(self, param: str) -> Message:
+        """Return what a template writes.
+
+        Raises:
+            ApiError: as `message`, or for calls of tools and the like.
+        """
+        for name, value in (self.model_extra or {}).items():
+            if value:
+                raise invalid(
+                    f"{name} is not supported by a model of text", f"{param}.{name}", "unsupported_parameter"
+                )
+        return message(self.role, self.content, param)
 
 
 class Many(Written):
@@ -140,6 +179,7 @@ class CompletionBody(Many):
     """POST /v1/completions."""
 
     prompt: str | list[str] | list[int] | list[list[int]]
+    max_tokens: Annotated[int, Field(ge=0, le=2**31)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     echo: bool | None = None
 
@@ -152,19 +192,43 @@ class Compaction(BaseModel):
     compact_threshold: Count | None = None
 
 
+# Of these a model of text has the odds; of the others there is nothing that could be left out.
+ODDS = "message.output_text.logprobs"
+Include = Literal[
+    "code_interpreter_call.outputs",
+    "computer_call_output.output.image_url",
+    "file_search_call.results",
+    "message.input_image.image_url",
+    "message.output_text.logprobs",
+    "reasoning.encrypted_content",
+    "web_search_call.action.sources",
+    "web_search_call.results",
+]
+
+
+class ConversationName(BaseModel):
+    """A conversation, by its id."""
+
+    model_config = ConfigDict(extra="forbid")
+    id: str
+
+
 class ResponseBody(Written):
     """POST /v1/responses."""
 
     input: str | list[dict[str, Any]] | None = None
     instructions: str | None = None
     previous_response_id: str | None = None
-    conversation: str | dict[str, Any] | None = None
+    conversation: str | ConversationName | None = None
     max_output_tokens: Count | None = None
     store: bool | None = None
     metadata: dict[str, str] | None = None
     context_management: list[Compaction] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    stream_options: dict[str, Any] | None = None
+    include: list[Include] | None = None
+    stream_options: ResponseStreamOptions | None = None
+    prompt_cache_key: str | None = None
+    safety_identifier: str | None = None
     background: bool | None = None
 
 
@@ -175,6 +239,7 @@ class CompactBody(Body):
     input: str | list[dict[str, Any]] | None = None
     instructions: str | None = None
     previous_response_id: str | None = None
+    conversation: None = None
 
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
@@ -208,8 +273,3 @@ def message(role: str, content: Any, param: str) -> Message:
     if not isinstance(content, str):
         raise invalid("content must be text", param)
     return Message("system" if role == "developer" else role, content)
-
-
-def unsupported(message: str, param: str) -> ApiError:
-    """Return the error for what this server does not do."""
-    return invalid(message, param, "unsupported_parameter")
