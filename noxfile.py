@@ -34,11 +34,13 @@ def pins(pyproject: dict[str, Any]) -> dict[str, Requirement]:
 def ranges(pyproject: dict[str, Any]) -> dict[str, Requirement]:
     """Return what a project declares for its users: its needs, those of its extras, and what builds it.
 
-    The kernels of `cuda` are left out: they need a GPU.
+    The kernels of `cuda`, which need a GPU, are left out, and Ray, of which one version is supported yet.
     """
     extras = pyproject["project"]["optional-dependencies"]
     lines = [*pyproject["project"]["dependencies"], *pyproject["build-system"]["requires"]]
-    return parse(lines + [line for name in extras if name not in ("cuda", "dev") for line in extras[name]])
+    return parse(
+        lines + [line for name in extras if name not in ("cuda", "dev", "ray") for line in extras[name]]
+    )
 
 
 def tools(pyproject: dict[str, Any]) -> list[str]:

@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from tyro.conf import Positional
@@ -24,6 +25,11 @@ class ServeOptions(SleepOptions):
     """Port to listen at; 0: any that is free."""
     store: Path = Path("lmsleep-store")
     """Folder in which streams, responses and memories outlive the server."""
+    shared: str | None = None
+    """Where several servers keep them together, any address of fsspec (file:///mnt/lmsleep, s3://...): each
+    key is held by the server that it asked last. The store is then a copy."""
+    ray: int | None = None
+    """Replicas under Ray Serve (extra ray), which share --shared: a key stays with the one that holds it."""
     keys: Path | None = None
     """File of keys, a line each: NAME KEY. Every name is a namespace of its own."""
     alias: tuple[str, ...] = ()
@@ -69,6 +75,12 @@ class ServeOptions(SleepOptions):
             raise ValueError(f"debt must not be negative, got {self.debt}")
         if not 0 <= self.sleep_after < float("inf"):
             raise ValueError(f"sleep_after must be finite and not negative, got {self.sleep_after}")
+        if self.ray is not None and self.ray < 1:
+            raise ValueError(f"ray must be at least 1 replica, got {self.ray}")
+        if self.ray is not None and self.shared is None:
+            raise ValueError(
+                f"ray={self.ray} replicas need a place where all find what one kept: name --shared"
+            )
         if self.keys is None and not is_loopback(self.host):
             raise ValueError(
                 f"host={self.host} can be reached from elsewhere: name the --keys of those who may"
@@ -78,11 +90,15 @@ class ServeOptions(SleepOptions):
 def serve(argv: list[str]) -> None:
     """Run `lmsleep serve MODEL`."""
     options = parse(ServeOptions, argv, "lmsleep serve")
+    extra = "serve" if options.ray is None else "ray"
     try:
-        from lmsleep.serve.run import run
+        from lmsleep.serve import run
+        from lmsleep.serve.keys import Keys, Quota
+
+        if options.ray is not None:
+            from lmsleep.serve import replicas
     except ModuleNotFoundError as error:
-        raise ValueError(f"serve needs {error.name}: pip install 'lmsleep[serve]'") from None
-    from lmsleep.serve.keys import Keys, Quota
+        raise ValueError(f"serve needs {error.name}: pip install 'lmsleep[{extra}]'") from None
 
     quota = Quota(
         requests_a_minute=options.requests_a_minute,
@@ -90,21 +106,17 @@ def serve(argv: list[str]) -> None:
         memories=options.max_memories,
         bytes=options.max_bytes,
     )
-    keys = Keys(options.keys, quota)
-    session = new_session(options.model, options)
-    name = options.model.resolve().name
-    examples = (shipped.EXAMPLE,) if shipped.find(options.model).parent == shipped.HERE else ()
-    window = session.sleep_config.window
-    run(
-        session,
+    path = shipped.find(options.model)
+    name = path.resolve().name
+    examples = (shipped.EXAMPLE,) if path.parent == shipped.HERE else ()
+    how = run.Settings(
         names=(name, *options.alias),
         examples=examples,
-        host=options.host,
-        port=options.port,
-        store=options.store,
-        keys=keys,
+        keys=Keys(options.keys, quota),
+        store=options.store.absolute(),
+        shared=options.shared,
         longest=options.max_tokens,
-        debt=(window or 0) // 4 if options.debt is None else options.debt,
+        debt=options.debt,
         sleep_after=options.sleep_after,
         portion=options.portion,
         most_waiting=options.max_waiting,
@@ -112,8 +124,16 @@ def serve(argv: list[str]) -> None:
         most_bytes=options.memory_bytes,
         most_disk=options.disk_bytes,
         keep_days=options.keep_days,
-        tell=lambda url: _tell(url, name, examples),
     )
+    opened = partial(new_session, path.absolute(), options)
+
+    def tell(url: str) -> None:
+        _tell(url, name, examples)
+
+    if options.ray is None:
+        run.run(opened(), how, options.host, options.port, tell)
+    else:
+        replicas.run(opened, how, options.ray, options.host, options.port, tell)
 
 
 def _tell(url: str, name: str, examples: tuple[str, ...]) -> None:

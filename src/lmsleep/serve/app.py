@@ -32,11 +32,15 @@ GUARD = {
 def create_app(here: Context) -> FastAPI:
     """Return the application around a service whose engine has not been started."""
 
+    def take_up(owner: str | None = None) -> None:
+        here.reader.take_up(owner)
+        responses.take_up(here, owner)
+
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
         here.service.start()
-        here.reader.take_up()
-        responses.take_up(here)
+        here.take_up = take_up
+        take_up()
         yield
         here.ready = False
         if here.running:  # responses in the background come to their end, as all others have

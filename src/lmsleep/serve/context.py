@@ -34,6 +34,7 @@ class Context:
         running: responses that are made in the background.
         most_bytes: of the body of a request that is no JSON.
         started: is called once requests can be answered.
+        take_up: is called with an owner that another server has held until now, to go on with what it was at.
         reader: reads texts into memories.
     """
 
@@ -47,6 +48,7 @@ class Context:
     running: dict[str, "asyncio.Task[None]"] = field(default_factory=dict)
     most_bytes: int = 256 * 2**20
     started: Callable[[], None] = lambda: None
+    take_up: Callable[[str], None] = lambda owner: None
 
     def __post_init__(self) -> None:
         self.reader = Reader(self.service)
@@ -137,6 +139,9 @@ async def _who(request: Request) -> Owner:
         if not here.ready:
             raise draining()
         here.keys.admit(owner)
+    store = here.service.store
+    if store.shared is not None and await asyncio.to_thread(store.take, owner.name):
+        here.take_up(owner.name)
     return owner
 
 

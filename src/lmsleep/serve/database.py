@@ -57,6 +57,7 @@ class Database:
         self._writing, self._reading = threading.RLock(), threading.Lock()
         self._thread: int | None = None  # that makes changes
         self._later = list[Callable[[], None]]()
+        self._mirror: Callable[[list[tuple[str, str, str]]], None] | None = None
         try:
             self._writer, self._reader = self._connect(path), self._connect(path)
             self._writer.execute("PRAGMA auto_vacuum = INCREMENTAL")
@@ -78,9 +79,36 @@ class Database:
     def _connect(self, path: Path) -> sqlite3.Connection:
         return sqlite3.connect(path, check_same_thread=False, isolation_level=None)
 
+    def mirror(self, tables: dict[str, str], to: Callable[[list[tuple[str, str, str]]], None]) -> None:
+        """Call `to` with table, owner and key of all rows that changed, before every change is made for good.
+
+        `tables` have a column `owner`, and a key by that name; uses of a stream are no change.
+        """
+        self._writer.execute("CREATE TEMP TABLE touched (tab TEXT, owner TEXT, key TEXT)")
+        for table, key in tables.items():
+            for change, row in (("INSERT", "new"), ("DELETE", "old"), ("UPDATE", "new")):
+                columns = [row[1] for row in self._writer.execute(f"PRAGMA table_info({table})")]
+                some = f" OF {', '.join(c for c in columns if c != 'used')}" if change == "UPDATE" else ""
+                self._writer.execute(
+                    f"CREATE TEMP TRIGGER touched_{table}_{change} AFTER {change}{some} ON {table} BEGIN "
+                    f"INSERT INTO touched VALUES ('{table}', {row}.owner, {row}.{key}); END"
+                )
+        self._mirror = to
+
+    def _tell(self, tells: bool) -> None:
+        """Tell what has changed, if that is wanted."""
+        if self._mirror is None:
+            return
+        touched = self.write("SELECT DISTINCT tab, owner, key FROM touched")
+        self.write("DELETE FROM touched")
+        if touched and tells:
+            self._mirror(touched)
+
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def together(self, *, mirrored: bool = True) -> Iterator[None]:
         """Make all changes or none; what is begun within is part of it.
+
+        `mirrored`: whether they are told (`mirror`).
 
         Raises:
             Unstored: if they cannot be written.
@@ -97,6 +125,7 @@ class Database:
                 self._thread = threading.get_ident()
                 try:
                     yield
+                    self._tell(mirrored)
                     self._writer.execute("COMMIT")
                 except BaseException:
                     # SQLite may have rolled back by itself, and it may be unable to.

@@ -14,6 +14,7 @@ from lmsleep.serve.errors import ApiError
 from lmsleep.serve.keys import Owner
 from lmsleep.serve.log import LOG
 from lmsleep.serve.service import Service, Written
+from lmsleep.serve.shared import Moved
 from lmsleep.session import Row
 
 KEEP_EVERY = 5.0  # seconds
@@ -46,10 +47,11 @@ class Reader:
         await asyncio.to_thread(self.service.store.put_unread, who.name, id, tokens)
         self._begin(who.name, id, len(tokens))
 
-    def take_up(self) -> None:
-        """Go on with what was being read when the server stopped."""
-        for owner, id, total in self.service.store.all_unread():
-            self._begin(owner, id, total)
+    def take_up(self, owner: str | None = None) -> None:
+        """Go on with what was being read when a server stopped, for all owners or for one."""
+        for whose, id, total in self.service.store.all_unread(owner):
+            if id not in self._tasks:
+                self._begin(whose, id, total)
 
     def busy(self, id: str) -> bool:
         """Say whether something changes this memory just now."""
@@ -104,6 +106,8 @@ class Reader:
             try:
                 async with self._turn:
                     await self._go_on(owner, id)
+                return
+            except Moved:  # another server reads on
                 return
             except ApiError as error:
                 if not isinstance(error, Unstored) and error.status not in PASSING:

@@ -478,19 +478,15 @@ async def _in_background(events: AsyncGenerator[dict[str, Any] | str]) -> None:
                 pass
 
 
-def take_up(here: Context) -> None:
-    """Say of responses that a kill broke off in the background that they will not come."""
+def take_up(here: Context, owner: str | None = None) -> None:
+    """Say of responses that a kill broke off in the background that they will not come, of all or of one."""
     store = here.service.store
-    for owner, thing in store.without_stream(RESPONSE):
+    for whose, thing in store.without_stream(RESPONSE, owner):
         response = thing.body["response"]
-        if response["status"] == "in_progress":
+        if response["status"] == "in_progress" and thing.id not in here.running:
             error = {"code": "server_error", "message": "the server ended while it made this response"}
-            store.put(
-                owner,
-                RESPONSE,
-                thing.id,
-                {**thing.body, "response": {**response, "status": "failed", "error": error}},
-            )
+            said = {**thing.body, "response": {**response, "status": "failed", "error": error}}
+            store.put(whose, RESPONSE, thing.id, said)
 
 
 async def put_off(here: Context) -> None:

@@ -1,10 +1,11 @@
-"""Run the server until a signal ends it."""
+"""Put a server together, and run it until a signal ends it."""
 
 import hashlib
 import json
 import socket
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import uvicorn
@@ -22,66 +23,97 @@ from lmsleep.session import Session
 from lmsleep.text.chat import chat_of
 
 
-def run(
-    session: Session,
-    *,
-    names: tuple[str, ...],
-    examples: tuple[str, ...],
-    host: str,
-    port: int,
-    store: Path,
-    keys: Keys,
-    longest: int,
-    debt: int,
-    sleep_after: float,
-    portion: int,
-    most_waiting: int,
-    most_rows: int,
-    most_bytes: int,
-    most_disk: int | None,
-    keep_days: float | None,
-    tell: Callable[[str], None],
-) -> None:
-    """Serve until SIGINT or SIGTERM; answers under way are brought to their end first.
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How a model is served.
 
-    `session` has read nothing: its model, sleep and tokenizer are what is served. `tell` is called with the
-    address once it can be reached.
+    Attributes:
+        names: that the model answers to.
+        examples: of what can be said to it.
+        keys: file of keys, and what each may use; see `Keys`.
+        store: folder of the store.
+        shared: address of fsspec that several servers share; None: this one is alone.
+        longest: tokens of an answer where a request does not say.
+        debt: see `Engine`, and so `portion`, `most_waiting` and `most_rows`; None: a quarter of the window.
+        sleep_after: see `Service`.
+        most_bytes: see `Store`; and so `most_disk` and `keep_days`.
+    """
+
+    names: tuple[str, ...]
+    examples: tuple[str, ...]
+    keys: Keys
+    store: Path
+    shared: str | None
+    longest: int
+    debt: int | None
+    sleep_after: float
+    portion: int
+    most_waiting: int
+    most_rows: int
+    most_bytes: int
+    most_disk: int | None
+    keep_days: float | None
+
+
+def assemble(session: Session, how: Settings) -> Context:
+    """Return a server around the model, the sleep and the tokenizer of a session that has read nothing.
 
     Raises:
         ValueError: for a store that is in use, or of another model.
-        OSError: if the address is taken, or the store cannot be written.
+        OSError: if the store cannot be written.
     """
     assert session.tokenizer is not None
-    to_stderr()
-    listening = _listen(host, port)
-    _allow_connections()
     model, sleep = session.model, session.sleep_config
-    engine = Engine(model, sleep, portion=portion, debt=debt, most_waiting=most_waiting, most_rows=most_rows)
+    engine = Engine(
+        model,
+        sleep,
+        portion=how.portion,
+        debt=(sleep.window or 0) // 4 if how.debt is None else how.debt,
+        most_waiting=how.most_waiting,
+        most_rows=how.most_rows,
+    )
+    store = Store(
+        how.store,
+        model,
+        sleep,
+        most_bytes=how.most_bytes,
+        most_disk=how.most_disk,
+        most_each=how.keys.quota.bytes,
+        keep_days=how.keep_days,
+        shared=how.shared,
+    )
+    name, chat = how.names[0], chat_of(session.tokenizer)
+    service = Service(
+        engine,
+        store,
+        session.tokenizer,
+        chat,
+        name=name,
+        longest=how.longest,
+        sleep_after=how.sleep_after,
+    )
+    said = f"{store.origin.model} {json.dumps(sleep.to_dict())}"
+    fingerprint = f"fp_{hashlib.sha256(said.encode()).hexdigest()[:16]}"
+    return Context(service, how.keys, Metrics(engine, store, name), how.names, fingerprint, how.examples)
+
+
+def run(session: Session, how: Settings, host: str, port: int, tell: Callable[[str], None]) -> None:
+    """Serve until SIGINT or SIGTERM; answers under way are brought to their end first.
+
+    `tell` is called with the address once it can be reached.
+
+    Raises:
+        ValueError: as `assemble`.
+        OSError: as `assemble`, or if the address is taken.
+    """
+    to_stderr()
+    listening = listen(host, port)
+    _allow_connections()
     try:
-        kept = Store(
-            store,
-            model,
-            sleep,
-            most_bytes=most_bytes,
-            most_disk=most_disk,
-            most_each=keys.quota.bytes,
-            keep_days=keep_days,
-        )
+        here = assemble(session, how)
     except BaseException:
         listening.close()
         raise
-    service = Service(
-        engine,
-        kept,
-        session.tokenizer,
-        chat_of(session.tokenizer),
-        name=names[0],
-        longest=longest,
-        sleep_after=sleep_after,
-    )
-    said = f"{kept.origin.model} {json.dumps(sleep.to_dict())}"
-    fingerprint = f"fp_{hashlib.sha256(said.encode()).hexdigest()[:16]}"
-    here = Context(service, keys, Metrics(engine, kept, names[0]), names, fingerprint, examples)
     config = uvicorn.Config(
         create_app(here),
         log_config=None,
@@ -95,8 +127,12 @@ def run(
     Draining(config, here).run(sockets=[listening])
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    """Take the address before anything is loaded that would have been loaded in vain."""
+def listen(host: str, port: int) -> socket.socket:
+    """Take the address before anything is loaded that would have been loaded in vain.
+
+    Raises:
+        OSError: naming both, if it cannot be had.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listening = socket.socket(family)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

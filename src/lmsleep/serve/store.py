@@ -11,6 +11,7 @@ import json
 import os
 import secrets
 import shutil
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -21,13 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmsleep.files import locked
+from lmsleep.files import locked, write_atomic
 from lmsleep.memory import model_identity
 from lmsleep.serve.database import Database, no_room, storing
 from lmsleep.serve.errors import ApiError
 from lmsleep.serve.log import LOG
 from lmsleep.serve.recent import Recent
 from lmsleep.serve.room import Clock, Room
+from lmsleep.serve.shared import ORDER, Change, Shared
 from lmsleep.session import Stream, saving
 from lmsleep.session.stream import no_tokens, size
 from lmsleep.sleep import Backbone, SleepConfig
@@ -78,6 +80,14 @@ COUNTED = {
     "streams": "length({row}.window)",
     "things": "length(CAST({row}.body AS BLOB))",
     "unread": "length({row}.tokens)",
+}
+# What several servers share of each table: all but what is this one's own.
+KEYS = {"starts": "id", "streams": "id", "things": "id", "unread": "thing"}
+COLUMNS = {
+    "starts": "(id, owner, tokens, sleeps, chain, bytes)",
+    "streams": "(id, owner, start, window, used)",
+    "things": "(id, owner, kind, stream, created, used, body)",
+    "unread": "(thing, owner, tokens)",
 }
 TRIGGER = """
 
@@ -169,6 +179,8 @@ class Store:
         most_each: the same of each owner.
         keep_days: how long streams, responses and compactions stay after they were last used; None: for ever.
             Days on which the store is not open do not count.
+        shared: address of fsspec where several servers keep the same owners; the folder is then a copy, and
+            begins empty.
 
     Raises:
         ValueError: if another process has it, or it belongs to another model or sleep, or is damaged.
@@ -185,6 +197,7 @@ class Store:
         most_disk: int | None = None,
         most_each: int | None = None,
         keep_days: float | None = None,
+        shared: str | None = None,
     ) -> None:
         self.folder, self.model, self.sleep, self.keep_days = folder, model, sleep, keep_days
         self._starts, self.scratch = folder / "starts", folder / "scratch"
@@ -194,7 +207,15 @@ class Store:
         try:
             self._db = Database(folder / "store.sqlite", _tables())
             self.origin = Origin(model=model_identity(model))
-            self._check()
+            about = self._about()
+            self._check(about)
+            self.shared = None if shared is None else Shared(shared, about)
+            self._taking = threading.Lock()
+            if self.shared is not None:
+                self._db.mirror(KEYS, self._share)
+                with self._db.together(mirrored=False):
+                    for table in reversed(ORDER):
+                        self._db.write(f"DELETE FROM {table}")
             self._clean()
         except BaseException:
             self._locked.__exit__(None, None, None)
@@ -206,13 +227,13 @@ class Store:
         self._clock = Clock(max(*served, *used))  # a kill loses what was not noted yet
         self._used = dict[str, float]()  # streams, and when they were used; on disk with the next sweep
 
-    def _check(self) -> None:
+    def _about(self) -> dict[str, str]:
+        """Say what the store can be gone on with."""
+        sleep = json.dumps(self.sleep.to_dict())
+        return {"version": str(VERSION), "model": self.origin.model or "", "sleep": sleep}
+
+    def _check(self, about: dict[str, str]) -> None:
         """Say whose the store is, or check it."""
-        about = {
-            "version": str(VERSION),
-            "model": self.origin.model or "",
-            "sleep": json.dumps(self.sleep.to_dict()),
-        }
         with self._db.together():
             for item in about.items():
                 self._db.write("INSERT OR IGNORE INTO about VALUES (?, ?)", item)
@@ -256,6 +277,66 @@ class Store:
             path.write_bytes(bytes(4096))
             path.unlink()
         self._note_use()
+
+    # Several servers
+
+    def take(self, owner: str) -> bool:
+        """Hold an owner, and have all that any server kept of it; say whether another one held it before.
+
+        Raises:
+            ApiError: if the shared place cannot be reached.
+        """
+        if self.shared is None:
+            return False
+        with self._taking, storing():
+            if self.shared.holds(owner):
+                return False
+            self.shared.hold(owner)
+            found = sorted(self.shared.changes(owner), key=_in_order)
+            query = "SELECT id FROM {} WHERE owner = ?"
+            streams, starts = (self._db.read(query.format(t), (owner,)) for t in ("streams", "starts"))
+            with self._db.together(mirrored=False):
+                for table in reversed(ORDER):
+                    self._db.write(f"DELETE FROM {table} WHERE owner = ?", (owner,))
+                self._begin_with_nothing()
+                for change in found:
+                    assert change.cells is not None
+                    # The number of a document is this store's own, and so is when something was used.
+                    places = ", ".join("?" * len(change.cells))
+                    self._db.write(
+                        f"INSERT INTO {change.table} {COLUMNS[change.table]} VALUES ({places})", change.cells
+                    )
+                for table in ("streams", "things"):
+                    now = (self._clock.now(), owner)
+                    self._db.write(f"UPDATE {table} SET used = ? WHERE owner = ?", now)
+            for (stream,) in streams:
+                self.recent.drop(stream)
+            for (start,) in starts:
+                self._remove(start)  # what is still needed of them is fetched
+        return True
+
+    def _share(self, touched: list[tuple[str, str, str]]) -> None:
+        """Write rows that are about to change to where all servers find them.
+
+        Raises:
+            ApiError: if another server has taken their owner over.
+            OSError: if they cannot be written.
+        """
+        assert self.shared is not None
+        changes = []
+        for table, owner, key in touched:
+            columns = COLUMNS[table].strip("()")
+            rows = self._db.read(f"SELECT {columns} FROM {table} WHERE {KEYS[table]} = ?", (key,))
+            changes.append(Change(table, owner, key, rows[0] if rows else None))
+        self.shared.write(changes, self._path)
+
+    def _file(self, owner: str, start: str) -> Path:
+        """Return the file of a start, fetched if another server wrote it."""
+        path = self._path(start)
+        if self.shared is not None and not path.exists():
+            path.parent.mkdir(exist_ok=True, mode=0o700)
+            write_atomic(path, self.shared.fetch(owner, start))
+        return path
 
     # Streams
 
@@ -309,8 +390,7 @@ class Store:
             self.room.make(owner, need)
             with self._db.together():
                 if found == "":
-                    nothing = self.nothing().chain
-                    self._db.write("INSERT OR IGNORE INTO starts VALUES ('', '', 0, 0, ?, 0)", (nothing,))
+                    self._begin_with_nothing()
                 # It may have left while there was no lock: then it is written again.
                 if self._db.read("SELECT 1 FROM starts WHERE id = ?", (found,)):
                     yield found, chain
@@ -318,6 +398,11 @@ class Store:
         begun = Stream.begin(after.start, tokens=after.tokens - len(after.window), sleeps=after.sleeps)
         with self._written(owner, chain, begun, need) as start:
             yield start, chain
+
+    def _begin_with_nothing(self) -> None:
+        """See that the start of all streams is there, within a transaction."""
+        nothing = self.nothing().chain
+        self._db.write("INSERT OR IGNORE INTO starts VALUES ('', '', 0, 0, ?, 0)", (nothing,))
 
     def _continued(self, before: Kept, read: Tensor, after: Stream) -> bytes | None:
         """Return the chain of where the window of `after` began."""
@@ -339,7 +424,7 @@ class Store:
         )
         for name, count in rows:
             with suppress(OSError):
-                if self._path(name).stat().st_size == count:
+                if self._file(owner, name).stat().st_size == count:
                     return str(name)
         return None
 
@@ -426,7 +511,7 @@ class Store:
             return kept
         ((start, window, chain),) = rows
         try:
-            kept = self._from_disk(stream, start, chain, window)
+            kept = self._from_disk(owner, stream, start, chain, window)
         except (ValueError, OSError) as error:
             if self._db.read(query, (stream, owner)) != rows:  # changed or deleted meanwhile
                 return self.find(owner, stream)
@@ -436,12 +521,12 @@ class Store:
             raise Damaged("stream", stream, error) from None
         return self._remember(kept)
 
-    def _from_disk(self, name: str, start: str, chain: bytes | None, window: bytes) -> Kept:
+    def _from_disk(self, owner: str, name: str, start: str, chain: bytes | None, window: bytes) -> Kept:
         tokens = _tokens(window)
         check_tokens(tokens, self.model.vocab_size)
         if start == "":
             return Kept(name, start, chain, self.nothing().stream, tokens)
-        state, origin, _, _ = saving.read(self._path(start), self.model, self.sleep)
+        state, origin, _, _ = saving.read(self._file(owner, start), self.model, self.sleep)
         begun = Stream.begin(state, tokens=origin.tokens, sleeps=origin.sleeps)
         return Kept(name, start, chain, begun, tokens)
 
@@ -532,17 +617,23 @@ class Store:
                 found.append(_thing(row))
         return found
 
-    def without_stream(self, kind: str) -> list[tuple[str, Thing]]:
-        """Return owner and document of those, of all owners, that have come to no stream."""
-        query = "SELECT owner, id, kind, stream, created, body FROM things WHERE stream IS NULL AND kind = ?"
+    def without_stream(self, kind: str, owner: str | None = None) -> list[tuple[str, Thing]]:
+        """Return owner and document of those, of all owners or of one, that have come to no stream."""
+        query = (
+            "SELECT owner, id, kind, stream, created, body FROM things WHERE stream IS NULL AND kind = ?1 "
+            "AND (?2 IS NULL OR owner = ?2)"
+        )
         found = []
-        for owner, *row in self._db.read(query, (kind,)):
+        for whose, *row in self._db.read(query, (kind, owner)):
             with suppress(Damaged):
-                found.append((owner, _thing(row)))
+                found.append((whose, _thing(row)))
         return found
 
     def delete(self, owner: str, kind: str, name: str) -> bool:
         """Delete a document and what nothing else needs any more: its stream, and where its window began."""
+        if self.shared is not None:
+            with storing():
+                self.shared.check(owner)
         with self._db.together():
             rows = self._db.write(
                 "DELETE FROM things WHERE id = ? AND owner = ? AND kind = ? RETURNING stream",
@@ -613,9 +704,10 @@ class Store:
                 (name, owner, blob),
             )
 
-    def all_unread(self) -> list[tuple[str, str, int]]:
-        """Return owner, name and number of tokens of all documents that have something to read."""
-        return self._db.read("SELECT owner, thing, length(tokens) / ? FROM unread", (WIDTH,))
+    def all_unread(self, owner: str | None = None) -> list[tuple[str, str, int]]:
+        """Return owner, name and number of tokens of what still has something to read, of all or of one."""
+        query = "SELECT owner, thing, length(tokens) / ? FROM unread WHERE ?2 IS NULL OR owner = ?2"
+        return self._db.read(query, (WIDTH, owner))
 
     def unread(self, name: str) -> Tensor | None:
         """Return what a document still has to read.
@@ -663,6 +755,12 @@ class Store:
     def bytes(self, owner: str | None = None) -> dict[str, int]:
         """Count bytes in memory, of all owners, and on disk, of all or of one."""
         return {"memory": self.recent.nbytes, "disk": self.room.taken(owner)}
+
+
+def _in_order(change: Change) -> tuple[int, Any]:
+    """Sort rows by what they refer to, and documents by when they were made."""
+    assert change.cells is not None
+    return ORDER.index(change.table), change.cells[4] if change.table == "things" else 0
 
 
 def _thing(row: Any) -> Thing:
