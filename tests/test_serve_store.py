@@ -398,7 +398,7 @@ def test_a_broken_state_is_not_kept(model, tmp_path):
     session.read(tokens)
     broken = session.stream.start.memory.map(lambda t: t * float("nan"))
     bad = stream.Stream(
-        type(session.stream.start)(broken, session.stream.start.cache), session.stream.state,
+        type(session.stream.start)(broken, session.stream.start.cache), session.stream.share,
         session.stream.window, session.stream.tokens, session.stream.sleeps,
     )  # fmt: skip
     with pytest.raises(ValueError, match="NaN"):

@@ -37,7 +37,10 @@ class ServeOptions(SleepOptions):
     max_tokens: int = 1024
     """Longest answer where a request does not say."""
     debt: int | None = None
-    """Tokens that an answer may run past the end of its window before it must sleep; default L / 4."""
+    """Tokens that a question and its answer may run past the end of the window before a sleep must
+    come; 0: it comes at once; default L / 4."""
+    sleep_after: float = 0.0
+    """Seconds that a stream rests in debt before it sleeps; who goes on sooner has all of it in sight."""
     portion: int = 64
     """Most tokens of prompts that a step reads while somebody waits for a next token."""
     max_waiting: int = 1024
@@ -70,6 +73,8 @@ class ServeOptions(SleepOptions):
             raise ValueError(f"keep_days must be positive, got {self.keep_days}")
         if self.debt is not None and self.debt < 0:
             raise ValueError(f"debt must not be negative, got {self.debt}")
+        if not 0 <= self.sleep_after < float("inf"):
+            raise ValueError(f"sleep_after must be finite and not negative, got {self.sleep_after}")
         if self.ray is not None and self.ray < 1:
             raise ValueError(f"ray must be at least 1 replica, got {self.ray}")
         if self.ray is not None and self.shared is None:
@@ -112,6 +117,7 @@ def serve(argv: list[str]) -> None:
         shared=options.shared,
         longest=options.max_tokens,
         debt=options.debt,
+        sleep_after=options.sleep_after,
         portion=options.portion,
         most_waiting=options.max_waiting,
         most_rows=options.max_rows,

@@ -4,9 +4,10 @@ Two threads use the model, one at a time (`Baton`): one writes answers and reads
 other reads whole windows and sleeps on them. A row that is due goes over to the second and comes back, while
 the others go on.
 
-With a `debt` an answer may run past the end of its window by so many tokens, attending to all of them, before
-it has to sleep. Then, or when the answer is over (`settled`), the window is slept on where it ended and what
-followed is read anew. So the memory is that of a row without debt; only the tokens in between have seen more.
+With a `debt` a question and its answer may run past the end of the window by so many tokens, attending to
+all of them, before a sleep has to come. Then, or when the answer is over (`settled`), the window is slept on
+where it ended and what followed is read anew. So the memory is that of a row without debt; only the tokens in
+between have seen more.
 """
 
 import threading
@@ -102,10 +103,11 @@ class Engine:
         model: any `Backbone`.
         sleep: how it sleeps, with one wake pass.
         portion: most tokens of prompts that one step reads while somebody waits for a next token.
-        debt: tokens that an answer may run past the end of its window.
+        debt: tokens that a question and its answer may run past the end of the window.
         most_waiting: requests at a time, all together; more are refused.
         most_rows: rows in one step; those beyond wait for their turn.
-        most_sleepers: rows that sleep together; the more, the longer others may wait for one block.
+        most_sleepers: rows that sleep together; the more, the longer others may wait for one block. Default 8
+            on a GPU, and 1 on a CPU, where several take nearly as long as one after the other.
 
     Attributes:
         timed: is called with "queue" and the seconds that a request waited for its first step, and with
@@ -124,11 +126,12 @@ class Engine:
         debt: int = 0,
         most_waiting: int = 1024,
         most_rows: int = 64,
-        most_sleepers: int = 8,
+        most_sleepers: int | None = None,
     ) -> None:
         self.model, self.sleep = model, sleep
         self.portion, self.debt, self.most_waiting = portion, debt, most_waiting
-        self.most_rows, self.most_sleepers = most_rows, most_sleepers
+        together = 1 if model.device.type == "cpu" else 8
+        self.most_rows, self.most_sleepers = most_rows, most_sleepers or together
         self.counts = Counts()
         self.timed: Callable[[Literal["queue", "sleep"], float], None] = lambda what, seconds: None
         # What is written with debt is read as if the window were longer.
@@ -202,7 +205,7 @@ class Engine:
         """Count the bytes of the states of requests that are not done."""
         with self._changed:
             rows = [request.row for request in (*self._active, *self._due, *self._asleep)]
-        return sum(size(row.stream.state) + size(row.stream.start) for row in rows)
+        return sum(row.stream.nbytes + size(row.stream.start) for row in rows)
 
     def close(self, timeout: float | None = None) -> None:
         """Take no more requests, bring those that are there to their end, and stop."""
@@ -266,7 +269,6 @@ class Engine:
                 self._changed.wait_for(lambda: self._due or (self._closing and not self.waiting))
                 if not self._due:
                     return
-                # Together: a sleep of several takes little longer than one.
                 self._asleep += [self._due.popleft() for _ in range(min(len(self._due), self.most_sleepers))]
                 requests = list(self._asleep)
                 self._step(requests)
@@ -365,10 +367,12 @@ class Engine:
         """Say whether a row goes on with a sleep."""
         if row.done or self.sleep.window is None:
             return bool(row.nap) and not row.done
-        over = len(row.stream.window) - self.sleep.window
-        if _writes(row) and over < self.debt:
-            return False
-        return over > 0 or row.turn(self.sleep).passes > 0
+        if row.nap and not row.budget:
+            return row.turn(self.sleep).passes > 0
+        # Where nobody waits for an answer (a text that goes into a memory) nothing is gained by being late.
+        answers = row.budget or row.answer.tokens or row.answer.stopped
+        debt = self.debt if answers else 0
+        return len(row.stream.window) + len(row.unread) > self.sleep.window + debt
 
 
 def settled(row: Row, sleep: SleepConfig) -> Row | None:

@@ -35,6 +35,7 @@ class Settings:
         shared: address of fsspec that several servers share; None: this one is alone.
         longest: tokens of an answer where a request does not say.
         debt: see `Engine`, and so `portion`, `most_waiting` and `most_rows`; None: a quarter of the window.
+        sleep_after: see `Service`.
         most_bytes: see `Store`; and so `most_disk` and `keep_days`.
     """
 
@@ -45,6 +46,7 @@ class Settings:
     shared: str | None
     longest: int
     debt: int | None
+    sleep_after: float
     portion: int
     most_waiting: int
     most_rows: int
@@ -81,7 +83,15 @@ def assemble(session: Session, how: Settings) -> Context:
         shared=how.shared,
     )
     name, chat = how.names[0], chat_of(session.tokenizer)
-    service = Service(engine, store, session.tokenizer, chat, name=name, longest=how.longest)
+    service = Service(
+        engine,
+        store,
+        session.tokenizer,
+        chat,
+        name=name,
+        longest=how.longest,
+        sleep_after=how.sleep_after,
+    )
     said = f"{store.origin.model} {json.dumps(sleep.to_dict())}"
     fingerprint = f"fp_{hashlib.sha256(said.encode()).hexdigest()[:16]}"
     return Context(service, how.keys, Metrics(engine, store, name), how.names, fingerprint, how.examples)

@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -117,7 +118,18 @@ class Written:
 
 
 class Service:
-    """Ties engine, store and tokenizer together; all its methods run in the event loop."""
+    """Ties engine, store and tokenizer together; all its methods run in the event loop.
+
+    Args:
+        engine: writes, reads and sleeps.
+        store: keeps streams.
+        tokenizer: of the model.
+        chat: writes conversations as text.
+        name: of the model.
+        longest: tokens of an answer where nobody says how many.
+        sleep_after: seconds that a stream which ran past the end of its window rests before it is slept on.
+            Whoever goes on from it sooner goes on with all that it has read in sight, and it does not sleep.
+    """
 
     _sweeper: "asyncio.Task[None]"
 
@@ -130,12 +142,15 @@ class Service:
         *,
         name: str,
         longest: int = 1024,
+        sleep_after: float = 0.0,
     ) -> None:
         self.engine, self.store, self.tokenizer, self.chat, self.name = engine, store, tokenizer, chat, name
         # A task answers with one token; a text has no natural end but its own.
         self._natural = 1 if isinstance(tokenizer, Spelled) else None
         self.longest = self._natural or longest
-        self.created = int(time.time())
+        self.created, self.sleep_after = int(time.time()), sleep_after
+        # Streams with a debt by their ids: those that rest, and those that sleep or are about to.
+        self._resting = dict[str, asyncio.TimerHandle]()
         self._settling = dict[str, asyncio.Task[None]]()
 
     def start(self) -> None:
@@ -146,6 +161,8 @@ class Service:
     async def stop(self) -> None:
         """Bring to its end what is under way, and let go of the store."""
         self._sweeper.cancel()
+        for rest in self._resting.values():  # they stay in debt; whoever goes on from one finds it so
+            rest.cancel()
         if settling := list(self._settling.values()):
             await asyncio.wait(settling, timeout=PATIENCE)
         await asyncio.to_thread(self.engine.close, PATIENCE)
@@ -185,14 +202,24 @@ class Service:
 
     async def prefix(self, owner: str, tokens: Tensor) -> tuple[Kept, Tensor]:
         """Return the stream of this owner that has read most of the beginning of `tokens`, and the rest."""
-        kept, known = await asyncio.to_thread(self.store.longest_prefix, owner, tokens)
-        return kept, tokens[known:]
+        while True:
+            kept, known = await asyncio.to_thread(self.store.longest_prefix, owner, tokens)
+            if not await self._slept(kept.id):
+                return kept, tokens[known:]
 
     async def find(self, owner: str, stream: str) -> Kept | None:
-        """Return a stream of this owner, once its sleep is no longer due."""
-        if (task := self._settling.get(stream)) is not None:
-            await asyncio.wait([task])
+        """Return a stream of this owner: one that rests as it is, one that is due once it has slept."""
+        await self._slept(stream)
         return await asyncio.to_thread(self.store.find, owner, stream)
+
+    async def _slept(self, stream: str) -> bool:
+        """Keep a stream that rests from its sleep, or wait for one that has begun, and say whether it had."""
+        if (resting := self._resting.pop(stream, None)) is not None:
+            resting.cancel()
+        if (task := self._settling.get(stream)) is None:
+            return False
+        await asyncio.wait([task])
+        return True
 
     async def whole(self, kept: Kept) -> Kept:
         """Return a stream whose open window has been read, so that its state is what it knows."""
@@ -306,11 +333,18 @@ class Service:
         after = written.row.stream
         written.after = await asyncio.to_thread(self.store.keep, owner, written.before, read, after)
         if (late := settled(written.row, self.engine.sleep)) is not None:
-            kept = written.after
-            task = asyncio.create_task(self._settle(owner, kept, late))
-            self._settling[kept.id] = task
-            task.add_done_callback(lambda _: self._settling.pop(kept.id, None))
+            due = partial(self._let_sleep, owner, written.after, late)
+            if self.sleep_after:
+                rest = asyncio.get_running_loop().call_later(self.sleep_after, due)
+                self._resting[written.after.id] = rest
+            else:
+                due()
         return written.after
+
+    def _let_sleep(self, owner: str, kept: Kept, late: Row) -> None:
+        self._resting.pop(kept.id, None)
+        task = self._settling[kept.id] = asyncio.create_task(self._settle(owner, kept, late))
+        task.add_done_callback(lambda _: self._settling.pop(kept.id, None))
 
     async def remember(self, owner: str, written: Written) -> None:
         """Keep where an answer has ended, if that can be done: what is sent again is else read anew."""
