@@ -45,7 +45,7 @@ def session():
 def nurse():
     # Reads a line of JSON for each server, forks it, and says how it ended once it is asked for.
     from lmsleep.serve.keys import Keys
-    from lmsleep.serve.run import run
+    from lmsleep.serve.run import Settings, run
 
     begun = session()
     for line in sys.stdin:
@@ -58,14 +58,15 @@ def nurse():
             continue
         options = {
             "debt": L // 4, "portion": 16, "most_waiting": 256, "most_rows": 16, "most_bytes": 200_000,
-            "most_disk": None, "keep_days": None, "longest": 64, **asked["options"],
+            "most_disk": None, "keep_days": None, "longest": 64,
+            "debt_of": "answer", "sleep_after": 0.0, "shared": None,
+            **asked["options"],
         }  # fmt: skip
+        # PyTorch's pool of threads does not outlive a fork: made anew before two threads would at once.
+        torch.set_num_threads(1)
         try:
-            run(
-                begun, names=("tiny",), host="127.0.0.1", port=0, store=Path(asked["store"]), keys=Keys(),
-                examples=(),
-                tell=lambda url: say(url=url, pid=os.getpid()), **options,
-            )  # fmt: skip
+            how = Settings(names=("tiny",), examples=(), keys=Keys(), store=Path(asked["store"]), **options)
+            run(begun, how, "127.0.0.1", 0, lambda url: say(url=url, pid=os.getpid()))
             os._exit(0)
         except (ValueError, OSError) as error:
             say(error=str(error))

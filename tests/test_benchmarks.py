@@ -177,7 +177,7 @@ def test_clients_wait_for_every_n_and_for_those_who_sleep_and_read(serving):
 
 def test_a_debt_takes_sleeps_out_of_answers(serving):
     slept = {row["sleep"]: int(row["answers with a sleep"].split()[0]) for row in serving["policies"].rows}
-    assert slept["at once"] > slept["debt L / 4, after the answer"] == 0
+    assert slept["at once"] > slept["debt L / 4 of the turn"] == 0
     assert all(row["sleeps"] > 0 for row in serving["policies"].rows)
 
 

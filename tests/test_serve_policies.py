@@ -24,7 +24,7 @@ def model():
     return lively(tiny("attention", "gated_delta_net", "attention"))
 
 
-def talk(model, folder, turns, *, debt, sleep_after, pause=0.0, by_prefix=False):
+def talk(model, folder, turns, *, debt, sleep_after, debt_of="turn", pause=0.0, by_prefix=False):
     """Ask, go on from the answer, and so on; return what happened in each turn, and the stream in the end."""
 
     async def talking(service):
@@ -43,7 +43,7 @@ def talk(model, folder, turns, *, debt, sleep_after, pause=0.0, by_prefix=False)
         return told, await service.whole(await service.find("me", kept.id)), text
 
     store = Store(folder, model, SLEEP)
-    engine = Engine(model, SLEEP, debt=debt)
+    engine = Engine(model, SLEEP, debt=debt, debt_of=debt_of)
     engine.start()
     service = Service(engine, store, WORDS, chat_of(WORDS), name="m", sleep_after=sleep_after)
     try:
@@ -76,6 +76,16 @@ def test_with_debt_neither_question_nor_answer_waits_and_the_sleep_comes_after(m
     [told], kept, text = talk(model, tmp_path, [(question, 4)], debt=L, sleep_after=0.0)
     assert set(told) == {"read", "wrote", "done"}
     same(kept.stream, as_session(model, text))  # once it is found again it has slept
+
+
+def test_a_question_waits_for_the_sleep_on_what_it_asks_about_unless_it_may_be_late(model, tmp_path):
+    [told], kept, text = talk(model, tmp_path, [(L + 2, 4)], debt=L, debt_of="answer", sleep_after=0.0)
+    assert told.index("slept") < told.index("wrote") and told.count("slept") == 1
+    [written] = torch.split(text[L + 2 :], 4)
+    session = Session(model, SLEEP, WORDS)
+    answer = session.generate(WORDS.decode(text[: L + 2].tolist()), max_new_tokens=4)
+    assert WORDS.encode(answer) == written.tolist()
+    same(kept.stream, as_session(model, text))
 
 
 @pytest.mark.parametrize("by_prefix", [False, True])

@@ -90,7 +90,7 @@ def _serving(model: HybridLM, folder: Path, asked: Asked) -> Iterator[str]:
     model.save_pretrained(folder / "model")
     options = {
         "--port": 0, "--store": folder / "store", "--window": asked.window, "--passes": 1,
-        "--debt": asked.window, "--sleep-after": 3600, "--tokenizer": "bytes",
+        "--debt": asked.window, "--debt-of": "turn", "--sleep-after": 3600, "--tokenizer": "bytes",
     }  # fmt: skip
     words = [str(word) for option in options.items() for word in option]
     command = [sys.executable, "-m", "lmsleep", "serve", str(folder / "model"), *words]

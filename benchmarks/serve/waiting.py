@@ -12,7 +12,7 @@ import torch
 from benchmarks.table import Cell, Table
 from benchmarks.timing import ms, ratio
 from lmsleep import HybridConfig, HybridLM, Session, SessionBatch, SleepConfig
-from lmsleep.serve.engine import Engine, Happened, settled
+from lmsleep.serve.engine import DebtOf, Engine, Happened, settled
 from lmsleep.session import Answer, Row, Stream
 
 PASSES = (1, 4)
@@ -52,13 +52,15 @@ class Waited:
 class Talks:
     """Sessions that are asked again and again, all at once; no two windows of them align."""
 
-    def __init__(self, model: HybridLM, asked: Asked, count: int, passes: int, debt: int) -> None:
+    def __init__(
+        self, model: HybridLM, asked: Asked, count: int, passes: int, debt: int, debt_of: DebtOf = "answer"
+    ) -> None:
         self.asked, self.sleep = asked, asked.sleep(passes)
         sessions = [Session(model, self.sleep, history=0) for _ in range(count)]
         fills = [asked.window * (2 * i + 1) // (2 * count) for i in range(count)]
         SessionBatch(sessions).read([_some(model, fill) for fill in fills])
         self.streams: list[Stream] = [session.stream for session in sessions]
-        self.model, self.engine = model, Engine(model, self.sleep, debt=debt)
+        self.model, self.engine = model, Engine(model, self.sleep, debt=debt, debt_of=debt_of)
         self.engine.start()
 
     def ask(self, answer: int | None = None) -> Waited:
@@ -209,15 +211,22 @@ def stalls(asked: Asked, *, count: int, repeats: int) -> Table:
 def policies(asked: Asked, *, count: int, repeats: int) -> Table:
     """Time answers for several debts: sleep at once, after the answer, and after a rest."""
     model, L = _model(asked), asked.window
-    kinds = {"at once": (0, True)} | {
-        f"debt L / {part}, {'after the answer' if at_once else 'after a rest'}": (L // part, at_once)
-        for part, at_once in ((8, True), (4, True), (2, True), (4, False))
+    kinds: dict[str, tuple[int, DebtOf, bool]] = {
+        "at once": (0, "answer", True),
+        "debt L / 4 of the answer": (L // 4, "answer", True),
+        "debt L / 8 of the turn": (L // 8, "turn", True),
+        "debt L / 4 of the turn": (L // 4, "turn", True),
+        "debt L / 2 of the turn": (L // 2, "turn", True),
+        "debt L / 4 of the turn, after a rest": (L // 4, "turn", False),
     }
-    talks = {kind: Talks(model, asked, count, PASSES[-1], debt) for kind, (debt, _) in kinds.items()}
+    talks = {
+        kind: Talks(model, asked, count, PASSES[-1], debt, debt_of)
+        for kind, (debt, debt_of, _) in kinds.items()
+    }
     waited = {kind: list[Waited]() for kind in kinds}
     rounds = repeats * L // (asked.question + asked.answer)  # every session comes through so many windows
     for turn in range(-1, rounds):
-        for kind, (_, at_once) in kinds.items():
+        for kind, (_, _, at_once) in kinds.items():
             answered = talks[kind].ask()
             if at_once:
                 talks[kind].rest()
@@ -241,9 +250,9 @@ def policies(asked: Asked, *, count: int, repeats: int) -> Table:
         talks[kind].close()
     note = (
         f"{count} sessions that are asked at once, again and again. {asked}, N = {PASSES[-1]}. At once: a "
-        "full window is slept on where it ends, in an answer too. After the answer: those in debt sleep "
-        f"between two rounds. After a rest: nobody rests that long. Wall time, {rounds} rounds that took "
-        "turns."
+        "full window is slept on where it ends, in an answer too. Of the answer: questions sleep first, an "
+        "answer may run on; of the turn: a question may, too. Those in debt sleep between rounds; after a "
+        f"rest: nobody rests that long. Wall time, {rounds} rounds that took turns."
     )
     return Table(rows=rows, note=note)
 

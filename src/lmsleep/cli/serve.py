@@ -4,6 +4,7 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 from tyro.conf import Positional
 
@@ -37,10 +38,14 @@ class ServeOptions(SleepOptions):
     max_tokens: int = 1024
     """Longest answer where a request does not say."""
     debt: int | None = None
-    """Tokens that a question and its answer may run past the end of the window before a sleep must
-    come; 0: it comes at once; default L / 4."""
+    """Tokens that an answer may run past the end of its window before a sleep must come; 0: it comes at once;
+    default L / 4."""
+    debt_of: Literal["answer", "turn"] = "answer"
+    """turn: a question may run into debt as well and never waits for a sleep, but what it asks about may not
+    have been slept on."""
     sleep_after: float = 0.0
-    """Seconds that a stream rests in debt before it sleeps; who goes on sooner has all of it in sight."""
+    """With --debt-of turn: seconds that a stream rests in debt before it sleeps; who goes on sooner has all
+    of it in sight."""
     portion: int = 64
     """Most tokens of prompts that a step reads while somebody waits for a next token."""
     max_waiting: int = 1024
@@ -75,6 +80,11 @@ class ServeOptions(SleepOptions):
             raise ValueError(f"debt must not be negative, got {self.debt}")
         if not 0 <= self.sleep_after < float("inf"):
             raise ValueError(f"sleep_after must be finite and not negative, got {self.sleep_after}")
+        if self.sleep_after and self.debt_of == "answer":
+            raise ValueError(
+                f"sleep_after={self.sleep_after} is of no use where the next question sleeps first: name "
+                "--debt-of turn"
+            )
         if self.ray is not None and self.ray < 1:
             raise ValueError(f"ray must be at least 1 replica, got {self.ray}")
         if self.ray is not None and self.shared is None:
@@ -117,6 +127,7 @@ def serve(argv: list[str]) -> None:
         shared=options.shared,
         longest=options.max_tokens,
         debt=options.debt,
+        debt_of=options.debt_of,
         sleep_after=options.sleep_after,
         portion=options.portion,
         most_waiting=options.max_waiting,

@@ -4,10 +4,11 @@ Two threads use the model, one at a time (`Baton`): one writes answers and reads
 other reads whole windows and sleeps on them. A row that is due goes over to the second and comes back, while
 the others go on.
 
-With a `debt` a question and its answer may run past the end of the window by so many tokens, attending to
-all of them, before a sleep has to come. Then, or when the answer is over (`settled`), the window is slept on
-where it ended and what followed is read anew. So the memory is that of a row without debt; only the tokens in
-between have seen more.
+With a `debt` an answer may run past the end of its window by so many tokens, attending to all of them, before
+a sleep has to come; a question too where `debt_of` is "turn". Then, or when the answer is over (`settled`),
+the window is slept on where it ended and what followed is read anew. So the memory is that of a row without
+debt; only the tokens in between have seen more. What a question asks about is slept on first by default, as
+in a session: models that were taught to answer after a sleep need it.
 """
 
 import threading
@@ -27,6 +28,7 @@ from lmsleep.session.stream import size
 from lmsleep.sleep import Backbone, SleepConfig
 from lmsleep.training.device import is_out_of_memory
 
+DebtOf = Literal["answer", "turn"]
 What = Literal["read", "wrote", "sleeping", "slept", "done"]
 
 
@@ -103,7 +105,8 @@ class Engine:
         model: any `Backbone`.
         sleep: how it sleeps, with one wake pass.
         portion: most tokens of prompts that one step reads while somebody waits for a next token.
-        debt: tokens that a question and its answer may run past the end of the window.
+        debt: tokens that an answer may run past the end of the window.
+        debt_of: "answer"; or "turn": a question may run into debt as well.
         most_waiting: requests at a time, all together; more are refused.
         most_rows: rows in one step; those beyond wait for their turn.
         most_sleepers: rows that sleep together; the more, the longer others may wait for one block. Default 8
@@ -124,12 +127,14 @@ class Engine:
         *,
         portion: int = 64,
         debt: int = 0,
+        debt_of: DebtOf = "answer",
         most_waiting: int = 1024,
         most_rows: int = 64,
         most_sleepers: int | None = None,
     ) -> None:
         self.model, self.sleep = model, sleep
         self.portion, self.debt, self.most_waiting = portion, debt, most_waiting
+        self.debt_of = debt_of
         together = 1 if model.device.type == "cpu" else 8
         self.most_rows, self.most_sleepers = most_rows, most_sleepers or together
         self.counts = Counts()
@@ -369,9 +374,10 @@ class Engine:
             return bool(row.nap) and not row.done
         if row.nap and not row.budget:
             return row.turn(self.sleep).passes > 0
+        answers = bool(row.answer.tokens or row.answer.stopped)
         # Where nobody waits for an answer (a text that goes into a memory) nothing is gained by being late.
-        answers = row.budget or row.answer.tokens or row.answer.stopped
-        debt = self.debt if answers else 0
+        asks = self.debt_of == "turn" and row.budget > 0
+        debt = self.debt if answers or asks else 0
         return len(row.stream.window) + len(row.unread) > self.sleep.window + debt
 
 

@@ -13,7 +13,7 @@ import uvicorn
 from lmsleep.serve.app import create_app
 from lmsleep.serve.context import Context
 from lmsleep.serve.drain import Draining
-from lmsleep.serve.engine import Engine
+from lmsleep.serve.engine import DebtOf, Engine
 from lmsleep.serve.keys import Keys
 from lmsleep.serve.log import to_stderr
 from lmsleep.serve.metrics import Metrics
@@ -34,7 +34,7 @@ class Settings:
         store: folder of the store.
         shared: address of fsspec that several servers share; None: this one is alone.
         longest: tokens of an answer where a request does not say.
-        debt: see `Engine`, and so `portion`, `most_waiting` and `most_rows`; None: a quarter of the window.
+        debt: see `Engine`, and so `debt_of`, `portion`, `most_waiting` and `most_rows`; None: L / 4.
         sleep_after: see `Service`.
         most_bytes: see `Store`; and so `most_disk` and `keep_days`.
     """
@@ -46,6 +46,7 @@ class Settings:
     shared: str | None
     longest: int
     debt: int | None
+    debt_of: DebtOf
     sleep_after: float
     portion: int
     most_waiting: int
@@ -69,6 +70,7 @@ def assemble(session: Session, how: Settings) -> Context:
         sleep,
         portion=how.portion,
         debt=(sleep.window or 0) // 4 if how.debt is None else how.debt,
+        debt_of=how.debt_of,
         most_waiting=how.most_waiting,
         most_rows=how.most_rows,
     )
