@@ -46,7 +46,7 @@ class ServeOptions(SleepOptions):
     sleep_after: float = 0.0
     """With --debt-of turn: seconds that a stream rests in debt before it sleeps; who goes on sooner has all
     of it in sight."""
-    portion: int = 64
+    portion: int = 32
     """Most tokens of prompts that a step reads while somebody waits for a next token."""
     max_waiting: int = 1024
     """Requests at a time; more are told to come back."""

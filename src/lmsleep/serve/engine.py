@@ -125,7 +125,7 @@ class Engine:
         model: Backbone,
         sleep: SleepConfig,
         *,
-        portion: int = 64,
+        portion: int = 32,
         debt: int = 0,
         debt_of: DebtOf = "answer",
         most_waiting: int = 1024,

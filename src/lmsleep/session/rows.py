@@ -25,6 +25,9 @@ class BrokenSleep(RuntimeError):
     """A sleep left NaN or infinity; the memory before it was kept, the tokens of its window are not read."""
 
 
+JOIN_AFTER = 8  # tokens of an answer: about what joining costs
+
+
 class Odds(NamedTuple):
     """How likely a drawn token was.
 
@@ -180,7 +183,8 @@ def advance(
     """
     # These tell of the last step alone.
     after = [replace(row, logits=None, pieces=(), odds=None) for row in rows]
-    groups, waiting = dict[tuple[int, bool], list[int]](), list[int]()
+    groups, waiting = dict[tuple[int, bool, bool], list[int]](), list[int]()
+    settled = any(len(row.answer.tokens) >= JOIN_AFTER for row in rows if row.budget)
     for i, row in enumerate(rows):
         if row.done:
             continue
@@ -188,13 +192,15 @@ def advance(
         if not turn.tokens and not turn.passes:  # no prompt: an answer goes on from the open window
             waiting.append(i)
         else:
-            # Those with as many passes, and as much need of the head, share every pass of this step.
-            groups.setdefault((turn.passes, turn.logits), []).append(i)
+            # Those with as many passes, and as much need of the head, share every pass of this step; but
+            # who has just begun to write joins no batch that it may soon leave: both copy all of it.
+            begins = settled and turn.logits and len(row.answer.tokens) < JOIN_AFTER
+            groups.setdefault((turn.passes, turn.logits, begins), []).append(i)
     if waiting:
         known = stream.next_logits(model, sleep, [rows[i].stream for i in waiting])
         for i, seen in zip(waiting, known, strict=True):
             after[i] = after[i].drawn(seen)
-    for (passes, logits), group in groups.items():
+    for (passes, logits, _), group in groups.items():
         stepped = _read(model, sleep, [after[i] for i in group], passes=passes, logits=logits, most=most)
         for i, row in zip(group, stepped, strict=True):
             after[i] = row
