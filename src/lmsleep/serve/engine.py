@@ -252,7 +252,8 @@ class Engine:
         All who write, and of those who read as many as fit the portion, those who came first before others.
         """
         writing = [r for r in self._active if _writes(r.row)]
-        chosen, room = writing[: self.most_rows], self.portion
+        # Reading may take about as long as writing does: the more write, the less they feel it.
+        chosen, room = writing[: self.most_rows], max(self.portion, 4 * len(writing))
         for request in [r for r in self._active if not _writes(r.row)]:
             if len(chosen) == self.most_rows or (writing and room <= 0):
                 break

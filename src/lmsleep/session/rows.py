@@ -25,7 +25,7 @@ class BrokenSleep(RuntimeError):
     """A sleep left NaN or infinity; the memory before it was kept, the tokens of its window are not read."""
 
 
-JOIN_AFTER = 8  # tokens of an answer: about what joining costs
+COPIED = 64  # tokens of a window: copying them, for each row, costs about as much as one pass more
 
 
 class Odds(NamedTuple):
@@ -184,7 +184,9 @@ def advance(
     # These tell of the last step alone.
     after = [replace(row, logits=None, pieces=(), odds=None) for row in rows]
     groups, waiting = dict[tuple[int, bool, bool], list[int]](), list[int]()
-    settled = any(len(row.answer.tokens) >= JOIN_AFTER for row in rows if row.budget)
+    writing = [row for row in rows if row.budget and row.answer.tokens]
+    join_after = max((len(row.stream.window) for row in writing), default=0) // COPIED
+    settled = any(len(row.answer.tokens) >= join_after for row in writing)
     for i, row in enumerate(rows):
         if row.done:
             continue
@@ -194,7 +196,7 @@ def advance(
         else:
             # Those with as many passes, and as much need of the head, share every pass of this step; but
             # who has just begun to write joins no batch that it may soon leave: both copy all of it.
-            begins = settled and turn.logits and len(row.answer.tokens) < JOIN_AFTER
+            begins = settled and turn.logits and len(row.answer.tokens) < join_after
             groups.setdefault((turn.passes, turn.logits, begins), []).append(i)
     if waiting:
         known = stream.next_logits(model, sleep, [rows[i].stream for i in waiting])
