@@ -34,11 +34,13 @@ def pins(pyproject: dict[str, Any]) -> dict[str, Requirement]:
 def ranges(pyproject: dict[str, Any]) -> dict[str, Requirement]:
     """Return what a project declares for its users: its needs, those of its extras, and what builds it.
 
-    The kernels of `cuda` are left out: they need a GPU.
+    The kernels of `cuda`, which need a GPU, are left out, and Ray, of which one version is supported yet.
     """
     extras = pyproject["project"]["optional-dependencies"]
     lines = [*pyproject["project"]["dependencies"], *pyproject["build-system"]["requires"]]
-    return parse(lines + [line for name in extras if name not in ("cuda", "dev") for line in extras[name]])
+    return parse(
+        lines + [line for name in extras if name not in ("cuda", "dev", "ray") for line in extras[name]]
+    )
 
 
 def tools(pyproject: dict[str, Any]) -> list[str]:
@@ -91,3 +93,12 @@ def test_newest(session: nox.Session) -> None:
 def test_pinned(session: nox.Session) -> None:
     """Test with what development pins, on another Python."""
     test(session, map(str, pins(PYPROJECT).values()))
+
+
+@nox.session(name="clients", python=OLDEST_PYTHON, default=False)
+def test_clients(session: nox.Session) -> None:
+    """Let the clients that people use, pinned too, judge the server."""
+    clients = nox.project.dependency_groups(PYPROJECT, "clients")
+    # Whatever they warn of among themselves is no fault of the server.
+    how = ["-Wignore", "-m", "slow", "tests/test_serve_judges.py"]
+    test(session, [*map(str, pins(PYPROJECT).values()), *clients], *how)

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from benchmarks import data, floors, recurrence, rules, sessions, step, window
+from benchmarks import capacity, data, floors, recurrence, rules, serve, sessions, step, window
 from benchmarks.processor import Processor
 from benchmarks.table import Table, as_page
 from lmsleep.files import write_atomic
@@ -22,7 +22,12 @@ from lmsleep.training.runs import provenance
 ROOT = Path(__file__).parents[1]
 Measures = dict[str, Callable[[], Table]]
 # By name what measures a table: every case `repeats` times (tiny: no more than shows that it runs).
-ON_CPU: dict[str, Callable[[int, bool], Measures]] = {"data": data.tables, "sessions": sessions.tables}
+ON_CPU: dict[str, Callable[[int, bool], Measures]] = {
+    "capacity": capacity.tables,
+    "data": data.tables,
+    "serve": serve.tables,
+    "sessions": sessions.tables,
+}
 ON_ANY: dict[str, Callable[[int, bool, Processor], Measures]] = {
     "floors": floors.tables,
     "recurrence": recurrence.tables,

@@ -50,7 +50,7 @@ def take_turns(calls: Mapping[Case, Callable[[], object]], repeats: int) -> dict
     return times
 
 
-def ms(seconds: list[float], percentile: int = 50) -> float:
+def ms(seconds: list[float], percentile: float = 50) -> float:
     """Return a percentile in milliseconds."""
     return float(np.percentile(seconds, percentile)) * 1e3
 

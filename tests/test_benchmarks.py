@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from benchmarks import __main__ as benchmarks
-from benchmarks import recurrence, step, window
+from benchmarks import recurrence, serve, step, window
 from benchmarks.peer import Composed
 from benchmarks.processor import Processor
 from benchmarks.sessions import SMALL, memories, size, stream
@@ -150,7 +150,46 @@ def test_the_documentation_shows_the_committed_results():
             tables = json.loads(result.read_text())
             blocks = {f"benchmark:{result.stem}.{name}": as_page(table) for name, table in tables.items()}
             assert published(text, blocks) == text
-    assert seen == 18
+    assert seen == 25
+
+
+@pytest.fixture(scope="module")
+def serving():
+    return {name: measure() for name, measure in serve.tables(1, True).items()}
+
+
+def test_streams_together_say_what_generate_says(serving):
+    # The benchmark itself compares the answers where nothing is evicted.
+    assert [(row["context"], row["streams"]) for row in serving["together"].rows] == [
+        (24, 1), (24, 2), (40, 1), (40, 2)
+    ]  # fmt: skip
+
+
+def test_clients_wait_for_every_n_and_for_those_who_sleep_and_read(serving):
+    assert [(row["sessions"], row["N"]) for row in serving["waiting"].rows] == [
+        (1, 1), (1, 4), (2, 1), (2, 4)
+    ]  # fmt: skip
+    for row in serving["waiting"].rows:
+        assert row["sleeps"] > 0 and row["between tokens, ms"] > 0 and row["longest, in medians"] >= 1
+    cases = [row["case"] for row in serving["stalls"].rows]
+    assert cases == ["write alone", "others sleep", "others read"]
+
+
+def test_a_debt_takes_sleeps_out_of_answers(serving):
+    slept = {row["sleep"]: int(row["answers with a sleep"].split()[0]) for row in serving["policies"].rows}
+    assert slept["at once"] > slept["debt L / 4 of the turn"] == 0
+    assert all(row["sleeps"] > 0 for row in serving["policies"].rows)
+
+
+def test_a_conversation_that_is_remembered_is_not_read_again(serving):
+    for row in serving["turns"].rows:
+        assert (row["times as long"] > 1) == (row["the conversation is"] == "read again")
+
+
+def test_http_is_measured_beside_the_rows_in_process(serving):
+    found = [row["answers"] for row in serving["http"].rows]
+    assert found == ["in process", "HTTP, streamed", "HTTP, at once"]
+    assert all(row["tokens/s"] > 0 for row in serving["http"].rows)
 
 
 def test_every_task_is_drawn_by_the_benchmark_of_data():

@@ -81,6 +81,7 @@ def test_a_branch_of_another_configuration_is_refused(tmp_path):
         run_all([Job(tmp_path / "long", config, Job(tmp_path / "short", other))], workers=1)
 
 
+@pytest.mark.slow
 def test_finished_runs_are_not_repeated_and_foreign_ones_refused(demo, capsys):
     before = {p: p.stat().st_mtime_ns for p in demo.rglob("report.json")}
     assert len(before) == 2 * 5 + 2  # the bounds once
@@ -93,6 +94,7 @@ def test_finished_runs_are_not_repeated_and_foreign_ones_refused(demo, capsys):
     assert leaving.value.code == 2 and "another configuration" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_rows_are_those_of_the_reports_and_of_other_readings(demo):
     result = Result.load(RECIPES["depo"], demo / "depo")
     report = RunFolder.open(demo / "depo-N2-tokens-seed1").report()
@@ -105,6 +107,7 @@ def test_rows_are_those_of_the_reports_and_of_other_readings(demo):
     figure.draw(result)
 
 
+@pytest.mark.slow
 def test_the_page_holds_every_row_and_needs_no_network(demo):
     page = (demo / "demo.html").read_text()
     # The letters of a picture in base64 spell anything by chance, so the text is looked at without them.

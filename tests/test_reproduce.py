@@ -95,7 +95,17 @@ def train_here(jobs, workers):
                 Trainer(RunFolder.create(each.path, each.config), each.config).fit()
 
 
-@pytest.mark.parametrize("figure", sorted(set(RECIPES) - {"passes"}))
+# One of a task and model of each kind; the others take as long.
+QUICK = {"2a", "4b", "rule"}
+
+
+@pytest.mark.parametrize(
+    "figure",
+    [
+        pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+        for name in sorted(set(RECIPES) - {"passes"})
+    ],
+)
 def test_every_recipe_runs_to_its_end(here, figure, monkeypatch, capsys):
     monkeypatch.setattr(catalogue, "SLEEPS", (1, 4, 12))
     monkeypatch.setattr(results, "TIMED_STEPS", 1)

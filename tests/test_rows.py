@@ -11,6 +11,7 @@ from test_session import L, Poisoned, sleeping
 
 from lmsleep import BrokenSleep, Session, SessionBatch, SleepConfig
 from lmsleep.session import Answer, Row, Sampling, advance
+from lmsleep.state import State
 from lmsleep.text.tokenizers import Words
 
 BLOCKS = ("attention", "gated_delta_net", "gated_linear", "attention")
@@ -112,6 +113,45 @@ def test_rows_that_join_and_leave_are_as_if_alone(model, eviction, requests, idl
         assert row.stream.window.tolist() == alone.stream.window.tolist()
         assert same_memory(row.stream.state.memory, alone.stream.state.memory)
         assert row.stream.peak_bytes == alone.stream.peak_bytes
+
+
+def test_rows_that_go_on_together_are_joined_once(model, monkeypatch):
+    sleep, joins, join = SleepConfig(window=40, passes=2), [], State.join
+    rows = [Request(0, 3 + i, 4, 20, i, 1.0).row(model, sleep) for i in range(4)]
+    alone = [[row] for row in rows]
+    for _ in range(18):
+        alone = [advance(model, sleep, row) for row in alone]
+    monkeypatch.setattr(
+        State, "join", staticmethod(lambda parts, *rest: joins.append(len(parts)) or join(parts, *rest))
+    )
+    for step in range(18):
+        # In any order; after 12 steps one of them is left out, and read on by itself in the end.
+        now = [*rows[step % 4 :], *rows[: step % 4]] if step < 12 else rows[:3]
+        after = dict(zip(map(id, now), advance(model, sleep, now), strict=True))
+        rows = [after.get(id(row), row) for row in rows]
+    assert joins == [4, 3]
+    while rows[3].stream.tokens < rows[2].stream.tokens + 1:
+        rows[3:] = advance(model, sleep, rows[3:])
+    assert joins[2:] == [1]
+    for mine, [other] in zip(rows, alone, strict=True):
+        assert mine.answer.whole() == other.answer.whole()
+        assert same_memory(mine.stream.state.memory, other.stream.state.memory)
+        assert mine.stream.peak_bytes == other.stream.peak_bytes
+
+
+def test_a_stream_that_is_asked_for_its_state_keeps_no_other_alive(model):
+    sleep = SleepConfig(window=40, passes=2)
+    rows = [Row(stream=Session(model, sleep).stream, unread=random_tokens(3 + i)) for i in range(3)]
+    rows = advance(model, sleep, rows)
+    states = [row.stream.state for row in rows]
+    assert states[0].cache.length == 3 and states[0].cache.filled is None
+    held = [{t.untyped_storage().data_ptr() for t in state.tensors()} for state in states]
+    assert not held[0] & held[1] and not held[1] & held[2]
+    assert rows[0].stream.state is states[0]
+    for _ in range(2):  # nor has one that went on alone the room to grow in which it was read
+        rows[1:2] = advance(model, sleep, [replace(rows[1], unread=random_tokens(1))])
+    keys = rows[1].stream.state.cache.layers[0][0]
+    assert keys.shape[1] == 6 and keys.untyped_storage().nbytes() == keys.nbytes
 
 
 def test_a_row_is_a_value_and_a_step_can_be_taken_again(model):

@@ -21,7 +21,7 @@ VOCAB = 512
 
 def decoding(width: int, window: int, lengths: tuple[int, ...], tokens: int, repeats: int) -> Table:
     """Time greedy tokens after a long text: with its last window (and S) in reach, and with all of it."""
-    model, rows = _model(width), list[dict[str, Cell]]()
+    model, rows = random_model(width), list[dict[str, Cell]]()
     backbone = adapt(model)
     for length in lengths:
         text = _text(length + 1)
@@ -48,7 +48,7 @@ def decoding(width: int, window: int, lengths: tuple[int, ...], tokens: int, rep
             }
         )
     note = (
-        f"{tokens} greedy tokens, one by one, after a text of that many tokens. {_about(model)}. Ours: a "
+        f"{tokens} greedy tokens, one by one, after a text of that many tokens. {about(model)}. Ours: a "
         f"Session with L = {window}, which has slept on all windows but the open one, half full; "
         "transformers: `generate` with the keys and values of the whole text. CPU time, medians of "
         f"{repeats} repeats that took turns; ratios within a repeat: median [10th ... 90th percentile]. "
@@ -73,7 +73,7 @@ def _theirs(model: Any, cache: Any, text: Tensor, tokens: int) -> list[int]:
 
 def sleeping(width: int, windows: tuple[int, ...], repeats: int) -> Table:
     """Time the pause of a sleep against one ordinary pass of transformers over the window's tokens."""
-    model, rows = _model(width), list[dict[str, Cell]]()
+    model, rows = random_model(width), list[dict[str, Cell]]()
     backbone = adapt(model)
     for L in windows:
         text = _text(L)
@@ -94,7 +94,7 @@ def sleeping(width: int, windows: tuple[int, ...], repeats: int) -> Table:
             for n in PASSES
         ]
     note = (
-        f"A sleep on a full window of L tokens: all N passes and the eviction. {_about(model)}. Beside it "
+        f"A sleep on a full window of L tokens: all N passes and the eviction. {about(model)}. Beside it "
         f"the model's own forward pass over these tokens, with its cache. CPU time, medians of {repeats} "
         "repeats that took turns; ratios within a repeat: median [10th ... 90th percentile]."
     )
@@ -110,7 +110,7 @@ def _text(length: int) -> Tensor:
     return torch.arange(length)[None] * 7 % VOCAB
 
 
-def _model(width: int) -> Any:
+def random_model(width: int) -> Any:
     """Make a hybrid of transformers: gated delta net and attention in turns, random weights."""
     torch.manual_seed(0)
     heads = width // 64
@@ -133,7 +133,8 @@ def _model(width: int) -> Any:
     return Qwen3_5ForCausalLM(config).eval()
 
 
-def _about(model: Any) -> str:
+def about(model: Any) -> str:
+    """Say what a model of transformers is."""
     c = model.config
     return (
         f"{c.num_hidden_layers} blocks of Qwen3.5, width {c.hidden_size}, random weights, float32, one thread"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 LONG = 200  # bytes of a name; file systems allow 255, and ours add to it
+LEFTOVER = re.compile(r"\.(\d+)\.[0-9a-f]+")  # after the name: of a temporary file, by whom
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -174,9 +175,10 @@ def _permit(file: int, old: os.stat_result) -> None:
 
 def _sweep(path: Path) -> None:
     """Remove what killed writes of `path` left: temporary files that no writer holds."""
-    leftover = re.compile(re.escape(_sibling(path, "").name) + r"\.(\d+)\.[0-9a-f]+")
+    begin = _sibling(path, "").name
     with os.scandir(path.parent) as entries:
-        found = [(Path(e.path), match[1]) for e in entries if (match := leftover.fullmatch(e.name))]
+        ours = [entry for entry in entries if entry.name.startswith(begin)]
+    found = [(Path(e.path), match[1]) for e in ours if (match := LEFTOVER.fullmatch(e.name, len(begin)))]
     for name, pid in found:
         # Gone meanwhile, another user's, a link, or on a file system without locks: it stays.
         with suppress(OSError):

@@ -421,6 +421,13 @@ class Cache:
 
         return replace(kept.map(blanked), filled=counts)
 
+    def holding(self, counts: Tensor) -> Self:
+        """Say that row b holds `counts[b]` tokens, all older positions being padding, zeros, already."""
+        longest = int(counts.max())
+        # Nothing is blanked and, as a rule, nothing cut: the tensors stay what they are, uncopied.
+        cut = self if longest >= self.length else replace(self, filled=None).last(longest)
+        return replace(cut, filled=None if bool((counts >= cut.length).all()) else counts)
+
     def detach(self) -> Self:
         """Return the same values, cut from the autograd graph."""
         return self.map(Tensor.detach)
@@ -470,15 +477,23 @@ class State(NamedTuple):
             Cache(cache[:start] + tuple(c for _, c in blocks) + cache[stop:], self.cache.filled),
         )
 
-    def split(self) -> "list[State]":
-        """Return the rows, each as a batch of one without padding; they share no storage."""
-        # A list index copies. A slice would be a view, and one row would keep the whole batch alive.
-        single = [self.rows([row]) for row in range(self.batch_size)]
+    def views(self) -> "list[State]":
+        """Return the rows, each as a batch of one without padding, in the storage of this state."""
+        single = [self.rows(slice(row, row + 1)) for row in range(self.batch_size)]
         counts = self.cache.counts(self.batch_size).tolist()
         return [
             State(s.memory, replace(s.cache.last(count), filled=None))
             for s, count in zip(single, counts, strict=True)
         ]
+
+    def split(self) -> "list[State]":
+        """Return the rows, each as a batch of one without padding; they share no storage."""
+        # A view of one row would keep the whole batch alive.
+        return [state.clone() for state in self.views()]
+
+    def clone(self) -> "State":
+        """Return an independent copy."""
+        return State(self.memory.clone(), self.cache.map(Tensor.clone))
 
     def counted(self, began: Cache, tokens: int, valid: Tensor | None) -> "State":
         """Return this state after a window of `tokens` with a count of the filled positions of each row.
@@ -491,8 +506,7 @@ class State(NamedTuple):
         if valid is None and began.filled is None:
             return self
         counts = began.counts(self.batch_size) + (tokens if valid is None else valid.sum(dim=1))
-        # `filled` still counts the tokens before the window, and `keep` would cap the new counts by it.
-        return State(self.memory, replace(self.cache, filled=None).keep(counts))
+        return State(self.memory, self.cache.holding(counts))
 
     @staticmethod
     def join(parts: Sequence["State"], order: Tensor | None = None) -> "State":
@@ -526,5 +540,5 @@ class State(NamedTuple):
         )
         # Only then is there padding; without it `filled` stays None, and no mask of padding is needed.
         if len({p.cache.length for p in parts}) > 1 or any(p.cache.filled is not None for p in parts):
-            cache = cache.keep(joined([p.cache.counts(p.batch_size) for p in parts]))
+            cache = cache.holding(joined([p.cache.counts(p.batch_size) for p in parts]))
         return State(Memory(memory), cache)

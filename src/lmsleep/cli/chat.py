@@ -3,8 +3,11 @@
 import io
 import shlex
 import sys
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tyro.conf import Positional
 
@@ -14,9 +17,11 @@ from lmsleep.cli.opening import SleepOptions, new_session, status, take_up
 from lmsleep.cli.options import parse
 from lmsleep.files import locked
 from lmsleep.session import Session
+from lmsleep.text.chat import Chat, Message, Templated, chat_of
 from lmsleep.text.tokenizers import Spelled
 
-HELP = """A line is read and answered. Lines that begin with a slash are commands:
+HELP = """A line is read and answered, as a turn of the chat template if the tokenizer has one.
+Lines that begin with a slash are commands:
   /read TEXT   read without answering
   /sleep       sleep on the open window now
   /undo        take back the last line, /read or /sleep, with its answer
@@ -40,8 +45,52 @@ class ChatOptions(WriteOptions, SleepOptions):
     """Folder of a run, a saved model or a Hugging Face model, or a shipped one: depo-N1, depo-N4."""
     memory: Path | None = None
     """Memory file to begin with; it is written only by /save."""
-    stop: tuple[str, ...] = field(default=("\n",))
-    """Texts that end an answer."""
+    stop: tuple[str, ...] = ()
+    """Texts that end an answer, as the ends of a text that the model knows do; default the end of a line,
+    unless its tokenizer has a chat template."""
+    system: str | None = None
+    """What the model is told before a conversation; needs a tokenizer with a chat template."""
+
+
+@dataclass
+class Turns:
+    """Writes lines as turns, by the chat template of the tokenizer; without one they are read as they are.
+
+    Attributes:
+        chat: of the tokenizer.
+        system: message before each conversation.
+        answers: last token of each answer, by how many tokens the session had read then. Where the session
+            is at the end of none of them (after a /read or a /load), a line begins a conversation.
+    """
+
+    chat: Chat
+    system: str | None
+    answers: dict[int, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.system is not None and not isinstance(self.chat, Templated):
+            raise ValueError(
+                "system needs a tokenizer with a chat template; /read TEXT tells this model something"
+            )
+
+    def prompt(self, session: Session, line: str) -> str | Sequence[int]:
+        """Return what is read of a line, up to where its answer begins."""
+        if not isinstance(self.chat, Templated):
+            return _line(session, line)
+        messages = [Message("user", line)]
+        read = session.stats.tokens
+        if read in self.answers:
+            return self.chat.go_on(messages, self.answers[read])
+        if self.system is not None:
+            messages.insert(0, Message("system", self.system))
+        tokens, begin = self.chat.begin(messages), [*self.chat.tokenizer.begin]
+        # What a stream begins with stands at its beginning alone.
+        return tokens[len(begin) :] if read and tokens[: len(begin)] == begin else tokens
+
+    def answered(self, session: Session) -> None:
+        """Remember that the session stands at the end of an answer."""
+        if len(window := session.stream.window):
+            self.answers[session.stats.tokens] = int(window[-1])
 
 
 def chat(argv: list[str]) -> None:
@@ -53,6 +102,8 @@ def chat(argv: list[str]) -> None:
         session = take_up(options.memory, session, options)
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")  # a stray byte must not cost the session
+    assert session.tokenizer is not None
+    turns = Turns(chat_of(session.tokenizer), options.system)
     sys.stdout.write("Lines are read and answered; /help lists the commands.\n")
     while True:
         sys.stdout.write(f"[{status(session)}]\n> ")
@@ -63,7 +114,7 @@ def chat(argv: list[str]) -> None:
             sys.stdout.write("" if line else "\n")
             return
         try:
-            session = _respond(session, line.rstrip("\n"), options)
+            session = _respond(session, line.rstrip("\n"), turns, options)
         # A conversation outlives a bad command and a broken sleep.
         except (ValueError, OSError, RuntimeError) as error:
             sys.stdout.write(f"{error}\n")
@@ -72,7 +123,7 @@ def chat(argv: list[str]) -> None:
             sys.stdout.write("\ninterrupted\n")
 
 
-def _respond(session: Session, line: str, options: ChatOptions) -> Session:
+def _respond(session: Session, line: str, turns: Turns, options: ChatOptions) -> Session:
     """Do what a line says; return the session to go on with, which may be another one."""
     command, _, rest = line.partition(" ")
     if command == "/help":
@@ -93,12 +144,14 @@ def _respond(session: Session, line: str, options: ChatOptions) -> Session:
         with locked(path):
             session.save(path)
     elif command == "/load":
-        return take_up(_file(rest), session, options)
+        loaded = take_up(_file(rest), session, options)
+        turns.answers.clear()
+        return loaded
     # A mistyped command must not be read as text: the memory would keep it.
     elif command.startswith("/"):
         raise ValueError(f"unknown command {command!r}; /help lists them")
     elif line.strip():
-        _answer(session, line, options)
+        _answer(session, line, turns, options)
     return session
 
 
@@ -116,20 +169,28 @@ def _file(rest: str) -> Path:
     return Path(names[0])
 
 
-def _answer(session: Session, line: str, options: ChatOptions) -> None:
+def _answer(session: Session, line: str, turns: Turns, options: ChatOptions) -> None:
     """Read a line and write the answer, piece by piece."""
-    pieces = session.generate(
-        _line(session, line),
+    read = session.stats.tokens
+    # Any: what the annotation promises is iterated, and this is closed too.
+    pieces: Any = session.generate(
+        turns.prompt(session, line),
         options.longest(session),
         temperature=options.temperature,
         top_k=options.top_k,
         top_p=options.top_p,
-        stop=options.stop,
+        stop=options.stop or turns.chat.stop,
         seed=options.seed,
         stream=True,
     )
-    for piece in pieces:
-        # Each piece is flushed: one sees the answer as it is written.
-        sys.stdout.write(str(piece))
-        sys.stdout.flush()
+    try:
+        with closing(pieces):
+            for piece in pieces:
+                # Each piece is flushed: one sees the answer as it is written.
+                sys.stdout.write(str(piece))
+                sys.stdout.flush()
+    finally:
+        # Also one that Ctrl-C has ended: what was shown of it is read.
+        if session.stats.tokens > read:
+            turns.answered(session)
     sys.stdout.write("\n")

@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "read": ("read:read", "read files into a memory, sleeping at window ends; resumable"),
     "ask": ("ask:ask", "ask a memory something"),
     "chat": ("chat:chat", "talk to a model that sleeps"),
+    "serve": ("serve:serve", "serve sessions that sleep to any client of the OpenAI API"),
     "memory": ("memory:memory", "show, compare, merge and trace back memory files"),
     "inspect": ("inspect:inspect_command", "what sleep writes, what can be read of it, what depends on it"),
     "probe": ("probe:probe", "what sleep does to a model that was never trained with it"),

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lmsleep.ops import append
+
 
 @dataclass(eq=False)
 class Carried:
@@ -59,14 +61,12 @@ class RunCache:
     ) -> tuple[Tensor, Tensor]:
         """Add keys and values `[B, H, T, D]` of new tokens; return those of all visible tokens."""
         layer = self[layer_idx]
-        if layer.keys is not None and layer.values is not None and layer.keys.shape[1]:
-            # `transformers` has heads before time, a State has time first (dimension 1).
-            key_states = torch.cat([layer.keys.transpose(1, 2).to(key_states.dtype), key_states], dim=2)
-            value_states = torch.cat(
-                [layer.values.transpose(1, 2).to(value_states.dtype), value_states], dim=2
-            )
-        layer.keys, layer.values = key_states.transpose(1, 2), value_states.transpose(1, 2)
-        return key_states, value_states
+        # `transformers` has heads before time, a State has time first (dimension 1).
+        keys, values = key_states.transpose(1, 2), value_states.transpose(1, 2)
+        if layer.keys is not None and layer.values is not None:
+            keys, values = append(layer.keys, keys), append(layer.values, values)
+        layer.keys, layer.values = keys, values
+        return keys.transpose(1, 2), values.transpose(1, 2)
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> None:
         """Return nothing: then even one token goes through `update_conv_state`, which writes no tensor."""

@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lmsleep.layers.rope import rotate
-from lmsleep.ops import right_align
+from lmsleep.layers.rope import rotate, rotate_on
+from lmsleep.ops import append, right_align
 
 
 class Attention(nn.Module):
@@ -65,14 +65,13 @@ class Attention(nn.Module):
             proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = self.q_norm(q), self.k_norm(k)
-        # Under autocast k and v are halves while an empty cache has the dtype of the weights; hence the
-        # casts.
-        past = cache[0].shape[1]
-        k, v = torch.cat([cache[0].to(k.dtype), k], dim=1), torch.cat([cache[1].to(v.dtype), v], dim=1)
+        # Under autocast k and v are halves while an empty cache has the dtype of the weights.
+        before, past = cache[0], cache[0].shape[1]
+        k, v = append(before, k), append(cache[1], v)
         cache = (k, v) if valid is None else (right_align(k, valid), right_align(v, valid))
         # Keys are rotated after they were cached, all of them anew: key 0 is the oldest that is visible.
         if self.rope_theta is not None:
-            q, k = rotate(q, past, self.rope_theta), rotate(k, 0, self.rope_theta)
+            q, k = rotate(q, past, self.rope_theta), rotate_on(k, before, self.rope_theta)
         # With nothing before the window a causal flag says it all, and fused kernels need no mask in memory.
         T, whole = q.shape[1], past == 0 and (span is None or q.shape[1] <= span)
         o = F.scaled_dot_product_attention(

@@ -5,6 +5,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from lmsleep.ops import append
+
 
 def rotate(x: Tensor, first: int, theta: float) -> Tensor:
     """Rotate `x` `[B, T, H, D]` (D even) as positions `first ... first + T - 1`.
@@ -14,6 +16,20 @@ def rotate(x: Tensor, first: int, theta: float) -> Tensor:
     cos, sin = _table(first, x.shape[1], x.shape[3], theta, x.dtype, x.device)
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+def rotate_on(x: Tensor, past: Tensor, theta: float) -> Tensor:
+    """Do `rotate(x, 0, theta)` for `x` that begins with `past`, without rotating that again and again.
+
+    Token by token and without gradients, `x` remembers how it is rotated, for when it is the past.
+    """
+    t = past.shape[1]
+    if torch.is_grad_enabled() or not t:  # what is read at once need not remember anything
+        return rotate(x, 0, theta)
+    before: Tensor | None = getattr(past, "rotated", None)
+    rotated = rotate(x, 0, theta) if before is None else append(before, rotate(x[:, t:], t, theta))
+    x.rotated = rotated  # type: ignore[attr-defined]
+    return rotated
 
 
 @lru_cache(maxsize=64)  # the passes over a window ask for the same few tables again and again

@@ -1,6 +1,7 @@
 """Compute recurrences by pure functions: tensors and a state in, tensors and a state out."""
 
 from lmsleep.ops.align import right_align
+from lmsleep.ops.append import append
 from lmsleep.ops.conv import short_conv
 from lmsleep.ops.dynamic_conv import dynamic_conv
 from lmsleep.ops.rules import (
@@ -18,6 +19,7 @@ __all__ = [
     "RULES",
     "Backend",
     "Rule",
+    "append",
     "dynamic_conv",
     "find_rule",
     "gated_delta_rule",

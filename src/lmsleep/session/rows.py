@@ -25,6 +25,31 @@ class BrokenSleep(RuntimeError):
     """A sleep left NaN or infinity; the memory before it was kept, the tokens of its window are not read."""
 
 
+COPIED = 64  # tokens of a window: copying them, for each row, costs about as much as one pass more
+
+
+class Odds(NamedTuple):
+    """How likely a drawn token was.
+
+    Attributes:
+        token: the token.
+        log_p: its log-likelihood in nats, by the model alone: before temperature, top k and top p.
+        likeliest: the likeliest tokens at its place with theirs, likeliest first.
+    """
+
+    token: int
+    log_p: float
+    likeliest: tuple[tuple[int, float], ...]
+
+    @classmethod
+    def of(cls, token: int, logits: Tensor, count: int) -> Self:
+        """Return the odds of a token drawn from logits `[V]`, with those of the `count` likeliest."""
+        log_p = logits.double().cpu().log_softmax(-1)
+        top = log_p.topk(min(count, len(log_p)))
+        likeliest = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+        return cls(token, float(log_p[token]), tuple(likeliest))
+
+
 class Turn(NamedTuple):
     """The next step of a row.
 
@@ -53,8 +78,10 @@ class Row:
         generator: of its draws.
         nap: N of a sleep on the open window once all is read and written; 0: none.
         keep_logits: whether `logits` are wanted of every token that is read.
+        keep_odds: how many of the likeliest tokens `odds` tells of beside the drawn one; None: no odds.
         logits: `[t, V]` after each token that the last step read, if they are kept.
         pieces: what the last step added to the answer: pieces of text, or tokens where there is no tokenizer.
+        odds: of the token that the last step drew, if they are kept.
         error: what ended this row alone: `BrokenSleep`, or whatever its draw or its tokenizer raised.
         seconds_awake: time of its steps without a sleep; a step counts for each row in it.
         seconds_asleep: time of its steps with one.
@@ -71,8 +98,10 @@ class Row:
     generator: torch.Generator = field(default_factory=torch.Generator)
     nap: int = 0
     keep_logits: bool = False
+    keep_odds: int | None = None
     logits: Tensor | None = None
     pieces: tuple[Piece, ...] = ()
+    odds: Odds | None = None
     error: Exception | None = None
     seconds_awake: float = 0.0
     seconds_asleep: float = 0.0
@@ -89,10 +118,15 @@ class Row:
         naps = self.nap and len(self.stream.window)
         return self.error is not None or not (len(self.unread) or self.budget or naps)
 
-    def turn(self, sleep: SleepConfig) -> Turn:
-        """Say what it would do in the next step, so that a scheduler can tell sleepers from the others."""
+    def turn(self, sleep: SleepConfig, most: int | None = None) -> Turn:
+        """Say what it would do in the next step, so that a scheduler can tell sleepers from the others.
+
+        `most` is how many tokens it reads in one step; None: to the end of its window.
+        """
         n = len(self.unread)
         room = n if sleep.window is None else sleep.window - len(self.stream.window)
+        if most is not None and most < min(n, room):
+            return Turn(most, 0, self.keep_logits)
         # A window that is just full (n == room) stays open: it sleeps when the next token comes.
         if n > room:  # the stream goes on after this window
             return Turn(room, sleep.passes, self.keep_logits)
@@ -111,6 +145,7 @@ class Row:
             answer.add(token)
             budget = 0 if answer.stopped else self.budget - 1
             pieces = tuple(answer.pieces(last=budget == 0))
+            odds = None if self.keep_odds is None else Odds.of(token, logits, self.keep_odds)
         except Exception as error:  # of these logits or of this tokenizer: the rows beside it go on
             return replace(self, error=error)
         return replace(
@@ -120,10 +155,13 @@ class Row:
             answer=answer,
             generator=generator,
             pieces=pieces,
+            odds=odds,
         )
 
 
-def advance(model: Backbone, sleep: SleepConfig, rows: Sequence[Row]) -> list[Row]:
+def advance(
+    model: Backbone, sleep: SleepConfig, rows: Sequence[Row], *, most: int | None = None
+) -> list[Row]:
     """Take each row one step further; a row that is done stays as it is.
 
     In a step a row reads to the end of its window at most. Rows whose stream goes on after it sleep, all
@@ -136,38 +174,52 @@ def advance(model: Backbone, sleep: SleepConfig, rows: Sequence[Row]) -> list[Ro
         model: any `Backbone`.
         sleep: how it sleeps, the same for all rows, with one wake pass.
         rows: any number; they are not changed, so after an exception the step can be taken again.
+        most: most tokens that a row reads in this step; None: to the end of its window. Shorter steps keep
+            others waiting less, and change what is read by rounding alone.
 
     Returns:
         As many rows, in the same order. One whose sleep left NaN or infinity, or whose draw or tokenizer
         raised, has it as its `error`; the others are not disturbed.
     """
-    after = [replace(row, logits=None, pieces=()) for row in rows]  # these tell of the last step alone
-    groups, waiting = dict[tuple[int, bool], list[int]](), list[int]()
+    # These tell of the last step alone.
+    after = [replace(row, logits=None, pieces=(), odds=None) for row in rows]
+    groups, waiting = dict[tuple[int, bool, bool], list[int]](), list[int]()
+    writing = [row for row in rows if row.budget and row.answer.tokens]
+    join_after = max((len(row.stream.window) for row in writing), default=0) // COPIED
+    settled = any(len(row.answer.tokens) >= join_after for row in writing)
     for i, row in enumerate(rows):
         if row.done:
             continue
-        turn = row.turn(sleep)
+        turn = row.turn(sleep, most)
         if not turn.tokens and not turn.passes:  # no prompt: an answer goes on from the open window
             waiting.append(i)
         else:
-            # Those with as many passes, and as much need of the head, share every pass of this step.
-            groups.setdefault((turn.passes, turn.logits), []).append(i)
+            # Those with as many passes, and as much need of the head, share every pass of this step; but
+            # who has just begun to write joins no batch that it may soon leave: both copy all of it.
+            begins = settled and turn.logits and len(row.answer.tokens) < join_after
+            groups.setdefault((turn.passes, turn.logits, begins), []).append(i)
     if waiting:
         known = stream.next_logits(model, sleep, [rows[i].stream for i in waiting])
         for i, seen in zip(waiting, known, strict=True):
             after[i] = after[i].drawn(seen)
-    for (passes, logits), group in groups.items():
-        stepped = _read(model, sleep, [after[i] for i in group], passes=passes, logits=logits)
+    for (passes, logits, _), group in groups.items():
+        stepped = _read(model, sleep, [after[i] for i in group], passes=passes, logits=logits, most=most)
         for i, row in zip(group, stepped, strict=True):
             after[i] = row
     return after
 
 
 def _read(
-    model: Backbone, sleep: SleepConfig, rows: Sequence[Row], *, passes: int, logits: bool
+    model: Backbone,
+    sleep: SleepConfig,
+    rows: Sequence[Row],
+    *,
+    passes: int,
+    logits: bool,
+    most: int | None,
 ) -> Iterable[Row]:
     """Yield the rows after they took the same turn, but for how many tokens each of them reads."""
-    counts = [row.turn(sleep).tokens for row in rows]
+    counts = [row.turn(sleep, most).tokens for row in rows]
     # Only now int64: `unread` may be a whole file, in uint8.
     new = [row.unread[:n].long() for row, n in zip(rows, counts, strict=True)]
     streams = [row.stream for row in rows]

@@ -3,6 +3,8 @@
 from pathlib import Path
 
 HERE = Path(__file__).parent
+# A cycle as shuffled edges, and where three steps lead: what both runs were trained on.
+EXAMPLE = "n8 n4 n7 n8 n2 n5 n5 n1 n1 n6 n4 n3 n3 n2 n6 n7 HOP_3 n1"
 
 
 def names() -> list[str]:
