@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import lively, random_tokens, tiny
+from conftest import lively, random_tokens, run_command, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from served import write_model
@@ -146,6 +146,25 @@ def test_a_place_that_cannot_be_written_loses_nothing(model, two, tmp_path, monk
     assert error.value.status == 507 and str(tmp_path) not in str(error.value)
     monkeypatch.undo()
     assert first.get("ann", "response", "r").body == {"old": True}
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--ray", "0"], "ray must be at least 1 replica, got 0"),
+        (["--ray", "2", "--shared", "file:///tmp/x"], "name --keys"),
+        (["--ray", "2", "--keys", "keys"], "name --shared"),
+        (["--ray", "2", "--keys", "keys", "--shared", "file:///tmp/x"], "pip install 'lmsleep[ray]'"),
+        (["--shared", "nowhere://x"], "shared=nowhere://x cannot be used"),
+        (["--sleep-after", "1"], "name --debt-of turn"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused_in_one_line(capsys, tmp_path, monkeypatch, argv, said):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "ray", None)  # as if it were not installed
+    (tmp_path / "keys").write_text(f"ann {'0' * 20}\n")
+    code, _, err = run_command(capsys, "serve", "--port", "0", *argv)
+    assert code == 2 and said in err and len(err.splitlines()) == 1
 
 
 @pytest.mark.slow

@@ -87,6 +87,8 @@ class ServeOptions(SleepOptions):
             )
         if self.ray is not None and self.ray < 1:
             raise ValueError(f"ray must be at least 1 replica, got {self.ray}")
+        if self.ray is not None and self.keys is None:
+            raise ValueError(f"ray={self.ray} replicas know by its key who holds a session: name --keys")
         if self.ray is not None and self.shared is None:
             raise ValueError(
                 f"ray={self.ray} replicas need a place where all find what one kept: name --shared"
@@ -107,6 +109,7 @@ def serve(argv: list[str]) -> None:
 
         if options.ray is not None:
             from lmsleep.serve import replicas
+            from lmsleep.training.device import choose_device
     except ModuleNotFoundError as error:
         raise ValueError(f"serve needs {error.name}: pip install 'lmsleep[{extra}]'") from None
 
@@ -144,7 +147,8 @@ def serve(argv: list[str]) -> None:
     if options.ray is None:
         run.run(opened(), how, options.host, options.port, tell)
     else:
-        replicas.run(opened, how, options.ray, options.host, options.port, tell)
+        gpus = int(choose_device(options.device).type == "cuda")
+        replicas.run(opened, how, options.ray, options.host, options.port, tell, gpus)
 
 
 def _tell(url: str, name: str, examples: tuple[str, ...]) -> None:

@@ -55,7 +55,7 @@ def run(
     host: str,
     port: int,
     tell: Callable[[str], None],
-    gpus: int = 0,
+    gpus: int,
 ) -> None:
     """Serve until SIGINT or SIGTERM, on the Ray cluster that RAY_ADDRESS names, or on this machine.
 
