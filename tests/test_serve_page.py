@@ -432,6 +432,16 @@ def test_everything_has_a_name_and_is_reached_by_the_keyboard(visit, server):
     assert "question" in wanted[2]
 
 
+def test_what_is_sent_before_the_page_knows_its_model_is_sent_then(visit, server):
+    page, held = visit(server), []
+    page.route("**/v1/models", lambda route: held.append(route))
+    page.reload(wait_until="load")
+    page.get_by_label("Your message").fill(f"{GRAPH} HOP_3 n1")
+    page.keyboard.press("Enter")
+    held[0].continue_()
+    expect(page.locator("#said .assistant:not(.pending) .text")).to_have_text("n8")
+
+
 def test_what_is_said_is_text_and_never_markup(visit, server):
     page = visit(server, refused=["400"])
     markup = "<img src=x onerror=alert(1)><b>bold</b>"

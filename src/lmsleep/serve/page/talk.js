@@ -9,6 +9,7 @@ let model = null;
 let responses = []; // ids of all turns, the newest last
 let turns = []; // {question, answer, note, failed}: what is on the page
 let stopping = null;
+let early = false; // something was sent before the server has told what it serves
 
 /** Begin with the model that answers, and with the conversation that this tab had. */
 export function beginTalk(found) {
@@ -24,6 +25,7 @@ export function beginTalk(found) {
   });
   $("examples").replaceChildren(...items);
   $("examples").hidden = !items.length;
+  if (early) $("ask").requestSubmit();
 }
 
 function welcome({ window, passes, words }) {
@@ -122,7 +124,8 @@ function takeBack(turn) {
 export function send(event) {
   event.preventDefault();
   const question = $("question").value;
-  if (!question.trim() || stopping !== null || model === null) return;
+  early = model === null;
+  if (!question.trim() || stopping !== null || early) return;
   $("question").value = "";
   say(question);
 }
