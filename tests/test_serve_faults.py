@@ -775,7 +775,8 @@ def test_under_load_memory_stays_flat(nursery, tmp_path):
                 server.respond(text, tokens=8)
             elif number == 2:
                 _, made = server.ask("POST", "/v1/memories", {"text": text * 5})
-                server.ask("DELETE", f"/v1/memories/{made['id']}")
+                if "id" in made:  # or the store is full for a moment
+                    server.ask("DELETE", f"/v1/memories/{made['id']}")
             else:
                 messages = [{"role": "user", "content": text}]
                 server.ask(

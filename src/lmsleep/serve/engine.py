@@ -363,7 +363,8 @@ class Engine:
             self.counts.broken += row.error is not None
             self._changed.notify_all()
         what: What = "wrote" if wrote else "slept" if slept > 0 else "read"
-        request.tell(Happened(what=what, row=row, pieces=row.pieces, odds=row.odds))
+        if not request.left:  # a row that was ended has no token that it could tell of
+            request.tell(Happened(what=what, row=row, pieces=row.pieces, odds=row.odds))
         if row.done:
             request.tell(Happened(what="done", row=row))
         elif due:
