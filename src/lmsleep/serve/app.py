@@ -17,6 +17,7 @@ from lmsleep.serve import chat, conversations, memories, responses
 from lmsleep.serve.context import Context, Who
 from lmsleep.serve.errors import ApiError, not_found
 from lmsleep.serve.gate import Gate
+from lmsleep.serve.leaving import end
 from lmsleep.text.tokenizers import Spelled
 
 PAGE = Path(__file__).parent / "page"
@@ -32,21 +33,16 @@ GUARD = {
 def create_app(here: Context) -> FastAPI:
     """Return the application around a service whose engine has not been started."""
 
-    def take_up(owner: str | None = None) -> None:
-        here.reader.take_up(owner)
-        responses.take_up(here, owner)
-
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
         here.service.start()
-        here.take_up = take_up
-        take_up()
+        here.reader.take_up()
         yield
         here.ready = False
         if here.running:  # responses in the background come to their end, as all others have
             await asyncio.wait(list(here.running.values()), timeout=PATIENCE)
         await here.reader.pause()
-        await responses.put_off(here)
+        await end(here.running.values())
         await here.service.stop()
 
     # Without FastAPI's own pages, whose scripts come from elsewhere; the schema is at /openapi.json.

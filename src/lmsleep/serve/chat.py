@@ -26,7 +26,6 @@ from lmsleep.session.rows import Odds
 
 router = APIRouter(prefix="/v1", tags=["completions"])
 MOST_ANSWERS = 128  # to one request
-NO_BUFFER = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,18 +193,12 @@ async def _steps(
     here: Context, who: Who, choice: Choice, began: float
 ) -> AsyncIterator[tuple[str, Odds | None, str]]:
     """Yield what is written, piece by piece, with its odds; keep it in the end."""
-    last, written = None, choice.written
-    async for event in here.write(who, written, choice.wanted):
-        now = time.perf_counter()
+    written = choice.written
+    async for event in here.timed(here.write(who, written, choice.wanted), began):
         if event.what == "wrote":
-            (here.metrics.first_token if last is None else here.metrics.between).observe(
-                now - (last or began)
-            )
-            last = now
             yield "".join(map(str, event.pieces)), event.odds, "wrote"
         elif event.what in ("sleeping", "slept", "read"):
             yield "", None, event.what
-    here.metrics.whole.observe(time.perf_counter() - began)
     here.told(written)
     if not choice.before:
         await here.service.remember(who.name, written)

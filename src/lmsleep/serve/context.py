@@ -1,6 +1,7 @@
 """What every endpoint has at hand: the service, who asks, and what is counted."""
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
@@ -9,13 +10,14 @@ from urllib.parse import urlsplit
 
 from fastapi import Depends, Request
 
-from lmsleep.serve.errors import ApiError, draining
+from lmsleep.serve.errors import ApiError, draining, not_found
 from lmsleep.serve.gate import asked
 from lmsleep.serve.keys import Keys, Owner
 from lmsleep.serve.loopback import is_loopback
 from lmsleep.serve.metrics import Metrics
 from lmsleep.serve.reader import Reader
 from lmsleep.serve.service import Event, Service, Wanted, Written
+from lmsleep.serve.store import Thing
 from lmsleep.serve.wire import Body
 
 
@@ -34,7 +36,6 @@ class Context:
         running: responses that are made in the background.
         most_bytes: of the body of a request that is no JSON.
         started: is called once requests can be answered.
-        take_up: is called with an owner that another server has held until now, to go on with what it was at.
         reader: reads texts into memories.
     """
 
@@ -48,7 +49,6 @@ class Context:
     running: dict[str, "asyncio.Task[None]"] = field(default_factory=dict)
     most_bytes: int = 256 * 2**20
     started: Callable[[], None] = lambda: None
-    take_up: Callable[[str], None] = lambda owner: None
 
     def __post_init__(self) -> None:
         self.reader = Reader(self.service)
@@ -69,6 +69,17 @@ class Context:
             yield
         finally:
             self._held.discard(key)
+
+    def find(self, who: Owner, kind: str, id: str) -> Thing:
+        """Return a document of this owner.
+
+        Raises:
+            ApiError: 404 if there is none.
+        """
+        thing = self.service.store.get(who.name, kind, id)
+        if thing is None:
+            raise not_found(kind, id)
+        return thing
 
     def check(self, body: Body) -> None:
         """Refuse what this server cannot do.
@@ -115,6 +126,19 @@ class Context:
         finally:
             self.spent(who, read=len(written.prompt), written=len(written.tokens))
 
+    async def timed(self, events: AsyncGenerator[Event], began: float) -> AsyncGenerator[Event]:
+        """Pass on what happens to an answer that was asked for at `began`; count how long a client waits."""
+        last = None
+        async with aclosing(events):
+            async for event in events:
+                if event.what == "wrote":
+                    now = time.perf_counter()
+                    metric = self.metrics.first_token if last is None else self.metrics.between
+                    metric.observe(now - (last or began))
+                    last = now
+                yield event
+        self.metrics.whole.observe(time.perf_counter() - began)
+
     def told(self, written: Written) -> None:
         """Count an answer that is complete."""
         name = self.names[0]
@@ -141,7 +165,7 @@ async def _who(request: Request) -> Owner:
         here.keys.admit(owner)
     store = here.service.store
     if store.shared is not None and await asyncio.to_thread(store.take, owner.name):
-        here.take_up(owner.name)
+        here.reader.take_up(owner.name)
     return owner
 
 

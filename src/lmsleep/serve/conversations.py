@@ -4,14 +4,14 @@ import asyncio
 import secrets
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Depends, Request
 from pydantic import ConfigDict
 
 from lmsleep.serve.context import Context, Who, context
 from lmsleep.serve.errors import invalid, not_found
-from lmsleep.serve.responses import CONVERSATION, INCLUDE, Limit, Order, listed, message_item, said_in
+from lmsleep.serve.responses import CONVERSATION, Page, listed, message_item, said_in
 from lmsleep.serve.store import Thing
-from lmsleep.serve.wire import Include, Sent
+from lmsleep.serve.wire import Sent
 
 router = APIRouter(prefix="/v1/conversations", tags=["conversations"])
 
@@ -45,13 +45,13 @@ async def create(body: ConversationBody, request: Request, who: Who) -> dict[str
     id = f"conv_{secrets.token_hex(12)}"
     said = {"metadata": body.metadata or {}, "items": items, "pending": items}
     await asyncio.to_thread(here.service.store.put, who.name, CONVERSATION, id, said)
-    return _resource(_find(here, who, id))
+    return _resource(here.find(who, CONVERSATION, id))
 
 
 @router.get("/{id}")
 async def get(id: str, request: Request, who: Who) -> dict[str, Any]:
     """Describe a conversation."""
-    return _resource(_find(context(request), who, id))
+    return _resource(context(request).find(who, CONVERSATION, id))
 
 
 @router.post("/{id}")
@@ -59,9 +59,9 @@ async def update(id: str, body: MetadataBody, request: Request, who: Who) -> dic
     """Replace its metadata."""
     here = context(request)
     with here.held(who, id):
-        thing = _find(here, who, id)
+        thing = here.find(who, CONVERSATION, id)
         await _put(here, who, thing, {"metadata": body.metadata or {}})
-    return _resource(_find(here, who, id))
+    return _resource(here.find(who, CONVERSATION, id))
 
 
 @router.delete("/{id}")
@@ -69,23 +69,15 @@ async def delete(id: str, request: Request, who: Who) -> dict[str, Any]:
     """Delete a conversation; its responses stay."""
     here = context(request)
     with here.held(who, id):
-        _find(here, who, id)
+        here.find(who, CONVERSATION, id)
         await asyncio.to_thread(here.service.store.delete, who.name, CONVERSATION, id)
     return {"id": id, "object": "conversation.deleted", "deleted": True}
 
 
 @router.get("/{id}/items")
-async def items(
-    id: str,
-    request: Request,
-    who: Who,
-    limit: Limit = 20,
-    order: Order = "desc",
-    after: str | None = None,
-    include: Annotated[list[Include] | None, INCLUDE] = None,
-) -> dict[str, Any]:
+async def items(id: str, request: Request, who: Who, page: Annotated[Page, Depends()]) -> dict[str, Any]:
     """List what was said."""
-    return listed(_find(context(request), who, id).body["items"], limit, order, after)
+    return listed(context(request).find(who, CONVERSATION, id).body["items"], page)
 
 
 @router.post("/{id}/items")
@@ -93,15 +85,15 @@ async def add(id: str, body: ItemsBody, request: Request, who: Who) -> dict[str,
     """Add items; they are read with the next response."""
     here, new = context(request), _items(body.items)
     with here.held(who, id):
-        thing = _find(here, who, id)
+        thing = here.find(who, CONVERSATION, id)
         await _put(here, who, thing, {name: [*thing.body[name], *new] for name in ("items", "pending")})
-    return listed(new, len(new), "asc", None)
+    return listed(new, Page(limit=len(new), order="asc"))
 
 
 @router.get("/{id}/items/{item}")
 async def item(id: str, item: str, request: Request, who: Who) -> dict[str, Any]:
     """Return one item."""
-    for found in _find(context(request), who, id).body["items"]:
+    for found in context(request).find(who, CONVERSATION, id).body["items"]:
         if found["id"] == item:
             one: dict[str, Any] = found
             return one
@@ -113,7 +105,7 @@ async def remove(id: str, item: str, request: Request, who: Who) -> dict[str, An
     """Remove an item that was not read yet; what was read is part of the memory and cannot be taken out."""
     here = context(request)
     with here.held(who, id):
-        thing = _find(here, who, id)
+        thing = here.find(who, CONVERSATION, id)
         left = {name: [i for i in thing.body[name] if i["id"] != item] for name in ("items", "pending")}
         if len(left["items"]) == len(thing.body["items"]):
             raise not_found("item", item)
@@ -122,19 +114,12 @@ async def remove(id: str, item: str, request: Request, who: Who) -> dict[str, An
                 "this item has been read, and a memory cannot unread it; delete the conversation", "item"
             )
         await _put(here, who, thing, left)
-    return _resource(_find(here, who, id))
+    return _resource(here.find(who, CONVERSATION, id))
 
 
 def _items(given: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return items as they are listed, each checked to be a message of text."""
     return [message_item(said_in(item, f"items[{i}]"), item.get("id")) for i, item in enumerate(given)]
-
-
-def _find(here: Context, who: Who, id: str) -> Thing:
-    thing = here.service.store.get(who.name, CONVERSATION, id)
-    if thing is None:
-        raise not_found(CONVERSATION, id)
-    return thing
 
 
 async def _put(here: Context, who: Who, thing: Thing, changes: dict[str, Any]) -> None:

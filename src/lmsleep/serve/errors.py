@@ -58,6 +58,11 @@ def told(error: Exception) -> ApiError:
     if isinstance(error, ApiError):
         return error
     LOG.error("a request failed", exc_info=error)
+    return failed()
+
+
+def failed() -> ApiError:
+    """Return the error for what was not foreseen, without the error itself: it may hold paths."""
     return ApiError(500, "the server failed on this request", code="internal_error")
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from lmsleep.serve.errors import ApiError
+from lmsleep.serve.errors import ApiError, failed
 from lmsleep.serve.log import FIELDS, LOG
 
 MIB = 2**20
@@ -90,10 +90,7 @@ class Gate:
         except Exception:
             LOG.exception("a request failed", extra={FIELDS: {"request": one.id}})
             if not status:
-                # Without the error: it may hold paths.
-                await ApiError(500, "the server failed on this request", code="internal_error").answer()(
-                    scope, receive, stamped
-                )
+                await failed().answer()(scope, receive, stamped)
         finally:
             fields = {
                 "request": one.id, "owner": one.owner, "method": scope["method"],

@@ -1,7 +1,7 @@
-"""Clients that leave: what they asked for ends."""
+"""Clients that leave, and tasks that nobody waits for any more: what was begun ends."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Coroutine, Iterable
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -12,6 +12,15 @@ from lmsleep.serve.errors import ApiError
 
 LOOK_EVERY = 0.25  # seconds
 T = TypeVar("T")
+
+
+async def end(tasks: Iterable["asyncio.Task[None]"]) -> None:
+    """Cancel tasks, and wait until they have ended."""
+    ending = list(tasks)
+    for task in ending:
+        task.cancel()
+    if ending:
+        await asyncio.wait(ending)
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:

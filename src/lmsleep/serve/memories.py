@@ -14,7 +14,7 @@ from pydantic import ConfigDict, Field
 
 from lmsleep.memory.figures import diff_rows, head_rows
 from lmsleep.serve.context import Context, Who, context
-from lmsleep.serve.errors import ApiError, invalid, not_found
+from lmsleep.serve.errors import ApiError, invalid
 from lmsleep.serve.leaving import unless_gone
 from lmsleep.serve.service import Wanted, Written
 from lmsleep.serve.store import NO_TOKENS, Kept, Thing
@@ -96,7 +96,7 @@ async def create(body: NewMemory, request: Request, who: Who) -> JSONResponse:
     if len(tokens):
         here.spent(who, read=len(tokens))
         await here.reader.read(who, id, tokens)
-    return JSONResponse(_resource(here, who, _find(here, who, id)), 202 if len(tokens) else 201)
+    return JSONResponse(_resource(here, who, here.find(who, MEMORY, id)), 202 if len(tokens) else 201)
 
 
 @router.get("")
@@ -115,7 +115,7 @@ async def all(
 async def get(id: str, request: Request, who: Who) -> dict[str, Any]:
     """Describe a memory: how far it has read, and its fast weights head by head."""
     here = context(request)
-    thing = _find(here, who, id)
+    thing = here.find(who, MEMORY, id)
     kept = await _kept(here, who, thing)
     memory = kept.stream.state.memory
     heads = await asyncio.to_thread(head_rows, memory)
@@ -126,7 +126,7 @@ async def get(id: str, request: Request, who: Who) -> dict[str, Any]:
 async def delete(id: str, request: Request, who: Who) -> dict[str, Any]:
     """Delete a memory, with all that nothing else needs."""
     here = context(request)
-    _find(here, who, id)
+    here.find(who, MEMORY, id)
     await here.reader.stop(id)
     await asyncio.to_thread(here.service.store.delete, who.name, MEMORY, id)
     return {"id": id, "object": "memory.deleted", "deleted": True}
@@ -142,7 +142,7 @@ async def read(id: str, body: Text, request: Request, who: Who) -> JSONResponse:
     if len(tokens):
         here.spent(who, read=len(tokens))
         await here.reader.read(who, id, tokens)
-    return JSONResponse(_resource(here, who, _find(here, who, thing.id)), 202)
+    return JSONResponse(_resource(here, who, here.find(who, MEMORY, thing.id)), 202)
 
 
 @router.post("/{id}/sleep")
@@ -160,7 +160,7 @@ async def sleep(id: str, request: Request, who: Who) -> dict[str, Any]:
             written.row = event.row
         after = await here.service.keep(who.name, written)
         await asyncio.to_thread(here.service.store.put, who.name, MEMORY, id, thing.body, after.id)
-    return _resource(here, who, _find(here, who, id))
+    return _resource(here, who, here.find(who, MEMORY, id))
 
 
 @router.post("/{id}/ask")
@@ -168,7 +168,7 @@ async def ask(id: str, body: Question, request: Request, who: Who) -> dict[str, 
     """Ask a memory something; it stays as it is."""
     here = context(request)
     service = here.service
-    kept = await _kept(here, who, _find(here, who, id))
+    kept = await _kept(here, who, here.find(who, MEMORY, id))
     empty = not (kept.stream.tokens or len(kept.unread))
     written = Written(kept, service.tokens(body.question, "question", first=empty), 0)
     wanted = Wanted(
@@ -199,14 +199,14 @@ async def fork(id: str, body: Fork, request: Request, who: Who) -> dict[str, Any
     """Make a memory that has read the same; neither changes the other."""
     here = context(request)
     _room(here, who)
-    thing = _find(here, who, id)
+    thing = here.find(who, MEMORY, id)
     new = f"mem_{secrets.token_hex(12)}"
     name = thing.body["name"] if body.name is None else body.name
     child = {"name": name, "origin": Origin().id, "parents": [thing.body["origin"]], "status": "ready"}
     await asyncio.to_thread(
         here.service.store.put, who.name, MEMORY, new, {**thing.body, **child}, thing.stream
     )
-    return _resource(here, who, _find(here, who, new))
+    return _resource(here, who, here.find(who, MEMORY, new))
 
 
 @router.get("/{id}/diff/{other}")
@@ -223,7 +223,7 @@ async def merge(body: Merge, request: Request, who: Who) -> dict[str, Any]:
     """Add memories up, with weights."""
     here = context(request)
     _room(here, who)
-    things = [_find(here, who, id) for id in body.memories]
+    things = [here.find(who, MEMORY, id) for id in body.memories]
     keeps = [await _kept(here, who, thing) for thing in things]
     for thing, kept in zip(things, keeps, strict=True):
         if len(kept.window):
@@ -244,7 +244,7 @@ async def merge(body: Merge, request: Request, who: Who) -> dict[str, Any]:
 async def content(id: str, request: Request, who: Who) -> Response:
     """Download a memory as a file, which `lmsleep ask` and `Session.load` take."""
     here = context(request)
-    thing = _find(here, who, id)
+    thing = here.find(who, MEMORY, id)
     kept = await _kept(here, who, thing)
     store = here.service.store
 
@@ -312,7 +312,7 @@ async def _bring(
     id = f"mem_{secrets.token_hex(12)}"
     body = {"origin": Origin().id, "status": "ready", **said}
     await asyncio.to_thread(service.store.put, who.name, MEMORY, id, body, kept.id)
-    return _find(here, who, id)
+    return here.find(who, MEMORY, id)
 
 
 def _room(here: Context, who: Who) -> None:
@@ -326,16 +326,9 @@ def _room(here: Context, who: Who) -> None:
         raise ApiError(403, f"{quota.memories} memories are in use; delete one", code="quota_exceeded")
 
 
-def _find(here: Context, who: Who, id: str) -> Thing:
-    thing = here.service.store.get(who.name, MEMORY, id)
-    if thing is None:
-        raise not_found(MEMORY, id)
-    return thing
-
-
 def _idle(here: Context, who: Who, id: str) -> Thing:
     """Return a memory that reads nothing just now; raises ApiError 409 for one that does."""
-    thing = _find(here, who, id)
+    thing = here.find(who, MEMORY, id)
     if here.reader.busy(id):
         raise ApiError(409, f"memory {id!r} is being read into; wait, or ask a fork of it", code="busy")
     return thing
@@ -347,7 +340,7 @@ async def _kept(here: Context, who: Who, thing: Thing) -> Kept:
         if (kept := await here.service.find(who.name, thing.stream)) is not None:
             return kept
         # Read on meanwhile, so that it has another one now?
-        before, thing = thing.stream, _find(here, who, thing.id)
+        before, thing = thing.stream, here.find(who, MEMORY, thing.id)
         if thing.stream == before:
             break
     raise ApiError(500, "the stream of this memory is missing", code="lost")
@@ -355,7 +348,7 @@ async def _kept(here: Context, who: Who, thing: Thing) -> Kept:
 
 async def _whole(here: Context, who: Who, id: str) -> Kept:
     """Return a memory whose open window has been read, so that its state is what it knows."""
-    return await here.service.whole(await _kept(here, who, _find(here, who, id)))
+    return await here.service.whole(await _kept(here, who, here.find(who, MEMORY, id)))
 
 
 def _resource(here: Context, who: Who, thing: Thing) -> dict[str, Any]:

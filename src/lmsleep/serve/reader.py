@@ -12,6 +12,7 @@ from torch import Tensor
 from lmsleep.serve.database import Unstored
 from lmsleep.serve.errors import ApiError
 from lmsleep.serve.keys import Owner
+from lmsleep.serve.leaving import end
 from lmsleep.serve.log import LOG
 from lmsleep.serve.service import Service, Written
 from lmsleep.serve.shared import Moved
@@ -74,7 +75,7 @@ class Reader:
 
     async def stop(self, id: str) -> None:
         """Stop reading into a memory, for good."""
-        await self._cancel([self._tasks[id]] if id in self._tasks else [])
+        await end([self._tasks[id]] if id in self._tasks else [])
         await asyncio.to_thread(self.service.store.drop_unread, id)
 
     async def pause(self) -> None:
@@ -82,13 +83,7 @@ class Reader:
         self._pausing.set()
         if tasks := list(self._tasks.values()):
             _, late = await asyncio.wait(tasks, timeout=PATIENCE)
-            await self._cancel(list(late))
-
-    async def _cancel(self, tasks: "list[asyncio.Task[None]]") -> None:
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await asyncio.wait(tasks)
+            await end(late)
 
     def _begin(self, owner: str, id: str, total: int) -> None:
         self._progress[id] = {"read": 0, "total": total, "tokens_a_second": None}

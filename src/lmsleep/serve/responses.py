@@ -10,14 +10,14 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import torch
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import JSONResponse, Response
 from torch import Tensor
 
 from lmsleep.memory.figures import diff_rows
 from lmsleep.serve.context import Context, Who, context
 from lmsleep.serve.errors import ApiError, invalid, not_found, told
-from lmsleep.serve.leaving import Events, unless_gone
+from lmsleep.serve.leaving import Events, end, unless_gone
 from lmsleep.serve.odds import listed_odds
 from lmsleep.serve.service import Wanted, Written
 from lmsleep.serve.store import Kept, Thing
@@ -29,9 +29,17 @@ from lmsleep.text.chat import Message
 router = APIRouter(prefix="/v1", tags=["responses"])
 RESPONSE, COMPACTION, CONVERSATION = "response", "compaction", "conversation"
 CODES = {400: "invalid_prompt", 429: "rate_limit_exceeded"}  # of a response that failed; else "server_error"
-Limit = Annotated[int, Query(ge=1, le=100)]
-Order = Annotated[Literal["asc", "desc"], Query()]
 INCLUDE = Query(alias="include[]")  # as the API's own clients write a list
+
+
+@dataclass
+class Page:
+    """Which part of a list is wanted, as the API asks for it."""
+
+    limit: Annotated[int, Query(ge=1, le=100)] = 20
+    order: Annotated[Literal["asc", "desc"], Query()] = "desc"
+    after: str | None = None
+    include: Annotated[list[Include] | None, INCLUDE] = None
 
 
 @dataclass(eq=False)
@@ -142,14 +150,14 @@ async def get(
     if stream:
         raise invalid("a stored response is not streamed again", "stream", "unsupported_parameter")
     here = context(request)
-    return _stored(here, _find(here, who, id))
+    return _stored(here, here.find(who, RESPONSE, id))
 
 
 @router.delete("/responses/{id}")
 async def delete(id: str, request: Request, who: Who) -> dict[str, Any]:
     """Delete a response, with its stream and all that nothing else needs."""
     here = context(request)
-    _find(here, who, id)
+    here.find(who, RESPONSE, id)
     await _end(here, id)
     await asyncio.to_thread(here.service.store.delete, who.name, RESPONSE, id)
     return {"id": id, "object": "response", "deleted": True}
@@ -159,38 +167,25 @@ async def delete(id: str, request: Request, who: Who) -> dict[str, Any]:
 async def cancel(id: str, request: Request, who: Who) -> dict[str, Any]:
     """End a response that is made in the background."""
     here = context(request)
-    if not _find(here, who, id).body["response"]["background"]:
+    if not here.find(who, RESPONSE, id).body["response"]["background"]:
         raise invalid("only a response that is made in the background can be cancelled", "id")
     await _end(here, id)
-    return _stored(here, _find(here, who, id))
+    return _stored(here, here.find(who, RESPONSE, id))
 
 
 @router.get("/responses/{id}/input_items")
 async def input_items(
-    id: str,
-    request: Request,
-    who: Who,
-    limit: Limit = 20,
-    order: Order = "desc",
-    after: str | None = None,
-    include: Annotated[list[Include] | None, INCLUDE] = None,
+    id: str, request: Request, who: Who, page: Annotated[Page, Depends()]
 ) -> dict[str, Any]:
     """List what a response was given."""
-    return listed(_find(context(request), who, id).body["input"], limit, order, after)
-
-
-def _find(here: Context, who: Who, id: str) -> Thing:
-    thing = here.service.store.get(who.name, RESPONSE, id)
-    if thing is None:
-        raise not_found("response", id)
-    return thing
+    return listed(context(request).find(who, RESPONSE, id).body["input"], page)
 
 
 def _stored(here: Context, thing: Thing) -> dict[str, Any]:
     """Return a response as it was stored last."""
     response: dict[str, Any] = thing.body["response"]
     if response["status"] == "in_progress" and thing.id not in here.running:
-        error = {"code": "server_error", "message": "the server ended before this response was complete"}
+        error = {"code": "server_error", "message": "the server ended while it made this response"}
         return {**response, "status": "failed", "error": error}
     return response
 
@@ -198,8 +193,7 @@ def _stored(here: Context, thing: Thing) -> dict[str, Any]:
 async def _end(here: Context, id: str) -> None:
     """End what is made in the background."""
     if (task := here.running.get(id)) is not None:
-        task.cancel()
-        await asyncio.wait([task])
+        await end([task])
 
 
 @router.get("/responses/{id}/changed")
@@ -207,7 +201,7 @@ async def changed(id: str, request: Request, who: Who) -> dict[str, Any]:
     """Say what a response changed in the fast weights that it went on from, head by head."""
     here = context(request)
     store = here.service.store
-    thing = _find(here, who, id)
+    thing = here.find(who, RESPONSE, id)
     after = None if thing.stream is None else await here.service.find(who.name, thing.stream)
     if after is None:
         raise invalid("this response is not complete", "id")
@@ -239,21 +233,21 @@ async def compact(body: CompactBody, request: Request, who: Who) -> dict[str, An
     }
 
 
-def listed(items: Sequence[dict[str, Any]], limit: int, order: str, after: str | None) -> dict[str, Any]:
+def listed(items: Sequence[dict[str, Any]], wanted: Page) -> dict[str, Any]:
     """Return a page of items as the API lists them.
 
     Raises:
         ApiError: if there is no item `after` which the page should begin.
     """
-    page = [*items][:: -1 if order == "desc" else 1]
-    if after is not None:
-        begin = next((i for i, item in enumerate(page) if item["id"] == after), None)
+    page = [*items][:: -1 if wanted.order == "desc" else 1]
+    if wanted.after is not None:
+        begin = next((i for i, item in enumerate(page) if item["id"] == wanted.after), None)
         if begin is None:
-            raise not_found("item", after, param="after")
+            raise not_found("item", wanted.after, param="after")
         page = page[begin + 1 :]
-    data = page[:limit]
+    data = page[: wanted.limit]
     first, last = (data[0]["id"], data[-1]["id"]) if data else (None, None)
-    has_more = len(page) > limit
+    has_more = len(page) > wanted.limit
     return {"object": "list", "data": data, "first_id": first, "last_id": last, "has_more": has_more}
 
 
@@ -397,7 +391,7 @@ async def _answer(here: Context, who: Who, made: Making) -> AsyncGenerator[dict[
         (c.compact_threshold for c in body.context_management or [] if c.compact_threshold), default=None
     )
     kept, tokens = given.kept, given.tokens
-    began, last = time.perf_counter(), None
+    began = time.perf_counter()
     if threshold is not None and given.known + len(tokens) - given.compacted >= threshold:
         split = len(tokens) - min(service.chat.opening, len(tokens))
         made.compacted, compacted = _item(), Written(kept, tokens[:split], given.known)
@@ -424,13 +418,8 @@ async def _answer(here: Context, who: Who, made: Making) -> AsyncGenerator[dict[
     empty = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
     yield {"type": "response.content_part.added", **part, "part": empty}
     tells = bool(body.stream_options and body.stream_options.include_state)
-    async for event in here.write(who, written, wanted):
+    async for event in here.timed(here.write(who, written, wanted), began):
         if event.what == "wrote":
-            now = time.perf_counter()
-            (here.metrics.first_token if last is None else here.metrics.between).observe(
-                now - (last or began)
-            )
-            last = now
             text = "".join(map(str, event.pieces))
             odds = [] if event.odds is None else _logprobs(here, [event.odds])
             if text or odds:
@@ -439,7 +428,6 @@ async def _answer(here: Context, who: Who, made: Making) -> AsyncGenerator[dict[
             yield json.dumps({"what": event.what, **stream_of(event.row.stream)})
         elif event.what not in ("wrote", "done"):
             yield event.what
-    here.metrics.whole.observe(time.perf_counter() - began)
     here.told(written)
     if body.store is not False:
         await service.keep(who.name, written)
@@ -476,25 +464,6 @@ async def _in_background(events: AsyncGenerator[dict[str, Any] | str]) -> None:
         async with aclosing(events):
             async for _ in events:
                 pass
-
-
-def take_up(here: Context, owner: str | None = None) -> None:
-    """Say of responses that a kill broke off in the background that they will not come, of all or of one."""
-    store = here.service.store
-    for whose, thing in store.without_stream(RESPONSE, owner):
-        response = thing.body["response"]
-        if response["status"] == "in_progress" and thing.id not in here.running:
-            error = {"code": "server_error", "message": "the server ended while it made this response"}
-            said = {**thing.body, "response": {**response, "status": "failed", "error": error}}
-            store.put(whose, RESPONSE, thing.id, said)
-
-
-async def put_off(here: Context) -> None:
-    """End the responses that are still made in the background."""
-    for task in (tasks := list(here.running.values())):
-        task.cancel()
-    if tasks:
-        await asyncio.wait(tasks)
 
 
 async def _sse(

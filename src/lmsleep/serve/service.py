@@ -90,7 +90,6 @@ class Written:
         tokens: all tokens that were drawn.
         odds: of each of them, if they are wanted.
         row: as it is now.
-        sleeps: on the way.
         whole: whether it came to its own end.
         after: where it is kept, once it is.
     """
@@ -102,7 +101,6 @@ class Written:
     tokens: list[int] = field(default_factory=list)
     odds: list[Odds] = field(default_factory=list)
     row: Row | None = None
-    sleeps: int = 0
     whole: bool = False
     after: Kept | None = None
 
@@ -110,6 +108,11 @@ class Written:
     def finish_reason(self) -> str:
         """Say why it ended: "stop" or "length"."""
         return "stop" if self.whole else "length"
+
+    @property
+    def sleeps(self) -> int:
+        """Count the sleeps on the way."""
+        return 0 if self.row is None else self.row.stream.sleeps - self.before.stream.sleeps
 
     @property
     def prompt_tokens(self) -> int:
@@ -263,11 +266,6 @@ class Service:
                 yield event
         answer = row.answer if written.row is None else written.row.answer
         written.whole = answer.stopped or len(written.tokens) == self._natural
-        written.sleeps = (
-            row.stream.sleeps - begin.sleeps
-            if written.row is None
-            else written.row.stream.sleeps - begin.sleeps
-        )
 
     async def follow(self, row: Row) -> AsyncGenerator[Event]:
         """Let a row go through the engine and tell what happens to it; leaving early ends it.

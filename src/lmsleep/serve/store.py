@@ -84,10 +84,10 @@ COUNTED = {
 # What several servers share of each table: all but what is this one's own.
 KEYS = {"starts": "id", "streams": "id", "things": "id", "unread": "thing"}
 COLUMNS = {
-    "starts": "(id, owner, tokens, sleeps, chain, bytes)",
-    "streams": "(id, owner, start, window, used)",
-    "things": "(id, owner, kind, stream, created, used, body)",
-    "unread": "(thing, owner, tokens)",
+    "starts": "id, owner, tokens, sleeps, chain, bytes",
+    "streams": "id, owner, start, window, used",
+    "things": "id, owner, kind, stream, created, used, body",
+    "unread": "thing, owner, tokens",
 }
 TRIGGER = """
 
@@ -304,7 +304,8 @@ class Store:
                     # The number of a document is this store's own, and so is when something was used.
                     places = ", ".join("?" * len(change.cells))
                     self._db.write(
-                        f"INSERT INTO {change.table} {COLUMNS[change.table]} VALUES ({places})", change.cells
+                        f"INSERT INTO {change.table} ({COLUMNS[change.table]}) VALUES ({places})",
+                        change.cells,
                     )
                 for table in ("streams", "things"):
                     now = (self._clock.now(), owner)
@@ -325,8 +326,7 @@ class Store:
         assert self.shared is not None
         changes = []
         for table, owner, key in touched:
-            columns = COLUMNS[table].strip("()")
-            rows = self._db.read(f"SELECT {columns} FROM {table} WHERE {KEYS[table]} = ?", (key,))
+            rows = self._db.read(f"SELECT {COLUMNS[table]} FROM {table} WHERE {KEYS[table]} = ?", (key,))
             changes.append(Change(table, owner, key, rows[0] if rows else None))
         self.shared.write(changes, self._path)
 
@@ -385,7 +385,7 @@ class Store:
         """Yield name and chain of where the window of `after` began, written if new; in a transaction."""
         chain = self._continued(before, read, after)
         same = before.start if after.sleeps == before.stream.sleeps else None
-        found = "" if same == "" else self._shared(owner, same, chain)
+        found = "" if same == "" else self._present(owner, same, chain)
         if found is not None:
             self.room.make(owner, need)
             with self._db.together():
@@ -415,7 +415,7 @@ class Store:
             return None
         return self.chain(before.chain, tokens[:slept_on])[-1]
 
-    def _shared(self, owner: str, start: str | None, chain: bytes | None) -> str | None:
+    def _present(self, owner: str, start: str | None, chain: bytes | None) -> str | None:
         """Return a start of this name or this chain whose file is there."""
         rows = self._db.read(
             "SELECT id, bytes FROM starts WHERE id = ?1 UNION SELECT id, bytes FROM starts "
@@ -615,18 +615,6 @@ class Store:
         for row in rows:
             with suppress(Damaged):
                 found.append(_thing(row))
-        return found
-
-    def without_stream(self, kind: str, owner: str | None = None) -> list[tuple[str, Thing]]:
-        """Return owner and document of those, of all owners or of one, that have come to no stream."""
-        query = (
-            "SELECT owner, id, kind, stream, created, body FROM things WHERE stream IS NULL AND kind = ?1 "
-            "AND (?2 IS NULL OR owner = ?2)"
-        )
-        found = []
-        for whose, *row in self._db.read(query, (kind, owner)):
-            with suppress(Damaged):
-                found.append((whose, _thing(row)))
         return found
 
     def delete(self, owner: str, kind: str, name: str) -> bool:
