@@ -361,14 +361,15 @@ class Engine:
             self.counts.tokens_written += wrote
             self.counts.sleeps += max(slept, 0)
             self.counts.broken += row.error is not None
+            # Told with the lock held: the other thread may not be further before it was said how far this is.
+            what: What = "wrote" if wrote else "slept" if slept > 0 else "read"
+            if not request.left:  # a row that was ended has no token that it could tell of
+                request.tell(Happened(what=what, row=row, pieces=row.pieces, odds=row.odds))
+            if row.done:
+                request.tell(Happened(what="done", row=row))
+            elif due:
+                request.tell(Happened(what="sleeping", row=row))
             self._changed.notify_all()
-        what: What = "wrote" if wrote else "slept" if slept > 0 else "read"
-        if not request.left:  # a row that was ended has no token that it could tell of
-            request.tell(Happened(what=what, row=row, pieces=row.pieces, odds=row.odds))
-        if row.done:
-            request.tell(Happened(what="done", row=row))
-        elif due:
-            request.tell(Happened(what="sleeping", row=row))
 
     def _is_due(self, row: Row) -> bool:
         """Say whether a row goes on with a sleep."""
