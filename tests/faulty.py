@@ -151,6 +151,16 @@ class Server:
         _, text = self.ask("GET", "/metrics")
         return sum(float(m.rpartition(" ")[2]) for m in text.splitlines() if m.startswith(f"lmsleep_{line}"))
 
+    def under_way(self):
+        # Requests that are not done, of one answer: between two they may change their state.
+        _, text = self.ask("GET", "/metrics")
+        states = ("awake", "due", "asleep")
+        return sum(
+            float(m.rpartition(" ")[2])
+            for m in text.splitlines()
+            if m.startswith(tuple(f'lmsleep_sessions{{model_name="tiny",state="{s}"}}' for s in states))
+        )
+
     def until(self, what):
         # Wait for something to become true.
         end = time.monotonic() + WAIT

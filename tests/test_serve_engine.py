@@ -1,3 +1,4 @@
+import collections
 import queue
 import threading
 
@@ -183,6 +184,35 @@ def test_too_many_are_refused_and_so_is_everybody_once_it_closes(model):
     assert engine.waiting == 0  # what had come was answered
     with pytest.raises(Closing):
         engine.submit(row(model, 3, 1), lambda event: None)
+
+
+def test_a_row_that_changes_its_place_is_counted_all_the_while(model):
+    # A server that drains ends once nothing is counted. Somebody counts just when a row is in no place.
+    engine, counted = Engine(model, sleep_of()), []
+
+    def count():
+        counted.append((engine.waiting, sum(engine.states.values())))
+
+    class Place(collections.deque):
+        def remove(self, one):
+            super().remove(one)
+            counting = threading.Thread(target=count)
+            counting.start()
+            counting.join(0.02)
+
+        def popleft(self):
+            one = super().popleft()
+            counting = threading.Thread(target=count)
+            counting.start()
+            counting.join(0.02)
+            return one
+
+    engine._active, engine._due = Place(), Place()
+    engine.start()
+    finish(engine, [row(model, 2 * L, 3)])
+    engine.close(WAIT)
+    assert len(counted) > 6
+    assert set(counted[:-1]) == {(1, 1)}
 
 
 def test_a_long_text_keeps_no_answer_waiting(model):

@@ -198,12 +198,14 @@ class Engine:
     @property
     def waiting(self) -> int:
         """Count the requests that are not done."""
-        return len(self._active) + len(self._due) + len(self._asleep)
+        with self._changed:  # a request on its way from one place to another is in neither
+            return len(self._active) + len(self._due) + len(self._asleep)
 
     @property
     def states(self) -> dict[str, int]:
         """Count the requests that are awake, due to sleep, and asleep."""
-        return {"awake": len(self._active), "due": len(self._due), "asleep": len(self._asleep)}
+        with self._changed:
+            return {"awake": len(self._active), "due": len(self._due), "asleep": len(self._asleep)}
 
     @property
     def state_bytes(self) -> int:
