@@ -1,7 +1,7 @@
 """Accuracy per difficulty and bits per token, at any number of passes."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,6 +61,17 @@ class Score:
             self.nll[which] += float(nll[mask].double().sum())
             self.tokens[which] += int(mask.sum())
 
+    @classmethod
+    def joined(cls, scores: "Iterable[Score]") -> "Score":
+        """Return the score of all that several were summed over."""
+        whole = cls()
+        for score in scores:
+            for name in ("correct", "total", "nll", "tokens"):
+                sums = getattr(whole, name)
+                for key, value in getattr(score, name).items():
+                    sums[key] = sums.get(key, 0) + value
+        return whole
+
     @property
     def accuracy(self) -> float:
         """The share of right answers over all difficulties."""
@@ -98,13 +109,15 @@ def evaluate(
     seed: int = EVAL_SEED,
     device: torch.device | str = "cpu",
     after: int | None = None,
+    share: tuple[int, int] = (0, 1),
     progress: Callable[[int], object] = lambda read: None,
 ) -> Score:
     """Score `model` on `batches * batch_size` held-out samples, the same for every call with one seed.
 
     A batch is read in `parts` parts, in the memory of one. What counts as "after eviction" are tokens from
     position `after` on, by default the window: give it to score the same tokens with a model that evicts
-    nothing. `progress` is called with the number of batches that were read just now.
+    nothing. `share` (number, of how many) leaves other batches to other processes. `progress` is called with
+    the number of batches that were read just now, by all of them together.
 
     Raises:
         ValueError: for no batches, or a position before the first.
@@ -114,11 +127,12 @@ def evaluate(
     if after is not None and after < 0:
         raise ValueError(f"after must not be negative, got {after}")
     score = Score()
-    for index in range(batches):
+    number, shares = share
+    for index in range(number, batches, shares):
         for part in task.batch(batch_rng(seed, "test", index), batch_size, "test").parts(parts):
             batch = part.to(device)
             logits = read_batch(model, batch, sleep, return_logits=True).logits
             assert logits is not None
             score.add(batch, logits, sleep.window if after is None else after)
-        progress(1)
+        progress(min(shares, batches - index + number))
     return score

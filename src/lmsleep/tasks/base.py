@@ -1,10 +1,12 @@
 """What a task is: a seeded stream of batches, a vocabulary, and the floors to beat."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol, get_args, get_type_hints
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lmsleep.text import Split
@@ -67,20 +69,60 @@ class Batch:
         if number == 1:
             return [self]
         unit = self.tokens if self.context is None else self.context
-        parts = []
-        for some in torch.arange(len(unit), device=unit.device).tensor_split(number):
-            rows, split = some, {}
-            if self.context_row is not None:
-                rows = torch.isin(self.context_row, some).nonzero()[:, 0]
-                split = {k: getattr(self, k) for k in ("context", "context_lengths")}
-                split = {k: v[some] for k, v in split.items() if v is not None}
-                split["context_row"] = torch.searchsorted(some, self.context_row[rows])
-            for k in ("tokens", "loss_mask", "answers", "lengths"):
-                if (v := getattr(self, k)) is not None:
-                    split[k] = v[rows]
-            if len(rows):
-                parts.append(replace(self, **split))
-        return parts
+        some = torch.arange(len(unit), device=unit.device).tensor_split(number)
+        return [part for part in map(self._part, some) if len(part.tokens)]
+
+    def share(self, rank: int, size: int) -> "Batch":
+        """Return what one of `size` processes reads: every `size`-th context (row, if there are none)."""
+        if size == 1:
+            return self
+        unit = self.tokens if self.context is None else self.context
+        return self._part(torch.arange(rank, len(unit), size, device=unit.device))
+
+    def _part(self, some: Tensor) -> "Batch":
+        """Return some contexts (rows, if there are none), by ascending number."""
+        rows, split = some, {}
+        if self.context_row is not None:
+            rows = torch.isin(self.context_row, some).nonzero()[:, 0]
+            split = {k: getattr(self, k) for k in ("context", "context_lengths")}
+            split = {k: v[some] for k, v in split.items() if v is not None}
+            split["context_row"] = torch.searchsorted(some, self.context_row[rows])
+        for k in ("tokens", "loss_mask", "answers", "lengths"):
+            if (v := getattr(self, k)) is not None:
+                split[k] = v[rows]
+        return replace(self, **split)
+
+    @classmethod
+    def joined(cls, batches: "Sequence[Batch]") -> "Batch":
+        """Return one batch of all samples of several of one task, padded to the longest."""
+        if len(batches) == 1:
+            return batches[0]
+        answers, contexts, moved = 0, 0, []
+        for b in batches:
+            # Answers and contexts are numbered over the whole batch.
+            own = replace(b, answers=torch.where(b.answers < 0, b.answers, b.answers + answers))
+            if b.context is not None and b.context_row is not None:
+                own = replace(own, context_row=b.context_row + contexts)
+                contexts += len(b.context)
+            answers += len(b.difficulty)
+            moved.append(own)
+        made = {"difficulty": torch.cat([b.difficulty for b in moved])}
+        for k, lengths, fill in (
+            ("tokens", "lengths", 0), ("loss_mask", "lengths", False), ("answers", "lengths", -1),
+            ("context", "context_lengths", 0),
+        ):  # fmt: skip
+            each = [t for b in moved if (t := getattr(b, k)) is not None]
+            if not each:
+                continue
+            longest = max(t.shape[1] for t in each)
+            made[k] = torch.cat([F.pad(t, (0, longest - t.shape[1]), value=fill) for t in each])
+            ends = [getattr(b, lengths) for b in moved]
+            if len({t.shape[1] for t in each}) > 1 or any(end is not None for end in ends):
+                full = [t.new_full((len(t),), t.shape[1], dtype=torch.int64) for t in each]
+                made[lengths] = torch.cat([f if e is None else e for e, f in zip(ends, full, strict=True)])
+        if contexts:
+            made["context_row"] = torch.cat([b.context_row for b in moved if b.context_row is not None])
+        return cls(**made)
 
     def row(self, row: int) -> tuple[list[int], list[int], list[int]]:
         """Return one row without padding: its context (empty if none), its tokens, and `answers` of them."""

@@ -26,6 +26,9 @@ class TrainConfig:
     accumulate: int = 1
     """Parts that a step's batch is read in, their gradients added up: the memory of one, and the same step up
     to rounding."""
+    draws: int = 1
+    """Draws that a step's batch is made of, each with a key of its own. Several processes make only theirs,
+    where there are as many; of one draw each makes the whole and reads its rows."""
     seed: int = 0
     """Seed of the weights and of the data order; the data do not depend on anything else."""
     start: Path | None = None
@@ -80,6 +83,7 @@ class TrainConfig:
             "steps",
             "batch_size",
             "accumulate",
+            "draws",
             "early_passes",
             "eval_every",
             "eval_batches",
@@ -90,10 +94,11 @@ class TrainConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.backprop_passes is not None and self.backprop_passes < 1:
             raise ValueError(f"backprop_passes must be at least 1, got {self.backprop_passes}")
-        if self.accumulate > self.batch_size:
-            raise ValueError(
-                f"accumulate={self.accumulate} must not exceed the batch_size={self.batch_size} sequences"
-            )
+        for name in ("accumulate", "draws"):
+            if getattr(self, name) > self.batch_size:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} must not exceed the batch_size={self.batch_size} sequences"
+                )
         if self.precision not in ("auto", "float32", "bfloat16"):
             raise ValueError(f"precision must be auto, float32 or bfloat16, got {self.precision!r}")
         if self.threads is not None and self.threads < 1:

@@ -1,9 +1,10 @@
 """The loop of training: when to take a step, log, evaluate, save and stop."""
 
+import math
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,16 @@ import torch
 from lmsleep.backbones import Model, kind_of
 from lmsleep.evaluation import Score, evaluate
 from lmsleep.progress import progress
-from lmsleep.tasks import batch_rng
+from lmsleep.tasks import Batch, batch_rng
+from lmsleep.training import data
 from lmsleep.training.batches import Batches, check_samples, draw
 from lmsleep.training.compute import StepFlops
 from lmsleep.training.config import RunConfig
 from lmsleep.training.device import autocast, choose_device, fitting, in_bfloat16
 from lmsleep.training.objective import Objective
 from lmsleep.training.optim import optimizers, set_rates, sleep_at
-from lmsleep.training.runs import TRAINER, RunFolder
+from lmsleep.training.processes import ALONE, Processes
+from lmsleep.training.runs import TRAINER, RunFolder, provenance
 from lmsleep.training.start import first_model
 from lmsleep.training.step import take_step
 from lmsleep.training.tracking import Events, installed
@@ -42,18 +45,33 @@ class Interrupted(RuntimeError):
 class Trainer:
     """Trains one run in its folder. The state after step `i` is a function of the configuration alone.
 
+    Several processes take its steps together, each on its own rows; however many there are, they are the same
+    steps to rounding. One of them, `processes.main`, writes the folder and draws the bar.
+
     Attributes:
         log_every: steps between lines of the metrics.
         objective: the loss as a module, around `model`.
+        processes: that train the run.
         step: steps taken; `tokens`, `flops` and `seconds` are what they took.
     """
 
     log_every = 10
 
-    def __init__(self, folder: RunFolder, config: RunConfig, model: Model | None = None) -> None:
+    def __init__(
+        self,
+        folder: RunFolder,
+        config: RunConfig,
+        model: Model | None = None,
+        *,
+        processes: Processes = ALONE,
+    ) -> None:
         """Train `model`, by default what the run begins with (raises ValueError or OSError if it cannot)."""
-        self.folder, self.config = folder, config
+        self.folder, self.config, self.processes = folder, config, processes
         train = config.train
+        if train.batch_size < processes.size:
+            raise ValueError(
+                f"batch_size={train.batch_size} is less than the {processes.size} processes that share it"
+            )
         self.device = choose_device(train.device)
         if train.tensorboard and not installed():
             raise ValueError("tensorboard=True needs TensorBoard: pip install 'lmsleep[track]'")
@@ -73,14 +91,20 @@ class Trainer:
         # After freezing and after the move: they hold the parameters that there are now, on their device.
         self.optimizers = optimizers(self.model, train)
         self.step, self.tokens, self.flops, self.seconds = 0, 0, 0, 0.0
-        self.batches = Batches(config)
+        self.batches = Batches(config, processes.rank, processes.size)
         self._flops = StepFlops(self.objective)
 
     @classmethod
-    def begin(cls, path: str | Path, config: RunConfig, *, trust: bool = False) -> "Trainer":
+    def begin(
+        cls, path: str | Path, config: RunConfig, *, trust: bool = False, processes: Processes = ALONE
+    ) -> "Trainer":
         """Begin a run in a new folder, which is made last: what cannot begin leaves none.
 
-        `trust`: run the Python files that the run or model to start from names.
+        Args:
+            path: the folder.
+            config: the run.
+            trust: run the Python files that the run or model to start from names.
+            processes: that train it; all of them call this.
 
         Raises:
             FileExistsError: if there is a run, or anything else, in the folder.
@@ -88,11 +112,16 @@ class Trainer:
             OSError: if a file is missing, or the folder cannot be made.
         """
         folder = RunFolder(path, trust=trust)
-        folder.check_new(config)  # first, for a model may take minutes to load
-        check_samples(config)
-        trainer = cls(folder, config)
-        trainer.rehearse()
-        folder.make(config)
+        with processes.together():
+            folder.check_new(config)  # first, for a model may take minutes to load
+            check_samples(config)
+        check_same(config, processes)
+        with processes.together():
+            trainer = cls(folder, config, processes=processes)
+            trainer.rehearse()
+        with processes.together():
+            if processes.main:
+                folder.make(config)
         return trainer
 
     def rehearse(self) -> None:
@@ -103,16 +132,29 @@ class Trainer:
         """
         train = self.config.train
         with fitting(f"batch_size={train.batch_size} in accumulate={train.accumulate} parts"):
-            batch, sleep = draw(self.config, self.step), sleep_at(self.step, self.config.sleep, train)
+            batch = draw(self.config, self.step, self.processes.rank, self.processes.size)
+            sleep = sleep_at(self.step, self.config.sleep, train)
             # The counts are kept, so that the step itself does not make these passes again.
-            for part in batch.parts(train.accumulate):
-                self._flops(part.to(self.device), sleep)
+            for part in self._parts(batch):
+                self._flops(part, sleep)
+
+    def _parts(self, batch: Batch) -> list[Batch]:
+        """Return the parts in which this process reads its rows: of the size that one alone would read."""
+        accumulate, size = self.config.train.accumulate, self.processes.size
+        return [part.to(self.device) for part in batch.parts(math.ceil(accumulate / size))]
 
     @classmethod
     def resume(
-        cls, folder: RunFolder, checkpoint: Path | None = None, config: RunConfig | None = None
+        cls,
+        folder: RunFolder,
+        checkpoint: Path | None = None,
+        config: RunConfig | None = None,
+        *,
+        processes: Processes = ALONE,
     ) -> "Trainer":
         """Continue from the newest (or another) checkpoint exactly as if there had been no stop.
+
+        Other `processes` than before may go on with it; then it is exact to rounding.
 
         Raises:
             FileNotFoundError: if there is no checkpoint.
@@ -122,7 +164,7 @@ class Trainer:
         config = config or folder.config()
         path = checkpoint or folder.latest(resumable=True)
         bfloat16 = in_bfloat16(config.train, choose_device(config.train.device))
-        trainer = cls(folder, config, folder.model_of(path, config, bfloat16=bfloat16))
+        trainer = cls(folder, config, folder.model_of(path, config, bfloat16=bfloat16), processes=processes)
         try:
             # weights_only: a checkpoint is data and must not run code when it is opened.
             trainer._restore(torch.load(path / TRAINER, map_location=trainer.device, weights_only=True))
@@ -151,12 +193,19 @@ class Trainer:
             raise ValueError(f"step {self.step} is none of the run")
 
     @classmethod
-    def take_up(cls, folder: RunFolder) -> "Trainer":
+    def take_up(cls, folder: RunFolder, *, processes: Processes = ALONE) -> "Trainer":
         """Continue a run; one that was stopped before its first checkpoint begins again."""
-        if folder.checkpoints():
-            return cls.resume(folder)
-        folder.check_data(ANEW)
-        return cls(folder, folder.config())
+        with processes.together():
+            config = folder.config()
+        check_same(config, processes)
+        with processes.together():
+            if folder.checkpoints():
+                trainer = cls.resume(folder, config=config, processes=processes)
+            else:
+                folder.check_data(ANEW)
+                trainer = cls(folder, config, processes=processes)
+        processes.check_same({"step": trainer.step})
+        return trainer
 
     def fit(self, until: int | None = None, *, position: int | None = None) -> Score | None:
         """Train up to step `until` (default: the end, with a final evaluation and report).
@@ -168,27 +217,34 @@ class Trainer:
             Diverged: if the loss or a gradient became non-finite.
             Interrupted: after SIGINT or SIGTERM.
             ValueError: if another process trains the run, or its metrics are damaged.
+            Lost: if another process ended, or did not answer.
             OSError: naming the file that cannot be written; the last checkpoint stays.
         """
-        with self.folder.locked():
-            self.folder.rewind(self.step)
+        with ExitStack() as stack:
+            with self.processes.together():
+                if self.processes.main:
+                    stack.enter_context(self.folder.locked())
+                    self.folder.rewind(self.step)
             return self._fit(until, position)
 
     def _fit(self, until: int | None, position: int | None) -> Score | None:
         """Train in the folder, which is locked and at the step of this trainer."""
         train = self.config.train
         last = train.steps if until is None else min(until, train.steps)
-        name = self.folder.path.name
+        name, main = self.folder.path.name, self.processes.main
         bar = progress(
-            total=last, initial=self.step, desc=name, unit="step", position=position, leave=position is None
-        )
-        tracked = Events(self.folder.path, self.step) if train.tensorboard else nullcontext()
+            total=last, initial=self.step, desc=name, unit="step", position=position, leave=position is None,
+            show=main,
+        )  # fmt: skip
+        tracked = Events(self.folder.path, self.step) if train.tensorboard and main else nullcontext()
         with _signals() as caught, bar, closing(self.batches), tracked as events:
 
             def log(record: dict[str, Any]) -> None:
-                self.folder.log(record)
-                if events is not None:
-                    events.log(record)
+                with self.processes.together():
+                    if main:
+                        self.folder.log(record)
+                    if events is not None:
+                        events.log(record)
 
             # Carries model, optimizers and counts; all else of a step follows from `self.step`.
             while self.step < last:
@@ -201,12 +257,14 @@ class Trainer:
                     score = self.evaluate(train.eval_batches)
                     log({**self._position(), "eval": score.to_dict()})
                 # Saved last, after what belongs to the step was logged: going on drops only later lines.
-                if self.step % train.save_every == 0 or self.step == train.steps or caught:
+                # Of several processes a signal to one stops all, after the same step.
+                stop = max(self.processes.gather(caught[:1]))
+                if self.step % train.save_every == 0 or self.step == train.steps or stop:
                     self.save()
                 # A signal during the last step has nothing to stop.
-                if caught and self.step < last:
+                if stop and self.step < last:
                     resume = f"lmsleep train --resume {self.folder.path}"
-                    raise Interrupted(caught[0], f"stopped after step {self.step}; to go on: {resume}")
+                    raise Interrupted(stop[0], f"stopped after step {self.step}; to go on: {resume}")
         return self._finish() if self.step == train.steps else None
 
     def _finish(self) -> Score:
@@ -215,8 +273,10 @@ class Trainer:
         floors = self.config.task.floors()
         # The report is written last: it says that the run is complete, so the export must be there by then.
         kind = kind_of(self.config.model)
-        kind.export(self.model, self.config.model, self.config.sleep, self.folder.exported)
-        self.folder.write_report({**self._position(), "eval": score.to_dict(), "floors": floors})
+        with self.processes.together():
+            if self.processes.main:
+                kind.export(self.model, self.config.model, self.config.sleep, self.folder.exported)
+                self.folder.write_report({**self._position(), "eval": score.to_dict(), "floors": floors})
         return score
 
     def evaluate(self, batches: int) -> Score:
@@ -226,9 +286,10 @@ class Trainer:
             score = evaluate(
                 self.model, self.config.task, self.config.sleep, batches=batches, device=self.device,
                 batch_size=self.config.train.batch_size, parts=self.config.train.accumulate,
+                share=(self.processes.rank, self.processes.size),
             )  # fmt: skip
         self.model.train()
-        return score
+        return Score.joined(self.processes.gather(score))
 
     def save(self, name: str = "step") -> Path:
         """Write a checkpoint."""
@@ -240,7 +301,11 @@ class Trainer:
         def write(folder: Path) -> None:
             kind_of(self.config.model).save(self.model, self.config.model, folder)
 
-        return self.folder.save_checkpoint(self.step, write, state, name)
+        path = self.folder.checkpoint(self.step, name)
+        with self.processes.together():
+            if self.processes.main:
+                self.folder.save_checkpoint(path, write, state)
+        return path
 
     def train_step(self) -> dict[str, Any]:
         """Take one step; return the record of it that is logged.
@@ -250,14 +315,21 @@ class Trainer:
         """
         train, batch = self.config.train, self.batches[self.step]
         sleep = sleep_at(self.step, self.config.sleep, train)
-        parts = [part.to(self.device) for part in batch.parts(train.accumulate)]
+        parts = self._parts(batch)
         # Counted before the clock starts, since counting runs passes of its own.
         flops = sum(self._flops(part, sleep) for part in parts)
         started = time.perf_counter()
         # Set anew in every step, so that it does not matter which rates a checkpoint was written with.
         factor = set_rates(self.optimizers, self.step, train)
-        torch.manual_seed(batch_rng(train.seed, "train", self.step).integers(2**63).item())  # of dropout
-        metrics = take_step(self.objective, parts, sleep, self.optimizers, clip=train.clip)
+        seed = batch_rng(train.seed, "train", self.step).integers(2**63).item()
+        torch.manual_seed(seed ^ self.processes.rank)  # of dropout, which is another for other rows
+        predicted, tokens, flops = self.processes.sums(
+            sum(part.num_predicted for part in parts), batch.num_tokens, flops
+        )
+        metrics = take_step(
+            self.objective, parts, sleep, self.optimizers, clip=train.clip, total=predicted,
+            processes=self.processes,
+        )  # fmt: skip
         if not metrics.finite:
             # No weight has moved yet, so this is the state before the step.
             path = self.save("diverged")
@@ -266,7 +338,7 @@ class Trainer:
                 f"it is in {path}. A lower lr or adam_lr, a smaller clip or a longer warmup usually helps"
             )
         self.step += 1
-        self.tokens += batch.num_tokens
+        self.tokens += tokens
         self.flops += flops
         self.seconds += time.perf_counter() - started
         loss = {"loss": metrics.loss, "grad_norm": metrics.grad_norm}
@@ -280,6 +352,20 @@ class Trainer:
             "flops": self.flops,
             "seconds": round(self.seconds, 3),
         }
+
+
+def check_same(config: RunConfig, processes: Processes) -> None:
+    """Refuse processes that would not train the same run: of other options, sources or data.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    if processes.joined:
+        made = provenance()
+        software = {name: made[name] for name in ("lmsleep", "commit", "torch")}
+        with processes.together():
+            facts = {**config.to_dict(), **software, "data": data.hashes(config.task)}
+        processes.check_same(facts)
 
 
 @contextmanager

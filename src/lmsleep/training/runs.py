@@ -271,24 +271,27 @@ class RunFolder:
         for path in [*half, *left, *root.glob(".*"), *root.glob(f"{BRANCH}-*")]:
             _remove(path)
 
+    def checkpoint(self, step: int, name: str = "step") -> Path:
+        """Return where the checkpoint of a step is; `name`: what stands before the step."""
+        # Eight digits, so that names sort by step.
+        return self.path / "checkpoints" / f"{name}-{step:08d}"
+
     def save_checkpoint(
-        self, step: int, write_model: Callable[[Path], None], trainer: dict[str, Any], name: str = "step"
-    ) -> Path:
+        self, final: Path, write_model: Callable[[Path], None], trainer: dict[str, Any]
+    ) -> None:
         """Write a checkpoint beside the others, complete or not at all; keep the newest two.
 
         Args:
-            step: steps taken.
+            final: where it is to be (`checkpoint`).
             write_model: writes the model into a folder, which it makes.
             trainer: all else that goes on, for `torch.save`.
-            name: before the step in the name of the checkpoint.
 
         Raises:
             OSError: naming the file, if it cannot be written; the checkpoints before are untouched.
         """
-        root = self.path / "checkpoints"
-        root.mkdir(exist_ok=True)
-        # Eight digits, so that names sort by step; the dot keeps a partial one out of `checkpoints`.
-        final, partial = root / f"{name}-{step:08d}", root / f".partial-{os.getpid()}"
+        final.parent.mkdir(exist_ok=True)
+        # The dot keeps a partial one out of `checkpoints`.
+        partial = final.parent / f".partial-{os.getpid()}"
         try:
             write_model(partial)
             _save(trainer, partial / TRAINER)
@@ -303,7 +306,6 @@ class RunFolder:
         # Only now, when the new one is in its place.
         for old in self.checkpoints()[:-KEEP]:
             _remove(old)
-        return final
 
     def checkpoints(self) -> list[Path]:
         """List the checkpoints, oldest first."""

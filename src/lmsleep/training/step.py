@@ -1,16 +1,19 @@
 """One step of training: gradients of a batch, clipped, and a step of the optimizers."""
 
 import math
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import nn
 from torch.optim import Optimizer
 
+from lmsleep.backbones import Model
 from lmsleep.sleep import SleepConfig
 from lmsleep.tasks import Batch
 from lmsleep.training.objective import Objective
+from lmsleep.training.processes import ALONE, Processes
 
 
 @dataclass(frozen=True)
@@ -35,21 +38,25 @@ def take_step(
     optimizers: Sequence[Optimizer],
     *,
     clip: float,
+    total: int | None = None,
+    processes: Processes = ALONE,
 ) -> StepMetrics:
     """Change the weights once, by the gradients of all parts of a batch.
 
     Args:
         objective: with the parameters.
-        parts: of the batch; one is held in memory at a time.
+        parts: of the batch, of several processes those that this one reads; one is held in memory at a time.
         sleep: how the model reads them.
         optimizers: over the parameters, with their learning rates set.
         clip: largest norm of all gradients together.
+        total: predicted tokens in the whole step; default those of the parts.
+        processes: that take the step together.
     """
-    loss = gradients(objective, parts, sleep)
+    loss = gradients(objective, parts, sleep, total, processes)
     # Over all parts together: clipping each by itself would change what they add up to.
     norm = torch.nn.utils.clip_grad_norm_(objective.parameters(), clip)
     # Before the optimizers move: their state could not be cleaned of a NaN afterwards.
-    metrics = StepMetrics(loss.item(), norm.item())
+    metrics = StepMetrics(loss, norm.item())
     if metrics.finite:
         for optimizer in optimizers:
             optimizer.step()
@@ -58,11 +65,20 @@ def take_step(
     return metrics
 
 
-def gradients(objective: Objective, parts: Sequence[Batch], sleep: SleepConfig) -> Tensor:
-    """Return the mean loss over the predicted tokens of all parts; leave its gradients on the parameters."""
-    total = sum(part.num_predicted for part in parts)
+def gradients(
+    objective: Objective,
+    parts: Sequence[Batch],
+    sleep: SleepConfig,
+    total: int | None = None,
+    processes: Processes = ALONE,
+) -> float:
+    """Return the mean loss over the predicted tokens of all parts, in all processes.
+
+    Its gradients are left on the parameters. Arguments as of `take_step`.
+    """
+    total = sum(part.num_predicted for part in parts) if total is None else total
     assert total, "a training batch without a token to predict"
-    loss = torch.zeros((), device=parts[0].tokens.device)
+    loss = torch.zeros((), device=next(objective.parameters()).device)
     for part in parts:
         # Backward at once: the graph of one part is freed before the next one is built.
         share = objective(part, sleep, total)
@@ -70,5 +86,26 @@ def gradients(objective: Objective, parts: Sequence[Batch], sleep: SleepConfig) 
         if share.requires_grad:
             share.backward()
         # A tensor on the device: reading the number here would wait for each part.
-        loss += share.detach()
-    return loss
+        loss = loss + share.detach()
+    if not processes.joined:
+        return loss.item()
+    trained = [p for p in objective.parameters() if p.requires_grad]
+    # In one exchange with the loss: who has a gradient. In no process, and it stays without one.
+    whole, *have = processes.sums(loss.item(), *(float(p.grad is not None) for p in trained))
+    somewhere = {id(p) for p, has in zip(trained, have, strict=True) if has}
+    for unit in units(objective.model):
+        if summed := [p for p in unit if id(p) in somewhere]:
+            processes.add_gradients(summed)
+    return float(whole)
+
+
+def units(model: Model) -> Iterator[list[nn.Parameter]]:
+    """Yield the parameters that are trained: those of each block, then all others; each by dtype."""
+    blocks = {id(p) for p in model.blocks.parameters()}
+    rest = (p for p in model.parameters() if id(p) not in blocks)
+    for some in (*(block.parameters() for block in model.blocks), rest):
+        alike: dict[torch.dtype, list[nn.Parameter]] = defaultdict(list)
+        for p in some:
+            if p.requires_grad:
+                alike[p.dtype].append(p)
+        yield from alike.values()
