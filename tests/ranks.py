@@ -5,7 +5,6 @@ import importlib
 import os
 import pickle
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -20,13 +19,13 @@ class Failed(AssertionError):
     """A rank failed; the message holds what all of them said."""
 
 
-def run(world, function, *args, group=True, expect=None, **environment):
+def run(world, function, *args, group=True, expect=None, patience=WAIT, **environment):
     """Call `function(*args)`, of a test module, in `world` ranks; return what each returned.
 
     Each has torchrun's environment, a CPU thread, and with `group` a gloo group that has begun. `expect` are
     the exit codes that are right (None: any) in the place of zeros; then those are returned.
     """
-    return _nursery().run(world, function, args, group, expect, environment)
+    return _nursery().run(world, function, args, group, expect, patience, environment)
 
 
 def _nursery(made=[]):  # noqa: B006 - one for each process that tests
@@ -44,9 +43,18 @@ class _Nursery:
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
 
-    def run(self, world, function, args, group, expect, environment):
+    def run(self, world, function, args, group, expect, patience, environment):
         with tempfile.TemporaryDirectory() as place:
-            asked = (world, function.__module__, function.__qualname__, args, group, environment, place)
+            asked = (
+                world,
+                function.__module__,
+                function.__qualname__,
+                args,
+                group,
+                environment,
+                place,
+                patience,
+            )
             pickle.dump(asked, self.process.stdin)
             self.process.stdin.flush()
             codes = pickle.load(self.process.stdout)
@@ -67,24 +75,25 @@ class _Nursery:
 
 def nurse():
     """Read what is to be run, fork the ranks, and answer with their exit codes."""
-    import torch.distributed.checkpoint  # noqa: F401 - once for all ranks
+    import torch.distributed.checkpoint  # once for all ranks
 
-    import lmsleep.training  # noqa: F401
+    import lmsleep.cli.evaluate
+    import lmsleep.cli.train  # noqa: F401
 
     while True:
         try:
             asked = pickle.load(sys.stdin.buffer)
         except EOFError:
             return
+        importlib.import_module(asked[1])  # what it imports, too
         begun = {}
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        # As torchrun's agent has it: one that outlives the ranks.
+        store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         for rank in range(asked[0]):
             if not (pid := os.fork()):
-                _rank(rank, port, *asked)
+                _rank(rank, store.port, *asked[:-1])
             begun[pid] = rank
-        codes, end = [None] * asked[0], time.monotonic() + WAIT
+        codes, end = [None] * asked[0], time.monotonic() + asked[-1]
         while begun:
             pid, status = os.waitpid(-1, os.WNOHANG)
             if pid in begun:
@@ -106,7 +115,7 @@ def _rank(rank, port, world, module, name, args, group, environment, place):
     os.dup2(said, 2)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
     place_of = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
-    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": "True"}
     os.environ.update({k: str(v) for k, v in {**place_of, **where, **environment}.items()})
     code = 0
     try:

@@ -170,7 +170,8 @@ def test_readme_commands_parse(trained, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     started = []
     monkeypatch.setattr(
-        "lmsleep.cli.train.Trainer.begin", lambda out, config, trust: started.append(config) or _Stop()
+        "lmsleep.cli.train.Trainer.begin",
+        lambda out, config, trust, processes: started.append(config) or _Stop(),
     )
     for words in lines:
         if "--resume" not in words:

@@ -1,20 +1,26 @@
 """Several processes take the same steps as one, whatever their number."""
 
 import json
+import os
+import re
+import shutil
+import signal
+import socket
+import time
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import ranks
 import torch
-from conftest import tiny
+from conftest import run_command, tiny
 from hf_models import family
 
-from lmsleep import GradientSteps, SleepConfig
+from lmsleep import GradientSteps, SleepConfig, cli
 from lmsleep.hf.finetune import FineTune
 from lmsleep.tasks import MQAR, Depo, Rule110, Text
-from lmsleep.training import RunConfig, RunFolder, TrainConfig, Trainer
-from lmsleep.training.processes import Processes
+from lmsleep.training import Lost, Processes, RunConfig, RunFolder, TrainConfig, Trainer, loop
+from lmsleep.training.processes import NEEDED
 from lmsleep.training.start import first_model
 
 STEPS = 8
@@ -43,7 +49,7 @@ def config(name, folder):
             return make(task=Rule110(width=4, states=2, t=2), train=train)
         case "text":  # documents of one to four windows: the ranks differ in how often they sleep
             rows = [{"text": f"{i} frogs sleep. "[: 3 + 2 * (i % 7)]} for i in range(80)]
-            (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
             return make(task=Text(data=(folder / "rows.jsonl",), length=16), train=train)
         case "test-time training":
             model = tiny("attention", "attention", trained_mlp=True)
@@ -92,3 +98,191 @@ def test_a_run_is_a_function_of_its_seed_and_not_of_the_number_of_processes(name
             assert torch.allclose(weights[key], value, rtol=1e-7, atol=1e-9), key
     # Bit for bit: they would drift apart.
     assert all(torch.equal(several[0][1][k], other[1][k]) for other in several[1:] for k in alone[1])
+
+
+# The command
+
+
+TINY = (
+    "train", "rule110", "--width", "4", "--states", "2", "--t", "2", "--asked", "4", "--blocks", *BLOCKS,
+    "--d-model", "16", "--num-heads", "2", "--window", "4", "--passes", "2", "--steps", "6",
+    "--batch-size", "4", "--eval-every", "3", "--eval-batches", "1", "--save-every", "2", "--threads", "1",
+    "--device", "cpu",
+)  # fmt: skip
+
+
+def command(folder, *words):
+    os.chdir(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["lmsleep", *words])
+        cli.main(words)
+
+
+def metrics(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+
+
+def nearly(line):
+    """What rounding may change of a line of metrics."""
+    return line["loss"] if "loss" in line else line["eval"]["bits"]
+
+
+def test_the_command_writes_once_what_one_process_writes(tmp_path, capsys):
+    cli.main([*TINY, "--out", str(tmp_path / "alone")])
+    first, second = ranks.run(2, command, tmp_path, *TINY, "--out", "both", group=False, expect=(0, 0))
+    assert "both is complete" in first
+    assert second == ""
+    mine, theirs = metrics(tmp_path / "alone"), metrics(tmp_path / "both")
+    assert [line["step"] for line in mine] == [line["step"] for line in theirs]
+    for a, b in zip(mine, theirs, strict=True):
+        assert (a["tokens"], a["flops"]) == (b["tokens"], b["flops"])
+        assert nearly(a) == pytest.approx(nearly(b), rel=1e-4)
+    # What a run in several processes leaves is the run of one: read, evaluated and gone on with as that is.
+    shutil.rmtree(tmp_path / "both" / "checkpoints" / "step-00000006")
+    (tmp_path / "both" / "report.json").unlink()
+    cli.main(["train", "--resume", str(tmp_path / "both")])
+    assert metrics(tmp_path / "both")[-1]["step"] == 6
+    said = ranks.run(
+        2, command, tmp_path, "eval", "both", "--batches", "3", "--json", group=False, expect=(0, 0)
+    )
+    capsys.readouterr()
+    cli.main(["eval", str(tmp_path / "both"), "--batches", "3", "--json"])
+    alone = json.loads(capsys.readouterr().out)["passes"]["2"]
+    both = json.loads(said[0])["passes"]["2"]
+    assert (alone.pop("bits"), alone.pop("bits_after_eviction")) == pytest.approx(
+        (both.pop("bits"), both.pop("bits_after_eviction"))
+    )
+    assert alone == both
+
+
+def signalled(folder, name, which):
+    # A signal to one of them while a step is under way.
+    take_step = loop.take_step
+
+    def step(*given, **options):
+        metrics = take_step(*given, **options)
+        step.taken += 1
+        if step.taken == 3 and os.environ["RANK"] == which:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return metrics
+
+    step.taken = 0
+    loop.take_step = step
+    command(folder, *TINY, "--out", name)
+
+
+def test_a_signal_to_one_stops_all_after_the_same_step_and_another_number_goes_on(tmp_path):
+    cli.main([*TINY, "--out", str(tmp_path / "whole")])
+    said = ranks.run(3, signalled, tmp_path, "run", "2", group=False, expect=(143, 143, 143))
+    [line] = [line for one in said for line in one.splitlines() if "stopped" in line]
+    assert re.fullmatch(
+        r"lmsleep: stopped after step [34]; to go on: torchrun ... -m lmsleep train --resume run", line
+    )
+    ranks.run(2, command, tmp_path, "train", "--resume", "run", group=False, expect=(0, 0))
+    mine, theirs = metrics(tmp_path / "whole"), metrics(tmp_path / "run")
+    assert [line["step"] for line in mine] == [line["step"] for line in theirs]
+    for a, b in zip(mine, theirs, strict=True):
+        assert nearly(a) == pytest.approx(nearly(b), rel=1e-4)
+
+
+def killed(folder, name):
+    take_step = loop.take_step
+
+    def step(*given, **options):
+        step.taken += 1
+        if step.taken == 5 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return take_step(*given, **options)
+
+    step.taken = 0
+    loop.take_step = step
+    command(folder, *TINY, "--out", name)
+
+
+def test_one_that_dies_ends_the_run_with_one_message_and_it_goes_on(tmp_path):
+    first, _ = ranks.run(2, killed, tmp_path, "run", group=False, expect=(1, -9))
+    [line] = first.splitlines()
+    assert line.startswith("lmsleep: a process of this run has ended, or did not answer for 600 s; to go on:")
+    ranks.run(2, command, tmp_path, "train", "--resume", "run", group=False, expect=(0, 0))
+    assert (tmp_path / "run" / "report.json").exists()
+
+
+def hanging(folder):
+    if os.environ["RANK"] == "1":
+        loop.take_step = lambda *given, **options: time.sleep(60)
+    command(folder, *TINY, "--out", "run", "--patience", "3")
+
+
+def test_one_that_hangs_is_waited_for_no_longer_than_was_said(tmp_path):
+    first, _ = ranks.run(2, hanging, tmp_path, group=False, expect=(1, -9), patience=20)
+    assert "did not answer for 3 s" in first
+
+
+BAD = {
+    "shard=2 must divide the number of processes, 3": ("--shard", "2"),
+    "shard must be at least 1": ("--shard", "0"),
+    "batch_size=2 is less than the 3 processes that share it": ("--batch-size", "2"),
+    "run exists and is not empty": ("--out", "run"),
+    "device='cuda:1'": ("--device", "cuda:1"),
+}
+
+
+@pytest.mark.parametrize("said", BAD)
+def test_what_cannot_be_is_said_once_by_all(said, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes").touch()
+    told = ranks.run(3, command, tmp_path, *TINY, *BAD[said], group=False, expect=(2, 2, 2))
+    [line] = "".join(told).splitlines()
+    assert said in line
+
+
+def disagreeing(folder):
+    more = ("--lr", "0.5") if os.environ["RANK"] == "1" else ()
+    command(folder, *TINY, "--out", "run", *more)
+
+
+def test_processes_that_were_started_differently_say_in_what(tmp_path):
+    told = ranks.run(2, disagreeing, tmp_path, group=False, expect=(2, 2))
+    [line] = "".join(told).splitlines()
+    assert "processes 0 and 1 disagree about train.lr: 0.01 and 0.5" in line
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"RANK": "0"}, "has set RANK and not WORLD_SIZE, LOCAL_RANK"),
+        ({"WORLD_SIZE": "2"}, "has set WORLD_SIZE and not RANK, LOCAL_RANK"),
+        ({**dict.fromkeys(NEEDED, "0"), "RANK": "x"}, "RANK='x', which is no number"),
+        ({**dict.fromkeys(NEEDED, "0"), "RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 of WORLD_SIZE=2"),
+    ],
+)
+def test_a_launcher_that_says_half_is_refused(environment, said, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=re.escape(said)):
+        Processes.join("cpu")
+
+
+def test_shard_without_a_launcher_says_how_to_start_one(capsys, tmp_path):
+    assert run_command(capsys, *TINY, "--shard", "2", "--out", tmp_path / "run") == (
+        2, "", "lmsleep: shard=2 is for several processes; start them with torchrun --standalone "
+        "--nproc-per-node=2 -m lmsleep ...\n",
+    )  # fmt: skip
+
+
+def test_one_that_never_comes_is_waited_for_no_longer_than_was_said(monkeypatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    for name, value in zip(NEEDED, ("0", "2", "0", "127.0.0.1", port), strict=True):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(Lost, match=r"not all of the 2 processes came within 1 s"):
+        Processes.join("cpu", patience=1)
+
+
+def test_commands_for_one_process_refuse_several(tmp_path):
+    told = ranks.run(2, command, tmp_path, "info", "depo-N1", group=False, expect=(2, 2))
+    [line] = "".join(told).splitlines()
+    assert "lmsleep info runs in one process" in line

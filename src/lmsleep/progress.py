@@ -6,6 +6,8 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from lmsleep.launched import rank
+
 EVERY = 10.0  # seconds between lines
 
 
@@ -30,8 +32,9 @@ def progress(*, show: bool = True, **options: Any) -> Any:
     """Make a bar of tqdm on standard error, with tqdm's options; without `show` one that is never seen.
 
     Where standard error is a file or a pipe, or a terminal on which nothing can be drawn over, it is a line
-    every `EVERY` seconds, and none before.
+    every `EVERY` seconds, and none before. Of several processes the first alone draws.
     """
+    show = show and not rank()
     if not show or _draws(sys.stderr):
         return tqdm(**options, disable=not show)
     # miniters=1: tqdm would adapt it to the speed and skip lines. leave=False: no last line said twice.

@@ -17,6 +17,7 @@ from lmsleep.progress import progress
 from lmsleep.sleep import Backbone, SleepConfig
 from lmsleep.tasks import Task, Text
 from lmsleep.tasks.reading import check_known
+from lmsleep.training import Processes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +52,9 @@ class EvalOptions:
 def evaluate_run(argv: list[str]) -> None:
     """Run `lmsleep eval RUN`."""
     options = parse(EvalOptions, argv, "lmsleep eval")
-    model, task, own, size, parts = _evaluated(options)
+    processes = Processes.join(options.device)
+    with processes.together():
+        model, task, own, size, parts = _evaluated(options)
     if options.data:
         say_rows(task)
     result: dict[int, Score] = {}
@@ -62,9 +65,16 @@ def evaluate_run(argv: list[str]) -> None:
         for n, sleep in sleeps.items():
             how: dict[str, Any] = {"batches": options.batches, "batch_size": size, "device": model.device}
             counted: dict[str, Any] = {"after": options.after, "parts": parts, "progress": bar.update}
-            result[n] = evaluate(model, task, sleep, **counted, **how)
+            share = (processes.rank, processes.size)
+            score = evaluate(model, task, sleep, share=share, **counted, **how)
+            result[n] = Score.joined(processes.gather(score))
             # Bits around a sleep need shifts that fall on window ends, or one window would hold two segments.
-            if isinstance(task, Shifting) and sleep.window is not None and task.segment % sleep.window == 0:
+            if (
+                isinstance(task, Shifting)
+                and processes.main
+                and sleep.window is not None
+                and task.segment % sleep.window == 0
+            ):
                 around[n] = around_sleep(model, task, sleep, **how)
     if options.json:
         passes = {str(n): _eval_json(task, score, around.get(n)) for n, score in result.items()}
@@ -72,6 +82,7 @@ def evaluate_run(argv: list[str]) -> None:
         sys.stdout.write(to_json(document) + "\n")
     else:
         sys.stdout.write(_eval_text(task, result, around))
+    processes.leave()
 
 
 class _Evaluated(NamedTuple):

@@ -17,13 +17,14 @@ from lmsleep.cli.options import (
     sleep_fields,
     task_field,
 )
-from lmsleep.cli.train import finish, resumed
+from lmsleep.cli.several import ProcessOptions
+from lmsleep.cli.train import finish, resume
 from lmsleep.hf.finetune import FineTune
 from lmsleep.hf.loading import has_tokenizer
 from lmsleep.sleep import SleepConfig
 from lmsleep.tasks import Task, find_task
 from lmsleep.text.tokenizers import HuggingFace, begun
-from lmsleep.training import RunConfig, RunFolder, TrainConfig, Trainer, two_stages
+from lmsleep.training import Processes, RunConfig, RunFolder, TrainConfig, Trainer, two_stages
 
 # Rates: Muon's and AdamW's of the paper's fine-tuning; adapters, which AdamW trains, take a usual one.
 TRAIN = TrainConfig(
@@ -58,6 +59,7 @@ SAMPLE = "The 2nd of 3,300 tokens; naïve, 睡眠!\n\tdef f(x): return x"  # by 
 
 HELP = f"""usage: lmsleep finetune MODEL_DIR --task TASK [OPTIONS]
        lmsleep finetune --resume RUN [--trust]
+       torchrun --standalone --nproc-per-node=K -m lmsleep finetune ...
 
 Teach a pretrained model to sleep: a local Hugging Face folder of a hybrid (qwen3_5, qwen3_next, olmo_hybrid,
 kimi_linear, nemotron_h, bamba, granitemoehybrid, falcon_h1, jet_nemotron), or of a model with attention alone
@@ -116,14 +118,14 @@ def finetune(argv: list[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         sys.stdout.write(HELP)
     elif argv[0] == "--resume":
-        # The run's configuration says what model it is, so that `lmsleep train --resume` does the same.
-        finish(resumed(argv[1:]))
+        # The run's configuration says what model it is.
+        resume(argv[1:])
     else:
         finish(*_new_run(Path(argv[0]), argv[1:]))
 
 
-def _new_run(folder: Path, argv: list[str]) -> tuple[RunFolder, Trainer]:
-    """Return the folder of a new run, and the trainer of its first stage."""
+def _new_run(folder: Path, argv: list[str]) -> tuple[RunFolder, Processes, Trainer]:
+    """Return the folder of a new run, who trains it, and the trainer of its first stage."""
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder} with a model; nothing is downloaded")
     # Read before the flags are parsed: which flags there are, and their defaults, hang on task and preset.
@@ -145,6 +147,7 @@ def _new_run(folder: Path, argv: list[str]) -> tuple[RunFolder, Trainer]:
             *sleep_fields(preset.sleep, argv),
             ("train", TrainOptions, as_type(TrainOptions, _train(preset, given.get("batch-size", "")))),
             ("run", RunOptions),
+            ("processes", ProcessOptions),
         ],
         frozen=True,
         kw_only=True,
@@ -161,20 +164,25 @@ def _new_run(folder: Path, argv: list[str]) -> tuple[RunFolder, Trainer]:
     default = f"{folder.resolve().name}-{kind}-N{config.sleep.passes}-seed{config.train.seed}"
     out = options.run.out or Path("runs") / default
     say_rows(config.task)
+    of = options.processes
+    processes = Processes.join(train.device, shard=of.shard, patience=of.patience)
     if preset.stages == 1:
-        trainer = Trainer.begin(out, config)
-        return trainer.folder, trainer
+        trainer = Trainer.begin(out, config, processes=processes)
+        return trainer.folder, processes, trainer
     before, after = RunFolder(out.with_name(f"{out.name}-memory-layers")), RunFolder(out)
     # The second stage is made now, so that it is refused now; the model that it starts from is written later.
     first, second = two_stages(config, before.path)
-    # The folder of the first stage comes before that of the second, which goes on from it: both were made,
-    # and more than that, where the first has begun.
-    if after.is_run() and before.has_begun():
-        raise FileExistsError(f"{out} has begun; continue it with --resume {out}, or name another --out")
-    after.check_new(second)
-    trainer = Trainer.begin(before.path, first)
-    after.make(second)
-    return after, trainer
+    with processes.together():
+        # The folder of the first stage comes before that of the second, which goes on from it: both were
+        # made, and more than that, where the first has begun.
+        if after.is_run() and before.has_begun():
+            raise FileExistsError(f"{out} has begun; continue it with --resume {out}, or name another --out")
+        after.check_new(second)
+    trainer = Trainer.begin(before.path, first, processes=processes)
+    with processes.together():
+        if processes.main:
+            after.make(second)
+    return after, processes, trainer
 
 
 def _train(preset: Preset, batch_size: str) -> TrainConfig:

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from importlib import import_module
 
-from lmsleep.cli import interrupts
+from lmsleep.cli import interrupts, several
 from lmsleep.version import __version__
 
 # Where each command is, and what it is for; it is imported when it is called.
@@ -62,7 +62,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     _open_closed_streams()
     code, message = 0, ""
     try:
-        _run(list(sys.argv[1:] if argv is None else argv))
+        with several.quiet():
+            _run(list(sys.argv[1:] if argv is None else argv))
     except BaseException as error:
         code, message = _outcome(error)
     try:
@@ -73,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not code:
             code, message = _outcome(error)
-    if message:
+    if message and several.first_to_say(message):
         sys.stderr.write(f"lmsleep: {one_line(message)}\n")
     if code:
         sys.exit(code)
@@ -90,6 +91,7 @@ def _run(args: list[str]) -> None:
         return
     if args[0] not in COMMANDS:
         raise ValueError(f"unknown command {args[0]!r}; choose one of {', '.join(COMMANDS)}")
+    several.check(args[0])
     # Imports torch, which --help and --version do without.
     command = _command(args[0])
     _silence_libraries()

@@ -3,10 +3,12 @@
 import errno
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, make_dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from tyro.conf import Positional
 
 from lmsleep.backbones import find_kind
 from lmsleep.cli.options import (
@@ -22,11 +24,14 @@ from lmsleep.cli.options import (
     task_field,
 )
 from lmsleep.cli.scores import bits_text, floor_text
+from lmsleep.cli.several import ProcessOptions
 from lmsleep.recipes.settings import PRESETS, preset
 from lmsleep.tasks import Text, find_task
 from lmsleep.training import (
     BASELINES,
     Interrupted,
+    Lost,
+    Processes,
     RunConfig,
     RunFolder,
     TrainConfig,
@@ -60,42 +65,61 @@ def train(argv: list[str]) -> None:
         sys.stdout.write(TRAIN_HELP)
         return
     if argv[0] == "--resume":
-        finish(resumed(argv[1:]))
+        resume(argv[1:])
     else:
         finish(*_new_run(argv[0], argv[1:]))
 
 
-def resumed(argv: list[str]) -> RunFolder:
-    """Return the run that `RUN [--trust]` names."""
-    named = [argument for argument in argv if argument != "--trust"]
-    if len(named) != 1 or len(argv) > 2:
-        raise ValueError(
-            "--resume takes the folder of a run and nothing else but --trust: its own options hold"
-        )
-    return RunFolder.open(named[0], trust="--trust" in argv)
+@dataclass(frozen=True, kw_only=True)
+class ResumeOptions(ProcessOptions):
+    """Go on with a run that was stopped, exactly where it was; all other options are its own.
+
+    Under torchrun by as many processes as there are now.
+    """
+
+    run: Positional[Path]
+    """Folder of the run."""
+    trust: bool = False
+    """Run the Python files that the run names, though you never trained with them."""
 
 
-def finish(folder: RunFolder, trainer: Trainer | None = None) -> None:
+def resume(argv: list[str]) -> None:
+    """Run `lmsleep train --resume RUN`, of whatever kind the run is."""
+    options = parse(ResumeOptions, argv, "lmsleep train --resume")
+    folder = RunFolder.open(options.run, trust=options.trust)
+    device = folder.config().train.device
+    finish(folder, Processes.join(device, shard=options.shard, patience=options.patience))
+
+
+def finish(folder: RunFolder, processes: Processes, trainer: Trainer | None = None) -> None:
     """Train a run to its end, after the run whose model it goes on from, and say how it went."""
-    # Before anything of the run is read: another process may be about to write it.
-    with folder.locked(), _going_on(folder):
-        # The second of two stages: the first one exports the model that this one loads.
-        if (before := folder.source()) is not None:
-            (trainer or Trainer.take_up(before)).fit()
+    with ExitStack() as stack:
+        with processes.together():
+            # Before anything of the run is read: another process may be about to write it.
+            if processes.main:
+                stack.enter_context(folder.locked())
+            # The second of two stages: the first one exports the model that this one loads.
+            before = folder.source()
+        stack.enter_context(_going_on(folder, processes))
+        if before is not None:
+            (trainer or Trainer.take_up(before, processes=processes)).fit()
             # It was that of the first stage, and that of the second could not be made without its export.
             trainer = None
-        trainer = trainer or Trainer.take_up(folder)
+        trainer = trainer or Trainer.take_up(folder, processes=processes)
         trainer.fit()
         # The report has what was spent beside the score.
         sys.stdout.write(_score_text(folder, trainer.config, folder.report() or {}))
+    processes.leave()
 
 
 @contextmanager
-def _going_on(folder: RunFolder) -> Iterator[None]:
-    """Say how to go on where a run is stopped, or the disk is full."""
-    resume = f"lmsleep train --resume {folder.path}"
+def _going_on(folder: RunFolder, processes: Processes) -> Iterator[None]:
+    """Say how to go on where a run is stopped, another process was lost, or the disk is full."""
+    resume = f"{'torchrun ... -m ' if processes.joined else ''}lmsleep train --resume {folder.path}"
     try:
         yield
+    except Lost as lost:
+        raise Lost(f"{lost}; to go on: {resume}") from lost
     except Interrupted as stop:
         # Named is the run that was asked for; resuming it takes the first of two stages up again.
         step = str(stop).partition(";")[0]
@@ -109,9 +133,11 @@ def _going_on(folder: RunFolder) -> Iterator[None]:
 
 TRAIN_HELP = f"""usage: lmsleep train TASK [OPTIONS]
        lmsleep train --resume RUN [--trust]
+       torchrun --standalone --nproc-per-node=K -m lmsleep train ...
 
 Train a hybrid that reads in windows of L tokens and sleeps N passes at the end of each; or a backbone of your
-own, --backbone FILE.py:CLASS (docs/carry-on.md).
+own, --backbone FILE.py:CLASS (docs/carry-on.md). Under torchrun K processes take the same steps together,
+each on its own rows (docs/scale.md).
 
 {listed_tasks()}
 
@@ -123,8 +149,8 @@ Baselines (--baseline NAME) of a run with N passes:
 """
 
 
-def _new_run(task: str, argv: list[str]) -> tuple[RunFolder, Trainer]:
-    """Return the folder of a new run, and its trainer."""
+def _new_run(task: str, argv: list[str]) -> tuple[RunFolder, Processes, Trainer]:
+    """Return the folder of a new run, who trains it, and its trainer."""
     # Read before parsing: the preset has the defaults that --help shows.
     chosen = given_options(argv).get("preset", "demo")
     cls, sections = find_task(task), preset(task, chosen)
@@ -139,6 +165,7 @@ def _new_run(task: str, argv: list[str]) -> tuple[RunFolder, Trainer]:
             *sleep_fields(sections["sleep"], argv),
             ("train", TrainConfig, sections["train"]),
             ("run", RunOptions, RunOptions(preset=chosen, backbone=kind.name)),
+            ("processes", ProcessOptions, ProcessOptions()),
         ],
         frozen=True,
         kw_only=True,
@@ -152,8 +179,10 @@ def _new_run(task: str, argv: list[str]) -> tuple[RunFolder, Trainer]:
         name, config = options.run.baseline, baseline(options.run.baseline, config)
     out = options.run.out or Path("runs") / f"{task.rpartition(':')[2]}-{name}-seed{config.train.seed}"
     say_rows(config.task)
-    trainer = Trainer.begin(out, config, trust=options.run.trust)
-    return trainer.folder, trainer
+    of = options.processes
+    processes = Processes.join(config.train.device, shard=of.shard, patience=of.patience)
+    trainer = Trainer.begin(out, config, trust=options.run.trust, processes=processes)
+    return trainer.folder, processes, trainer
 
 
 def _score_text(folder: RunFolder, config: RunConfig, report: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ from lmsleep.training.device import choose_device
 from lmsleep.training.jobs import Job, default_workers, run_all
 from lmsleep.training.loop import Diverged, Interrupted, Trainer
 from lmsleep.training.objective import Objective
+from lmsleep.training.processes import Lost, Processes
 from lmsleep.training.runs import RunFolder, provenance
 from lmsleep.training.stages import two_stages
 from lmsleep.training.step import take_step
@@ -16,7 +17,9 @@ __all__ = [
     "Diverged",
     "Interrupted",
     "Job",
+    "Lost",
     "Objective",
+    "Processes",
     "RunConfig",
     "RunFolder",
     "TrainConfig",

@@ -225,7 +225,9 @@ class Trainer:
                 if self.processes.main:
                     stack.enter_context(self.folder.locked())
                     self.folder.rewind(self.step)
-            return self._fit(until, position)
+            # Of what FSDP sends in the middle of a step too.
+            with self.processes.answering():
+                return self._fit(until, position)
 
     def _fit(self, until: int | None, position: int | None) -> Score | None:
         """Train in the folder, which is locked and at the step of this trainer."""
@@ -233,9 +235,8 @@ class Trainer:
         last = train.steps if until is None else min(until, train.steps)
         name, main = self.folder.path.name, self.processes.main
         bar = progress(
-            total=last, initial=self.step, desc=name, unit="step", position=position, leave=position is None,
-            show=main,
-        )  # fmt: skip
+            total=last, initial=self.step, desc=name, unit="step", position=position, leave=position is None
+        )
         tracked = Events(self.folder.path, self.step) if train.tensorboard and main else nullcontext()
         with _signals() as caught, bar, closing(self.batches), tracked as events:
 

@@ -19,28 +19,18 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.rendezvous import rendezvous
 
+from lmsleep.launched import launched
+
 NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 PATIENCE = 600  # seconds
 # What gloo and NCCL say, in errors of no type of their own, when another process has gone or does not answer.
-GONE = ("connection closed", "connection reset", "connection refused", "timed out", "timeout", "broken pipe",
-        "socket", "store", "nccl", "peer")  # fmt: skip
+GONE = ("connection", "timed out", "timeout", "broken pipe", "socket", "gloo", "nccl")
 
 T = TypeVar("T")
 
 
 class Lost(RuntimeError):
     """Another process of the run ended, or did not answer in time."""
-
-
-def launched() -> bool:
-    """Say whether a launcher such as torchrun has started this process as one of several."""
-    return "WORLD_SIZE" in os.environ or "RANK" in os.environ
-
-
-def rank_of_launch() -> int:
-    """Return the number that the launcher gave to this process; 0 without one, or if it is none."""
-    number = os.environ.get("RANK", "0") if launched() else "0"
-    return int(number) if number.isdecimal() else 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,11 +188,9 @@ class Processes:
         try:
             yield
         except RuntimeError as error:
-            if self.joined and _is_gone(error):
-                raise Lost(
-                    f"a process of this run has ended, or did not answer for {self.patience} s"
-                ) from error
-            raise
+            if not self.joined or isinstance(error, Lost) or not _is_gone(error):
+                raise
+            raise Lost(f"a process of this run has ended, or did not answer for {self.patience} s") from error
 
 
 ALONE = Processes()
