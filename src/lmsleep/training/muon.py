@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -28,8 +28,19 @@ class Muon(Optimizer):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self) -> None:  # type: ignore[override]
-        """Move every parameter `[m, n]` that has a gradient."""
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Move every parameter `[m, n]` that has a gradient.
+
+        Args:
+            closure: computes the loss and its gradients anew; as for all optimizers of PyTorch.
+
+        Returns:
+            What `closure` returned.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         for group in self.param_groups:
             alike: dict[Any, list[Tensor]] = defaultdict(list)
             for p in group["params"]:
@@ -38,6 +49,7 @@ class Muon(Optimizer):
                     alike[p.shape, p.dtype, p.device].append(p)
             for params in (some for same in alike.values() for some in _parts(same)):
                 self._move(params, group)
+        return loss
 
     def _move(self, params: list[Tensor], group: dict[str, Any]) -> None:
         for p in params:
