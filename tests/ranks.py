@@ -75,6 +75,7 @@ class _Nursery:
 
 def nurse():
     """Read what is to be run, fork the ranks, and answer with their exit codes."""
+    import torch._dynamo  # seconds, which DTensor takes with its first operation
     import torch.distributed.checkpoint  # once for all ranks
 
     import lmsleep.cli.evaluate

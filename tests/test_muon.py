@@ -93,6 +93,21 @@ def test_parameters_without_a_gradient_stay():
     assert torch.equal(kept, before) and kept not in optimizer.state
 
 
+def test_a_closure_makes_the_gradients():
+    (p,) = parameters([(3, 4)], torch.float32)
+    optimizer = Muon([p], lr=0.1, weight_decay=0.0)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (p**2).sum()
+        loss.backward()
+        return loss
+
+    before = (p**2).sum().item()
+    assert optimizer.step(closure).item() == pytest.approx(before)
+    assert (p**2).sum() < before and optimizer.step(closure=None) is None
+
+
 def test_its_state_goes_on():
     shapes = [(4, 6), (4, 6), (6, 4)]
     whole = train(Muon(params := parameters(shapes, torch.float64), lr=0.1, weight_decay=0.1), params)

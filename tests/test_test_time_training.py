@@ -120,6 +120,13 @@ def test_evaluation_takes_the_same_steps_and_leaves_no_graph():
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_rows_that_sleep_beside_rows_that_do_not_may_have_no_loss_in_a_window():
+    model, lengths = lively(CONFIG), torch.tensor([14, 3, 9])
+    both = sleep_forward(model, TOKENS, MASK, SLEEP, lengths=lengths, return_logits=False)
+    alone = sleep_forward(model, TOKENS[:1], MASK[:1], SLEEP)
+    assert close(both.loss, alone.loss) and same_memory(both.memory[:1], alone.memory)
+
+
 def test_a_step_starts_from_any_memory_and_leaves_it_alone():
     model = lively(CONFIG)
     start = sleep_forward(model, TOKENS[:, :8], None, SLEEP, evict_last=True).state.detach()

@@ -44,8 +44,9 @@ class Attention(nn.Module):
     def empty_cache(self, batch_size: int) -> tuple[Tensor, ...]:
         """Return a cache of no keys and no values: two tensors `[B, 0, kv heads, head_dim]`."""
         weight = self.k_proj.weight
-        # No element, so nothing is left uninitialised.
-        return tuple(weight.new_empty(batch_size, 0, self.num_kv_heads, self.head_dim) for _ in "kv")
+        # No element, so nothing is left uninitialised. Of sharded weights `new_empty` is sharded too.
+        sizes = (batch_size, 0, self.num_kv_heads, self.head_dim)
+        return tuple(torch.empty(sizes, dtype=weight.dtype, device=weight.device) for _ in "kv")
 
     def forward(
         self,

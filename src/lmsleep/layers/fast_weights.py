@@ -91,7 +91,9 @@ class FastWeights(nn.Module):
         """Return the tail of the short convolution before any token: `[B, 0, channels]`, no time steps."""
         if self.conv is None:
             return ()
-        return (self.conv.new_empty(batch_size, 0, self.conv.shape[0]),)
+        # Of sharded weights `new_empty` is sharded too.
+        sizes = (batch_size, 0, self.conv.shape[0])
+        return (torch.empty(sizes, dtype=self.conv.dtype, device=self.conv.device),)
 
     def forward(
         self,

@@ -68,7 +68,9 @@ class JetBlock(nn.Module):
     def empty_cache(self, batch_size: int) -> tuple[Tensor, ...]:
         """Return the tail of the convolution before any token: `[B, 0, H V]`."""
         weight = self.v_proj.weight
-        return (weight.new_empty(batch_size, 0, weight.shape[0]),)
+        # Of sharded weights `new_empty` is sharded too.
+        sizes = (batch_size, 0, weight.shape[0])
+        return (torch.empty(sizes, dtype=weight.dtype, device=weight.device),)
 
     def forward(
         self, x: Tensor, memory: Tensor | None, cache: tuple[Tensor, ...]

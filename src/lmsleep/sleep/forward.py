@@ -202,7 +202,8 @@ def _read_rows(
     groups = [asleep.nonzero()[:, 0], (~asleep).nonzero()[:, 0]]
     parts = [read(rows, passes) for rows, passes in zip(groups, (sleep.passes, 1), strict=True)]
     order = torch.cat(groups).argsort()
-    both = [x for x, _ in parts if x is not None]
+    # A consolidator may give logits that nobody asked for, and those of some rows alone.
+    both = [x for x, _ in parts if x is not None] if logits else []
     return torch.cat(both)[order] if both else None, State.join([s for _, s in parts], order)
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -22,22 +22,38 @@ class Muon(Optimizer):
 
     PyTorch's iterates in bfloat16 everywhere, one matrix at a time. Here it is bfloat16 on a GPU and float32
     on a CPU, few of which have instructions for less, and matrices of one shape go together.
+
+    Matrices may be sharded (`DTensor`), and so are their momenta. A stack of one shape is gathered at once,
+    in the precision of the iteration; each process makes all of it, and moves its own slices.
     """
 
     def __init__(self, params: Iterable[Tensor], lr: float, weight_decay: float) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self) -> None:  # type: ignore[override]
-        """Move every parameter `[m, n]` that has a gradient."""
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Move every parameter `[m, n]` that has a gradient.
+
+        Args:
+            closure: computes the loss and its gradients anew; as for all optimizers of PyTorch.
+
+        Returns:
+            What `closure` returned.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         for group in self.param_groups:
             alike: dict[Any, list[Tensor]] = defaultdict(list)
             for p in group["params"]:
                 if p.grad is not None:
                     # One batched product for many small matrices, which must have one shape.
-                    alike[p.shape, p.dtype, p.device].append(p)
+                    where = (getattr(p, "device_mesh", None), getattr(p, "placements", None))
+                    alike[p.shape, p.dtype, p.device, where].append(p)
             for params in (some for same in alike.values() for some in _parts(same)):
                 self._move(params, group)
+        return loss
 
     def _move(self, params: list[Tensor], group: dict[str, Any]) -> None:
         for p in params:
@@ -45,25 +61,46 @@ class Muon(Optimizer):
             if not self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         # A copy: the Nesterov step below is taken in place and must leave `p.grad` as it is.
-        grads = torch.stack([p.grad for p in params if p.grad is not None])
-        momenta = [self.state[p]["momentum_buffer"] for p in params]
+        grads = torch.stack([_local(p.grad) for p in params if p.grad is not None])
+        momenta = [_local(self.state[p]["momentum_buffer"]) for p in params]
         for momentum, grad in zip(momenta, grads, strict=True):
             # Into the buffer of the state itself, which a checkpoint holds.
             momentum.lerp_(grad, 1 - MOMENTUM)
-        directions = orthogonalised(grads.lerp_(torch.stack(momenta), MOMENTUM))  # Nesterov
+        directions = _directions(grads.lerp_(torch.stack(momenta), MOMENTUM), params[0])  # Nesterov
         m, n = params[0].shape
-        for p, direction in zip(params, directions.to(params[0].dtype), strict=True):
+        for p, direction in zip(map(_local, params), directions.to(params[0].dtype), strict=True):
             # Decoupled, as AdamW's: the decay does not go through the momentum.
             p.mul_(1 - group["lr"] * group["weight_decay"])
             # The factor for tall matrices is that of torch.optim.Muon.
             p.add_(direction, alpha=-group["lr"] * math.sqrt(max(1, m / n)))
 
 
+def _local(t: Tensor) -> Tensor:
+    """Return the slice of a sharded tensor that this process holds, in its memory; any other as it is."""
+    # Not by its class, whose import takes half a second of every run.
+    return t.to_local() if hasattr(t, "to_local") else t
+
+
+def _directions(steps: Tensor, like: Any) -> Tensor:
+    """Orthogonalise matrices `[k, m, n]`: of those that are sharded as `like`, take and return slices."""
+    if not hasattr(like, "to_local"):
+        return orthogonalised(steps)
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    mesh, shape = like.device_mesh, (len(steps), *like.shape)
+    # In a stack the dimensions of a matrix come one later.
+    stacked = [Shard(p.dim + 1) if isinstance(p, Shard) else p for p in like.placements]
+    slices = DTensor.from_local(
+        steps.to(_precision(steps)), mesh, stacked, run_check=False,
+        shape=torch.Size(shape), stride=torch.empty(shape, device="meta").stride(),
+    )  # fmt: skip
+    whole = orthogonalised(slices.full_tensor())
+    return DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim).redistribute(mesh, stacked).to_local()
+
+
 def orthogonalised(X: Tensor) -> Tensor:
     """Return matrices `[k, m, n]` with singular values moved near 1: all but tiny ones to 0.7 ... 1.2."""
-    # promote_types leaves float64 as it is, by which tests compare.
-    dtype = torch.bfloat16 if X.is_cuda else torch.promote_types(X.dtype, torch.float32)
-    X, tall = X.to(dtype), X.shape[-2] > X.shape[-1]
+    X, tall = X.to(_precision(X)), X.shape[-2] > X.shape[-1]
     # The products are of the shorter side: `gram` is [k, s, s] with s = min(m, n).
     X = X.mT.contiguous() if tall else X
     # The Frobenius norm bounds the spectral norm: no singular value exceeds 1, where the quintic may diverge.
@@ -74,6 +111,11 @@ def orthogonalised(X: Tensor) -> Tensor:
         gram = X @ X.mT
         X = torch.baddbmm(X, torch.baddbmm(gram, gram, gram, beta=B, alpha=C), X, beta=A)
     return X.mT if tall else X
+
+
+def _precision(X: Tensor) -> torch.dtype:
+    # promote_types leaves float64 as it is, by which tests compare.
+    return torch.bfloat16 if X.is_cuda else torch.promote_types(X.dtype, torch.float32)
 
 
 def _parts(params: list[Tensor]) -> Iterator[list[Tensor]]:

@@ -55,6 +55,8 @@ def take_step(
     loss = gradients(objective, parts, sleep, total, processes)
     # Over all parts together: clipping each by itself would change what they add up to.
     norm = torch.nn.utils.clip_grad_norm_(objective.parameters(), clip)
+    # Of sharded gradients each process has a share of it.
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     # Before the optimizers move: their state could not be cleaned of a NaN afterwards.
     metrics = StepMetrics(loss, norm.item())
     if metrics.finite:
