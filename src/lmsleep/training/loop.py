@@ -23,6 +23,7 @@ from lmsleep.training.objective import Objective
 from lmsleep.training.optim import optimizers, set_rates, sleep_at
 from lmsleep.training.processes import ALONE, Processes
 from lmsleep.training.runs import TRAINER, RunFolder, provenance
+from lmsleep.training.sharing import Copies, Sharing
 from lmsleep.training.start import first_model
 from lmsleep.training.step import take_step
 from lmsleep.training.tracking import Events, installed
@@ -88,7 +89,12 @@ class Trainer:
             for i, block in enumerate(self.model.requires_grad_(False).blocks):
                 block.requires_grad_(i in train.inserted)
         self.objective = Objective(self.model, train, bfloat16=bfloat16)
-        # After freezing and after the move: they hold the parameters that there are now, on their device.
+        self.sharing: Sharing = Copies(self.objective, processes)
+        if processes.shard > 1:
+            from lmsleep.training.sharding import Shards  # only now: FSDP takes seconds to import
+
+            self.sharing = Shards(self.objective, processes.mesh(self.device))
+        # After freezing, moving and sharding: they hold the parameters that there are now, on their device.
         self.optimizers = optimizers(self.model, train)
         self.step, self.tokens, self.flops, self.seconds = 0, 0, 0, 0.0
         self.batches = Batches(config, processes.rank, processes.size)
@@ -135,8 +141,9 @@ class Trainer:
             batch = draw(self.config, self.step, self.processes.rank, self.processes.size)
             sleep = sleep_at(self.step, self.config.sleep, train)
             # The counts are kept, so that the step itself does not make these passes again.
-            for part in self._parts(batch):
-                self._flops(part, sleep)
+            with self.sharing.gathered():
+                for part in self._parts(batch):
+                    self._flops(part, sleep)
 
     def _parts(self, batch: Batch) -> list[Batch]:
         """Return the parts in which this process reads its rows: of the size that one alone would read."""
@@ -283,7 +290,7 @@ class Trainer:
     def evaluate(self, batches: int) -> Score:
         """Score on held-out samples with the run's own sleep."""
         self.model.eval()
-        with autocast(self.device, self.objective.in_bfloat16):
+        with self.sharing.gathered(), autocast(self.device, self.objective.in_bfloat16):
             score = evaluate(
                 self.model, self.config.task, self.config.sleep, batches=batches, device=self.device,
                 batch_size=self.config.train.batch_size, parts=self.config.train.accumulate,
@@ -317,20 +324,22 @@ class Trainer:
         train, batch = self.config.train, self.batches[self.step]
         sleep = sleep_at(self.step, self.config.sleep, train)
         parts = self._parts(batch)
-        # Counted before the clock starts, since counting runs passes of its own.
-        flops = sum(self._flops(part, sleep) for part in parts)
-        started = time.perf_counter()
         # Set anew in every step, so that it does not matter which rates a checkpoint was written with.
         factor = set_rates(self.optimizers, self.step, train)
-        seed = batch_rng(train.seed, "train", self.step).integers(2**63).item()
-        torch.manual_seed(seed ^ self.processes.rank)  # of dropout, which is another for other rows
-        predicted, tokens, flops = self.processes.sums(
-            sum(part.num_predicted for part in parts), batch.num_tokens, flops
-        )
-        metrics = take_step(
-            self.objective, parts, sleep, self.optimizers, clip=train.clip, total=predicted,
-            processes=self.processes,
-        )  # fmt: skip
+        started = time.perf_counter()
+        with self.sharing.gathered():
+            counting = time.perf_counter()
+            flops = sum(self._flops(part, sleep) for part in parts)
+            started += time.perf_counter() - counting  # which runs passes of its own
+            predicted, tokens, flops = self.processes.sums(
+                sum(part.num_predicted for part in parts), batch.num_tokens, flops
+            )
+            seed = batch_rng(train.seed, "train", self.step).integers(2**63).item()
+            torch.manual_seed(seed ^ self.processes.rank)  # of dropout, which is another for other rows
+            metrics = take_step(
+                self.objective, parts, sleep, self.optimizers, clip=train.clip, total=predicted,
+                processes=self.processes, sharing=self.sharing,
+            )  # fmt: skip
         if not metrics.finite:
             # No weight has moved yet, so this is the state before the step.
             path = self.save("diverged")

@@ -1,14 +1,11 @@
 """Several processes that train one run: who they are, what they agree on, what they add up.
 
-Started by torchrun, each reads its own rows of a step's batch. Gradients are summed after the whole backward
-pass, a block at a time. Nothing could be summed sooner: a block is used in every pass over every window, so
-its gradients are complete only in the backward pass of the first. By the same token it does not matter for
-what is sent how long a model sleeps.
+Started by torchrun, each reads its own rows of a step's batch. How they hold the parameters is in `sharing`.
 """
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,7 +13,8 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
 from lmsleep.launched import launched
@@ -161,22 +159,20 @@ class Processes:
         whole = all(isinstance(number, int) for number in numbers)
         # On the CPU: a GPU need not be waited for.
         row = torch.tensor(numbers, dtype=torch.int64 if whole else torch.float64)
-        with self.answering():
-            dist.all_reduce(row)
-        return row.tolist()
+        return self.summed(row).tolist()
 
-    @torch.no_grad()
-    def add_gradients(self, unit: Sequence[nn.Parameter]) -> None:
-        """Sum the gradients of some parameters, of one dtype, over all of them in one reduction.
+    def summed(self, numbers: Tensor) -> Tensor:
+        """Return the sums over all of them of the numbers of a tensor, which is overwritten."""
+        if self.joined:
+            with self.answering():
+                dist.all_reduce(numbers)
+        return numbers
 
-        One that has none here counts as zeros: whoever calls this knows that it has one elsewhere.
-        """
-        parts = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in unit]
-        vector = torch.cat(parts)
+    def mesh(self, device: torch.device) -> DeviceMesh:
+        """Return them in two dimensions, "replicate" and "shard": `shard` of them share one copy."""
+        dims = (self.size // self.shard, self.shard)
         with self.answering():
-            dist.all_reduce(vector)
-        for p, summed in zip(unit, vector.split([*map(len, parts)]), strict=True):
-            p.grad = summed.view_as(p)
+            return init_device_mesh(device.type, dims, mesh_dim_names=("replicate", "shard"))
 
     @contextmanager
     def answering(self) -> Iterator[None]:

@@ -1,12 +1,11 @@
 """Parameters shared out over processes: each keeps a slice of all, gathered for a step and freed after it."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, UnshardHandle, fully_shard
@@ -44,7 +43,7 @@ class Shards(nn.Module):
         for name, p in objective.named_parameters():
             if not p.ndim:
                 raise ValueError(f"{name} is a number, which cannot be sharded; give it the shape [1]")
-        self.mesh = mesh
+        self._held = False
         # Without copies of the slices there is nothing to be reduced over them.
         over = mesh["shard"] if mesh["replicate"].size() == 1 else mesh
         self.units = nn.ModuleList(map(_Unit, objective.model.blocks if _apart(objective) else ()))
@@ -65,31 +64,33 @@ class Shards(nn.Module):
     @contextmanager
     def gathered(self) -> Iterator[None]:
         """Hold whole parameters, plain tensors, for as long as they are read; all processes must enter."""
+        if self._held:
+            yield
+            return
         with torch.no_grad():
             self()  # once before all else: FSDP2 finds out by the first call which module is the outermost
         handles = [shared.unshard(async_op=True) for shared in self._sharded()]
         for handle in handles:
             cast(UnshardHandle, handle).wait()
+        self._held = True
         try:
             yield
         finally:
+            self._held = False
             for shared in self._sharded():
                 shared.reshard()
 
-    def reduce(self) -> None:
+    def reduce(self, used: Iterable[nn.Parameter]) -> None:
         """Add up the gradients of all processes and free the whole parameters: the end of a step.
 
-        It is called once, within `gathered`, after all backward passes. Then each slice has its gradient; a
-        parameter that no process has a gradient of has none, and is left alone by optimizers.
+        It is called once, within `gathered`, after all backward passes. Then each slice has its gradient.
+
+        Args:
+            used: the parameters that any process has a gradient of, the same in all: experts, say, that no
+                token here was sent to count as zeros. All others stay without a gradient.
         """
-        trained = [p for p in self.objective.parameters() if p.requires_grad]
-        used = torch.tensor([p.grad is not None for p in trained], dtype=torch.int32, device=self.device)
-        for group in self.mesh.get_all_groups():
-            if group.size() > 1:
-                dist.all_reduce(used, dist.ReduceOp.MAX, group)
-        for p, anywhere in zip(trained, used.tolist(), strict=True):
-            # What is reduced must be the same everywhere: experts, say, that no token here was sent to.
-            if anywhere and p.grad is None:
+        for p in used:
+            if p.grad is None:
                 p.grad = torch.zeros_like(p)
         # At the end of the backward pass of the outermost module FSDP2 reduces the gradients of all.
         with torch.enable_grad():

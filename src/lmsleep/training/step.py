@@ -1,19 +1,17 @@
 """One step of training: gradients of a batch, clipped, and a step of the optimizers."""
 
 import math
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 from torch.optim import Optimizer
 
-from lmsleep.backbones import Model
 from lmsleep.sleep import SleepConfig
 from lmsleep.tasks import Batch
 from lmsleep.training.objective import Objective
 from lmsleep.training.processes import ALONE, Processes
+from lmsleep.training.sharing import Copies, Sharing
 
 
 @dataclass(frozen=True)
@@ -40,6 +38,7 @@ def take_step(
     clip: float,
     total: int | None = None,
     processes: Processes = ALONE,
+    sharing: Sharing | None = None,
 ) -> StepMetrics:
     """Change the weights once, by the gradients of all parts of a batch.
 
@@ -51,8 +50,9 @@ def take_step(
         clip: largest norm of all gradients together.
         total: predicted tokens in the whole step; default those of the parts.
         processes: that take the step together.
+        sharing: how they hold the parameters; default `Copies`.
     """
-    loss = gradients(objective, parts, sleep, total, processes)
+    loss = gradients(objective, parts, sleep, total, processes, sharing)
     # Over all parts together: clipping each by itself would change what they add up to.
     norm = torch.nn.utils.clip_grad_norm_(objective.parameters(), clip)
     # Of sharded gradients each process has a share of it.
@@ -73,6 +73,7 @@ def gradients(
     sleep: SleepConfig,
     total: int | None = None,
     processes: Processes = ALONE,
+    sharing: Sharing | None = None,
 ) -> float:
     """Return the mean loss over the predicted tokens of all parts, in all processes.
 
@@ -80,34 +81,19 @@ def gradients(
     """
     total = sum(part.num_predicted for part in parts) if total is None else total
     assert total, "a training batch without a token to predict"
-    loss = torch.zeros((), device=next(objective.parameters()).device)
-    for part in parts:
-        # Backward at once: the graph of one part is freed before the next one is built.
-        share = objective(part, sleep, total)
-        # A part may predict nothing.
-        if share.requires_grad:
-            share.backward()
-        # A tensor on the device: reading the number here would wait for each part.
-        loss = loss + share.detach()
-    if not processes.joined:
-        return loss.item()
-    trained = [p for p in objective.parameters() if p.requires_grad]
-    # In one exchange with the loss: who has a gradient. In no process, and it stays without one.
-    whole, *have = processes.sums(loss.item(), *(float(p.grad is not None) for p in trained))
-    somewhere = {id(p) for p, has in zip(trained, have, strict=True) if has}
-    for unit in units(objective.model):
-        if summed := [p for p in unit if id(p) in somewhere]:
-            processes.add_gradients(summed)
+    sharing = sharing or Copies(objective, processes)
+    with sharing.gathered():
+        loss = torch.zeros((), device=objective.model.device)
+        for part in parts:
+            # Backward at once: the graph of one part is freed before the next one is built.
+            share = objective(part, sleep, total)
+            # A part may predict nothing.
+            if share.requires_grad:
+                share.backward()
+            # A tensor on the device: reading the number here would wait for each part.
+            loss = loss + share.detach()
+        trained = [p for p in objective.parameters() if p.requires_grad]
+        # In one exchange with the loss: who has a gradient. In no process, and it stays without one.
+        whole, *have = processes.sums(loss.item(), *(float(p.grad is not None) for p in trained))
+        sharing.reduce([p for p, has in zip(trained, have, strict=True) if has])
     return float(whole)
-
-
-def units(model: Model) -> Iterator[list[nn.Parameter]]:
-    """Yield the parameters that are trained: those of each block, then all others; each by dtype."""
-    blocks = {id(p) for p in model.blocks.parameters()}
-    rest = (p for p in model.parameters() if id(p) not in blocks)
-    for some in (*(block.parameters() for block in model.blocks), rest):
-        alike: dict[torch.dtype, list[nn.Parameter]] = defaultdict(list)
-        for p in some:
-            if p.requires_grad:
-                alike[p.dtype].append(p)
-        yield from alike.values()
