@@ -1,8 +1,8 @@
 """Who trains a run, told in a file: for machines whose file locks do not reach each other.
 
 A lock of the kernel (`files.locked`) ends with its process and needs no clock, but on many cluster file
-systems it holds on one machine alone. The lease holds everywhere: a file that is made by one process only, and
-touched again and again while that process lives.
+systems it holds on one machine alone. The lease holds everywhere: a file that one process alone can make, and
+that it touches again and again while it lives.
 """
 
 import json
@@ -60,11 +60,12 @@ def _take(path: Path, mine: dict[str, object], alone: bool) -> None:
     said = json.dumps(mine).encode()
     while True:
         try:
-            with path.open("xb") as file:
-                file.write(said)
-            return
+            path.touch(exist_ok=False)  # by one process only
         except FileExistsError:
             pass
+        else:
+            write_atomic(path, said)
+            return
         holder = _read(path)
         if not (alone and holder.get("machine") == mine["machine"]):
             age = _age(path)

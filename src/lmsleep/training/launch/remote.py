@@ -52,8 +52,8 @@ class Work:
         here = Sources.here()
         if here != self.sources:
             return (
-                f"{socket.gethostname()} has other sources of lmsleep ({here}) than the machine of this command "
-                f"had ({self.sources}); give both the same, and the same command goes on"
+                f"{socket.gethostname()} has other sources of lmsleep ({here}) than this command had when it "
+                f"began ({self.sources}); give both the same, and the same command goes on"
             )
         try:
             self.job.train(patience=PATIENCE)

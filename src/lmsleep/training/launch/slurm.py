@@ -59,6 +59,7 @@ class Slurm:
         if type(minutes) is not int or minutes < 1:
             raise ValueError(f"launcher_options: timeout_min={minutes} must be minutes, a whole number")
         self._options.setdefault("name", "lmsleep")
+        self._options.setdefault("stderr_to_stdout", True)  # one log a run
         if self._cluster == "slurm" and submitit.SlurmExecutor.affinity() < 0:
             raise ValueError("launcher=slurm finds no srun on this machine: call it where sbatch works")
         self._executor(Path(), 1)  # for what it thinks of the options
@@ -100,10 +101,11 @@ def _endings(
     left = {**ours}
     try:
         for done in as_completed([*jobs], poll_frequency=POLL):
-            record, error = jobs[done], done.exception()
+            record = jobs[done]
             left.pop(done, None)
             record.remove()
-            said = str(error).strip().splitlines()[0] if error else done.result()
+            # What was raised is returned: all else is the end of a process, of which Slurm knows more.
+            said = f"job {done.job_id} ended as {done.state}" if done.exception() else done.result()
             yield Ended(record.job.path, said and f"{said} (log: {done.paths.stdout})")
     except BaseException:
         for each, record in left.items():
