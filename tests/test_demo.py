@@ -118,7 +118,7 @@ def test_the_page_holds_every_row_and_needs_no_network(demo):
 
 
 def test_the_shipped_models_answer_and_two_are_trained(tmp_path, monkeypatch, capsys):
-    def train_here(jobs, workers):
+    def train_here(jobs, workers, launcher):
         for job in jobs:
             if not job.path.exists():
                 Trainer(RunFolder.create(job.path, job.config), job.config).fit()

@@ -19,7 +19,18 @@ from hf_models import family
 from lmsleep import GradientSteps, SleepConfig, cli
 from lmsleep.hf.finetune import FineTune
 from lmsleep.tasks import MQAR, Depo, Rule110, Text
-from lmsleep.training import Lost, Processes, RunConfig, RunFolder, TrainConfig, Trainer, loop
+from lmsleep.training import (
+    Job,
+    Lost,
+    Processes,
+    RunConfig,
+    RunFolder,
+    TrainConfig,
+    Trainer,
+    loop,
+    run_all,
+)
+from lmsleep.training.launch import Together
 from lmsleep.training.processes import NEEDED
 from lmsleep.training.start import first_model
 
@@ -286,3 +297,30 @@ def test_commands_for_one_process_refuse_several(tmp_path):
     told = ranks.run(2, command, tmp_path, "info", "depo-N1", group=False, expect=(2, 2))
     [line] = "".join(told).splitlines()
     assert "lmsleep info runs in one process" in line
+
+
+# Many runs
+
+
+def grid(folder, launched):
+    # A run whose start a shorter one shares, and one that ends in an error.
+    run = config("inline", folder)
+    long, short = (replace(run, train=replace(run.train, steps=steps, save_every=4)) for steps in (8, 4))
+    bad = replace(run, train=replace(run.train, lr=1e30, adam_lr=1e30, warmup=0, clip=1e30))
+    jobs = [Job(folder / "long", long, Job(folder / "short", short)), Job(folder / "bad", bad)]
+    launcher = Together(Processes.join("cpu")) if launched else None
+    with pytest.raises(RuntimeError) as error:
+        run_all(jobs, 1 if launcher is None else None, launcher)
+    return str(error.value)
+
+
+def test_runs_one_after_the_other_are_those_of_one_process(tmp_path):
+    (tmp_path / "alone").mkdir()
+    (tmp_path / "together").mkdir()
+    grid(tmp_path / "alone", False)
+    first, second = ranks.run(2, grid, tmp_path / "together", True, group=False)
+    assert first == second and "bad: step" in first
+    for name in ("long", "short"):
+        mine, theirs = (metrics(tmp_path / where / name) for where in ("alone", "together"))
+        assert [nearly(line) for line in mine] == pytest.approx([nearly(line) for line in theirs], rel=1e-4)
+        assert (tmp_path / "together" / name / "report.json").exists()

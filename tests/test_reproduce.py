@@ -87,7 +87,7 @@ def test_a_figure_writes_data_table_and_picture(here, capsys):
     assert (out / "results.jsonl").read_bytes() == before
 
 
-def train_here(jobs, workers):
+def train_here(jobs, workers, launcher):
     # What run_all does (test_training.py), without a new process for each recipe.
     for job in jobs:
         for each in (job.shorter, job):

@@ -33,13 +33,13 @@ from lmsleep.training import (
     default_workers,
     equal_compute,
     flops_per_step,
-    jobs,
     optim,
     run_all,
     training_flops,
 )
 from lmsleep.training.batches import Batches, draw
 from lmsleep.training.compute import count_flops
+from lmsleep.training.launch import local
 from lmsleep.training.muon import Muon
 from lmsleep.training.step import gradients, take_step
 
@@ -949,9 +949,9 @@ def test_a_run_started_again_from_nothing_forgets_its_old_metrics(tmp_path, monk
 
 @pytest.mark.parametrize(("gpus", "workers", "dealt"), [(0, 2, []), (2, 2, [0, 1]), (2, 3, [0, 1, 0])])
 def test_workers_share_gpus_and_cores(monkeypatch, gpus, workers, dealt):
-    monkeypatch.setattr(jobs, "leave_with_parent", lambda *ignored: None)
-    monkeypatch.setattr(jobs.tqdm, "set_lock", lambda lock: None)
-    monkeypatch.setattr(jobs.signal, "signal", lambda signum, handler: None)
+    monkeypatch.setattr(local, "leave_with_parent", lambda *ignored: None)
+    monkeypatch.setattr(local.tqdm, "set_lock", lambda lock: None)
+    monkeypatch.setattr(local.signal, "signal", lambda signum, handler: None)
     monkeypatch.setattr(os, "cpu_count", lambda: 5)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     threads, devices = [], []
@@ -961,7 +961,7 @@ def test_workers_share_gpus_and_cores(monkeypatch, gpus, workers, dealt):
     for number in range(workers):
         numbers.put(number)
     for _ in range(workers):
-        jobs._start(None, numbers, workers)
+        local._start(None, numbers, workers)
     assert devices == dealt and threads == workers * [5 // workers]
     assert default_workers() == (gpus or 5)
 

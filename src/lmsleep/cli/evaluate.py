@@ -82,7 +82,6 @@ def evaluate_run(argv: list[str]) -> None:
         sys.stdout.write(to_json(document) + "\n")
     else:
         sys.stdout.write(_eval_text(task, result, around))
-    processes.leave()
 
 
 class _Evaluated(NamedTuple):

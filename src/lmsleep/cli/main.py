@@ -98,6 +98,7 @@ def _run(args: list[str]) -> None:
     with interrupts.noted() as caught:
         try:
             command(args[1:])
+            several.leave()
         except Exception as error:
             # What Ctrl-C broke off may have become any error.
             if caught:

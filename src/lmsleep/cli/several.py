@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-from lmsleep.launched import rank, several
+from lmsleep.launched import launched, rank, several
 
 COMMANDS = ("train", "finetune", "eval", "reproduce")
 ASKING = 5  # seconds to ask the launcher who says it
@@ -45,6 +45,15 @@ def quiet() -> Iterator[None]:
         return
     with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
         yield
+
+
+def leave() -> None:
+    """Leave the other processes, if there are any, at the end of a command."""
+    if launched():
+        import torch.distributed as dist  # which is there by now
+
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def first_to_say(message: str) -> bool:

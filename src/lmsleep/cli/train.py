@@ -109,7 +109,6 @@ def finish(folder: RunFolder, processes: Processes, trainer: Trainer | None = No
         trainer.fit()
         # The report has what was spent beside the score.
         sys.stdout.write(_score_text(folder, trainer.config, folder.report() or {}))
-    processes.leave()
 
 
 @contextmanager

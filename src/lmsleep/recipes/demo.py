@@ -15,16 +15,16 @@ from lmsleep.plain import to_json
 from lmsleep.recipes import figure
 from lmsleep.recipes.answers import ABOUT, Answers
 from lmsleep.recipes.catalogue import LIVE, RECIPES
+from lmsleep.recipes.grid import GridOptions
 from lmsleep.recipes.page import page, result_section, table
 from lmsleep.recipes.results import Result
 from lmsleep.recipes.run import train
 from lmsleep.recipes.table import as_text
 from lmsleep.training import TrainConfig
-from lmsleep.training.jobs import check_workers
 
 
 @dataclass(frozen=True, kw_only=True)
-class DemoOptions:
+class DemoOptions(GridOptions):
     """Show what longer sleep buys: two shipped models answer, then N = 1 and N = 4 are trained and compared.
 
     The two answer in seconds; the training takes three minutes on two quiet cores. Stop it when you like:
@@ -40,8 +40,6 @@ class DemoOptions:
     """Seeds to train; default 0, with --full 0 1 2 3 4."""
     tasks: tuple[Literal["depo", "rule110"], ...] = ("depo",)
     """With --full: the pointer chase, Rule 110, or both."""
-    workers: int | None = None
-    """Runs at a time, one thread each; default one for each GPU, or without one for each core."""
     scale: float = 1.0
     """Shortens all runs alike, for a quick look at the mechanics (0.02: nothing is learned)."""
     json: bool = False
@@ -55,7 +53,7 @@ def run(options: DemoOptions) -> None:
         raise ValueError(f"seeds must be named each once, got {seeds}")
     if min(seeds) < 0:
         raise ValueError(f"seeds must not be negative, got {seeds}")
-    check_workers(options.workers)
+    launcher = options.found()
     check_folder(options.out, "out")
     if not 0 < options.scale <= 1:
         raise ValueError(f"scale must lie in (0, 1], got {options.scale}")
@@ -80,7 +78,7 @@ def run(options: DemoOptions) -> None:
             say(f"Now the same from random weights, for {cells[0].config.train.steps:,} steps with N = 1 and "
                 f"{cells[1].config.train.steps:,} with N = 4, side by side:\n")  # fmt: skip
             sys.stdout.flush()
-        trained[name] = train(recipe, cells, seeds, options.workers, options.out)
+        trained[name] = train(recipe, cells, seeds, options.out, options.workers, launcher)
     sections = ["<h2>The shipped models</h2>", f"<p>{ABOUT}</p>", table(answers.lines())]
     for name, result in trained.items():
         say(f"\n{result.recipe.title}\n{result.recipe.caution}\n\n{as_text(result.lines())}\n")

@@ -11,21 +11,22 @@ from tyro.conf import Positional
 
 from lmsleep.backbones import kind_of
 from lmsleep.files import check_folder
+from lmsleep.launched import rank, several
 from lmsleep.plain import to_json
 from lmsleep.recipes import figure
 from lmsleep.recipes.catalogue import RECIPES
 from lmsleep.recipes.estimate import estimate, estimated
+from lmsleep.recipes.grid import GridOptions
 from lmsleep.recipes.recipe import Cell, Recipe
 from lmsleep.recipes.results import Result, collect, time_steps
 from lmsleep.recipes.settings import Scale
-from lmsleep.training import Job, RunFolder, TrainConfig, default_workers, run_all
-from lmsleep.training.jobs import check_workers
+from lmsleep.training import Job, Launcher, RunFolder, TrainConfig, default_workers, run_all
 
 FEW = 8  # samples in a batch of a run that only tries the mechanics
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReproduceOptions:
+class ReproduceOptions(GridOptions):
     """Train the runs behind a figure and write its data, table and picture.
 
     Stop it when you like: the same command goes on where it was.
@@ -41,8 +42,6 @@ class ReproduceOptions:
     """Seeds 0 ... K - 1; default one for a first look at the scale demo, three otherwise."""
     out: Path | None = None
     """Folder for results; default results/FIGURE-SCALE. The runs go to runs/reproduce/FIGURE-SCALE."""
-    workers: int | None = None
-    """Runs at a time; default one for each GPU, or without one for each core."""
     dry_run: bool = False
     """Say what would be trained, and for how long, instead of doing it."""
     steps: int | None = None
@@ -57,10 +56,13 @@ def run(options: ReproduceOptions) -> None:
     seeds = default_seeds(options.scale) if options.seeds is None else options.seeds
     if seeds < 1:
         raise ValueError(f"seeds must be at least 1, got {seeds}")
-    check_workers(options.workers)
+    launcher = options.found()
     recipe, name = RECIPES[options.figure], f"{options.figure}-{options.scale}"
-    if recipe.value == "tokens_per_second" and options.workers is not None:
-        raise ValueError(f"workers: figure {options.figure} is timed in one process; leave it out")
+    if recipe.value == "tokens_per_second" and several():
+        raise ValueError(f"figure {options.figure} is timed in one process: leave out torchrun")
+    if recipe.value == "tokens_per_second" and (options.workers is not None or options.launcher != "local"):
+        given = "launcher" if options.workers is None else "workers"
+        raise ValueError(f"{given}: figure {options.figure} is timed in one process; leave it out")
     if options.weights is None:
         cells = recipe.cells(options.scale)
     else:
@@ -82,9 +84,12 @@ def run(options: ReproduceOptions) -> None:
     if recipe.value == "tokens_per_second":
         result = time_steps(recipe, cells, seeds)
     else:
-        result = train(recipe, cells, range(seeds), options.workers, Path("runs/reproduce") / name)
-    result.save(out)
-    figure.save(result, out / "figure.png")
+        folder = Path("runs/reproduce") / name
+        result = train(recipe, cells, range(seeds), folder, options.workers, launcher)
+    # Of several processes one writes.
+    if not rank():
+        result.save(out)
+        figure.save(result, out / "figure.png")
     said = to_json(result.rows, indent=None) if options.json else f"{result.page()}\n{out / 'README.md'}"
     sys.stdout.write(f"{said}\n")
 
@@ -107,7 +112,12 @@ def _with_weights(recipe: Recipe, scale: Scale, weights: Path) -> tuple[Recipe, 
 
 
 def train(
-    recipe: Recipe, cells: Sequence[Cell], seeds: Sequence[int], workers: int | None, folder: Path
+    recipe: Recipe,
+    cells: Sequence[Cell],
+    seeds: Sequence[int],
+    folder: Path,
+    workers: int | None,
+    launcher: Launcher,
 ) -> Result:
     """Train what is not trained yet, runs that others start from first, and collect the result."""
     chains = [
@@ -121,7 +131,7 @@ def train(
     for stage in range(max(len(chain) for _, chain in chains)):
         # Stage by stage, for a run needs the weights of the one before; by path, for cells may share a start.
         due = {chain[stage].path: chain[stage] for _, chain in chains if stage < len(chain)}
-        run_all([job for path, job in due.items() if path not in shared], workers)
+        run_all([job for path, job in due.items() if path not in shared], workers, launcher)
     return collect(recipe, [(cell, chain[-1]) for cell, chain in chains])
 
 

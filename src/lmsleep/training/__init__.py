@@ -4,7 +4,8 @@ from lmsleep.training.baselines import BASELINES, baseline, equal_compute
 from lmsleep.training.compute import flops_per_step, training_flops
 from lmsleep.training.config import RunConfig, TrainConfig
 from lmsleep.training.device import choose_device
-from lmsleep.training.jobs import Job, default_workers, run_all
+from lmsleep.training.jobs import Job
+from lmsleep.training.launch import Launcher, default_workers, find_launcher, run_all
 from lmsleep.training.loop import Diverged, Interrupted, Trainer
 from lmsleep.training.objective import Objective
 from lmsleep.training.processes import Lost, Processes
@@ -17,6 +18,7 @@ __all__ = [
     "Diverged",
     "Interrupted",
     "Job",
+    "Launcher",
     "Lost",
     "Objective",
     "Processes",
@@ -28,6 +30,7 @@ __all__ = [
     "choose_device",
     "default_workers",
     "equal_compute",
+    "find_launcher",
     "flops_per_step",
     "provenance",
     "run_all",

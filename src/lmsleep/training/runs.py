@@ -6,7 +6,7 @@ RUN/checkpoints/step-*/   model (config.json, model.safetensors; of a pretrained
                           trained.safetensors) and trainer.pt
 RUN/report.json           the final evaluation
 RUN/model/                of a pretrained model that was trained to its end: a Hugging Face folder
-RUN/.training.lock        held by the process that trains it
+RUN/.training.*           lock and lease of the process that trains it
 """
 
 import errno
@@ -17,6 +17,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
@@ -30,6 +31,7 @@ from lmsleep.files import check_folder, locked, write_atomic
 from lmsleep.plugins import code_named
 from lmsleep.training import data
 from lmsleep.training.config import RunConfig
+from lmsleep.training.lease import leased
 from lmsleep.version import __version__
 
 KEEP = 2  # checkpoints
@@ -38,8 +40,11 @@ SPENT = ("step", "tokens", "flops", "seconds")
 TRAINER = "trainer.pt"  # of a checkpoint, beside the model
 LOCK = "training"
 LOCKED = f".{LOCK}.lock"  # the file that `files.locked` makes for it
-# What a kill may leave beside the files of a run: half of one, and the lock.
-LEFT = re.compile(r"\.(config\.json|metrics\.jsonl|report\.json|model)\..+")
+HOLDER = f".{LOCK}.lease"  # the file of `leased`
+HELD = (LOCKED, HOLDER)
+PAUSE = 1.0  # seconds between tries to lock
+# What a kill may leave beside the files of a run: half of one.
+LEFT = re.compile(r"\.{1,2}(config\.json|metrics\.jsonl|report\.json|model|training\.lease)\..+")
 # Of file systems that have no locks; training without one is better than none.
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
@@ -94,7 +99,7 @@ class RunFolder:
     def clear(self) -> None:
         """Remove all that the folder holds; it must be locked."""
         for path in self.path.iterdir():
-            if path.name != LOCKED:
+            if path.name not in HELD:
                 _remove(path)
 
     def check_new(self, config: RunConfig) -> None:
@@ -118,13 +123,16 @@ class RunFolder:
 
     def _entries(self) -> list[str]:
         """List what is in the folder, without what a kill may leave of a run that has not begun."""
-        return sorted(p.name for p in self.path.iterdir() if not _is_left(p) and p.name != LOCKED)
+        return sorted(p.name for p in self.path.iterdir() if not _is_left(p) and p.name not in HELD)
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self, patience: float = 0.0) -> Iterator[None]:
         """Keep other processes from training this run; the lock ends with this process, even a killed one.
 
         It makes the folder if it is missing, and may be taken again while it is held.
+
+        Args:
+            patience: seconds to wait for another process.
 
         Raises:
             ValueError: if another process trains it.
@@ -135,18 +143,40 @@ class RunFolder:
             return
         self.path.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
-            try:
-                stack.enter_context(locked(self.path / LOCK))
-            except ValueError:
-                raise ValueError(
-                    f"{self.path} is being trained by another process; wait for it to end"
-                ) from None
-            except OSError as error:
-                if error.errno not in NO_LOCKS:
-                    raise
+            until = time.monotonic() + patience
+            while True:
+                try:
+                    stack.enter_context(self._claimed())
+                    break
+                except ValueError:
+                    if time.monotonic() >= until:
+                        raise
+                time.sleep(PAUSE)
             self._held = True
             stack.callback(setattr, self, "_held", False)
             yield
+
+    @contextmanager
+    def _claimed(self) -> Iterator[None]:
+        """Take the lock of this machine's processes, then the lease, which others know as well."""
+        with ExitStack() as stack:
+            alone = True
+            try:
+                stack.enter_context(locked(self.path / LOCK))
+            except ValueError:
+                raise self._taken("another process") from None
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+                alone = False
+            try:
+                stack.enter_context(leased(self.path / HOLDER, alone=alone))
+            except ValueError as error:
+                raise self._taken(str(error)) from None
+            yield
+
+    def _taken(self, holder: str) -> ValueError:
+        return ValueError(f"{self.path} is being trained by {holder}; wait for it to end")
 
     @classmethod
     def open(cls, path: str | Path, *, trust: bool = False) -> "RunFolder":
@@ -472,7 +502,7 @@ def provenance() -> dict[str, Any]:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name()
     return {
         "lmsleep": __version__,
-        "commit": _commit(),
+        "commit": commit(),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -480,7 +510,7 @@ def provenance() -> dict[str, Any]:
     }
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """Return the commit of the sources that run, a + if they were changed since; None outside a checkout."""
     here = Path(__file__).parent
     git = ["git", "-C", str(here)]
