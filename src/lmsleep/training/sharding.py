@@ -35,7 +35,8 @@ class Shards(nn.Module):
         mesh: with dimensions "replicate" and "shard"; processes along the first hold the same slices.
 
     Raises:
-        ValueError: for a parameter that is a number and has no rows to be shared out.
+        ValueError: for a parameter that is a number and has no rows to be shared out, or for parameters that
+            are trained in several dtypes.
     """
 
     def __init__(self, objective: Objective, mesh: DeviceMesh) -> None:
@@ -43,6 +44,9 @@ class Shards(nn.Module):
         for name, p in objective.named_parameters():
             if not p.ndim:
                 raise ValueError(f"{name} is a number, which cannot be sharded; give it the shape [1]")
+        dtypes = sorted({str(p.dtype) for p in objective.parameters() if p.requires_grad})
+        if len(dtypes) > 1:
+            raise ValueError(f"sharded, all that is trained must have one dtype, not {', '.join(dtypes)}")
         self._held = False
         # Without copies of the slices there is nothing to be reduced over them.
         over = mesh["shard"] if mesh["replicate"].size() == 1 else mesh
