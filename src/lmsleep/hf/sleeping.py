@@ -14,6 +14,7 @@ from lmsleep.hf.cache_name import cache_name, named
 from lmsleep.hf.card import write_card
 from lmsleep.hf.dressed import Dressed, put_before
 from lmsleep.hf.loading import load_pretrained
+from lmsleep.hf.sharded import gathering
 from lmsleep.hf.sleep_cache import SleepCache
 from lmsleep.hf.sleeping_decoder import let_sleep
 from lmsleep.hf.trial import adapt
@@ -145,6 +146,7 @@ class _Sleeping(Dressed):
             )
         return SleepCache(self.backbone, self.sleep, sessions)
 
+    @gathering
     def forward(
         self,
         input_ids: Tensor | None = None,

@@ -14,6 +14,7 @@ from lmsleep.hf.backbone import HFBackbone, Layout
 from lmsleep.hf.cache import RunCache
 from lmsleep.hf.cache_name import cache_name
 from lmsleep.hf.dressed import Dressed, put_before
+from lmsleep.hf.sharded import gathering
 from lmsleep.hf.whole_text import check_alone, check_tokens, read_whole, valid_tokens
 from lmsleep.sleep import SleepConfig
 
@@ -31,6 +32,7 @@ class SleepingDecoder(Dressed):
     config: Any
     training: bool
 
+    @gathering
     def forward(
         self,
         input_ids: Tensor | None = None,
