@@ -60,7 +60,7 @@ class SleepingDecoder(Dressed):
         if not sleep.sleep_on_loss:
             raise ValueError("sleep_on_loss=False: a decoder is not told where the loss is; call the model")
         checkpoint = self.training and self.is_gradient_checkpointing
-        _, said, _ = read_whole(_Headless(self, self.layouts), tokens, valid, sleep, checkpoint=checkpoint)
+        _, said = read_whole(_Headless(self, self.layouts), tokens, valid, sleep, checkpoint=checkpoint)
         out = BaseModelOutputWithPast(last_hidden_state=said)
         return out.to_tuple() if return_dict is False else out
 
