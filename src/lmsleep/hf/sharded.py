@@ -9,6 +9,7 @@ first window); the optimizer's state and its parameters stay sharded.
 """
 
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import partial, wraps
 from typing import Any
 
@@ -29,7 +30,8 @@ def gathering(forward: Callable[..., Any]) -> Callable[..., Any]:
     def gathered(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         units = _units(module)
         for unit in units:
-            unit.set_reshard_after_forward(False, recurse=False)
+            with suppress(AssertionError):  # of torch's `replicate`, which has nothing to free
+                unit.set_reshard_after_forward(False, recurse=False)
             unit.set_reshard_after_backward(False, recurse=False)
             unit.set_requires_gradient_sync(True, recurse=False)
             unit.reshard()  # a backward pass that never came has left old values there

@@ -359,9 +359,7 @@ def _kept(logits_to_keep: int | Tensor) -> slice | Tensor:
     )
 
 
-def _loss(
-    read: SleepOutput, logits: Tensor | None, targets: int, items: Tensor | int | None
-) -> Tensor:
+def _loss(read: SleepOutput, logits: Tensor | None, targets: int, items: Tensor | int | None) -> Tensor:
     """Return the mean over predicted tokens, or their sum over `items`; zero where nothing is predicted."""
     if read.loss is None:
         # The sum of no logits: backward() works, and gives every weight a gradient of zeros, for which other
