@@ -7,6 +7,7 @@ import torch
 import transformers
 from conftest import random_tokens
 from hf_models import VOCAB, family
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from lmsleep import SleepConfig
 from lmsleep.hf import from_pretrained, sleepify
@@ -106,3 +107,40 @@ def test_peft_models_sleep(data, tmp_path, order):
     merged.save_pretrained(tmp_path / "merged")
     again = from_pretrained(tmp_path / "merged")
     assert torch.allclose(again(x).logits, merged(x).logits, atol=1e-5) and again.sleep == SLEEP
+
+
+def gradients(model):
+    assert all(p.grad is not None for p in model.parameters())
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "granitemoehybrid", "llama_with_jet"])
+def test_blocks_that_run_again_in_the_backward_pass_begin_with_what_they_began_with(data, name):
+    # As FSDP's activation checkpointing has it.
+    found = []
+    for again in (False, True):
+        model = sleepify(family(name), SLEEP)
+        for i, block in enumerate(model.get_decoder().layers):
+            if again:
+                model.set_submodule(f"model.layers.{i}", checkpoint_wrapper(block))
+        model(**collate(list(data))).loss.backward()
+        found.append(gradients(model))
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("frugal", [False, True])
+@pytest.mark.parametrize("rows", ["without a target", "of one token", "of padding"])
+def test_rows_that_predict_nothing_give_every_weight_a_gradient_of_zeros(data, rows, frugal):
+    # Others wait for it, where there are several processes.
+    model, batch = sleepify(family("qwen3_5"), SLEEP).train(), collate(list(data))
+    if frugal:
+        model.gradient_checkpointing_enable()
+    if rows == "without a target":
+        batch["labels"] = torch.full_like(batch["labels"], -100)
+    elif rows == "of one token":
+        batch = {key: value[:, :1] for key, value in batch.items()}
+    else:
+        batch["attention_mask"] = torch.zeros_like(batch["attention_mask"])
+    loss = model(**batch, num_items_in_batch=torch.tensor(7)).loss
+    loss.backward()
+    assert loss == 0 and not gradients(model).any()

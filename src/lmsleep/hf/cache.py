@@ -5,7 +5,7 @@ generation. Here they are values: a run takes tensors, its blocks read and repla
 they know (`update`, `update_conv_state`, `update_recurrent_state`), and the run hands back new ones.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -45,27 +45,36 @@ class _Lent(Tensor):
 class RunCache:
     """The cache that stands in for `transformers.Cache` during one call of blocks.
 
+    What layers begin with stays what it is, so a block may be run again, as where its activations are
+    recomputed.
+
     Args:
-        carried: what each layer carries, by its `layer_idx`; replaced as the layers run.
+        carried: what each layer begins with, by its `layer_idx`.
     """
 
     def __init__(self, carried: dict[int, Carried]) -> None:
-        self.carried = carried
+        self._carried = carried
+        self._left = {layer_idx: replace(one) for layer_idx, one in carried.items()}
         self._lent: dict[int, _Lent] = {}
 
-    def __getitem__(self, layer_idx: int) -> Carried:
-        return self.carried.setdefault(layer_idx, Carried())
+    def begun(self, layer_idx: int) -> Carried:
+        """Return what a layer began with."""
+        return self._carried.get(layer_idx, Carried())
+
+    def left(self, layer_idx: int) -> Carried:
+        """Return what a layer leaves, to be written to."""
+        return self._left.setdefault(layer_idx, Carried())
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Add keys and values `[B, H, T, D]` of new tokens; return those of all visible tokens."""
-        layer = self[layer_idx]
+        layer, left = self.begun(layer_idx), self.left(layer_idx)
         # `transformers` has heads before time, a State has time first (dimension 1).
         keys, values = key_states.transpose(1, 2), value_states.transpose(1, 2)
         if layer.keys is not None and layer.values is not None:
             keys, values = append(layer.keys, keys), append(layer.values, values)
-        layer.keys, layer.values = keys, values
+        left.keys, left.values = keys, values
         return keys.transpose(1, 2), values.transpose(1, 2)
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> None:
@@ -87,17 +96,17 @@ class RunCache:
         """
         if conv_kernel_size is None or state_idx:
             raise ValueError(f"layer {layer_idx} keeps its convolution in a way that is not known")
-        layer = self[layer_idx]
-        if layer.tail is not None and layer.tail.shape[1]:
-            conv_states = torch.cat([layer.tail.mT.to(conv_states.dtype), conv_states], dim=2)
+        tail = self.begun(layer_idx).tail
+        if tail is not None and tail.shape[1]:
+            conv_states = torch.cat([tail.mT.to(conv_states.dtype), conv_states], dim=2)
         seen = conv_states.mT
         # A convolution of W taps sees the W - 1 inputs before a token.
-        layer.tail = seen[:, max(seen.shape[1] - (conv_kernel_size - 1), 0) :]
+        self.left(layer_idx).tail = seen[:, max(seen.shape[1] - (conv_kernel_size - 1), 0) :]
         return conv_states
 
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
         """Lend the layer its `S`, a copy that it may overwrite; None before its shape is known."""
-        S = self[layer_idx].S
+        S = self.begun(layer_idx).S
         if S is None:
             return None
         # A copy, since other passes and forks hold the same tensor; a subclass, since some kernels overwrite
@@ -110,7 +119,7 @@ class RunCache:
     ) -> Tensor:
         """Take the new `S` of the layer."""
         self._lent.pop(layer_idx, None)
-        self[layer_idx].S = recurrent_states
+        self.left(layer_idx).S = recurrent_states
         return recurrent_states
 
     def is_recording_past(self, layer_idx: int) -> bool:
@@ -120,8 +129,8 @@ class RunCache:
     def finished(self) -> dict[int, Carried]:
         """Return what each layer carries after the call."""
         for layer_idx, lent in self._lent.items():
-            self[layer_idx].S = lent.as_subclass(Tensor) if lent.written is None else lent.written
-        return self.carried
+            self.left(layer_idx).S = lent.as_subclass(Tensor) if lent.written is None else lent.written
+        return self._left
 
 
 def through_cache(mixer: Any, x: Tensor, cache: Any, layer_idx: int, valid: Tensor | None) -> Tensor:
@@ -148,7 +157,7 @@ def through_cache(mixer: Any, x: Tensor, cache: Any, layer_idx: int, valid: Tens
         x = x * valid[..., None].to(x.dtype)
     y, S, (tail,) = mixer(x, S, mixer.empty_cache(len(x)) if tail is None else (tail,))
     if isinstance(cache, RunCache):
-        cache[layer_idx].tail = tail
+        cache.left(layer_idx).tail = tail
         cache.update_recurrent_state(S, layer_idx)
     elif cache is not None:
         cache.update_conv_state(tail.mT, layer_idx, conv_kernel_size=mixer.conv_size)
@@ -161,7 +170,7 @@ def _carried(cache: Any, layer_idx: int) -> tuple[Tensor | None, Tensor | None]:
     if cache is None:
         return None, None
     if isinstance(cache, RunCache):
-        return cache[layer_idx].S, cache[layer_idx].tail
+        return cache.begun(layer_idx).S, cache.begun(layer_idx).tail
     tail = cache.get_conv_state(layer_idx)
     return cache.get_recurrent_state(layer_idx), None if tail is None else tail.mT
 

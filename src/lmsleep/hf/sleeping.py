@@ -14,10 +14,17 @@ from lmsleep.hf.cache_name import cache_name, named
 from lmsleep.hf.card import write_card
 from lmsleep.hf.dressed import Dressed, put_before
 from lmsleep.hf.loading import load_pretrained
+from lmsleep.hf.sharded import gathering
 from lmsleep.hf.sleep_cache import SleepCache
 from lmsleep.hf.sleeping_decoder import let_sleep
 from lmsleep.hf.trial import adapt
-from lmsleep.hf.whole_text import check_alone, check_tokens, read_whole, valid_tokens
+from lmsleep.hf.whole_text import (
+    check_alone,
+    check_tokens,
+    predicted_tokens,
+    read_whole,
+    valid_tokens,
+)
 from lmsleep.session import Session
 from lmsleep.sleep import SleepConfig, SleepOutput
 from lmsleep.trust import named_by
@@ -145,6 +152,7 @@ class _Sleeping(Dressed):
             )
         return SleepCache(self.backbone, self.sleep, sessions)
 
+    @gathering
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -221,7 +229,7 @@ class _Sleeping(Dressed):
         self, tokens: Tensor, valid: Tensor | None, labels: Tensor | None, items: Tensor | int | None
     ) -> tuple[Tensor | None, Tensor | None]:
         """Return loss (nats a token) and logits of whole texts."""
-        wanted = None
+        wanted, targets = None, 0
         if labels is not None:
             if labels.shape != tokens.shape:
                 raise ValueError(f"labels must be {[*tokens.shape]} as input_ids, got {[*labels.shape]}")
@@ -230,12 +238,16 @@ class _Sleeping(Dressed):
                 raise ValueError(
                     "labels must be those of input_ids, or -100: other targets are not supported"
                 )
+            if valid is not None and not bool(valid.any()):
+                valid, wanted = None, torch.zeros_like(wanted)  # read like a text, for `_loss`
+            wanted = predicted_tokens(wanted, valid)
+            targets = int(wanted.sum())
         checkpoint = self.training and self.is_gradient_checkpointing
-        keep = labels is None or not checkpoint
-        read, logits, predicted = read_whole(
+        keep = not (targets and checkpoint)
+        read, logits = read_whole(
             self.backbone, tokens, valid, self.sleep, wanted=wanted, keep=keep, checkpoint=checkpoint
         )
-        return None if labels is None else _loss(read, predicted, items), logits
+        return None if labels is None else _loss(read, logits, targets, items), logits
 
     def generate(
         self,
@@ -347,10 +359,11 @@ def _kept(logits_to_keep: int | Tensor) -> slice | Tensor:
     )
 
 
-def _loss(read: SleepOutput, predicted: int, items: Tensor | int | None) -> Tensor:
+def _loss(read: SleepOutput, logits: Tensor | None, targets: int, items: Tensor | int | None) -> Tensor:
     """Return the mean over predicted tokens, or their sum over `items`; zero where nothing is predicted."""
     if read.loss is None:
-        # A zero that depends on the weights: backward() works on a batch without targets.
-        written = [t.sum() for t in read.memory.tensors()]
-        return torch.stack(written).sum() * 0.0
-    return read.loss if items is None else read.loss * (predicted / items)
+        # The sum of no logits: backward() works, and gives every weight a gradient of zeros, for which other
+        # processes wait.
+        assert logits is not None
+        return logits[..., :0].sum()
+    return read.loss if items is None else read.loss * (targets / items)

@@ -14,6 +14,7 @@ from lmsleep.hf.backbone import HFBackbone, Layout
 from lmsleep.hf.cache import RunCache
 from lmsleep.hf.cache_name import cache_name
 from lmsleep.hf.dressed import Dressed, put_before
+from lmsleep.hf.sharded import gathering
 from lmsleep.hf.whole_text import check_alone, check_tokens, read_whole, valid_tokens
 from lmsleep.sleep import SleepConfig
 
@@ -31,6 +32,7 @@ class SleepingDecoder(Dressed):
     config: Any
     training: bool
 
+    @gathering
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -58,7 +60,7 @@ class SleepingDecoder(Dressed):
         if not sleep.sleep_on_loss:
             raise ValueError("sleep_on_loss=False: a decoder is not told where the loss is; call the model")
         checkpoint = self.training and self.is_gradient_checkpointing
-        _, said, _ = read_whole(_Headless(self, self.layouts), tokens, valid, sleep, checkpoint=checkpoint)
+        _, said = read_whole(_Headless(self, self.layouts), tokens, valid, sleep, checkpoint=checkpoint)
         out = BaseModelOutputWithPast(last_hidden_state=said)
         return out.to_tuple() if return_dict is False else out
 

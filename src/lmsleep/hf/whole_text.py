@@ -69,6 +69,17 @@ def valid_tokens(
     return None if mask is None or bool(mask.all()) else mask
 
 
+def predicted_tokens(wanted: Tensor, valid: Tensor | None) -> Tensor:
+    """Return which tokens are predicted, `[B, T]` bool: all that are wanted, but the first of a row.
+
+    Args:
+        wanted: `[B, T]` bool.
+        valid: `[B, T]` bool, False for padding on either side of a row; None: none.
+    """
+    valid = torch.ones_like(wanted) if valid is None else valid
+    return wanted & valid & (valid.cumsum(dim=1) > 1)
+
+
 def read_whole(
     model: Backbone,
     tokens: Tensor,
@@ -78,7 +89,7 @@ def read_whole(
     wanted: Tensor | None = None,
     keep: bool = True,
     checkpoint: bool = False,
-) -> tuple[SleepOutput, Tensor | None, int]:
+) -> tuple[SleepOutput, Tensor | None]:
     """Read texts from nothing, with gradients.
 
     Args:
@@ -91,8 +102,8 @@ def read_whole(
         checkpoint: recompute the activations of passes in the backward pass.
 
     Returns:
-        What `sleep_forward` said of rows that begin with their first token; what the head says at the places
-        of `tokens`, `[B, T, ...]` (None unless `keep`); the number of tokens that were predicted.
+        What `sleep_forward` said of rows that begin with their first token, and what the head says at the
+        places of `tokens`, `[B, T, ...]` (None unless `keep`).
     """
     lengths = turned = None
     if valid is not None:
@@ -107,9 +118,4 @@ def read_whole(
     said = read.logits
     if said is not None and turned is not None:
         said = said.gather(1, turned.argsort(1)[..., None].expand_as(said))
-    if wanted is None:
-        return read, said, 0
-    predicted = wanted[:, 1:]
-    if lengths is not None:
-        predicted = predicted & (torch.arange(1, wanted.shape[1], device=wanted.device) < lengths[:, None])
-    return read, said, int(predicted.sum())
+    return read, said
