@@ -13,13 +13,14 @@ from benchmarks.peer import Composed
 from benchmarks.processor import Processor
 from benchmarks.sessions import SMALL, memories, size, stream
 from benchmarks.table import as_page
-from benchmarks.timing import Times, peak_bytes, take_turns
+from benchmarks.timing import Times, take_turns
 from conftest import close
 
 from lmsleep import SleepConfig, sleep_forward
 from lmsleep.cli import bench, main
 from lmsleep.evaluation.cost import cost
 from lmsleep.recipes.table import published
+from lmsleep.training.held import peak_bytes
 
 ROOT = Path(__file__).parents[1]
 
