@@ -3,9 +3,12 @@ import warnings
 from dataclasses import replace
 
 import pytest
+import ranks
 import torch
 from conftest import random_tokens, run_command, tiny
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from lmsleep import HybridConfig, HybridLM, SleepConfig
@@ -15,6 +18,7 @@ from lmsleep.training.batches import draw
 from lmsleep.training.compute import count_flops
 from lmsleep.training.held import kept_bytes, peak_bytes
 from lmsleep.training.optim import optimizers
+from lmsleep.training.processes import Processes
 from lmsleep.training.scale import (
     Cluster,
     Collective,
@@ -27,6 +31,7 @@ from lmsleep.training.scale import (
     trained_weights,
 )
 from lmsleep.training.simulated import Held, Parts, Simulated, simulate
+from lmsleep.training.step import take_step
 
 PAIR = ("attention", "gated_delta_net")
 SMALL = {"d_model": 32, "num_heads": 2, "vocab_size": 50, "mlp_dim": 64}
@@ -197,6 +202,41 @@ def test_a_ring_sends_what_it_must():
     assert replace(gather, stride=2).seconds(cluster) == 1 + 60  # GPUs 0, 2, 4, 6: two nodes
 
 
+def counted():
+    """Take a step in this rank; return what it sent: how often, and how many bytes each time."""
+    found, config = [], tiny(*PAIR * 2)
+
+    class Sent(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.namespace == "c10d":
+                found.append((func.__name__.partition(".")[0], sum(t.nbytes for t in tree_leaves(args[0]))))
+            return func(*args, **(kwargs or {}))
+
+    processes, sent = Processes.join("cpu"), []
+    for passes in (1, 3):
+        torch.manual_seed(0)
+        model, batch = HybridLM(config), replace(drawn(4), tokens=random_tokens(4, 30))
+        objective, groups = Objective(model, TRAIN), optimizers(model, TRAIN)
+        parts, sleep = [batch.share(processes.rank, processes.size)], SleepConfig(window=8, passes=passes)
+        with Sent():
+            take_step(
+                objective, parts, sleep, groups, clip=1.0, total=batch.num_predicted, processes=processes
+            )
+        sent.append(found[:])
+        found.clear()
+    processes.leave()
+    return sent, Weights.of(model, TRAIN).sums
+
+
+def test_collectives_of_a_step_are_those_that_processes_make_whatever_n():
+    (once, thrice), sums = ranks.run(2, counted, group=False)[0]
+    assert once == thrice
+    large = [nbytes for name, nbytes in once if name == "allreduce_" and nbytes in sums]
+    assert sorted(large) == sorted(sums)
+    small = [nbytes for _, nbytes in once if nbytes not in sums]
+    assert len(small) <= 4 and sum(small) < 2000  # of which a step has more around it
+
+
 def test_sharding_takes_the_optimizers_apart_and_moves_more():
     weights, step = Weights.of(HybridLM(tiny()), TRAIN), Simulated(0, 1000, 10)
     alone, copies, shards = (memory(weights, Layout(k, s), step) for k, s in ((1, 1), (8, 1), (8, 8)))
@@ -250,11 +290,11 @@ def test_info_plans_a_step(model, capsys):
     step, weights = found["training"]["step"], Weights.of(HybridLM(WIDE), TRAIN)
     assert (step["gpus"], step["shard"], step["rows"], step["passes"]) == (4, 2, 2, 4)
     assert step["memory"]["parameters"] == found["parameters"] * 2
-    assert step["collectives"] == len([*collectives(weights, Layout(4, 2))]) + 2
+    assert step["collectives"] == len([*collectives(weights, Layout(4, 2))]) + 4
     numbers = [(s["gpus"], s["shard"], s["passes"]) for s in found["training"]["steps"]]
-    assert numbers == [(k, min(k, 2), n) for k in (1, 4, 8, 64) for n in (1, 2, 4)]
+    assert numbers == [(k, min(k, 2), n) for k in (1, 4, 8) for n in (1, 2, 4)]
     code, out, _ = run_command(capsys, *asked)
-    assert "training on 4 GPUs, a copy on 2 together: 8 rows of 49 tokens" in out and "64, sharded 2" in out
+    assert "training on 4 GPUs, a copy on 2 together: 8 rows of 49 tokens" in out and "8, sharded 2" in out
 
 
 def test_info_plans_the_batches_of_a_run(capsys):
@@ -273,6 +313,7 @@ def test_info_plans_the_batches_of_a_run(capsys):
         (["--gpus", 0], "gpus must be at least 1, got 0"),
         (["--gpus", 8, "--shard", 3], "shard=3 must divide the gpus=8"),
         (["--gpus", 2, "--shard", 4], "shard=4 must not exceed the gpus=2"),
+        (["--gpus", 8, "--batch", 6], "gpus=8 must not exceed the 6 rows"),
         (["--gpus", 2, "--users", 4], "give one of them"),
         (["--gpus", 2, "--batch", 0], "batch_size must be at least 1"),
         (["--gpus", 2, "--length", 1], "a batch has a row of 2 tokens at least"),
@@ -283,7 +324,7 @@ def test_info_plans_the_batches_of_a_run(capsys):
         (["--gpus", 2, "--backprop-passes", 9], "backprop_passes must lie in 1 ... passes=4, got 9"),
         (
             ["--gpus", 2, "--batch", 4, "--gpu-memory", 0.001],
-            "--gpu-memory 0.001: with a row a GPU a step takes",
+            "--gpu-memory 0.001: a step takes",
         ),
         (["--gpus", "many"], "--gpus"),
     ],

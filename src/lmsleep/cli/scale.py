@@ -49,14 +49,17 @@ def training_plan(
         assumed["memory"] = 1e9 * assumed.pop("gpu_memory")
     cluster, bfloat16 = Cluster(**assumed), train.precision != "float32"
     plan = Plan(trained_weights(model, train), train, sleep, batch, cluster, bfloat16=bfloat16)
+    step = plan.step(layout, sleep.passes)
     least = plan.least(shard, sleep.passes)
     if least is None and "gpu_memory" in said:
-        needs = plan.step(Layout(shard * -(-plan.rows // shard), shard), sleep.passes)["memory_bytes"]
+        fewest = plan.rows // shard * shard  # rows a GPU
+        needs = plan.step(Layout(fewest, shard), sleep.passes)["memory_bytes"]
         raise ValueError(
-            f"--gpu-memory {said['gpu_memory']:g}: with a row a GPU a step takes {needs / 1e9:,.1f} GB, "
-            "on any number of GPUs; choose a larger --shard, --checkpoint True or a shorter --window"
+            f"--gpu-memory {said['gpu_memory']:g}: a step takes {needs / 1e9:,.1f} GB, even on "
+            f"{fewest} GPUs; choose a larger --shard, --checkpoint True or a shorter --window"
         )
-    layouts = [Layout(k, min(shard, k)) for k in sorted({*GPUS, gpus}) if not k % min(shard, k)]
+    counts = [k for k in sorted({*GPUS, gpus}) if k <= plan.rows and not k % min(shard, k)]
+    layouts = [Layout(k, min(shard, k)) for k in counts]
     return {
         "rows": plan.rows,
         "tokens": int(batch.tokens.shape[1] + (0 if batch.context is None else batch.context.shape[1])),
@@ -65,7 +68,7 @@ def training_plan(
         "checkpoint": train.checkpoint,
         "assumed": asdict(cluster),
         "optimizer_bytes": plan.weights.optimizer_bytes,
-        "step": plan.step(layout, sleep.passes),
+        "step": step,
         "least_gpus": least,
         "steps": [plan.step(each, n) for each in layouts for n in sorted({*PASSES, sleep.passes})],
     }
@@ -126,9 +129,9 @@ training on {gpus:,} GPUs, {how}: {all_rows:,} rows of {tokens:,} tokens, L = {w
 N = {passes}, {kind}{recomputed}
 memory a GPU             {gb:,.1f} GB of {of_gb:g}, in GB: {held}
 a step fits              {from_}
-FLOPs a GPU              {flops:,} forward and backward, {muon_flops:,} of Muon
+a GPU's FLOPs            {flops:,} forward and backward, {muon_flops:,} of Muon
 collectives a step       {collectives:,}, {sent_bytes:,} bytes sent by a GPU, whatever N
-a step                   {seconds:.3g} s: {compute_seconds:.3g} computes, {communication_seconds:.3g} communicates
+a step                   {seconds:.3g} s: computing {compute_seconds:.3g}, sending {communication_seconds:.3g}
 
 {table}
 

@@ -2,7 +2,7 @@
 
 What a process computes and keeps is simulated (`training.simulated`); all else follows from the weights and
 from how they lie: a copy a GPU (S = 1), or each group of S GPUs holds one copy together. Gradients are summed
-after the whole backward pass, for a weight's gradient is complete only when the first window has been left, so
+after the whole backward pass, for a weight's gradient is complete only when the first window has been left:
 no communication hides behind computing.
 """
 
@@ -23,9 +23,11 @@ from lmsleep.training.config import TrainConfig
 from lmsleep.training.muon import ITERATIONS, TOGETHER, Muon
 from lmsleep.training.optim import optimizers
 from lmsleep.training.simulated import Parts, Simulated, simulate
+from lmsleep.training.step import units
 
 FLOAT32 = 4  # bytes: gradients are summed, and gathered weights kept, in it
-EXCHANGES = 2  # small ones a step: how many tokens all predict; who asked to stop
+MUON = 2  # bytes: matrices are gathered in the precision that they are orthogonalised in, bfloat16 on GPUs
+EXCHANGES = 4  # small ones a step: tokens; loss, and who has gradients; two for who was asked to stop
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,14 +92,16 @@ class Weights:
 
     Attributes:
         nbytes: of all.
-        units: elements of each block and of the rest: all, and those that are trained. What is gathered, or
-            whose gradients are summed, at once.
+        units: elements of each block and of the rest, all and those that are trained; what is gathered, or
+            whose gradients are scattered, at once.
+        sums: bytes of each unit whose gradients are summed at once, of one dtype.
         matrices: shape of each matrix that Muon trains.
         vectors: elements of each tensor that AdamW trains.
     """
 
     nbytes: int
     units: tuple[tuple[int, int], ...]
+    sums: tuple[int, ...]
     matrices: tuple[torch.Size, ...]
     vectors: tuple[int, ...]
 
@@ -112,11 +116,12 @@ class Weights:
             for muon in (True, False)
         }
         inside = {id(p) for block in model.blocks for p in block.parameters()}
-        units = [[*block.parameters()] for block in model.blocks]
-        units.append([p for p in model.parameters() if id(p) not in inside])
+        whole = [[*block.parameters()] for block in model.blocks]
+        whole.append([p for p in model.parameters() if id(p) not in inside])
         return cls(
             nbytes=sum(p.nbytes for p in model.parameters()),
-            units=tuple((_elements(unit), _elements(p for p in unit if p.requires_grad)) for unit in units),
+            units=tuple((_elements(unit), _elements(p for p in unit if p.requires_grad)) for unit in whole),
+            sums=tuple(sum(p.nbytes for p in unit) for unit in units(model)),
             matrices=tuple(p.shape for p in by[True]),
             vectors=tuple(p.numel() for p in by[False]),
         )
@@ -146,12 +151,12 @@ class Weights:
 
     @property
     def stacks(self) -> list[int]:
-        """Bytes of each stack of matrices of one shape that are orthogonalised together."""
+        """Elements of each stack of matrices of one shape that are orthogonalised together."""
         found = []
         for shape, count in Counter(self.matrices).items():
             some = max(1, TOGETHER // prod(shape))
             sizes = [min(some, count - i) for i in range(0, count, some)]
-            found += [FLOAT32 * size * prod(shape) for size in sizes]
+            found += [size * prod(shape) for size in sizes]
         return found
 
 
@@ -189,16 +194,18 @@ class Collective:
 def collectives(weights: Weights, layout: Layout) -> Iterator[Collective]:
     """Yield the collectives of a step. Windows and passes do not come in."""
     K, S = layout.gpus, layout.shard
+    if S == 1:
+        if K > 1:
+            yield from (Collective("all-reduce", nbytes, K, 1) for nbytes in weights.sums)
+        return
     for every, trained in weights.units:
-        if S > 1:
-            yield Collective("all-gather", FLOAT32 * every, S, 1)
-            if trained:
-                yield Collective("reduce-scatter", FLOAT32 * trained, S, 1)
-        if K > S and trained:
-            yield Collective("all-reduce", FLOAT32 * trained / S, K // S, S)
-    if S > 1:
-        for nbytes in weights.stacks:
-            yield Collective("all-gather", nbytes, S, 1)
+        yield Collective("all-gather", FLOAT32 * every, S, 1)
+        if trained:
+            yield Collective("reduce-scatter", FLOAT32 * trained, S, 1)
+            # Each slice, over the groups that hold it too.
+            if K > S:
+                yield Collective("all-reduce", FLOAT32 * trained / S, K // S, S)
+    yield from (Collective("all-gather", MUON * size, S, 1) for size in weights.stacks)
 
 
 def memory(weights: Weights, layout: Layout, step: Simulated, parts: int = 1) -> dict[str, int]:
@@ -257,8 +264,7 @@ class Plan:
 
     def _simulated(self, gpus: int, passes: int) -> Simulated:
         """Return what the GPU with the most rows does in a step."""
-        share = self.batch.parts(min(gpus, self.rows))[0]
-        parts = share.parts(self.train.accumulate)
+        parts = self.batch.share(0, gpus).parts(self.train.accumulate)
         return simulate(self.parts, parts, self.sleep.with_passes(passes), self.train)
 
     def step(self, layout: Layout, passes: int) -> dict[str, Any]:
@@ -268,7 +274,12 @@ class Plan:
             `gpus`, `shard`, `passes`; of the fullest GPU `rows`, `memory` (bytes by what they are for),
             `memory_bytes`, `fits`, `flops` and `muon_flops`; `collectives` and `sent_bytes` of each GPU;
             `compute_seconds`, `communication_seconds`, `seconds`, and `efficiency` against one GPU.
+
+        Raises:
+            ValueError: for more GPUs than rows.
         """
+        if layout.gpus > self.rows:
+            raise ValueError(f"gpus={layout.gpus} must not exceed the {self.rows} rows that they share out")
         step = self.simulated(layout.gpus, passes)
         alone = step if layout.gpus == 1 else self.simulated(1, passes)
         held = memory(self.weights, layout, step, self.train.accumulate)
@@ -298,13 +309,11 @@ class Plan:
     def least(self, shard: int, passes: int) -> int | None:
         """Return the fewest GPUs, doubled from `shard` on, on which a step fits; None: on no number."""
         gpus = shard
-        while True:
+        while gpus <= self.rows:
             if self.step(Layout(gpus, shard), passes)["fits"]:
                 return gpus
-            # With a row a GPU nothing gets less.
-            if gpus >= self.rows:
-                return None
             gpus *= 2
+        return None
 
 
 def rows_of_text(rows: int, tokens: int) -> Batch:

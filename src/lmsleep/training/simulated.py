@@ -286,13 +286,13 @@ class _Stage(nn.Module):
             (S,) = state.memory.parts[i] or (None,)
             (past,) = state.cache.layers[i]
             part = self.parts.like(Part(i, h.shape[1], past.shape[1], span))
-            h, S, past = _Block.apply(self, part, h, S, past, self.weights[i])
+            h, S, past = _played(self, part, h, S, past, self.weights[i])
             new.append((S, (past,)))
         return h, state.replace(start, new)
 
     def head(self, h: Tensor) -> Tensor:
-        out, *_ = _Block.apply(self, Part(None, h.shape[1], 0, None), h, None, h[:, :0], self.weights[-1])
-        return out
+        part = Part(None, h.shape[1], 0, None)
+        return _played(self, part, h, None, h[:, :0], self.weights[-1])[0]
 
     def hold(self, part: Part, h: bool, rows: int) -> Tensor:
         """Return a tensor without numbers that stands for what a part keeps, and count it while it lives."""
@@ -331,6 +331,10 @@ class _Block(torch.autograd.Function):
         needed = ctx.needs_input_grad[2:]
         given = zip((*ctx.inputs, torch.zeros(1)), needed, strict=True)
         return None, None, *(torch.zeros_like(x) if on else None for x, on in given)
+
+
+def _played(*given: Any) -> tuple[Tensor, Tensor | None, Tensor]:
+    return cast(tuple[Tensor, Tensor | None, Tensor], _Block.apply(*given))  # type: ignore[no-untyped-call]
 
 
 def _leaf(x: Tensor, needed: bool = True) -> Tensor:
