@@ -193,6 +193,13 @@ def test_http_is_measured_beside_the_rows_in_process(serving):
     assert all(row["tokens/s"] > 0 for row in serving["http"].rows)
 
 
+def test_two_processes_take_the_steps_of_one_and_send_the_same_whatever_n():
+    measures = benchmarks.ON_CPU["processes"](1, True)
+    assert all(row["two of one thread, ms"] > 0 for row in measures["scaling"]().rows)
+    sent = [list(row.values())[1:] for row in measures["sent"]().rows]
+    assert sent[0] == sent[1] == sent[2] and sent[0][2] == sent[0][3] > 0
+
+
 def test_every_task_is_drawn_by_the_benchmark_of_data():
     found = benchmarks.ON_CPU["data"](1, True)["speed"]().rows
     assert {"depo", "text", "gsm-infinite, hard, reverse"} <= {row["task"] for row in found}

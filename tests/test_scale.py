@@ -1,18 +1,20 @@
 import json
+import re
 import warnings
 from dataclasses import replace
 
 import pytest
 import ranks
 import torch
+from benchmarks.processes import Sent
 from conftest import random_tokens, run_command, tiny
+from tools import scale
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from lmsleep import HybridConfig, HybridLM, SleepConfig
 from lmsleep.recipes.settings import depo, rule110
+from lmsleep.recipes.table import published
 from lmsleep.training import Objective, TrainConfig
 from lmsleep.training.batches import draw
 from lmsleep.training.compute import count_flops
@@ -202,15 +204,16 @@ def test_a_ring_sends_what_it_must():
     assert replace(gather, stride=2).seconds(cluster) == 1 + 60  # GPUs 0, 2, 4, 6: two nodes
 
 
+def test_the_page_has_what_the_command_says():
+    page = scale.PAGE.read_text()
+    assert published(page, {"scale:depo": scale.block("depo")}) == page
+    names = re.findall(r"<!-- scale:([\w.-]+) -->\n\| L", page)
+    assert names == [*scale.CASES]
+
+
 def counted():
     """Take a step in this rank; return what it sent: how often, and how many bytes each time."""
-    found, config = [], tiny(*PAIR * 2)
-
-    class Sent(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if func.namespace == "c10d":
-                found.append((func.__name__.partition(".")[0], sum(t.nbytes for t in tree_leaves(args[0]))))
-            return func(*args, **(kwargs or {}))
+    config = tiny(*PAIR * 2)
 
     processes, sent = Processes.join("cpu"), []
     for passes in (1, 3):
@@ -218,12 +221,11 @@ def counted():
         model, batch = HybridLM(config), replace(drawn(4), tokens=random_tokens(4, 30))
         objective, groups = Objective(model, TRAIN), optimizers(model, TRAIN)
         parts, sleep = [batch.share(processes.rank, processes.size)], SleepConfig(window=8, passes=passes)
-        with Sent():
+        with Sent() as step:
             take_step(
                 objective, parts, sleep, groups, clip=1.0, total=batch.num_predicted, processes=processes
             )
-        sent.append(found[:])
-        found.clear()
+        sent.append(step.found)
     processes.leave()
     return sent, Weights.of(model, TRAIN).sums
 

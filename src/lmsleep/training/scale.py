@@ -282,7 +282,8 @@ class Plan:
             raise ValueError(f"gpus={layout.gpus} must not exceed the {self.rows} rows that they share out")
         step = self.simulated(layout.gpus, passes)
         alone = step if layout.gpus == 1 else self.simulated(1, passes)
-        held = memory(self.weights, layout, step, self.train.accumulate)
+        parts = min(self.train.accumulate, ceil(self.rows / layout.gpus))
+        held = memory(self.weights, layout, step, parts)
         moved = [*collectives(self.weights, layout)]
         muon = self.weights.muon_flops
         computing = (step.flops + muon) / self.cluster.flops
