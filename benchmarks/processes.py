@@ -6,6 +6,7 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -87,8 +88,8 @@ def scaling(setting: Setting, repeats: int) -> Table:
 
         calls: dict[tuple[str, int], Callable[[], object]] = {}
         for n in PASSES:
-            calls["threads", n] = lambda n=n: threads(n)
-            calls["processes", n] = lambda n=n: both("take", n)
+            calls["threads", n] = partial(threads, n)
+            calls["processes", n] = partial(both, "take", n)
         try:
             spent = {case: times.wall for case, times in take_turns(calls, repeats).items()}
         finally:

@@ -83,8 +83,8 @@ def block(name: str) -> str:
             model, sleep = opened.outline()
             sleep = type(sleep)(window=L, passes=4)
             found = training_plan(8, case.shard, case.said, opened.run, model, sleep)
-            header, *table = lines(found)
-            rows += [[f"{L:,}", *line] for line in table]
+            header, *steps = lines(found)
+            rows += [[f"{L:,}", *line] for line in steps]
     flags = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in case.said.items())
     shard = f" --shard {case.shard}" if case.shard > 1 else ""
     command = f"lmsleep info {name} --gpus 8{shard} --window L {flags}".strip()
