@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from benchmarks import capacity, data, floors, recurrence, rules, serve, sessions, step, window
+from benchmarks import capacity, data, floors, processes, recurrence, rules, serve, sessions, step, window
 from benchmarks.processor import Processor
 from benchmarks.table import Table, as_page
 from lmsleep.files import write_atomic
@@ -25,6 +25,7 @@ Measures = dict[str, Callable[[], Table]]
 ON_CPU: dict[str, Callable[[int, bool], Measures]] = {
     "capacity": capacity.tables,
     "data": data.tables,
+    "processes": processes.tables,
     "serve": serve.tables,
     "sessions": sessions.tables,
 }

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from benchmarks.peer import Composed
 from benchmarks.processor import Processor
 from benchmarks.table import Cell, Table
-from benchmarks.timing import Times, flops, ms, peak_bytes, ratio, take_turns
+from benchmarks.timing import Times, flops, ms, ratio, take_turns
 from lmsleep import HybridConfig, HybridLM, SleepConfig
 from lmsleep.recipes.settings import PAIR, depo, rule110
 from lmsleep.tasks import Batch, Rule110, Task, batch_rng
 from lmsleep.tasks.reading import read_batch
 from lmsleep.training import RunConfig, TrainConfig
+from lmsleep.training.held import peak_bytes
 from lmsleep.training.muon import Muon
 from lmsleep.training.optim import optimizers
 

@@ -1,16 +1,12 @@
-"""Times of calls that take turns, FLOPs and bytes: what every benchmark of speed is made of."""
+"""Times of calls that take turns, and FLOPs: what every benchmark of speed is made of."""
 
 import time
-import weakref
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 Case = TypeVar("Case", bound=Hashable)
@@ -66,36 +62,3 @@ def flops(call: Callable[[], object]) -> int:
     with FlopCounterMode(display=False) as counter:
         call()
     return counter.get_total_flops()
-
-
-def peak_bytes(call: Callable[[], object]) -> int:
-    """Measure the most bytes of tensors that were alive at once among those that the call makes."""
-    with _Alive() as alive:
-        call()
-    return alive.most
-
-
-class _Alive(TorchDispatchMode):
-    """A mode that counts the bytes of every storage from the operation that makes it until it is freed."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.now = self.most = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
-        result = func(*args, **(kwargs or {}))
-        for x in tree_leaves(result):
-            if isinstance(x, Tensor):
-                storage = x.untyped_storage()
-                if storage._cdata not in self._known and storage._cdata not in given:
-                    self._known.add(storage._cdata)
-                    self.now += storage.nbytes()
-                    weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
-        self.most = max(self.most, self.now)
-        return result
-
-    def _freed(self, storage: int, nbytes: int) -> None:
-        self._known.discard(storage)
-        self.now -= nbytes

@@ -9,8 +9,9 @@ from torch import Tensor
 from benchmarks.processor import Processor
 from benchmarks.sessions import SMALL
 from benchmarks.table import Cell, Table
-from benchmarks.timing import flops, ms, peak_bytes, ratio, take_turns
+from benchmarks.timing import flops, ms, ratio, take_turns
 from lmsleep import HybridConfig, HybridLM, SleepConfig, sleep_forward
+from lmsleep.training.held import peak_bytes
 
 # The paper's figure is of a model of 1.4 billion parameters.
 LARGE = HybridConfig(d_model=2048, num_heads=16, blocks=("attention", "gated_delta_net") * 13)

@@ -13,13 +13,14 @@ from benchmarks.peer import Composed
 from benchmarks.processor import Processor
 from benchmarks.sessions import SMALL, memories, size, stream
 from benchmarks.table import as_page
-from benchmarks.timing import Times, peak_bytes, take_turns
+from benchmarks.timing import Times, take_turns
 from conftest import close
 
 from lmsleep import SleepConfig, sleep_forward
 from lmsleep.cli import bench, main
 from lmsleep.evaluation.cost import cost
 from lmsleep.recipes.table import published
+from lmsleep.training.held import peak_bytes
 
 ROOT = Path(__file__).parents[1]
 
@@ -190,6 +191,13 @@ def test_http_is_measured_beside_the_rows_in_process(serving):
     found = [row["answers"] for row in serving["http"].rows]
     assert found == ["in process", "HTTP, streamed", "HTTP, at once"]
     assert all(row["tokens/s"] > 0 for row in serving["http"].rows)
+
+
+def test_two_processes_take_the_steps_of_one_and_send_the_same_whatever_n():
+    measures = benchmarks.ON_CPU["processes"](1, True)
+    assert all(row["two of one thread, ms"] > 0 for row in measures["scaling"]().rows)
+    sent = [list(row.values())[1:] for row in measures["sent"]().rows]
+    assert sent[0] == sent[1] == sent[2] and sent[0][2] == sent[0][3] > 0
 
 
 def test_every_task_is_drawn_by_the_benchmark_of_data():

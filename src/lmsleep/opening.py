@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lmsleep import shipped
-from lmsleep.backbones import Model, build, kind_in
+from lmsleep.backbones import Model, kind_in, kind_of
 from lmsleep.sleep import SleepConfig
 from lmsleep.tasks import Text
 from lmsleep.text.tokenizers import HuggingFace, Spelled, Tokenizer, load_tokenizer
@@ -78,12 +78,26 @@ class Place:
     run: RunConfig | None
     trust: bool = False
 
-    def backbone(self, device: str = "auto", *, trained: bool = True) -> tuple[Model, SleepConfig]:
+    def outline(self) -> tuple[Model, SleepConfig]:
+        """Return the model, for its shapes, and how it sleeps; no checkpoint is needed.
+
+        It lies on the device "meta", or where its kind can do no better, on the CPU.
+
+        Raises:
+            ValueError: for a damaged model, or one that cannot sleep.
+            FileNotFoundError: if there is none.
+        """
+        if self.run is not None:
+            return kind_of(self.run.model).shapes(self.run.model).eval(), self.run.sleep
+        with self.folder.naming_code():
+            model, sleep = kind_in(self.path).outline(self.path)
+        return model.eval(), sleep
+
+    def backbone(self, device: str = "auto") -> tuple[Model, SleepConfig]:
         """Return the model in evaluation mode, and how it sleeps.
 
         Args:
             device: auto (CUDA where present), cpu, cuda, ...
-            trained: False: a run's model as it was before training, for which it needs no checkpoint.
 
         Raises:
             ValueError: for a damaged model, or one that cannot sleep.
@@ -94,8 +108,6 @@ class Place:
             with self.folder.naming_code():
                 model, sleep = kind_in(self.path).open(self.path, where)
             return model.eval(), sleep
-        if not trained:
-            return build(self.run.model).to(where).eval(), self.run.sleep
         return self.folder.model(where, self.run), self.run.sleep
 
     @property

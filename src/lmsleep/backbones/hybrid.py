@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from lmsleep.backbones.kind import KEY, Kind, Model
+from lmsleep.backbones.kind import KEY, SLEEP, Kind, Model
 from lmsleep.models import HybridConfig, HybridLM
 from lmsleep.sleep import GradientSteps, SleepConfig
 
@@ -80,7 +80,7 @@ class Hybrid(Kind):
 
     def open(self, folder: Path, device: torch.device | str) -> tuple[Model, SleepConfig]:
         """Return a saved model, which does not say how it sleeps."""
-        return HybridLM.from_pretrained(folder, device), SleepConfig(window=64, passes=4)
+        return HybridLM.from_pretrained(folder, device), SLEEP
 
 
 def hybrid_options(options: Any) -> HybridConfig:

@@ -17,6 +17,8 @@ from lmsleep.plain import from_plain, to_plain
 from lmsleep.sleep import Backbone, SleepConfig
 
 WEIGHTS, CONFIG, KEY = "model.safetensors", "config.json", "backbone"
+# A saved model does not say how it sleeps; this is the default of every command.
+SLEEP = SleepConfig(window=64, passes=4)
 
 
 class Model(Backbone, Protocol):
@@ -170,8 +172,33 @@ class Kind:
             ValueError: if it is damaged.
         """
         options = self.from_dict(json.loads((folder / CONFIG).read_text()))
-        # A saved model does not say how it sleeps; these are the defaults of every command.
-        return self.load(options, folder, device), SleepConfig(window=64, passes=4)
+        return self.load(options, folder, device), SLEEP
+
+    def outline(self, folder: Path) -> tuple[Model, SleepConfig]:
+        """Return what `open` does, for its shapes: on the device "meta", and of config.json alone.
+
+        Raises:
+            FileNotFoundError: if there is none.
+            ValueError: if it is damaged.
+        """
+        file = folder / CONFIG
+        if not file.is_file():
+            raise FileNotFoundError(f"{folder} holds no model: {CONFIG} is missing")
+        try:
+            options = self.from_dict(json.loads(file.read_text()))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{file} is not a lmsleep model: {error}") from error
+        return self.shapes(options), SLEEP
+
+    def shapes(self, options: Any) -> Model:
+        """Return the model that `build` makes, on the device "meta", where it is made in no time.
+
+        Raises:
+            FileNotFoundError: if it is made from a model that is not there.
+            ValueError: if it cannot be made, or lacks something.
+        """
+        with torch.device("meta"):
+            return self.build(options)
 
     def tokenizer(self, folder: Path) -> str:
         """Return what `load_tokenizer` takes for the model in a folder that is no run.

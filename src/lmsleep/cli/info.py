@@ -1,22 +1,32 @@
 """`lmsleep info`: what a run or a model costs."""
 
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from tyro.conf import Positional
 
 from lmsleep.cli.options import parse
+from lmsleep.cli.scale import CLUSTER, TRAINING, as_page, training_plan
 from lmsleep.evaluation.capacity import Speed, Traffic, plan
 from lmsleep.evaluation.cost import cost, on_meta
 from lmsleep.opening import find
 from lmsleep.plain import to_json
 
+# What each plan has options for, by the flag that asks for it.
+PLANS = {
+    "users": ("flops", "turns", "tokens_read", "tokens_written", "peak", "busy"),
+    "gpus": ("shard", *TRAINING, *CLUSTER),
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class InfoOptions:
-    """Cost of a run's or model's architecture, before anyone pays it; with --users, of serving so many."""
+    """Cost of a run's or model's architecture, before anyone pays it.
+
+    --users N plans to serve so many users, --gpus K a step of training on so many GPUs.
+    """
 
     path: Positional[Path]
     """Folder of a run or of a saved model, or a shipped one: depo-N1, depo-N4."""
@@ -27,7 +37,8 @@ class InfoOptions:
     users: int | None = None
     """Plan machines, waits and bytes for so many users of `lmsleep serve`."""
     flops: float | None = None
-    """FLOP a second that a machine attains on this model, for --users; default 1e12."""
+    """FLOP a second that a machine attains on this model, for --users; default 1e12. That a GPU attains, for
+    --gpus; default 2e14."""
     turns: float | None = None
     """Turns of a user a day, for --users; default 20."""
     tokens_read: float | None = None
@@ -38,26 +49,55 @@ class InfoOptions:
     """Turns in the busiest hour over those in a mean one, for --users; default 3."""
     busy: float | None = None
     """Share of the busiest hour that a machine may work, for --users; default 0.7."""
+    gpus: int | None = None
+    """Plan a training step on so many GPUs: memory, FLOPs, bytes moved, seconds (docs/scale.md)."""
+    shard: int | None = None
+    """GPUs that hold one copy of the weights together, for --gpus; default 1: each holds a copy."""
+    batch: int | None = None
+    """Rows (contexts) of a step on all GPUs, for --gpus; default the run's, or 64."""
+    length: int | None = None
+    """Tokens of a row, all of them predicted, for --gpus; default the run's task, or 4,096."""
+    accumulate: int | None = None
+    """Parts in which each GPU reads its rows, for --gpus; default the run's, or 1."""
+    backprop_passes: int | None = None
+    """Passes of a window through which gradients flow, for --gpus; default the run's, or all."""
+    checkpoint: bool | None = None
+    """Recompute activations in the backward pass, for --gpus; default as the run does, or False."""
+    gpu_memory: float | None = None
+    """GB of a GPU, for --gpus; default 80. Given, a step must fit on some number of GPUs."""
+    node: int | None = None
+    """GPUs of a node, for --gpus; default 8."""
+    bandwidth: float | None = None
+    """Bytes a second that a GPU sends within its node, for --gpus; default 3e11."""
+    between: float | None = None
+    """Bytes a second that a GPU sends to another node, for --gpus; default 4e10."""
+    latency: float | None = None
+    """Seconds that a collective takes, however little it moves, for --gpus; default 5e-5."""
     trust: bool = False
     """Run the Python files that the run or model names, though you have trained no run with them."""
     json: bool = False
     """Print one JSON document instead of text."""
 
     def __post_init__(self) -> None:
-        if self.users is None and (given := [*self.planned()]):
-            raise ValueError(f"--{given[0].replace('_', '-')} plans for --users; name how many")
+        if self.users is not None and self.gpus is not None:
+            raise ValueError("--users plans serving, --gpus training; give one of them")
+        for f in fields(self):
+            plans = [plan for plan, names in PLANS.items() if f.name in names]
+            if plans and getattr(self, f.name) is not None and all(getattr(self, p) is None for p in plans):
+                flags = " or ".join(f"--{plan}" for plan in plans)
+                raise ValueError(f"--{f.name.replace('_', '-')} plans for {flags}; name how many")
 
-    def planned(self) -> dict[str, float]:
-        """Return what was said of the users, beside how many they are."""
-        names = ("flops", "turns", "tokens_read", "tokens_written", "peak", "busy")
-        return {name: value for name in names if (value := getattr(self, name)) is not None}
+    def said(self, plan: str) -> dict[str, Any]:
+        """Return what was said for a plan, beside how many it is for."""
+        return {name: value for name in PLANS[plan] if (value := getattr(self, name)) is not None}
 
 
 def info(argv: list[str]) -> None:
     """Run `lmsleep info RUN|MODEL`."""
     options = parse(InfoOptions, argv, "lmsleep info")
-    # As before training, which needs no checkpoint: cost does not hang on weights.
-    model, sleep = find(options.path, trust=options.trust).backbone("cpu", trained=False)
+    place = find(options.path, trust=options.trust)
+    # Shapes are enough, so that a model of any size costs no time.
+    model, sleep = place.outline()
     sleep = replace(
         sleep,
         window=sleep.window if options.window is None else options.window,
@@ -65,13 +105,15 @@ def info(argv: list[str]) -> None:
             sleep.passes if options.passes is None else options.passes
         ).consolidator,
     )
-    # Shapes are enough, so that a model of any size costs no time.
     figures = cost(on_meta(model), sleep)
     if options.users is not None:
-        said = options.planned()
+        said = options.said("users")
         speed = Speed.of(figures, said.pop("flops", 1e12))
         traffic = Traffic(users=options.users, **said)
         figures["plan"] = {**asdict(traffic), **plan(figures, traffic, speed)}
+    if options.gpus is not None:
+        said = options.said("gpus")
+        figures["training"] = training_plan(options.gpus, said.pop("shard", 1), said, place.run, model, sleep)
     if options.json:
         sys.stdout.write(to_json(figures) + "\n")
         return
@@ -80,6 +122,8 @@ def info(argv: list[str]) -> None:
     )
     if "plan" in figures:
         sys.stdout.write(PLAN.format_map(figures["plan"]))
+    if "training" in figures:
+        sys.stdout.write(as_page(figures["training"]))
 
 
 INFO = """parameters               {parameters:,}

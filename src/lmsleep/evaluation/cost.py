@@ -1,5 +1,6 @@
 """What a model costs: parameters, bytes of memory, FLOPs of waking and of sleeping."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -67,15 +68,26 @@ def cost(model: Any, sleep: SleepConfig, *, dtype_bytes: int = 4) -> dict[str, A
 
 def on_meta(model: Any) -> Any:
     """Move a model to the device "meta", where weights that it uses in several places stay one."""
+    shared = [names for names in parameter_names(model) if len(names) > 1]
+    model = model.to("meta")  # which makes a parameter anew wherever it is used
+    for first, *others in shared:
+        share(model, others, model.get_parameter(first))
+    return model
+
+
+def parameter_names(model: nn.Module) -> list[list[str]]:
+    """Return the names of every parameter, of which one that is used in several places has several."""
     names: dict[int, list[str]] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(p), []).append(name)
-    model = model.to("meta")  # which makes a parameter anew wherever it is used
-    for first, *others in names.values():
-        for name in others:
-            owner, _, own = name.rpartition(".")
-            setattr(model.get_submodule(owner), own, model.get_parameter(first))
-    return model
+    return [*names.values()]
+
+
+def share(model: nn.Module, names: Iterable[str], parameter: nn.Parameter) -> None:
+    """Make `parameter` the one of all these names."""
+    for name in names:
+        owner, _, own = name.rpartition(".")
+        setattr(model.get_submodule(owner), own, parameter)
 
 
 def _flops(call: Any) -> int:

@@ -57,6 +57,14 @@ class Pretrained(Kind):
         told = saved_sleep(loaded.config, folder)
         return adapt(loaded), told or SleepConfig(window=512, passes=4, loop="middle")
 
+    def outline(self, folder: Path) -> tuple[Model, SleepConfig]:
+        """Return the opened model: only a loaded one shows which of its blocks have fast weights."""
+        return self.open(folder, "cpu")
+
+    def shapes(self, options: FineTune) -> Model:
+        """Return the built model, for the same reason."""
+        return self.build(options, bfloat16=True)
+
     def tokenizer(self, folder: Path) -> str:
         """Return the folder itself, which holds the tokenizer too."""
         if not has_tokenizer(folder):

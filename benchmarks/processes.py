@@ -1,0 +1,175 @@
+"""Two processes of one thread each against one of two threads, and what they send each other."""
+
+import multiprocessing
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from benchmarks.step import AUTOMATON, PASSES, TINY, Setting
+from benchmarks.table import Cell, Table
+from benchmarks.timing import ms, ratio, take_turns
+from lmsleep import SleepConfig
+from lmsleep.training import Objective, TrainConfig, take_step
+from lmsleep.training.optim import optimizers
+from lmsleep.training.processes import ALONE, Processes
+from lmsleep.training.scale import Weights
+
+SIZE = 2
+TRAIN = TrainConfig(lr=1e-4, adam_lr=1e-5)
+
+
+class Sent(TorchDispatchMode):
+    """A mode that notes what this process sends to others.
+
+    Attributes:
+        found: name and bytes of each collective.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation, and note it if it is a collective."""
+        if func.namespace == "c10d":
+            nbytes = sum(t.nbytes for t in tree_leaves(args[0]) if isinstance(t, torch.Tensor))
+            self.found.append((func.overloadpacket.__name__, nbytes))
+        return func(*args, **(kwargs or {}))
+
+
+class Steps:
+    """Takes steps on one batch, of which this process reads its rows."""
+
+    def __init__(self, setting: Setting, processes: Processes = ALONE) -> None:
+        self.setting, self.processes = setting, processes
+        self.batch = setting.drawn()
+        self.model = setting.made()
+        self.objective = Objective(self.model, TRAIN)
+        self.optimizers = optimizers(self.model, TRAIN)
+
+    def take(self, passes: int) -> None:
+        """Take a step with N = `passes`."""
+        rows = self.batch.share(self.processes.rank, self.processes.size)
+        sleep = SleepConfig(window=self.setting.window, passes=passes)
+        take_step(
+            self.objective, [rows], sleep, self.optimizers, clip=1.0, total=self.batch.num_predicted,
+            processes=self.processes,
+        )  # fmt: skip
+
+    def sent(self, passes: int) -> list[tuple[str, int]]:
+        """Take a step as `take` does; return name and bytes of each of its collectives."""
+        with Sent() as sent:
+            self.take(passes)
+        return sent.found
+
+
+def tables(repeats: int, tiny: bool) -> dict[str, Callable[[], Table]]:
+    """Return two tables: seconds a step, and what is sent in one."""
+    setting = TINY if tiny else replace(AUTOMATON, batch=16)
+    return {"scaling": lambda: scaling(setting, repeats), "sent": lambda: sent(setting)}
+
+
+def scaling(setting: Setting, repeats: int) -> Table:
+    """Time the same step in one process of two threads and in two of one thread."""
+    alone, before = Steps(setting), torch.get_num_threads()
+    with _two(setting) as both:
+
+        def threads(n: int) -> None:
+            torch.set_num_threads(SIZE)
+            alone.take(n)
+
+        calls: dict[tuple[str, int], Callable[[], object]] = {}
+        for n in PASSES:
+            calls["threads", n] = partial(threads, n)
+            calls["processes", n] = partial(both, "take", n)
+        try:
+            spent = {case: times.wall for case, times in take_turns(calls, repeats).items()}
+        finally:
+            torch.set_num_threads(before)
+    rows: list[dict[str, Cell]] = [
+        {
+            "N": n,
+            "one process of two threads, ms a step": ms(spent["threads", n]),
+            "two of one thread, ms": ms(spent["processes", n]),
+            "times as fast": ratio(spent["threads", n], spent["processes", n]),
+        }
+        for n in PASSES
+    ]
+    note = (
+        f"A training step on {setting.batch} sequences of {alone.batch.tokens.shape[1]} tokens of "
+        f"{type(setting.task).__name__}, L = {setting.window}, {len(setting.model.blocks)} blocks of width "
+        f"{setting.model.d_model}, float32, CPU, gloo: wall time, medians of {repeats} repeats that took "
+        "turns; ratios within a repeat: median [10th ... 90th percentile]."
+    )
+    return Table(rows=rows, note=note)
+
+
+def sent(setting: Setting) -> Table:
+    """Count the collectives of a step."""
+    sums = Weights.of(setting.made(), TRAIN).sums
+    with _two(setting) as both:
+        found = {n: both("sent", n)[0] for n in PASSES}
+    rows: list[dict[str, Cell]] = [
+        {
+            "N": n,
+            "collectives": len(found[n]),
+            "of gradients": sum(nbytes in sums for _, nbytes in found[n]),
+            "their bytes": sum(nbytes for _, nbytes in found[n] if nbytes in sums),
+            "by the formula": sum(sums),
+            "bytes of the others": sum(nbytes for _, nbytes in found[n] if nbytes not in sums),
+        }
+        for n in PASSES
+    ]
+    note = "What each of two replicated processes sums with the other in the gradients of a step, on a CPU."
+    return Table(rows=rows, note=note)
+
+
+@contextmanager
+def _two(setting: Setting) -> Iterator[Callable[[str, int], list[Any]]]:
+    """Start two processes; yield what has both of them call a method of `Steps`."""
+    context = multiprocessing.get_context("spawn")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    pipes = [context.Pipe() for _ in range(SIZE)]
+    begun = [
+        context.Process(target=_serve, args=(rank, port, setting, theirs), daemon=True)
+        for rank, (_, theirs) in enumerate(pipes)
+    ]
+    for process in begun:
+        process.start()
+
+    def both(method: str, passes: int) -> list[Any]:
+        for mine, _ in pipes:
+            mine.send((method, passes))
+        return [mine.recv() for mine, _ in pipes]
+
+    try:
+        yield both
+    finally:
+        for mine, _ in pipes:
+            mine.send(None)
+        for process in begun:
+            process.join()
+
+
+def _serve(rank: int, port: int, setting: Setting, pipe: Any) -> None:
+    """Be one of the processes: take steps as long as somebody asks."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": SIZE, "LOCAL_WORLD_SIZE": SIZE}
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in {**place, **where}.items()})
+    torch.set_num_threads(1)
+    processes = Processes.join("cpu")
+    steps = Steps(setting, processes)
+    while (asked := pipe.recv()) is not None:
+        method, passes = asked
+        pipe.send(getattr(steps, method)(passes))
+    processes.leave()
