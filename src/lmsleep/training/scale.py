@@ -22,8 +22,8 @@ from lmsleep.tasks import Batch
 from lmsleep.training.config import TrainConfig
 from lmsleep.training.muon import ITERATIONS, TOGETHER, Muon
 from lmsleep.training.optim import optimizers
+from lmsleep.training.sharing import units
 from lmsleep.training.simulated import Parts, Simulated, simulate
-from lmsleep.training.step import units
 
 FLOAT32 = 4  # bytes: gradients are summed, and gathered weights kept, in it
 MUON = 2  # bytes: matrices are gathered in the precision that they are orthogonalised in, bfloat16 on GPUs
