@@ -130,6 +130,10 @@ class Kind:
         """
         raise ValueError(self._no_start())
 
+    def weights(self, model: Model) -> dict[str, Tensor]:
+        """Return what a checkpoint must hold of the model, by name: tensors in the model's own memory."""
+        return dict(model.state_dict())
+
     def save(self, model: Model, options: Any, folder: Path) -> None:
         """Write the weights that training changes into `folder`, made if missing, each file atomically."""
         folder.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lmsleep.backbones import Kind, Model
 from lmsleep.hf.backbone import HFBackbone
@@ -31,6 +32,11 @@ class Pretrained(Kind):
     def build(self, options: FineTune, *, bfloat16: bool = False) -> HFBackbone:
         """Load the pretrained model; arguments and errors as for `pretrained_backbone`."""
         return pretrained_backbone(options, bfloat16=bfloat16)
+
+    def weights(self, model: Model) -> dict[str, Tensor]:
+        """Return what is trained of the model, by the names of `save`."""
+        assert isinstance(model, HFBackbone)
+        return {name: p.detach() for name, p in model.model.named_parameters() if p.requires_grad}
 
     def save(self, model: Model, options: FineTune, folder: Path) -> None:
         """Write what is trained of the model."""

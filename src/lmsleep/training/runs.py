@@ -3,7 +3,7 @@
 RUN/config.json           what determines the run, and where it was made
 RUN/metrics.jsonl         one JSON object per line: training losses and evaluations
 RUN/checkpoints/step-*/   model (config.json, model.safetensors; of a pretrained model what is trained of it,
-                          trained.safetensors) and trainer.pt
+                          trained.safetensors) and trainer.pt; of a sharded run shards/ in place of the model
 RUN/report.json           the final evaluation
 RUN/model/                of a pretrained model that was trained to its end: a Hugging Face folder
 RUN/.training.*           lock and lease of the process that trains it
@@ -21,12 +21,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from lmsleep import trust
-from lmsleep.backbones import Model, kind_of, load
+from lmsleep.backbones import Model, build, kind_of, load
 from lmsleep.files import check_folder, locked, write_atomic
 from lmsleep.plugins import code_named
 from lmsleep.training import data
@@ -34,10 +35,14 @@ from lmsleep.training.config import RunConfig
 from lmsleep.training.lease import leased
 from lmsleep.version import __version__
 
+if TYPE_CHECKING:
+    from lmsleep.training.slices import Saver
+
 KEEP = 2  # checkpoints
 BRANCH = "branch"  # name of the checkpoint that a shorter run is continued from
 SPENT = ("step", "tokens", "flops", "seconds")
 TRAINER = "trainer.pt"  # of a checkpoint, beside the model
+SHARDS = "shards"  # of that of a sharded run: a folder, in the place of the model
 LOCK = "training"
 LOCKED = f".{LOCK}.lock"  # the file that `files.locked` makes for it
 HOLDER = f".{LOCK}.lease"  # the file of `leased`
@@ -325,14 +330,41 @@ class RunFolder:
         try:
             write_model(partial)
             _save(trainer, partial / TRAINER)
-            # A folder cannot be renamed over one that holds files.
-            if final.exists():
-                _remove(final)
-            partial.rename(final)
+            self._put(partial, final)
         except Exception:
             # What a full disk cut short takes room that the next try needs.
             shutil.rmtree(partial, ignore_errors=True)
             raise
+
+    def save_shards(
+        self, final: Path, saver: "Saver", named: Mapping[str, Tensor], trainer: dict[str, Any]
+    ) -> None:
+        """Begin to write a checkpoint of a sharded run, in all its processes; otherwise as `save_checkpoint`.
+
+        Args:
+            final: where it is to be (`checkpoint`), once all have written.
+            saver: writes it while training goes on; `wait` waits for it.
+            named: the tensors of this process, as `slices.tensors` names them.
+            trainer: all else that goes on, for `torch.save`.
+
+        Raises:
+            OSError: if it, or the one before it, cannot be written.
+        """
+        partial = final.parent / f".{final.name}"
+
+        def begin() -> None:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            _save(trainer, partial / TRAINER)
+
+        saver.save(partial, named, begin, lambda: self._put(partial, final))
+
+    def _put(self, partial: Path, final: Path) -> None:
+        """Put a checkpoint that is whole in its place, and remove older ones."""
+        # A folder cannot be renamed over one that holds files.
+        if final.exists():
+            _remove(final)
+        partial.rename(final)
         # Only now, when the new one is in its place.
         for old in self.checkpoints()[:-KEEP]:
             _remove(old)
@@ -379,6 +411,8 @@ class RunFolder:
         """
         try:
             with self.naming_code():
+                if (checkpoint / SHARDS).is_dir():
+                    return _put_together(config.model, checkpoint, bfloat16).to(device)
                 return load(config.model, checkpoint, device, bfloat16=bfloat16)
         except (ValueError, FileNotFoundError) as error:
             # What a checkpoint is loaded into may be missing too, and removing it would be no help.
@@ -436,6 +470,15 @@ class RunFolder:
 
     def _write_json(self, name: str, data: dict[str, Any]) -> None:
         write_atomic(self.path / name, (json.dumps(data, indent=2) + "\n").encode())
+
+
+def _put_together(options: Any, checkpoint: Path, bfloat16: bool) -> Model:
+    """Return the model of which processes wrote slices."""
+    from lmsleep.training.slices import load_weights  # which takes a second to import
+
+    model = build(options, bfloat16=bfloat16)
+    load_weights(checkpoint, kind_of(options).weights(model))
+    return model
 
 
 def _is_left(path: Path) -> bool:

@@ -67,7 +67,10 @@ class Shards(nn.Module):
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
-        """Hold whole parameters, plain tensors, for as long as they are read; all processes must enter."""
+        """Hold whole parameters, plain tensors, for as long as they are read; all processes must enter.
+
+        They are read by name or by attribute: `state_dict` gives slices always, for which FSDP2 frees them.
+        """
         if self._held:
             yield
             return
