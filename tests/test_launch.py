@@ -336,6 +336,7 @@ def elsewhere(monkeypatch):
 
 
 def test_a_run_is_trained_by_one_machine_at_a_time(here, elsewhere, monkeypatch):
+    monkeypatch.setattr(lease, "SETTLE", 0.1)
     run = RunFolder(here / "run")
     with run.locked():
         (run.path / ".training.lock").unlink()  # as on a file system whose locks end at the machine
@@ -350,19 +351,17 @@ def test_a_run_is_trained_by_one_machine_at_a_time(here, elsewhere, monkeypatch)
     assert not [*run.path.iterdir()]
 
 
-def test_a_lease_is_kept_alive_and_does_not_outlive_its_holder(here, elsewhere, monkeypatch):
+def test_a_lease_is_kept_alive_and_does_not_outlive_its_holder(here, monkeypatch):
+    monkeypatch.setattr(lease, "SETTLE", 0.1)
     monkeypatch.setattr(lease, "BEAT", 0.05)
     path = here / "lease"
     with lease.leased(path, alone=True):
         os.utime(path, (1, 1))
         wait_for(lambda: path.stat().st_mtime > 1)
     assert not path.exists()
-    path.write_text("")  # of one that was killed before it could sign
-    with pytest.raises(ValueError, match="another machine"), lease.leased(path, alone=True):
-        pass
-    os.utime(path, (1, 1))
+    path.touch()  # of one that was killed before it could sign
     with lease.leased(path, alone=True):
-        pass
+        assert str(os.getpid()) in path.read_text()
     assert not [*here.iterdir()]
 
 

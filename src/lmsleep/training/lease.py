@@ -64,24 +64,40 @@ def _take(path: Path, mine: dict[str, object], alone: bool) -> None:
         except FileExistsError:
             pass
         else:
-            write_atomic(path, said)
+            _sign(path, said)
             return
-        holder = _read(path)
-        if not (alone and holder.get("machine") == mine["machine"]):
+        holder = _signed(path)
+        # Of a process of this machine that was killed, or of one that was before it could sign.
+        dead = not holder or (alone and holder.get("machine") == mine["machine"])
+        if not dead:
             age = _age(path)
             if age is None:  # it was let go meanwhile
                 continue
             if age < LOST:
-                host, pid = holder.get("host", "another machine"), holder.get("pid", "unknown")
-                raise ValueError(f"process {pid} on {host}")
-            # Others may see the same.
-            write_atomic(path, said)
-            time.sleep(SETTLE)
-        else:
-            write_atomic(path, said)
-        # The last one to write has it.
+                raise ValueError(f"process {holder.get('pid')} on {holder.get('host')}")
+        _sign(path, said)
+        # Others may have seen the same.
+        time.sleep(0 if dead and holder else SETTLE)
+        # The last one to sign has it.
         if _read(path) == mine:
             return
+
+
+def _sign(path: Path, said: bytes) -> None:
+    """Write who holds a lease; one that cannot be signed is let go."""
+    try:
+        write_atomic(path, said)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+
+
+def _signed(path: Path) -> dict[str, object]:
+    """Return who holds a lease, after giving time to sign it; nothing if nobody does."""
+    until = time.monotonic() + SETTLE
+    while not (holder := _read(path)) and path.exists() and time.monotonic() < until:
+        time.sleep(SETTLE / 20)
+    return holder
 
 
 def _age(path: Path) -> float | None:

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -156,6 +156,11 @@ class RunFolder:
                 except ValueError:
                     if time.monotonic() >= until:
                         raise
+                except OSError:
+                    # What cannot begin leaves no folder; one that holds anything stays.
+                    with suppress(OSError):
+                        self.path.rmdir()
+                    raise
                 time.sleep(PAUSE)
             self._held = True
             stack.callback(setattr, self, "_held", False)

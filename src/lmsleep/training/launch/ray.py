@@ -28,9 +28,10 @@ class Ray:
     """
 
     def __init__(self, options: Mapping[str, Any]) -> None:
+        # A process for each run: what one leaves on a GPU or in PyTorch's settings ends with it.
+        self._task = ray.remote(max_calls=1)(_run)
         try:
-            # A process for each run: what one leaves on a GPU or in PyTorch's settings ends with it.
-            self._task = ray.remote(max_calls=1)(_run).options(**options)
+            self._task.options(**options)
         except (TypeError, ValueError) as error:
             raise ValueError(f"launcher_options: {error}") from error
         self._options = options
@@ -39,26 +40,26 @@ class Ray:
         """Train jobs as tasks; see `Launcher`."""
         if not ray.is_initialized():
             ray.init(include_dashboard=False, log_to_driver=False, logging_level="error")
-        task = self._task
-        if "num_gpus" not in self._options and ray.cluster_resources().get("GPU"):
-            task = task.options(num_gpus=1)
-        return self._endings(task, jobs, workers or len(jobs))
+        gpus = {"num_gpus": 1} if ray.cluster_resources().get("GPU") else {}
+        return self._endings(jobs, workers or len(jobs), {**gpus, **self._options})
 
-    def _endings(self, task: Any, jobs: Sequence[Job], workers: int) -> Generator[Ended]:
+    def _endings(self, jobs: Sequence[Job], workers: int, options: Mapping[str, Any]) -> Generator[Ended]:
         """Submit `workers` tasks at a time, and yield what becomes of them."""
         waiting, running, sources = deque(jobs), dict[Any, Job](), Sources.here()
         try:
             while waiting or running:
                 while waiting and len(running) < workers:
                     job = waiting.popleft()
-                    running[task.options(name=job.path.name).remote(Work(job, sources))] = job
+                    task = self._task.options(**{"name": job.path.name, **options})
+                    running[task.remote(Work(job, sources))] = job
                 (done, *_), _ = ray.wait([*running])
                 job = running.pop(done)
                 yield Ended(job.path, _error(done, job))
         except BaseException:
             for each in running:
                 ray.cancel(each)  # as if by Ctrl-C: its run saves itself
-            ray.wait([*running], num_returns=len(running), timeout=GRACE) if running else None
+            if running:
+                ray.wait([*running], num_returns=len(running), timeout=GRACE)
             raise
 
 
