@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from lmsleep.backbones import Model
 from lmsleep.training.objective import Objective
 from lmsleep.training.processes import ALONE, Processes
 
@@ -54,7 +55,7 @@ class Copies:
         if not self.processes.joined:
             return
         somewhere = {id(p) for p in used}
-        for unit in self._units():
+        for unit in units(self.objective.model):
             some = [p for p in unit if id(p) in somewhere]
             if not some:
                 continue
@@ -63,14 +64,14 @@ class Copies:
             for p, grad in zip(some, summed.split([*map(len, parts)]), strict=True):
                 p.grad = grad.view_as(p)
 
-    def _units(self) -> Iterator[list[nn.Parameter]]:
-        """Yield the parameters that are trained: those of each block, then all others; each by dtype."""
-        model = self.objective.model
-        blocks = {id(p) for p in model.blocks.parameters()}
-        rest = (p for p in model.parameters() if id(p) not in blocks)
-        for some in (*(block.parameters() for block in model.blocks), rest):
-            alike: dict[torch.dtype, list[nn.Parameter]] = defaultdict(list)
-            for p in some:
-                if p.requires_grad:
-                    alike[p.dtype].append(p)
-            yield from alike.values()
+
+def units(model: Model) -> Iterator[list[nn.Parameter]]:
+    """Yield the parameters that are trained: those of each block, then all others; each by dtype."""
+    blocks = {id(p) for p in model.blocks.parameters()}
+    rest = (p for p in model.parameters() if id(p) not in blocks)
+    for some in (*(block.parameters() for block in model.blocks), rest):
+        alike: dict[torch.dtype, list[nn.Parameter]] = defaultdict(list)
+        for p in some:
+            if p.requires_grad:
+                alike[p.dtype].append(p)
+        yield from alike.values()
