@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -39,9 +40,13 @@ class Sent(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation, and note it if it is a collective."""
-        if func.namespace == "c10d":
-            nbytes = sum(t.nbytes for t in tree_leaves(args[0]) if isinstance(t, torch.Tensor))
-            self.found.append((func.overloadpacket.__name__, nbytes))
+        if DTensor in types:  # which says what it does to plain tensors
+            return NotImplemented
+        name = func.overloadpacket.__name__.strip("_")
+        if func.namespace in ("c10d", "_c10d_functional") and not name.startswith(("wait", "wrap")):
+            # Of what all have together: the largest tensor, or as many of it as there are processes.
+            whole = max(t.nbytes for t in tree_leaves(args) if isinstance(t, torch.Tensor))
+            self.found.append((name, whole * (args[1] if name == "all_gather_into_tensor" else 1)))
         return func(*args, **(kwargs or {}))
 
 

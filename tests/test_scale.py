@@ -32,6 +32,7 @@ from lmsleep.training.scale import (
     rows_of_text,
     trained_weights,
 )
+from lmsleep.training.sharing import Copies
 from lmsleep.training.simulated import Held, Parts, Simulated, simulate
 from lmsleep.training.step import take_step
 
@@ -169,7 +170,7 @@ def test_gradient_steps_are_not_played():
 def test_bytes_of_weights_and_optimizers_are_those_of_real_ones(config):
     model = HybridLM(config)
     weights = Weights.of(model, TRAIN)
-    assert weights.nbytes == sum(p.nbytes for p in model.parameters()) == 4 * weights.elements
+    assert weights.nbytes == sum(p.nbytes for p in model.parameters()) == sum(n for n, _ in weights.units)
     groups = optimizers(model, TRAIN)
     model(random_tokens(2, 6)).square().mean().backward()
     for optimizer in groups:
@@ -185,10 +186,15 @@ def test_what_is_frozen_has_no_gradients_and_no_states():
     config, train = tiny(*PAIR, "gated_delta_net"), TrainConfig(start="x", inserted=(2,), only_inserted=True)
     model = trained_weights(HybridLM(config), train)
     weights = Weights.of(model, train)
-    block = sum(p.numel() for p in model.blocks[2].parameters())
-    assert weights.trained == block < weights.elements and [n for _, n in weights.units] == [0, 0, block, 0]
+    block = sum(p.nbytes for p in model.blocks[2].parameters())
+    assert weights.gradient_bytes == block < weights.nbytes and [n for _, n in weights.units] == [
+        0,
+        0,
+        block,
+        0,
+    ]
     found = [*collectives(weights, Layout(4))]
-    assert [(c.kind, c.nbytes) for c in found] == [("all-reduce", 4 * block)]
+    assert [(c.kind, c.nbytes) for c in found] == [("all-reduce", block)]
     with in_matrices():
         objective = Objective(trained_weights(HybridLM(config), train), train)
         counted = count_flops(objective, drawn(), SleepConfig(window=8, passes=2))
@@ -211,39 +217,54 @@ def test_the_page_has_what_the_command_says():
     assert names == [*scale.CASES]
 
 
-def counted():
-    """Take a step in this rank; return what it sent: how often, and how many bytes each time."""
-    config = tiny(*PAIR * 2)
-
-    processes, sent = Processes.join("cpu"), []
+def counted(shard):
+    """Take steps in this rank; return what each sent: how often, and how many bytes each time."""
+    processes, sent = Processes.join("cpu", shard=shard), []
     for passes in (1, 3):
         torch.manual_seed(0)
-        model, batch = HybridLM(config), replace(drawn(4), tokens=random_tokens(4, 30))
-        objective, groups = Objective(model, TRAIN), optimizers(model, TRAIN)
-        parts, sleep = [batch.share(processes.rank, processes.size)], SleepConfig(window=8, passes=passes)
+        model, batch = (
+            HybridLM(tiny(*PAIR * 2, vocab_size=12)),
+            replace(drawn(4), tokens=random_tokens(4, 30)),
+        )
+        weights, objective = Weights.of(model, TRAIN), Objective(model, TRAIN)
+        sharing = Copies(objective, processes)
+        if shard > 1:
+            from lmsleep.training.sharding import Shards
+
+            sharing = Shards(objective, processes.mesh(torch.device("cpu")))
+        parts, groups = [batch.share(processes.rank, processes.size)], optimizers(model, TRAIN)
         with Sent() as step:
             take_step(
-                objective, parts, sleep, groups, clip=1.0, total=batch.num_predicted, processes=processes
-            )
+                objective, parts, SleepConfig(window=8, passes=passes), groups, clip=1.0,
+                total=batch.num_predicted, processes=processes, sharing=sharing,
+            )  # fmt: skip
         sent.append(step.found)
     processes.leave()
-    return sent, Weights.of(model, TRAIN).sums
+    return sent, weights
 
 
-def test_collectives_of_a_step_are_those_that_processes_make_whatever_n():
-    (once, thrice), sums = ranks.run(2, counted, group=False)[0]
+@pytest.mark.parametrize("shard", [1, 2])
+def test_collectives_of_a_step_are_those_that_processes_make_whatever_n(shard):
+    (once, thrice), weights = ranks.run(2, counted, shard, group=False)[0]
     assert once == thrice
-    large = [nbytes for name, nbytes in once if name == "allreduce_" and nbytes in sums]
-    assert sorted(large) == sorted(sums)
-    small = [nbytes for _, nbytes in once if nbytes not in sums]
-    assert len(small) <= 4 and sum(small) < 2000  # of which a step has more around it
+    names = {
+        "allreduce": "all-reduce",
+        "allgather_base": "all-gather",
+        "all_gather_into_tensor": "all-gather",
+    }
+    planned = [*collectives(weights, Layout(2, shard), muon=4)]  # float32, on a CPU
+    least = min(c.nbytes for c in planned)
+    large = [(names.get(n, "reduce-scatter"), size) for n, size in once if size >= least]
+    assert sorted(large) == sorted((c.kind, c.nbytes) for c in planned)
+    small = [nbytes for _, nbytes in once if nbytes < least]
+    assert len(small) <= 4 and sum(small) < 2000  # a step has more of these around it
 
 
 def test_sharding_takes_the_optimizers_apart_and_moves_more():
     weights, step = Weights.of(HybridLM(tiny()), TRAIN), Simulated(0, 1000, 10)
     alone, copies, shards = (memory(weights, Layout(k, s), step) for k, s in ((1, 1), (8, 1), (8, 8)))
     assert alone == copies and shards["optimizers"] < alone["optimizers"] / 7
-    assert shards["gathered"] == 4 * weights.elements and not copies["gathered"]
+    assert shards["gathered"] == weights.nbytes and not copies["gathered"]
     assert memory(weights, Layout(8), step, parts=2)["gradients"] == 2 * copies["gradients"]
     kinds = [c.kind for c in collectives(weights, Layout(8, 8))]
     units = len(weights.units)

@@ -53,7 +53,7 @@ CASES = {
         HybridConfig(
             vocab_size=100352, d_model=3840, num_heads=30, head_dim=128, mlp_dim=11008, blocks=SEVEN
         ),
-        (1024, 4096), 8, {**TEXT, "gpu_memory": 141.0},
+        (1024, 2048), 8, {**TEXT, "gpu_memory": 141.0},
     ),
     "qwen3.5": Case(
         HybridConfig(
@@ -63,7 +63,7 @@ CASES = {
                 for i, kind in enumerate(SEVEN) if kind == ATTENTION
             },
         ),
-        (1024, 4096), 8, {**TEXT, "gpu_memory": 141.0},
+        (1024, 2048), 8, {**TEXT, "gpu_memory": 180.0},
     ),
 }  # fmt: skip
 

@@ -25,7 +25,7 @@ from lmsleep.training.optim import optimizers
 from lmsleep.training.sharing import units
 from lmsleep.training.simulated import Parts, Simulated, simulate
 
-FLOAT32 = 4  # bytes: gradients are summed, and gathered weights kept, in it
+FLOAT32 = 4  # bytes: of what optimizers keep
 MUON = 2  # bytes: matrices are gathered in the precision that they are orthogonalised in, bfloat16 on GPUs
 EXCHANGES = 4  # small ones a step: tokens; loss, and who has gradients; two for who was asked to stop
 
@@ -92,8 +92,8 @@ class Weights:
 
     Attributes:
         nbytes: of all.
-        units: elements of each block and of the rest, all and those that are trained; what is gathered, or
-            whose gradients are scattered, at once.
+        units: bytes of each block and of the rest: of all, and of those that are trained. What is gathered,
+            or whose gradients are scattered, at once.
         sums: bytes of each unit whose gradients are summed at once, of one dtype.
         matrices: shape of each matrix that Muon trains.
         vectors: elements of each tensor that AdamW trains.
@@ -119,21 +119,16 @@ class Weights:
         whole = [[*block.parameters()] for block in model.blocks]
         whole.append([p for p in model.parameters() if id(p) not in inside])
         return cls(
-            nbytes=sum(p.nbytes for p in model.parameters()),
-            units=tuple((_elements(unit), _elements(p for p in unit if p.requires_grad)) for unit in whole),
-            sums=tuple(sum(p.nbytes for p in unit) for unit in units(model)),
+            nbytes=_bytes(model.parameters()),
+            units=tuple((_bytes(unit), _bytes(p for p in unit if p.requires_grad)) for unit in whole),
+            sums=tuple(map(_bytes, units(model))),
             matrices=tuple(p.shape for p in by[True]),
             vectors=tuple(p.numel() for p in by[False]),
         )
 
     @property
-    def elements(self) -> int:
-        """The number of weights."""
-        return sum(every for every, _ in self.units)
-
-    @property
-    def trained(self) -> int:
-        """The number of weights that are trained."""
+    def gradient_bytes(self) -> int:
+        """Bytes of the gradients of all that is trained."""
         return sum(trained for _, trained in self.units)
 
     @property
@@ -160,8 +155,8 @@ class Weights:
         return found
 
 
-def _elements(tensors: Iterable[Tensor]) -> int:
-    return sum(t.numel() for t in tensors)
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(t.nbytes for t in tensors)
 
 
 @dataclass(frozen=True)
@@ -191,21 +186,24 @@ class Collective:
         return cluster.latency + self.sent / (cluster.bandwidth if within else cluster.between)
 
 
-def collectives(weights: Weights, layout: Layout) -> Iterator[Collective]:
-    """Yield the collectives of a step. Windows and passes do not come in."""
+def collectives(weights: Weights, layout: Layout, muon: int = MUON) -> Iterator[Collective]:
+    """Yield the collectives of a step, in which Muon gathers numbers of `muon` bytes.
+
+    Windows and passes do not come in.
+    """
     K, S = layout.gpus, layout.shard
     if S == 1:
         if K > 1:
             yield from (Collective("all-reduce", nbytes, K, 1) for nbytes in weights.sums)
         return
     for every, trained in weights.units:
-        yield Collective("all-gather", FLOAT32 * every, S, 1)
+        yield Collective("all-gather", every, S, 1)
         if trained:
-            yield Collective("reduce-scatter", FLOAT32 * trained, S, 1)
+            yield Collective("reduce-scatter", trained, S, 1)
             # Each slice, over the groups that hold it too.
             if K > S:
-                yield Collective("all-reduce", FLOAT32 * trained / S, K // S, S)
-    yield from (Collective("all-gather", MUON * size, S, 1) for size in weights.stacks)
+                yield Collective("all-reduce", trained / S, K // S, S)
+    yield from (Collective("all-gather", muon * size, S, 1) for size in weights.stacks)
 
 
 def memory(weights: Weights, layout: Layout, step: Simulated, parts: int = 1) -> dict[str, int]:
@@ -217,11 +215,11 @@ def memory(weights: Weights, layout: Layout, step: Simulated, parts: int = 1) ->
         step: what a process keeps.
         parts: in which a batch is read.
     """
-    S, gradients = layout.shard, FLOAT32 * weights.trained
+    S, gradients = layout.shard, weights.gradient_bytes
     return {
         "parameters": ceil(weights.nbytes / S),
         # Kept from the forward pass of the first window to the end of the backward pass.
-        "gathered": FLOAT32 * weights.elements if S > 1 else 0,
+        "gathered": weights.nbytes if S > 1 else 0,
         # Whole until the first window has been left; those of earlier parts, to which they are added, too.
         "gradients": gradients * (2 if parts > 1 else 1) + (ceil(gradients / S) if S > 1 else 0),
         "optimizers": ceil(weights.optimizer_bytes / S),
