@@ -13,6 +13,7 @@ from functools import partial
 import pytest
 import ranks
 import torch
+from collectives import Collectives
 from conftest import run_command, tiny
 from hf_models import family
 
@@ -32,6 +33,7 @@ from lmsleep.training import (
 )
 from lmsleep.training.launch import Together
 from lmsleep.training.processes import NEEDED
+from lmsleep.training.sharing import units
 from lmsleep.training.start import first_model
 
 STEPS = 8
@@ -167,7 +169,7 @@ def test_the_command_writes_once_what_one_process_writes(tmp_path, capsys):
     assert alone == both
 
 
-def signalled(folder, name, which):
+def signalled(folder, name, which, *more):
     # A signal to one of them while a step is under way.
     take_step = loop.take_step
 
@@ -180,7 +182,7 @@ def signalled(folder, name, which):
 
     step.taken = 0
     loop.take_step = step
-    command(folder, *TINY, "--out", name)
+    command(folder, *TINY, "--out", name, *more)
 
 
 def test_a_signal_to_one_stops_all_after_the_same_step_and_another_number_goes_on(tmp_path):
@@ -297,6 +299,61 @@ def test_commands_for_one_process_refuse_several(tmp_path):
     told = ranks.run(2, command, tmp_path, "info", "depo-N1", group=False, expect=(2, 2))
     [line] = "".join(told).splitlines()
     assert "lmsleep info runs in one process" in line
+
+
+# What they send
+
+
+def counted(windows, passes, checkpoint):
+    # The third rank reads a row less than the others.
+    run = config("inline", None)
+    task = Rule110(width=4, states=windows, t=2, asked=4)
+    train = replace(run.train, checkpoint=checkpoint)
+    run = replace(run, task=task, sleep=SleepConfig(window=4, passes=passes), train=train)
+    processes = Processes.join("cpu")
+    trainer = Trainer(RunFolder("unused"), run, processes=processes)
+    trainer.rehearse()
+    with Collectives() as found:
+        trainer.train_step()
+    return found.counts, len([*units(trainer.model)])
+
+
+def test_how_long_it_sleeps_changes_nothing_of_what_is_sent():
+    found = [ranks.run(3, counted, *how, group=False) for how in ((1, 1, False), (1, 4, False), (3, 2, True))]
+    exchanges = 2  # what is predicted; the loss, and who has gradients
+    for several in found:
+        for counts, own in several:
+            assert own == 3  # two blocks and the rest
+            assert counts == {"allreduce": own + exchanges}
+
+
+# Sharded
+
+
+def test_a_sharded_run_is_that_of_one_process_and_any_number_goes_on_with_it(tmp_path, capsys):
+    cli.main([*TINY, "--out", str(tmp_path / "whole")])
+    sharded = (*TINY, "--out", "run", "--shard", "2")
+    ranks.run(2, signalled, tmp_path, "run", "1", "--shard", "2", group=False, expect=(143, 143))
+    [stopped] = (tmp_path / "run" / "checkpoints").glob("step-0000000[34]")
+    assert (stopped / "shards").is_dir()
+    for name in ("alone", "wider"):
+        shutil.copytree(tmp_path / "run", tmp_path / name)
+    # In four processes two copies of two slices each; in one, the model as a whole.
+    ranks.run(
+        4, command, tmp_path, "train", "--resume", "wider", "--shard", "2", group=False, expect=(0,) * 4
+    )
+    ranks.run(2, command, tmp_path, "train", "--resume", "run", "--shard", "2", group=False, expect=(0, 0))
+    cli.main(["train", "--resume", str(tmp_path / "alone")])
+    ranks.run(2, command, tmp_path, *sharded[:-3], "at-once", "--shard", "2", group=False, expect=(0, 0))
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "at-once")  # bit for bit
+    mine = metrics(tmp_path / "whole")
+    for name in ("run", "wider", "alone"):
+        theirs = metrics(tmp_path / name)
+        assert [line["step"] for line in mine] == [line["step"] for line in theirs]
+        assert [nearly(line) for line in mine] == pytest.approx([nearly(line) for line in theirs], rel=1e-4)
+    capsys.readouterr()
+    cli.main(["eval", str(tmp_path / "run"), "--batches", "1", "--json"])
+    assert json.loads(capsys.readouterr().out)["passes"]["2"]["accuracy"] >= 0
 
 
 # Many runs

@@ -22,7 +22,7 @@ from lmsleep.training.device import autocast, choose_device, fitting, in_bfloat1
 from lmsleep.training.objective import Objective
 from lmsleep.training.optim import optimizers, set_rates, sleep_at
 from lmsleep.training.processes import ALONE, Processes
-from lmsleep.training.runs import TRAINER, RunFolder, provenance
+from lmsleep.training.runs import SHARDS, TRAINER, RunFolder, provenance
 from lmsleep.training.sharing import Copies, Sharing
 from lmsleep.training.start import first_model
 from lmsleep.training.step import take_step
@@ -91,9 +91,12 @@ class Trainer:
         self.objective = Objective(self.model, train, bfloat16=bfloat16)
         self.sharing: Sharing = Copies(self.objective, processes)
         if processes.shard > 1:
-            from lmsleep.training.sharding import Shards  # only now: FSDP takes seconds to import
+            # Only now: FSDP takes seconds to import.
+            from lmsleep.training.sharding import Shards
+            from lmsleep.training.slices import Saver
 
             self.sharing = Shards(self.objective, processes.mesh(self.device))
+            self._saver = Saver(processes)
         # After freezing, moving and sharding: they hold the parameters that there are now, on their device.
         self.optimizers = optimizers(self.model, train)
         self.step, self.tokens, self.flops, self.seconds = 0, 0, 0, 0.0
@@ -174,7 +177,12 @@ class Trainer:
         trainer = cls(folder, config, folder.model_of(path, config, bfloat16=bfloat16), processes=processes)
         try:
             # weights_only: a checkpoint is data and must not run code when it is opened.
-            trainer._restore(torch.load(path / TRAINER, map_location=trainer.device, weights_only=True))
+            saved = torch.load(path / TRAINER, map_location=trainer.device, weights_only=True)
+            if (path / SHARDS).is_dir():
+                from lmsleep.training.slices import load_optimizers
+
+                load_optimizers(path, trainer.model, trainer.optimizers)
+            trainer._restore(saved)
         # Of a file that may be whole: it cannot be read, or finds no room.
         except (PermissionError, MemoryError, torch.OutOfMemoryError):
             raise
@@ -185,7 +193,10 @@ class Trainer:
 
     def _restore(self, saved: dict[str, Any]) -> None:
         """Take over what `save` wrote beside the model; raises an error of any type if it is none."""
-        for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
+        # A checkpoint in slices has the state of the optimizers there.
+        for optimizer, state in zip(
+            self.optimizers, saved.get("optimizers", ()), strict="optimizers" in saved
+        ):
             own = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict(state)
             # Its options are those of the configuration, whatever the file says.
@@ -194,6 +205,10 @@ class Trainer:
             for p, kept in optimizer.state.items():
                 if any(t.ndim and t.shape != p.shape for t in kept.values()):
                     raise ValueError("the state of an optimizer of another model")
+        if self.processes.shard > 1:
+            from lmsleep.training.slices import share_out
+
+            share_out(self.optimizers)
         self.step, self.tokens, self.flops = (int(saved[name]) for name in ("step", "tokens", "flops"))
         self.seconds = float(saved["seconds"])
         if not 0 <= self.step <= self.config.train.steps:
@@ -268,7 +283,8 @@ class Trainer:
                 # Of several processes a signal to one stops all, after the same step.
                 stop = max(self.processes.gather(caught[:1]))
                 if self.step % train.save_every == 0 or self.step == train.steps or stop:
-                    self.save()
+                    # Slices of a sharded model are written while training goes on.
+                    self.save(wait=bool(stop) or self.step == train.steps)
                 # A signal during the last step has nothing to stop.
                 if stop and self.step < last:
                     resume = f"lmsleep train --resume {self.folder.path}"
@@ -281,7 +297,7 @@ class Trainer:
         floors = self.config.task.floors()
         # The report is written last: it says that the run is complete, so the export must be there by then.
         kind = kind_of(self.config.model)
-        with self.processes.together():
+        with self.sharing.gathered(), self.processes.together():
             if self.processes.main:
                 kind.export(self.model, self.config.model, self.config.sleep, self.folder.exported)
                 self.folder.write_report({**self._position(), "eval": score.to_dict(), "floors": floors})
@@ -299,20 +315,33 @@ class Trainer:
         self.model.train()
         return Score.joined(self.processes.gather(score))
 
-    def save(self, name: str = "step") -> Path:
-        """Write a checkpoint."""
-        state = {
-            **self._position(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-        }
+    def save(self, name: str = "step", *, wait: bool = True) -> Path:
+        """Write a checkpoint, of a sharded model in slices.
 
-        def write(folder: Path) -> None:
-            kind_of(self.config.model).save(self.model, self.config.model, folder)
+        Args:
+            name: what stands before the step in its name.
+            wait: until it is in its place; a sharded model need not be waited for.
+        """
+        path, kind, options = (
+            self.folder.checkpoint(self.step, name),
+            kind_of(self.config.model),
+            self.config.model,
+        )
+        if self.processes.shard > 1:
+            from lmsleep.training.slices import tensors
 
-        path = self.folder.checkpoint(self.step, name)
+            named = tensors(kind.weights(self.model), self.model, self.optimizers)
+            self.folder.save_shards(path, self._saver, named, self._position())
+            if wait:
+                self._saver.wait()
+            return path
         with self.processes.together():
             if self.processes.main:
-                self.folder.save_checkpoint(path, write, state)
+                states = [optimizer.state_dict() for optimizer in self.optimizers]
+                state = {**self._position(), "optimizers": states}
+                self.folder.save_checkpoint(
+                    path, lambda folder: kind.save(self.model, options, folder), state
+                )
         return path
 
     def train_step(self) -> dict[str, Any]:

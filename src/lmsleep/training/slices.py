@@ -18,7 +18,7 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
+from lmsleep.backbones import Model
 from lmsleep.training.processes import Processes
 from lmsleep.training.runs import SHARDS
 
@@ -45,7 +46,7 @@ KNOWN = {
 
 
 def tensors(
-    weights: Mapping[str, Tensor], model: nn.Module, optimizers: Sequence[Optimizer]
+    weights: Mapping[str, Tensor], model: Model, optimizers: Sequence[Optimizer]
 ) -> dict[str, Tensor]:
     """Name what a checkpoint holds: weights, and what the optimizers keep for parameters of the model."""
     named = {f"model/{name}": weight for name, weight in weights.items()}
@@ -144,7 +145,7 @@ def load_weights(checkpoint: Path, weights: Mapping[str, Tensor]) -> None:
     reader.load(wanted)
 
 
-def load_optimizers(checkpoint: Path, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+def load_optimizers(checkpoint: Path, model: Model, optimizers: Sequence[Optimizer]) -> None:
     """Read what optimizers keep for the parameters of a model, whole or sharded ones.
 
     Raises:
