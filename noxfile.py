@@ -97,7 +97,7 @@ def test_pinned(session: nox.Session) -> None:
 
 @nox.session(name="clients", python=OLDEST_PYTHON, default=False)
 def test_clients(session: nox.Session) -> None:
-    """Let the clients that people use judge the server, a browser its page; Ray runs both (pinned)."""
+    """Let the clients that people use judge the server, a browser its page; Ray runs it and grids."""
     clients = nox.project.dependency_groups(PYPROJECT, "clients")
     # Whatever they warn of among themselves is no fault of the server.
     files = [f"tests/test_{name}.py" for name in ("serve_judges", "serve_page", "serve_shared", "launch_ray")]

@@ -18,6 +18,7 @@ from conftest import run_command, tiny
 from hf_models import family
 
 from lmsleep import GradientSteps, SleepConfig, cli
+from lmsleep.backbones import build
 from lmsleep.hf.finetune import FineTune
 from lmsleep.tasks import MQAR, Depo, Rule110, Text
 from lmsleep.training import (
@@ -248,6 +249,34 @@ def test_what_cannot_be_is_said_once_by_all(said, tmp_path):
     told = ranks.run(3, command, tmp_path, *TINY, *BAD[said], group=False, expect=(2, 2, 2))
     [line] = "".join(told).splitlines()
     assert said in line
+
+
+def failing(folder):
+    # One of them alone cannot read what all others can.
+    def check(config):
+        if os.environ["RANK"] == "1":
+            raise OSError("no disk here")
+
+    loop.check_samples = check
+    command(folder, *TINY, "--out", "run")
+
+
+def failing_deeper(folder):
+    def first_model(config, **options):
+        if os.environ["RANK"] == "2":
+            raise ValueError("no such model")
+        return build(config.model)
+
+    loop.first_model = first_model
+    command(folder, *TINY, "--out", "run", "--shard", "3")
+
+
+@pytest.mark.parametrize(("fails", "said"), [(failing, "no disk here"), (failing_deeper, "no such model")])
+def test_what_one_alone_cannot_do_is_raised_by_all(fails, said, tmp_path):
+    told = ranks.run(3, fails, tmp_path, group=False, expect=(2, 2, 2))
+    [line] = "".join(told).splitlines()
+    assert line == f"lmsleep: {said}"
+    assert not (tmp_path / "run").exists()
 
 
 def disagreeing(folder):

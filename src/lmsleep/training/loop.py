@@ -81,7 +81,7 @@ class Trainer:
         # Before the model is built: initial weights are drawn from the global generator.
         torch.manual_seed(train.seed)
         bfloat16 = in_bfloat16(train, self.device)
-        with fitting("the model"):
+        with processes.together(), fitting("the model"):
             model = model or first_model(config, bfloat16=bfloat16, trust=folder.trust)
             self.model = model.to(self.device).train()
         # First all frozen (the call returns the model), then the inserted blocks thawed.

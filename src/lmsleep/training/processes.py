@@ -107,6 +107,8 @@ class Processes:
     def together(self) -> Iterator[None]:
         """Do something in all of them; what one of them raises is raised by all.
 
+        It may be nested: all raise what one of them raises further within or further out.
+
         Raises:
             ValueError, OSError, RuntimeError: the error of the first one that failed.
         """
@@ -117,14 +119,17 @@ class Processes:
         try:
             yield
         except Exception as error:
+            # What was agreed on within need not be told again, and nobody would listen.
+            if isinstance(error, Lost) or getattr(error, "agreed", False):
+                raise
             own = error
         said = self.gather(None if own is None else (_kind(own), str(own)))
         for rank, failed in enumerate(said):
             if failed is None:
                 continue
-            if rank == self.rank and own is not None:
-                raise own
-            raise failed[0](failed[1]) from own
+            raised = own if rank == self.rank and own is not None else failed[0](failed[1])
+            raised.agreed = True  # type: ignore[attr-defined]
+            raise raised
 
     def check_same(self, facts: Mapping[str, Any]) -> None:
         """Refuse to go on where one of them has other facts (JSON-ready, nested by name) than the first.
