@@ -9,6 +9,9 @@ import socket
 import time
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 
 import pytest
 import ranks
@@ -16,6 +19,8 @@ import torch
 from collectives import Collectives
 from conftest import run_command, tiny
 from hf_models import family
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lmsleep import GradientSteps, SleepConfig, cli
 from lmsleep.backbones import build
@@ -32,6 +37,7 @@ from lmsleep.training import (
     loop,
     run_all,
 )
+from lmsleep.training.batches import draw
 from lmsleep.training.launch import Together
 from lmsleep.training.processes import NEEDED
 from lmsleep.training.sharing import units
@@ -328,6 +334,60 @@ def test_commands_for_one_process_refuse_several(tmp_path):
     told = ranks.run(2, command, tmp_path, "info", "depo-N1", group=False, expect=(2, 2))
     [line] = "".join(told).splitlines()
     assert "lmsleep info runs in one process" in line
+
+
+# Their rows
+
+
+def samples(batch):
+    """What a model reads and is asked, a row at a time, with the difficulties of its answers."""
+    found = []
+    for row in range(len(batch.tokens)):
+        context, tokens, answers = batch.row(row)
+        where = [(i, int(batch.difficulty[a])) for i, a in enumerate(answers) if a >= 0]
+        mask = [i for i in range(len(tokens)) if batch.loss_mask[row, i]]
+        found.append((tuple(context), tuple(tokens), tuple(where), tuple(mask)))
+    return found
+
+
+@given(st.sampled_from(["forked", "inline", "text"]), st.integers(1, 7), st.integers(1, 5), st.integers(0, 3))
+@settings(max_examples=40)
+def test_all_together_read_the_rows_of_one(name, draws, size, step):
+    with TemporaryDirectory() as folder:
+        run = config(name, Path(folder))
+        run = replace(run, train=replace(run.train, batch_size=7, draws=draws))
+        whole = draw(run, step)
+        shares = [draw(run, step, rank, size) for rank in range(size)]
+    assert sorted(samples(whole)) == sorted(sample for share in shares for sample in samples(share))
+    assert sum(share.num_predicted for share in shares) == whole.num_predicted
+    assert sum(share.num_tokens for share in shares) == whole.num_tokens
+    assert all(len(share.tokens) for share in shares)
+    # Answers count on within a batch: each is one answer of one row.
+    for batch in (whole, *shares):
+        asked = batch.answers[batch.answers >= 0]
+        rows = (batch.answers >= 0).nonzero()[:, 0]
+        assert all(len(rows[asked == a].unique()) == 1 for a in asked.unique())
+
+
+class Counting:
+    def __init__(self, task):
+        self.task, self.drawn = task, 0
+
+    def batch(self, rng, size, split, level):
+        self.drawn += size
+        return self.task.batch(rng, size, split, level)
+
+
+@pytest.mark.parametrize(("draws", "drawn"), [(1, [8, 8, 8]), (4, [4, 2, 2]), (8, [3, 3, 2])])
+def test_with_as_many_draws_none_draws_the_rows_of_another(draws, drawn, tmp_path):
+    run = config("forked", tmp_path)
+    run = replace(run, train=replace(run.train, batch_size=8, draws=draws))
+    found = []
+    for rank in range(3):
+        counting = Counting(run.task)
+        draw(SimpleNamespace(task=counting, train=run.train), 0, rank, 3)
+        found.append(counting.drawn)
+    assert found == drawn
 
 
 # What they send
