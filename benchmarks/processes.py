@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import count
 from typing import Any
 
 import torch
@@ -18,12 +19,16 @@ from benchmarks.step import AUTOMATON, PASSES, TINY, Setting
 from benchmarks.table import Cell, Table
 from benchmarks.timing import ms, ratio, take_turns
 from lmsleep import SleepConfig
-from lmsleep.training import Objective, TrainConfig, take_step
+from lmsleep.recipes.settings import preset
+from lmsleep.training import Objective, RunConfig, TrainConfig, take_step
+from lmsleep.training.batches import draw
 from lmsleep.training.optim import optimizers
 from lmsleep.training.processes import ALONE, Processes
 from lmsleep.training.scale import Weights
 
 SIZE = 2
+OF = 8  # processes, of which one draws
+DRAWN = ("rule110", "depo", "gsm-infinite")
 TRAIN = TrainConfig(lr=1e-4, adam_lr=1e-5)
 
 
@@ -77,9 +82,13 @@ class Steps:
 
 
 def tables(repeats: int, tiny: bool) -> dict[str, Callable[[], Table]]:
-    """Return two tables: seconds a step, and what is sent in one."""
+    """Return three tables: seconds a step, what is sent in one, and what drawing its batch takes."""
     setting = TINY if tiny else replace(AUTOMATON, batch=16)
-    return {"scaling": lambda: scaling(setting, repeats), "sent": lambda: sent(setting)}
+    return {
+        "scaling": lambda: scaling(setting, repeats),
+        "sent": lambda: sent(setting),
+        "drawn": lambda: drawn(repeats),
+    }
 
 
 def scaling(setting: Setting, repeats: int) -> Table:
@@ -134,6 +143,36 @@ def sent(setting: Setting) -> Table:
         for n in PASSES
     ]
     note = "What each of two replicated processes sums with the other in the gradients of a step, on a CPU."
+    return Table(rows=rows, note=note)
+
+
+def drawn(repeats: int) -> Table:
+    """Time what one of eight processes draws of a step at the paper's settings, in CPU time."""
+    rows: list[dict[str, Cell]] = []
+    for name in DRAWN:
+        options, steps = preset(name, "paper"), count()
+        run = RunConfig(**{part: options[part] for part in ("task", "model", "sleep", "train")})
+        run = replace(run, train=replace(run.train, curriculum=0))
+        several = replace(run, train=replace(run.train, draws=OF))
+        calls = {
+            "whole": lambda run=run, steps=steps: draw(run, next(steps), 0, OF),
+            "own": lambda run=several, steps=steps: draw(run, next(steps), 0, OF),
+        }
+        spent = {case: times.cpu for case, times in take_turns(calls, repeats).items()}
+        whole, own = spent["whole"], spent["own"]
+        rows.append(
+            {
+                "task": name,
+                "rows a step": run.train.batch_size,
+                "--draws 1, ms": ms(whole),
+                f"--draws {OF}, ms": ms(own),
+                "times less": ratio(whole, own),
+            }
+        )
+    note = (
+        f"What one of {OF} processes draws for a step of the preset `paper`, in CPU time: the whole batch, of "
+        f"which it reads its rows, or its own of {OF} draws. Medians of {repeats} repeats that took turns."
+    )
     return Table(rows=rows, note=note)
 
 
