@@ -170,8 +170,8 @@ def drawn(repeats: int) -> Table:
             }
         )
     note = (
-        f"What one of {OF} processes draws for a step of the preset `paper`, in CPU time: the whole batch, of "
-        f"which it reads its rows, or its own of {OF} draws. Medians of {repeats} repeats that took turns."
+        f"What one of {OF} processes draws for a step of the preset `paper`, in CPU time: the whole batch, "
+        f"of which it reads its rows, or its own of {OF} draws. Medians of {repeats} repeats that took turns."
     )
     return Table(rows=rows, note=note)
 
