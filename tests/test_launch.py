@@ -28,6 +28,7 @@ from lmsleep.training import (
     run_all,
 )
 from lmsleep.training.launch import remote, slurm
+from lmsleep.training.sources import Sources
 
 SOURCES = Path(lmsleep.__file__).parents[1]
 
@@ -259,7 +260,7 @@ def test_submitit_without_slurm(here, where, monkeypatch):
 
 def test_other_sources_are_refused(here):
     job = Job(here / "run", config())
-    mine = remote.Sources.here()
+    mine = Sources.here()
     assert mine == replace(mine, name="the same files under another commit")
     said = remote.Work(job, replace(mine, files="a" * 64)).done()
     assert said is not None and socket.gethostname() in said and "files aaaaaaaaaaaa" in said

@@ -11,8 +11,7 @@ import pytest
 from conftest import run_command
 from test_launch import SOURCES, config, expected, grid, here, same, stages, steps_logged, wait_for, weights
 
-from lmsleep.training import Job, RunFolder, find_launcher, run_all
-from lmsleep.training.launch import remote
+from lmsleep.training import Job, RunFolder, find_launcher, run_all, sources
 
 __all__ = ["expected", "here"]  # fixtures
 pytestmark = pytest.mark.slow
@@ -103,8 +102,8 @@ def test_ctrl_c_stops_the_tasks_and_their_runs_save_themselves(here, ray):
 
 def test_other_sources_are_refused_by_workers(here, monkeypatch):
     job = Job(Path("run"), config())
-    other = remote.Sources("a" * 64, "of another commit")
-    monkeypatch.setattr(remote.Sources, "here", classmethod(lambda _: other))
+    other = sources.Sources("a" * 64, "of another commit")
+    monkeypatch.setattr(sources.Sources, "here", classmethod(lambda _: other))
     with pytest.raises(RuntimeError, match=r"run: .* other sources .* \(of another commit"):
         run_all([job], launcher=find_launcher("ray"))
     assert not job.path.exists()

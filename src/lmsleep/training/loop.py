@@ -22,8 +22,9 @@ from lmsleep.training.device import autocast, choose_device, fitting, in_bfloat1
 from lmsleep.training.objective import Objective
 from lmsleep.training.optim import optimizers, set_rates, sleep_at
 from lmsleep.training.processes import ALONE, Processes
-from lmsleep.training.runs import SHARDS, TRAINER, RunFolder, provenance
+from lmsleep.training.runs import SHARDS, TRAINER, RunFolder
 from lmsleep.training.sharing import Copies, Sharing
+from lmsleep.training.sources import Sources
 from lmsleep.training.start import first_model
 from lmsleep.training.step import take_step
 from lmsleep.training.tracking import Events, installed
@@ -279,9 +280,9 @@ class Trainer:
                 if self.step % train.eval_every == 0 or self.step == train.steps:
                     score = self.evaluate(train.eval_batches)
                     log({**self._position(), "eval": score.to_dict()})
-                # Saved last, after what belongs to the step was logged: going on drops only later lines.
                 # Of several processes a signal to one stops all, after the same step.
                 stop = max(self.processes.gather(caught[:1]))
+                # Saved last, after what belongs to the step was logged: going on drops only later lines.
                 if self.step % train.save_every == 0 or self.step == train.steps or stop:
                     # Slices of a sharded model are written while training goes on.
                     self.save(wait=bool(stop) or self.step == train.steps)
@@ -322,11 +323,8 @@ class Trainer:
             name: what stands before the step in its name.
             wait: until it is in its place; a sharded model need not be waited for.
         """
-        path, kind, options = (
-            self.folder.checkpoint(self.step, name),
-            kind_of(self.config.model),
-            self.config.model,
-        )
+        path, options = self.folder.checkpoint(self.step, name), self.config.model
+        kind = kind_of(options)
         if self.processes.shard > 1:
             from lmsleep.training.slices import tensors
 
@@ -400,8 +398,7 @@ def check_same(config: RunConfig, processes: Processes) -> None:
         ValueError: naming what differs.
     """
     if processes.joined:
-        made = provenance()
-        software = {name: made[name] for name in ("lmsleep", "commit", "torch")}
+        software = {"sources of lmsleep": Sources.here().files[:12], "torch": torch.__version__}
         with processes.together():
             facts = {**config.to_dict(), **software, "data": data.hashes(config.task)}
         processes.check_same(facts)

@@ -10,8 +10,9 @@ from typing import Any
 
 from lmsleep.training.jobs import Job
 from lmsleep.training.launch.launcher import Ended
-from lmsleep.training.launch.remote import Sources, Work
+from lmsleep.training.launch.remote import Work
 from lmsleep.training.loop import Interrupted
+from lmsleep.training.sources import Sources
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 

@@ -17,8 +17,9 @@ from tqdm import tqdm
 from lmsleep.files import locked, write_atomic
 from lmsleep.training.jobs import Job
 from lmsleep.training.launch.launcher import Ended
-from lmsleep.training.launch.remote import Sources, Work
+from lmsleep.training.launch.remote import Work
 from lmsleep.training.loop import Interrupted
+from lmsleep.training.sources import Sources
 
 MINUTES = 60  # of a job, where nothing is said; its run goes on in the next
 REQUEUES = 1000  # of a job whose time was up: more than a run takes, and one that never gets on ends some day
