@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,16 @@ WAIT = 200  # seconds
 LONG = (*TINY, "--steps", "4000", "--save-every", "4000")
 
 
-def begin(folder, *words):
+@pytest.fixture
+def begin():
+    begun = []
+    yield lambda *given: begun.append(_begin(*given)) or begun[-1]
+    for process in begun:  # whatever a test that failed has left
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def _begin(folder, *words):
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "lmsleep")
     return subprocess.Popen(
         [sys.executable, *launch, *words], cwd=folder, text=True, stdout=subprocess.PIPE,
@@ -36,13 +46,13 @@ def ranks_of(process):
 
 def until_it_trains(run, step=0):
     until = time.monotonic() + WAIT
-    while not (run / "metrics.jsonl").exists() or metrics(run)[-1]["step"] <= step:
+    while not (run / "metrics.jsonl").exists() or max([0, *(m["step"] for m in metrics(run))]) <= step:
         assert time.monotonic() < until
         time.sleep(0.5)
 
 
 @pytest.mark.parametrize("shard", [(), ("--shard", "2")])
-def test_a_run_to_its_end(shard, tmp_path):
+def test_a_run_to_its_end(begin, shard, tmp_path):
     code, out, said = end(begin(tmp_path, *TINY, "--out", "run", *shard))
     assert (code, said) == (0, [])
     assert out.count("run is complete") == 1
@@ -50,7 +60,7 @@ def test_a_run_to_its_end(shard, tmp_path):
 
 
 @pytest.mark.parametrize("whom", ["torchrun", "all, as Ctrl-C does", "one"])
-def test_a_signal_stops_it_and_it_goes_on(whom, tmp_path):
+def test_a_signal_stops_it_and_it_goes_on(begin, whom, tmp_path):
     process = begin(tmp_path, *LONG, "--out", "run")
     until_it_trains(tmp_path / "run")
     match whom:
@@ -72,7 +82,7 @@ def test_a_signal_stops_it_and_it_goes_on(whom, tmp_path):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_one_that_is_killed_ends_it_and_leaves_nobody(rank, tmp_path):
+def test_one_that_is_killed_ends_it_and_leaves_nobody(begin, rank, tmp_path):
     process = begin(tmp_path, *LONG, "--out", "run")
     until_it_trains(tmp_path / "run")
     children = ranks_of(process)
