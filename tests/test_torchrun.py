@@ -20,9 +20,10 @@ LONG = (*TINY, "--steps", "4000", "--save-every", "4000")
 def begin():
     begun = []
     yield lambda *given: begun.append(_begin(*given)) or begun[-1]
-    for process in begun:  # whatever a test that failed has left
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+    for process in begun:  # whatever a test that failed has left; ranks are in sessions of their own
+        with suppress(ProcessLookupError, FileNotFoundError):
+            for pid in (process.pid, *ranks_of(process)):
+                os.kill(pid, signal.SIGKILL)
 
 
 def _begin(folder, *words):
