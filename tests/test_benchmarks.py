@@ -193,6 +193,7 @@ def test_http_is_measured_beside_the_rows_in_process(serving):
     assert all(row["tokens/s"] > 0 for row in serving["http"].rows)
 
 
+@pytest.mark.slow
 def test_two_processes_take_the_steps_of_one_and_send_the_same_whatever_n():
     measures = benchmarks.ON_CPU["processes"](1, True)
     assert all(row["two of one thread, ms"] > 0 for row in measures["scaling"]().rows)
