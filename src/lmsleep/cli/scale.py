@@ -55,7 +55,7 @@ def training_plan(
         fewest = plan.rows // shard * shard  # rows a GPU
         needs = plan.step(Layout(fewest, shard), sleep.passes)["memory_bytes"]
         raise ValueError(
-            f"--gpu-memory {said['gpu_memory']:g}: a step takes {needs / 1e9:,.1f} GB, even on "
+            f"--gpu-memory {said['gpu_memory']:g}: a step takes {needs / 1e9:,.3g} GB, even on "
             f"{fewest} GPUs; choose a larger --shard, --checkpoint True or a shorter --window"
         )
     counts = [k for k in sorted({*GPUS, gpus}) if k <= plan.rows and not k % min(shard, k)]
