@@ -43,7 +43,7 @@ from lmsleep.training.processes import NEEDED
 from lmsleep.training.sharing import units
 from lmsleep.training.start import first_model
 
-STEPS = 8
+STEPS = 4
 BLOCKS = ("attention", "gated_delta_net")
 TRAIN = TrainConfig(
     steps=STEPS, batch_size=5, eval_every=STEPS, eval_batches=3, save_every=STEPS, warmup=3, device="cpu",
@@ -66,7 +66,7 @@ def config(name, folder):
         case "draws":
             return make(train=replace(train, draws=4))
         case "inline":
-            return make(task=Rule110(width=4, states=2, t=2), train=train)
+            return make(task=Rule110(width=4, states=2, t=2), train=replace(train, steps=50))
         case "text":  # documents of one to four windows: the ranks differ in how often they sleep
             rows = [{"text": f"{i} frogs sleep. "[: 3 + 2 * (i % 7)]} for i in range(80)]
             (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -105,7 +105,7 @@ NAMES = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "size"), [("forked", 2), *((name, 3) for name in NAMES)])
+@pytest.mark.parametrize(("name", "size"), [(name, 2 if name == "inline" else 3) for name in NAMES])
 def test_a_run_is_a_function_of_its_seed_and_not_of_the_number_of_processes(name, size, tmp_path):
     alone = trained(name, tmp_path, "alone")
     assert alone[0][-1] != alone[0][0]
@@ -394,7 +394,7 @@ def test_with_as_many_draws_none_draws_the_rows_of_another(draws, drawn, tmp_pat
 
 
 def counted(windows, passes, checkpoint):
-    # The third rank reads a row less than the others.
+    # The second rank reads a row less than the first.
     run = config("inline", None)
     task = Rule110(width=4, states=windows, t=2, asked=4)
     train = replace(run.train, checkpoint=checkpoint)
@@ -408,7 +408,7 @@ def counted(windows, passes, checkpoint):
 
 
 def test_how_long_it_sleeps_changes_nothing_of_what_is_sent():
-    found = [ranks.run(3, counted, *how, group=False) for how in ((1, 1, False), (1, 4, False), (3, 2, True))]
+    found = [ranks.run(2, counted, *how, group=False) for how in ((1, 1, False), (1, 4, False), (3, 2, True))]
     exchanges = 2  # what is predicted; the loss, and who has gradients
     for several in found:
         for counts, own in several:
