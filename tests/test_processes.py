@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -24,6 +25,8 @@ from hypothesis import strategies as st
 
 from lmsleep import GradientSteps, SleepConfig, cli
 from lmsleep.backbones import build
+from lmsleep.cli import interrupts
+from lmsleep.cli.several import quiet
 from lmsleep.hf.finetune import FineTune
 from lmsleep.tasks import MQAR, Depo, Rule110, Text
 from lmsleep.training import (
@@ -206,6 +209,28 @@ def test_a_signal_to_one_stops_all_after_the_same_step_and_another_number_goes_o
         assert nearly(a) == pytest.approx(nearly(b), rel=1e-4)
 
 
+def left_alone(folder):
+    take_step = loop.take_step
+
+    def step(*given, **options):
+        step.taken += 1
+        if step.taken == 3 and os.environ["RANK"] == "1":
+            os.getppid = lambda: 1
+        return take_step(*given, **options)
+
+    step.taken = 0
+    loop.take_step = step
+    command(folder, *TINY, "--out", "run")
+
+
+def test_processes_do_not_train_on_when_torchrun_was_killed(tmp_path):
+    how = {"TORCHELASTIC_RUN_ID": "one"}
+    told = ranks.run(2, left_alone, tmp_path, group=False, expect=(143, 143), **how)
+    [line] = "".join(told).splitlines()
+    assert "stopped after step 3; to go on" in line
+    assert [path.name for path in RunFolder(tmp_path / "run").checkpoints()][-1] == "step-00000003"
+
+
 def killed(folder, name):
     take_step = loop.take_step
 
@@ -285,16 +310,71 @@ def test_what_one_alone_cannot_do_is_raised_by_all(fails, said, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def disagreeing(folder):
-    more = ("--lr", "0.5") if os.environ["RANK"] == "1" else ()
+def kinds():
+    processes, found = Processes(int(os.environ["RANK"]), 2, joined=True), []
+    for error in (FileExistsError("here"), OSError(28, "full", "a file"), MemoryError("none"), KeyError("x")):
+        try:
+            with processes.together():
+                if processes.rank == 1:
+                    raise error
+        except Exception as raised:
+            found.append((type(raised), str(raised), getattr(raised, "errno", None)))
+    return found
+
+
+def test_an_error_is_of_one_type_in_all_so_that_all_do_the_same_about_it():
+    here, there = ranks.run(2, kinds)
+    assert here[:3] == there[:3]
+    assert [kind for kind, *_ in here] == [FileExistsError, OSError, MemoryError, ValueError]
+    assert here[1][1:] == ("[Errno 28] full: 'a file'", 28)
+
+
+def filled(folder, *more):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
     command(folder, *TINY, "--out", "run", *more)
 
 
-def test_processes_that_were_started_differently_say_in_what(tmp_path):
-    told = ranks.run(2, disagreeing, tmp_path, group=False, expect=(2, 2))
+@pytest.mark.parametrize("more", [(), ("--shard", "2")])
+def test_a_full_disk_is_said_once_and_leaves_no_half_of_a_checkpoint(more, tmp_path):
+    told = ranks.run(2, filled, tmp_path, *more, group=False, expect=(2, 2))
+    lines = "".join(told).splitlines()
+    assert len(lines) == 1, lines
+    [line] = lines
+    assert re.search(r"File too large; make room, then torchrun .* --resume run: 'run/checkpoints/\.", line)
+    assert not [*(tmp_path / "run" / "checkpoints").iterdir()]
+
+
+def disagreeing(folder, *words):
+    words, more = words[:-2], words[-2:]
+    command(folder, *words, *(more if os.environ["RANK"] == "1" else ()))
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [(("--lr", "0.5"), "train.lr: 0.01 and 0.5"), (("--shard", "2"), "shard: 1 and 2")],
+)
+def test_processes_that_were_started_differently_say_in_what(more, said, tmp_path):
+    told = ranks.run(2, disagreeing, tmp_path, *TINY, "--out", "run", *more, group=False, expect=(2, 2))
     [line] = "".join(told).splitlines()
-    assert "processes 0 and 1 disagree about train.lr: 0.01 and 0.5" in line
+    assert f"processes 0 and 1 disagree about {said}" in line
     assert not (tmp_path / "run").exists()
+
+
+def evaluating_another(folder):
+    # A run that is in training: one of them finds a newer checkpoint than the other.
+    if os.environ["RANK"] == "1":
+        newest = RunFolder.checkpoints
+        RunFolder.checkpoints = lambda self: newest(self)[:-1]
+    command(folder, "eval", "run", "--batches", "2")
+
+
+def test_an_evaluation_is_of_one_model_read_in_one_way(tmp_path):
+    cli.main([*TINY, "--out", str(tmp_path / "run")])
+    words = ("eval", "run", "--batches", "2", "--window", "3")
+    told = ranks.run(2, disagreeing, tmp_path, *words, group=False, expect=(2, 2))
+    assert "disagree about window: None and 3" in "".join(told)
+    told = ranks.run(2, evaluating_another, tmp_path, group=False, expect=(2, 2))
+    assert "disagree about checkpoint: 'step-00000006' and 'step-0000000" in "".join(told)
 
 
 @pytest.mark.parametrize(
@@ -303,6 +383,7 @@ def test_processes_that_were_started_differently_say_in_what(tmp_path):
         ({"RANK": "0"}, "has set RANK and not WORLD_SIZE, LOCAL_RANK"),
         ({"WORLD_SIZE": "2"}, "has set WORLD_SIZE and not RANK, LOCAL_RANK"),
         ({**dict.fromkeys(NEEDED, "0"), "RANK": "x"}, "RANK='x', which is no number"),
+        ({**dict.fromkeys(NEEDED, "0"), "MASTER_PORT": "x"}, "MASTER_PORT='x', which is no number"),
         ({**dict.fromkeys(NEEDED, "0"), "RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 of WORLD_SIZE=2"),
     ],
 )
@@ -311,6 +392,30 @@ def test_a_launcher_that_says_half_is_refused(environment, said, monkeypatch):
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=re.escape(said)):
         Processes.join("cpu")
+
+
+@pytest.mark.parametrize("size", ["", "1"])
+def test_a_process_that_is_alone_speaks_whatever_its_number(size, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", size)
+    assert "parameters" in run_command(capsys, "info", "depo-N1")[1]
+
+
+def test_ctrl_c_in_all_is_said_by_one(capfd, monkeypatch):
+    monkeypatch.setattr("os._exit", lambda code: None)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for number in ("0", "1"):
+        monkeypatch.setenv("RANK", number)
+        interrupts.leave_at_once()
+    assert capfd.readouterr().err == "lmsleep: interrupted\n"
+
+
+def test_what_pytorch_says_of_lost_processes_is_not_heard(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("TORCH_CPP_LOG_LEVEL", "")  # so that it is taken back
+    monkeypatch.delenv("TORCH_CPP_LOG_LEVEL")
+    with quiet():
+        assert os.environ["TORCH_CPP_LOG_LEVEL"] == "FATAL"
 
 
 def test_shard_without_a_launcher_says_how_to_start_one(capsys, tmp_path):
@@ -417,6 +522,29 @@ def test_how_long_it_sleeps_changes_nothing_of_what_is_sent():
 
 
 # Sharded
+
+
+def until(folder):
+    put = RunFolder._put
+
+    def slowly(*given):
+        time.sleep(0.5)
+        put(*given)
+
+    RunFolder._put = slowly
+    processes = Processes.join("cpu", shard=2)
+    run = config("accumulate", folder)
+    trainer = Trainer.begin(
+        folder / "run", replace(run, train=replace(run.train, save_every=1)), processes=processes
+    )
+    trainer.fit(until=2)
+    found = [path.name for path in trainer.folder.checkpoints()]
+    processes.leave()
+    return found
+
+
+def test_checkpoints_are_in_their_place_when_the_folder_is_let_go(tmp_path):
+    assert ranks.run(2, until, tmp_path, group=False)[0] == ["step-00000001", "step-00000002"]
 
 
 def test_a_sharded_run_is_that_of_one_process_and_any_number_goes_on_with_it(tmp_path, capsys):

@@ -2,6 +2,7 @@ import json
 import re
 import warnings
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import ranks
@@ -15,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lmsleep import HybridConfig, HybridLM, SleepConfig
 from lmsleep.recipes.settings import depo, rule110
 from lmsleep.recipes.table import published
-from lmsleep.training import Objective, TrainConfig
+from lmsleep.training import Objective, TrainConfig, Trainer
 from lmsleep.training.batches import draw
 from lmsleep.training.compute import count_flops
 from lmsleep.training.held import kept_bytes, peak_bytes
@@ -324,6 +325,21 @@ def test_info_plans_the_batches_of_a_run(capsys):
     found = json.loads(out)["training"]
     assert (found["rows"], found["step"]["rows"], found["window"]) == (64, 32, 8)
     assert found["bfloat16"] is True and found["least_gpus"] == 1
+
+
+def test_a_plan_reads_its_rows_in_the_parts_that_a_run_does():
+    # Six parts of two rows, on one GPU, two, or six; on as many as there are rows, parts of one.
+    train = replace(TRAIN, batch_size=12, accumulate=6)
+    made = Plan(HybridLM(tiny()), train, SleepConfig(window=8), rows_of_text(12, 17), Cluster())
+    kept = {gpus: made.step(Layout(gpus), 1)["memory"] for gpus in (1, 2, 6, 12)}
+    assert kept[1]["activations"] == kept[2]["activations"] == kept[6]["activations"]
+    assert kept[12]["activations"] == pytest.approx(kept[6]["activations"] / 2, rel=0.2)
+    assert kept[2]["gradients"] == 2 * kept[6]["gradients"]  # those of earlier parts, too
+    run = Trainer._parts(
+        SimpleNamespace(config=SimpleNamespace(train=train), processes=Processes(0, 2), device="cpu"),
+        rows_of_text(12, 17).share(0, 2),
+    )
+    assert [len(part.tokens) for part in run] == [2, 2, 2]
 
 
 @pytest.mark.parametrize(

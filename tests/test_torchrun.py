@@ -92,3 +92,14 @@ def test_one_that_is_killed_ends_it_and_leaves_nobody(begin, rank, tmp_path):
     [line] = said
     assert code == 1 and line.startswith("lmsleep: a process of this run has ended")
     assert not any(Path(f"/proc/{pid}").exists() for pid in children)
+
+
+def test_when_torchrun_is_killed_its_processes_save_the_run_and_end(begin, tmp_path):
+    process = begin(tmp_path, *LONG, "--out", "run")
+    until_it_trains(tmp_path / "run")
+    process.kill()
+    # Its pipes are theirs too: they are read to the end when the last of them has ended.
+    code, _, said = end(process)
+    assert code == -signal.SIGKILL
+    assert said and all(line.startswith("lmsleep: stopped after step ") for line in said)
+    assert len([*(tmp_path / "run" / "checkpoints").iterdir()]) == 1

@@ -26,7 +26,7 @@ GDN, ATTENTION = "gated_delta_net", "attention"
 # 24 blocks of Ouro, and six memory layers without a feed-forward layer.
 OURO: tuple[BlockKind, ...] = (*(ATTENTION,) * 4, GDN) * 6
 SEVEN: tuple[BlockKind, ...] = (GDN, GDN, GDN, ATTENTION) * 8
-TEXT = {"batch": 64, "length": 8193, "accumulate": 8, "checkpoint": True}
+TEXT = {"batch": 64, "length": 8193, "accumulate": 64, "checkpoint": True}
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ def launched() -> bool:
 
 
 def rank() -> int:
-    """Return the number of this process among those that were started together; 0 if it says none."""
-    return _number("RANK")
+    """Return the number of this process among those that were started together; 0 if it is alone."""
+    # A cluster may number a machine that runs one process: nobody else would speak or write for it.
+    return _number("RANK") if several() else 0
 
 
 def several() -> bool:

@@ -11,13 +11,14 @@ from lmsleep.cli.options import parse, say_rows
 from lmsleep.cli.scores import bits_text, floor_text, floors_text
 from lmsleep.evaluation import Score, evaluate, wilson
 from lmsleep.evaluation.around_sleep import MOMENTS, AroundSleep, Shifting, around_sleep
-from lmsleep.opening import find
-from lmsleep.plain import to_json
+from lmsleep.opening import Place, find
+from lmsleep.plain import to_json, to_plain
 from lmsleep.progress import progress
 from lmsleep.sleep import Backbone, SleepConfig
 from lmsleep.tasks import Task, Text
 from lmsleep.tasks.reading import check_known
-from lmsleep.training import Processes
+from lmsleep.training import Processes, data
+from lmsleep.training.sources import software
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +55,14 @@ def evaluate_run(argv: list[str]) -> None:
     options = parse(EvalOptions, argv, "lmsleep eval")
     processes = Processes.join(options.device)
     with processes.together():
-        model, task, own, size, parts = _evaluated(options)
+        place = find(options.run, trust=options.trust)
+        model, task, own, size, parts = _evaluated(place, options)
+    if processes.joined:
+        with processes.together():
+            # Each has opened the newest checkpoint, and the run may be in training.
+            newest = None if place.run is None else place.folder.latest().name
+            facts = {**to_plain(options), **software(), "checkpoint": newest, "data": data.hashes(task)}
+        processes.check_same(facts)
     if options.data:
         say_rows(task)
     result: dict[int, Score] = {}
@@ -92,9 +100,8 @@ class _Evaluated(NamedTuple):
     parts: int
 
 
-def _evaluated(options: EvalOptions) -> _Evaluated:
+def _evaluated(place: Place, options: EvalOptions) -> _Evaluated:
     """Return what is evaluated, and on which task: the run's own, or --data."""
-    place = find(options.run, trust=options.trust)
     if place.run is None and not options.data:
         raise ValueError(f"{options.run} was trained on no task of lmsleep: name files to read with --data")
     if place.run is not None and not isinstance(place.run.task, Text):

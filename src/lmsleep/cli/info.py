@@ -58,7 +58,8 @@ class InfoOptions:
     length: int | None = None
     """Tokens of a row, all of them predicted, for --gpus; default the run's task, or 4,096."""
     accumulate: int | None = None
-    """Parts in which each GPU reads its rows, for --gpus; default the run's, or 1."""
+    """Parts that a step's batch is read in, of the same size on any number of GPUs, for --gpus; default the
+    run's, or 1."""
     backprop_passes: int | None = None
     """Passes of a window through which gradients flow, for --gpus; default the run's, or all."""
     checkpoint: bool | None = None

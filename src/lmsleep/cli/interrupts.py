@@ -6,13 +6,17 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from lmsleep.launched import rank
+
 CODE = 128 + signal.SIGINT  # what a shell says of a process that a signal ended
 SAID = "interrupted"
 
 
 def leave_at_once(*_: object) -> None:
     """Say so and end the process: nothing could be lost, and an exception may be printed or turned."""
-    os.write(2, f"lmsleep: {SAID}\n".encode())
+    # Ctrl-C reaches all processes that torchrun has started; one says it.
+    if not rank():
+        os.write(2, f"lmsleep: {SAID}\n".encode())
     os._exit(CODE)
 
 

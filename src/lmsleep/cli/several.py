@@ -39,7 +39,10 @@ def check(command: str) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Let the first process alone write to the standard streams."""
+    """Let the first process alone write to the standard streams; entered before torch is imported."""
+    if several():
+        # Where another process is lost, PyTorch prints dozens of lines of its own stack beside our one.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     if not rank():
         yield
         return

@@ -1,5 +1,6 @@
 """Training batches by step: a function of the seed alone, whoever draws them."""
 
+import math
 import multiprocessing
 import signal
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -36,6 +37,11 @@ def draw(config: RunConfig, step: int, rank: int = 0, size: int = 1) -> Batch:
         made.append(config.task.batch(rng, rows, "train", level(step, train)))
     whole = Batch.joined(made)
     return whole if train.draws >= size else whole.share(rank, size)
+
+
+def in_parts(batch: Batch, accumulate: int, size: int = 1) -> list[Batch]:
+    """Cut what one of `size` processes reads into parts as large as those that one alone would read."""
+    return batch.parts(math.ceil(accumulate / size))
 
 
 def check_samples(config: RunConfig) -> None:

@@ -1,6 +1,5 @@
 """The loop of training: when to take a step, log, evaluate, save and stop."""
 
-import math
 import signal
 import time
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from lmsleep.evaluation import Score, evaluate
 from lmsleep.progress import progress
 from lmsleep.tasks import Batch, batch_rng
 from lmsleep.training import data
-from lmsleep.training.batches import Batches, check_samples, draw
+from lmsleep.training.batches import Batches, check_samples, draw, in_parts
 from lmsleep.training.compute import StepFlops
 from lmsleep.training.config import RunConfig
 from lmsleep.training.device import autocast, choose_device, fitting, in_bfloat16
@@ -24,7 +23,7 @@ from lmsleep.training.optim import optimizers, set_rates, sleep_at
 from lmsleep.training.processes import ALONE, Processes
 from lmsleep.training.runs import SHARDS, TRAINER, RunFolder
 from lmsleep.training.sharing import Copies, Sharing
-from lmsleep.training.sources import Sources
+from lmsleep.training.sources import software
 from lmsleep.training.start import first_model
 from lmsleep.training.step import take_step
 from lmsleep.training.tracking import Events, installed
@@ -150,9 +149,9 @@ class Trainer:
                     self._flops(part, sleep)
 
     def _parts(self, batch: Batch) -> list[Batch]:
-        """Return the parts in which this process reads its rows: of the size that one alone would read."""
-        accumulate, size = self.config.train.accumulate, self.processes.size
-        return [part.to(self.device) for part in batch.parts(math.ceil(accumulate / size))]
+        """Return the parts in which this process reads its rows, on its device."""
+        parts = in_parts(batch, self.config.train.accumulate, self.processes.size)
+        return [part.to(self.device) for part in parts]
 
     @classmethod
     def resume(
@@ -281,6 +280,8 @@ class Trainer:
                     score = self.evaluate(train.eval_batches)
                     log({**self._position(), "eval": score.to_dict()})
                 # Of several processes a signal to one stops all, after the same step.
+                if self.processes.left_alone:
+                    caught.append(signal.SIGTERM)
                 stop = max(self.processes.gather(caught[:1]))
                 # Saved last, after what belongs to the step was logged: going on drops only later lines.
                 if self.step % train.save_every == 0 or self.step == train.steps or stop:
@@ -290,6 +291,9 @@ class Trainer:
                 if stop and self.step < last:
                     resume = f"lmsleep train --resume {self.folder.path}"
                     raise Interrupted(stop[0], f"stopped after step {self.step}; to go on: {resume}")
+            # The last one is in its place when the folder is let go.
+            if self.processes.shard > 1:
+                self._saver.wait()
         return self._finish() if self.step == train.steps else None
 
     def _finish(self) -> Score:
@@ -398,10 +402,9 @@ def check_same(config: RunConfig, processes: Processes) -> None:
         ValueError: naming what differs.
     """
     if processes.joined:
-        software = {"sources of lmsleep": Sources.here().files[:12], "torch": torch.__version__}
         with processes.together():
-            facts = {**config.to_dict(), **software, "data": data.hashes(config.task)}
-        processes.check_same(facts)
+            facts = {**config.to_dict(), **software(), "data": data.hashes(config.task)}
+        processes.check_same({**facts, "shard": processes.shard})
 
 
 @contextmanager

@@ -31,6 +31,13 @@ class Lost(RuntimeError):
     """Another process of the run ended, or did not answer in time."""
 
 
+# Types of errors that processes tell each other; any other counts as ValueError.
+KINDS = (
+    Lost, FileExistsError, FileNotFoundError, NotADirectoryError, PermissionError, OSError, MemoryError,
+    RuntimeError,
+)  # fmt: skip
+
+
 @dataclass(frozen=True, eq=False)
 class Processes:
     """Processes that train one run together; `Processes()` is one alone.
@@ -41,6 +48,7 @@ class Processes:
         shard: how many share one copy of the parameters; 1: each has its own.
         patience: seconds that one waits for another.
         joined: whether there is a process group (torchrun may start a single process).
+        launcher: process that torchrun is; 0: another launcher, which may leave them alone, or none.
     """
 
     rank: int = 0
@@ -48,6 +56,7 @@ class Processes:
     shard: int = 1
     patience: int = PATIENCE
     joined: bool = False
+    launcher: int = 0
 
     @classmethod
     def join(cls, device: str = "auto", *, shard: int = 1, patience: int = PATIENCE) -> "Processes":
@@ -89,7 +98,8 @@ class Processes:
                 f"not all of the {size} processes came within {patience} s "
                 f"({os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}): {_line(error)}"
             ) from error
-        return cls(rank, size, shard, patience, joined=True)
+        launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else 0
+        return cls(rank, size, shard, patience, joined=True, launcher=launcher)
 
     def leave(self) -> None:
         """Leave the others; nothing can be asked of them any more."""
@@ -100,6 +110,11 @@ class Processes:
     def main(self) -> bool:
         """True for the one that writes files and speaks."""
         return self.rank == 0
+
+    @property
+    def left_alone(self) -> bool:
+        """True if torchrun was killed: it began this process in a session of its own, which outlives it."""
+        return self.launcher not in (0, os.getppid())
 
     # What they agree on
 
@@ -123,11 +138,12 @@ class Processes:
             if isinstance(error, Lost) or getattr(error, "agreed", False):
                 raise
             own = error
-        said = self.gather(None if own is None else (_kind(own), str(own)))
+        said = self.gather(None if own is None else _told(own))
         for rank, failed in enumerate(said):
             if failed is None:
                 continue
-            raised = own if rank == self.rank and own is not None else failed[0](failed[1])
+            kind, given = failed
+            raised = own if rank == self.rank and own is not None else kind(*given)
             raised.agreed = True  # type: ignore[attr-defined]
             raise raised
 
@@ -207,10 +223,11 @@ def _places() -> tuple[int, int, int, int]:
         )
     found = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     found["LOCAL_WORLD_SIZE"] = os.environ.get("LOCAL_WORLD_SIZE", found["WORLD_SIZE"])
+    found["MASTER_PORT"] = os.environ["MASTER_PORT"]
     for name, value in found.items():
         if not value.isdecimal():
             raise ValueError(f"the launcher has set {name}={value!r}, which is no number")
-    rank, size, local, here = (int(value) for value in found.values())
+    rank, size, local, here, _ = (int(value) for value in found.values())
     if rank >= size:
         raise ValueError(f"the launcher has set RANK={rank} of WORLD_SIZE={size}")
     return rank, size, local, here
@@ -236,9 +253,15 @@ def _backend(device: str, local: int, here: int) -> str:
     return "cpu:gloo,cuda:nccl"
 
 
-def _kind(error: Exception) -> type[Exception]:
-    """Return the type that an error has in the other processes, which may not know its own."""
-    return next((kind for kind in (Lost, OSError, RuntimeError) if isinstance(error, kind)), ValueError)
+def _told(error: Exception) -> tuple[type[Exception], tuple[Any, ...]]:
+    """Return the type that an error has in the other processes, which may not know its own, and what it says.
+
+    Who handles errors there must take it for what it is here, or some would go on and others not.
+    """
+    kind = next((kind for kind in KINDS if isinstance(error, kind)), ValueError)
+    if isinstance(error, OSError) and error.errno is not None:
+        return kind, (error.errno, error.strerror, error.filename)
+    return kind, (str(error),)
 
 
 def _is_gone(error: Exception) -> bool:

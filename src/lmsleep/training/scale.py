@@ -19,6 +19,7 @@ from torch import Tensor
 from lmsleep.backbones import Model
 from lmsleep.sleep import SleepConfig
 from lmsleep.tasks import Batch
+from lmsleep.training.batches import in_parts
 from lmsleep.training.config import TrainConfig
 from lmsleep.training.muon import ITERATIONS, TOGETHER, Muon
 from lmsleep.training.optim import optimizers
@@ -262,8 +263,11 @@ class Plan:
 
     def _simulated(self, gpus: int, passes: int) -> Simulated:
         """Return what the GPU with the most rows does in a step."""
-        parts = self.batch.share(0, gpus).parts(self.train.accumulate)
-        return simulate(self.parts, parts, self.sleep.with_passes(passes), self.train)
+        return simulate(self.parts, self._read(gpus), self.sleep.with_passes(passes), self.train)
+
+    def _read(self, gpus: int) -> list[Batch]:
+        """Return the parts in which the GPU with the most rows reads them."""
+        return in_parts(self.batch.share(0, gpus), self.train.accumulate, gpus)
 
     def step(self, layout: Layout, passes: int) -> dict[str, Any]:
         """Return what a step takes.
@@ -280,8 +284,7 @@ class Plan:
             raise ValueError(f"gpus={layout.gpus} must not exceed the {self.rows} rows that they share out")
         step = self.simulated(layout.gpus, passes)
         alone = step if layout.gpus == 1 else self.simulated(1, passes)
-        parts = min(self.train.accumulate, ceil(self.rows / layout.gpus))
-        held = memory(self.weights, layout, step, parts)
+        held = memory(self.weights, layout, step, len(self._read(layout.gpus)))
         moved = [*collectives(self.weights, layout)]
         muon = self.weights.muon_flops
         computing = (step.flops + muon) / self.cluster.flops

@@ -8,6 +8,7 @@ Slices are put together for whoever reads: as many processes, others, or one.
 """
 
 import pickle
+import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -96,8 +97,14 @@ class Saver:
         written = cast(Future[Any], async_save(dict(named), storage_writer=writer, process_group=self._group))
 
         def finish() -> None:
-            # Of the main process it is done when all have written.
-            written.result()
+            # It is done, or has failed, in all of them at once: when the last one has written.
+            try:
+                written.result()
+            except CheckpointException as error:  # no Exception, which `together` would pass on
+                # What a full disk cut short takes room that the next try needs.
+                if self.processes.main:
+                    shutil.rmtree(partial, ignore_errors=True)
+                raise _cause(error, partial) from error
             if self.processes.main:
                 end()
 
@@ -112,16 +119,18 @@ class Saver:
         writing, self._writing = self._writing, None
         with self.processes.together():
             if writing is not None:
-                try:
-                    writing.result()
-                except CheckpointException as error:  # no Exception, which `together` would pass on
-                    raise _cause(error) from error
+                writing.result()
 
 
-def _cause(error: CheckpointException) -> Exception:
-    """Return the error of the first process that failed."""
+def _cause(error: CheckpointException, partial: Path) -> Exception:
+    """Return the error of the first process that failed to write to a folder."""
     failed = next(iter(error.failures.values()), None)
-    return failed[0] if failed and isinstance(failed[0], OSError) else RuntimeError(str(error))
+    if not failed or not isinstance(failed[0], OSError):
+        return RuntimeError(str(error))
+    # A full disk names no file.
+    if failed[0].errno is not None and failed[0].filename is None:
+        failed[0].filename = str(partial)
+    return failed[0]
 
 
 def load_weights(checkpoint: Path, weights: Mapping[str, Tensor]) -> None:

@@ -4,6 +4,8 @@ import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from lmsleep.training.runs import commit
 from lmsleep.version import __version__
 
@@ -27,3 +29,8 @@ class Sources:
 
     def __str__(self) -> str:
         return f"{self.name}, files {self.files[:12]}"
+
+
+def software() -> dict[str, str]:
+    """Return what processes that work together must have the same of, by names for people."""
+    return {"sources of lmsleep": Sources.here().files[:12], "torch": torch.__version__}
