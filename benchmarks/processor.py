@@ -39,6 +39,10 @@ class Processor:
         """The arithmetic in words, for notes."""
         return "bfloat16 (autocast) on one GPU" if self.gpu else "float32, one thread"
 
+    def holds(self) -> int:
+        """Return the bytes of the GPU's memory."""
+        return torch.cuda.get_device_properties(self.device).total_memory
+
     def within(self, call: Callable[[], Tensor]) -> Callable[[], Tensor]:
         """Wrap a call so that it runs in that arithmetic."""
 
