@@ -46,9 +46,9 @@ def measures(name: str, repeats: int, tiny: bool, *processor: Processor) -> Meas
 def main(argv: list[str], prog: str = "python -m benchmarks") -> None:
     """Measure, on a CPU in one thread."""
     if argv[:1] == ["gpu"]:
-        from benchmarks.gpu import command
+        from benchmarks.gpu import command as gpu
 
-        command.main(argv[1:], f"{prog} gpu")
+        gpu.main(argv[1:], f"{prog} gpu")
         return
     parser = Parser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=sorted([*ON_CPU, *ON_ANY, "gpu"]))

@@ -1,5 +1,6 @@
 """What is measured: a CPU in one thread and float32, or a GPU and bfloat16."""
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -77,3 +78,8 @@ class Processor:
         target = torch.zeros_like(source)
         times = take_turns({0: lambda: target.copy_(source)}, repeats)[0]
         return 2 * source.nbytes / min(self.seconds(times))
+
+
+def has_kernels() -> bool:
+    """Say whether flash-linear-attention is installed."""
+    return importlib.util.find_spec("fla") is not None

@@ -1,6 +1,5 @@
-"""The gated delta rule, ours in PyTorch against fla's kernels or, where there are none, transformers' PyTorch form."""
+"""The gated delta rule in PyTorch against fla's kernels or, without them, against transformers."""
 
-import importlib.util
 from collections.abc import Callable
 from functools import partial
 
@@ -9,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
 
-from benchmarks.processor import Processor
+from benchmarks.processor import Processor, has_kernels
 from benchmarks.table import Cell, Table
 from benchmarks.timing import flops, ms, ratio, take_turns
 from lmsleep import ops
@@ -58,11 +57,6 @@ def peer(x: list[Tensor]) -> tuple[Tensor, Tensor]:
 def kernels(x: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Compute the same by flash-linear-attention."""
     return ops.gated_delta_rule(*x[:5], initial_state=x[5], backend="fla")
-
-
-def has_kernels() -> bool:
-    """Say whether flash-linear-attention is installed."""
-    return importlib.util.find_spec("fla") is not None
 
 
 def inputs(T: int, K: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> list[Tensor]:
