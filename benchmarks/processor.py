@@ -19,6 +19,8 @@ class Processor:
     """
 
     device: torch.device
+    tiny: bool = False
+    """Its limits are those of small products, which say that it runs and no more."""
 
     @property
     def gpu(self) -> bool:
@@ -60,7 +62,7 @@ class Processor:
     @property
     def square(self) -> int:
         """The size of a square matrix that keeps all of the device busy."""
-        return 8192 if self.gpu else 1024
+        return 64 if self.tiny else 8192 if self.gpu else 1024
 
     def matmul_peak(
         self, dtype: torch.dtype | None = None, size: int | None = None, repeats: int = 50

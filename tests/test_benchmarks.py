@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from benchmarks import __main__ as benchmarks
-from benchmarks import recurrence, serve, step, window
+from benchmarks import recurrence, step, window
 from benchmarks.peer import Composed
 from benchmarks.processor import Processor
 from benchmarks.sessions import SMALL, memories, size, stream
@@ -156,7 +156,7 @@ def test_the_documentation_shows_the_committed_results():
 
 @pytest.fixture(scope="module")
 def serving():
-    return {name: measure() for name, measure in serve.tables(1, True).items()}
+    return {name: measure() for name, measure in benchmarks.measures("serve", 1, True).items()}
 
 
 def test_streams_together_say_what_generate_says(serving):

@@ -109,7 +109,8 @@ def _say(part: Part, text: str) -> None:
 def _server() -> Any:
     """Return what parts are forked from: it has imported what they need, and not touched the GPU."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*dict.fromkeys(part.measure.partition(":")[0] for part in PARTS)])
+    modules = dict.fromkeys(part.measure.partition(":")[0] for part in PARTS)
+    context.set_forkserver_preload([__name__, *modules])
     return context
 
 
@@ -152,7 +153,8 @@ def _attempt(part: Part, outcome: Outcome, folder: Path, again: bool) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.chdir(ROOT)
     torch.set_num_threads(1)
-    processor = Processor(torch.device("cpu" if outcome.rehearsal else "cuda"))
+    device = torch.device("cpu" if outcome.rehearsal else "cuda")
+    processor = Processor(device, tiny=outcome.rehearsal)
     # What is kept on the way is all that there is if this process ends without a word.
     keep = partial(outcome.write, unfinished=f"stopped on the way; {AGAIN}")
     run = Try(processor, outcome.rehearsal, folder, {} if again else outcome.read(), keep)

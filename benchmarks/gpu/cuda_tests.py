@@ -55,6 +55,12 @@ class _Counts:
         )
 
 
+def files() -> list[str]:
+    """Return the files that have such tests: others need packages that a machine with a GPU need not have."""
+    tests = sorted((ROOT / "tests").glob("test_*.py"))
+    return [str(path) for path in tests if "@pytest.mark.gpu" in path.read_text()]
+
+
 def cuda_tests(run: Try) -> Table:
     """Run them, all of one interpreter.
 
@@ -62,9 +68,7 @@ def cuda_tests(run: Try) -> Table:
         Disagrees: if one of them fails.
         RuntimeError: if there is none, or pytest cannot run.
     """
-    # By name: the other files need packages that a machine with a GPU need not have.
-    files = [str(p) for p in sorted((ROOT / "tests").glob("test_*.py")) if "mark.gpu" in p.read_text()]
-    chosen = ["-m", "gpu", *files]
+    chosen = ["-m", "gpu", *files()]
     if run.tiny:
         chosen = ["-m", "not gpu", "-k", "its_state_goes_on", str(ROOT / "tests/test_muon.py")]
     counts = _Counts(run)
