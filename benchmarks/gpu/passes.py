@@ -20,7 +20,7 @@ PASSES = (1, 2, 4)
 SHAPES = ((8, 101, 24), (2, 375, 75), (2, 256, 64), (1, 200, 130))
 HEADS, HEAD = 2, 64  # those of the CUDA tests, which then find the kernels compiled
 EXACT = 1e-4  # of the chunk-parallel form in float32, gradients through four passes included
-# TF32, in which the kernels multiply float32, has more digits than bfloat16: so in both arithmetics they are
+# TF32, in which the kernels multiply float32, has more digits than bfloat16: so in both precisions they are
 # held to what our form does to bfloat16, where all but the recurrence rounds alike.
 TIMES = 2.0
 
@@ -119,6 +119,6 @@ def _note(run: Try, fla: bool) -> str:
         "definition in float64, on one set of weights: of logits or fast weights, whichever is larger, and "
         "of the gradients of all parameters through every pass and window (norm of the difference over the "
         f"norm). {HEADS} heads of {HEAD}. It agrees if PyTorch in float32 is within {EXACT:g}, and fla in "
-        f"both arithmetics within {TIMES:g} times what PyTorch does in bfloat16 (autocast): it multiplies "
+        f"both precisions within {TIMES:g} times what PyTorch does in bfloat16 (autocast): it multiplies "
         f"float32 in TF32.{there}"
     )
