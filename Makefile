@@ -4,12 +4,13 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types unit oldest format site notebooks release clean
+.PHONY: demo gpu test lint types unit oldest format site notebooks release clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo   what longer sleep buys: shipped models answer, then two are trained (minutes on 2 cores)"
 	@echo "make test   lint, types and tests, with the newest packages"
+	@echo "make gpu    all that is to be measured on a GPU, in 12 minutes; goes on where it was"
 	@echo "make oldest tests with the lower bound of every package (nox --list: other environments)"
 	@echo "make format rewrite the sources the way the linter wants them"
 	@echo "make site   the documentation as pages: site/index.html"
@@ -32,6 +33,16 @@ $(VENV)/.dev: $(VENV)/.base
 
 demo: $(VENV)/.base
 	$(BIN)/lmsleep demo
+
+# With the PyTorch of PYTHON, if it has one; what else is missing comes from PyPI, or from the wheels in WHEELS.
+GPU ?= .gpu
+
+$(GPU)/.made: pyproject.toml
+	$(PYTHON) -m benchmarks.gpu.environment $(GPU) $(addprefix --wheels ,$(WHEELS))
+	touch $@
+
+gpu: $(GPU)/.made
+	PYTHONPATH=src $(GPU)/bin/python -m benchmarks gpu $(OPTIONS)
 
 test: lint types unit
 
@@ -64,4 +75,4 @@ release: $(VENV)/.dev
 	$(BIN)/python tools/release.py $(CONSTRAINTS)
 
 clean:
-	rm -rf $(VENV) .nox dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(GPU) .nox dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

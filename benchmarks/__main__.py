@@ -1,16 +1,20 @@
-"""python -m benchmarks NAME: run one benchmark; print its tables or JSON, or publish them in docs/."""
+"""python -m benchmarks NAME: run one benchmark; print its tables or JSON, or publish them in docs/.
+
+python -m benchmarks gpu: all that is to be measured on a GPU, in minutes (options of its own: gpu --help).
+"""
 
 import argparse
 import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
-from benchmarks import capacity, data, floors, processes, recurrence, rules, serve, sessions, step, window
+from benchmarks.arguments import Parser
 from benchmarks.processor import Processor
 from benchmarks.table import Table, as_page
 from lmsleep.files import write_atomic
@@ -21,35 +25,33 @@ from lmsleep.training.runs import provenance
 
 ROOT = Path(__file__).parents[1]
 Measures = dict[str, Callable[[], Table]]
-# By name what measures a table: every case `repeats` times (tiny: no more than shows that it runs).
-ON_CPU: dict[str, Callable[[int, bool], Measures]] = {
-    "capacity": capacity.tables,
-    "data": data.tables,
-    "processes": processes.tables,
-    "serve": serve.tables,
-    "sessions": sessions.tables,
-}
-ON_ANY: dict[str, Callable[[int, bool, Processor], Measures]] = {
-    "floors": floors.tables,
-    "recurrence": recurrence.tables,
-    "rules": rules.tables,
-    "step": step.tables,
-    "window": window.tables,
-}
+ON_CPU = ("capacity", "data", "processes", "serve", "sessions")
+ON_ANY = ("floors", "recurrence", "rules", "step", "window")
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says in one line what does not fit."""
+def measures(name: str, repeats: int, tiny: bool, *processor: Processor) -> Measures:
+    """Return by name what measures the tables of a benchmark.
 
-    def error(self, message: str) -> NoReturn:
-        """Leave with 2."""
-        self.exit(2, f"{self.prog}: {' '.join(message.split())} (see --help)\n")
+    Args:
+        name: one of `ON_CPU` or `ON_ANY`.
+        repeats: measurements of each case.
+        tiny: no more than shows that it runs.
+        processor: what is measured, of those `ON_ANY`.
+    """
+    # Imported when asked for: each needs packages that the others do not.
+    found: Measures = import_module(f"benchmarks.{name}").tables(repeats, tiny, *processor)
+    return found
 
 
 def main(argv: list[str], prog: str = "python -m benchmarks") -> None:
     """Measure, on a CPU in one thread."""
-    parser = _Parser(prog=prog, description=__doc__)
-    parser.add_argument("name", choices=sorted([*ON_CPU, *ON_ANY]))
+    if argv[:1] == ["gpu"]:
+        from benchmarks.gpu import command as gpu
+
+        gpu.main(argv[1:], f"{prog} gpu")
+        return
+    parser = Parser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=sorted([*ON_CPU, *ON_ANY, "gpu"]))
     parser.add_argument("--only", nargs="+", metavar="TABLE", help="measure these tables; default: all")
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of tables")
     parser.add_argument("--repeats", type=int, default=5, help="measurements of each case")
@@ -59,19 +61,21 @@ def main(argv: list[str], prog: str = "python -m benchmarks") -> None:
     parser.add_argument("--publish", action="store_true",
                         help="write benchmarks/results/NAME.json and the tables in docs/")  # fmt: skip
     options = parser.parse_args(argv)
+    if options.name == "gpu":
+        parser.error("gpu has options of its own, which follow it; put it first")
     repeats, result = options.repeats, options.name
     if repeats < 1:
         parser.error(f"--repeats must be at least 1, got {repeats}")
     if options.name in ON_CPU:
         if options.device != "cpu":
             parser.error(f"--device {options.device}: {options.name} is measured on a CPU; leave it out")
-        tables = ON_CPU[options.name](repeats, options.tiny)
+        tables = measures(options.name, repeats, options.tiny)
     else:
         try:
             processor = Processor(choose_device(options.device))
         except ValueError as error:
             parser.error(f"--device: {error}")
-        tables = ON_ANY[options.name](repeats, options.tiny, processor)
+        tables = measures(options.name, repeats, options.tiny, processor)
         result += "-cuda" if processor.gpu else ""
     if unknown := set(options.only or ()) - set(tables):
         parser.error(f"--only: no table {', '.join(sorted(unknown))}; there are {', '.join(tables)}")

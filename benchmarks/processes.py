@@ -1,4 +1,4 @@
-"""Two processes of one thread each against one of two threads, and what they send each other."""
+"""What it costs to be one of several processes: alone among them, two against two threads, what they send."""
 
 import multiprocessing
 import os
@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.processor import Processor
 from benchmarks.step import AUTOMATON, PASSES, TINY, Setting
 from benchmarks.table import Cell, Table
 from benchmarks.timing import ms, ratio, take_turns
@@ -58,11 +59,14 @@ class Sent(TorchDispatchMode):
 class Steps:
     """Takes steps on one batch, of which this process reads its rows."""
 
-    def __init__(self, setting: Setting, processes: Processes = ALONE) -> None:
+    def __init__(
+        self, setting: Setting, processes: Processes = ALONE, processor: Processor | None = None
+    ) -> None:
+        processor = processor or Processor(torch.device("cpu"))
         self.setting, self.processes = setting, processes
-        self.batch = setting.drawn()
-        self.model = setting.made()
-        self.objective = Objective(self.model, TRAIN)
+        self.batch = setting.drawn().to(processor.device)
+        self.model = setting.made().to(processor.device)
+        self.objective = Objective(self.model, TRAIN, bfloat16=processor.gpu)
         self.optimizers = optimizers(self.model, TRAIN)
 
     def take(self, passes: int) -> None:
@@ -82,13 +86,47 @@ class Steps:
 
 
 def tables(repeats: int, tiny: bool) -> dict[str, Callable[[], Table]]:
-    """Return three tables: seconds a step, what is sent in one, and what drawing its batch takes."""
+    """Return four tables: seconds a step alone and of two, what is sent in one, what drawing takes."""
     setting = TINY if tiny else replace(AUTOMATON, batch=16)
+    cpu = Processor(torch.device("cpu"))
     return {
+        "joined": lambda: joined(cpu, setting, repeats),
         "scaling": lambda: scaling(setting, repeats),
         "sent": lambda: sent(setting),
         "drawn": lambda: drawn(repeats),
     }
+
+
+def joined(processor: Processor, setting: Setting, repeats: int) -> Table:
+    """Time the same step in a process alone and in one that torchrun has started by itself."""
+    with _placed(0, 1, _free_port()):
+        processes = Processes.join(processor.device.type)
+        try:
+            sides = {
+                "alone": Steps(setting, ALONE, processor),
+                "joined": Steps(setting, processes, processor),
+            }
+            calls = {(n, how): partial(steps.take, n) for n in PASSES for how, steps in sides.items()}
+            spent = {case: processor.seconds(times) for case, times in take_turns(calls, repeats).items()}
+        finally:
+            processes.leave()
+    rows: list[dict[str, Cell]] = [
+        {
+            "N": n,
+            f"alone, {processor.clock} ms a step": ms(spent[n, "alone"]),
+            f"one of one, {processor.clock} ms": ms(spent[n, "joined"]),
+            "to alone": ratio(spent[n, "joined"], spent[n, "alone"]),
+        }
+        for n in PASSES
+    ]
+    note = (
+        "What the path of several processes costs where there is one (`torchrun --nproc-per-node=1`): a "
+        f"training step on {setting.batch} sequences of {sides['alone'].batch.tokens.shape[1]} tokens of "
+        f"{type(setting.task).__name__}, L = {setting.window}, {len(setting.model.blocks)} blocks of width "
+        f"{setting.model.d_model}, {processor.text}: medians of {repeats} repeats that took turns; ratios "
+        "within a repeat: median [10th ... 90th percentile]. Aim: 1.02 at most."
+    )
+    return Table(rows=rows, note=note)
 
 
 def scaling(setting: Setting, repeats: int) -> Table:
@@ -179,10 +217,7 @@ def drawn(repeats: int) -> Table:
 @contextmanager
 def _two(setting: Setting) -> Iterator[Callable[[str, int], list[Any]]]:
     """Start two processes; yield what has both of them call a method of `Steps`."""
-    context = multiprocessing.get_context("spawn")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    context, port = multiprocessing.get_context("spawn"), _free_port()
     pipes = [context.Pipe() for _ in range(SIZE)]
     begun = [
         context.Process(target=_serve, args=(rank, port, setting, theirs), daemon=True)
@@ -207,13 +242,36 @@ def _two(setting: Setting) -> Iterator[Callable[[str, int], list[Any]]]:
 
 def _serve(rank: int, port: int, setting: Setting, pipe: Any) -> None:
     """Be one of the processes: take steps as long as somebody asks."""
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": SIZE, "LOCAL_WORLD_SIZE": SIZE}
-    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in {**place, **where}.items()})
     torch.set_num_threads(1)
-    processes = Processes.join("cpu")
-    steps = Steps(setting, processes)
-    while (asked := pipe.recv()) is not None:
-        method, passes = asked
-        pipe.send(getattr(steps, method)(passes))
-    processes.leave()
+    with _placed(rank, SIZE, port):
+        processes = Processes.join("cpu")
+        steps = Steps(setting, processes)
+        while (asked := pipe.recv()) is not None:
+            method, passes = asked
+            pipe.send(getattr(steps, method)(passes))
+        processes.leave()
+
+
+@contextmanager
+def _placed(rank: int, size: int, port: int) -> Iterator[None]:
+    """Say in the environment what torchrun says."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    said = {name: str(value) for name, value in {**place, **where}.items()}
+    before = {name: os.environ.get(name) for name in said}
+    os.environ.update(said)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+    return port

@@ -1,5 +1,6 @@
 """What is measured: a CPU in one thread and float32, or a GPU and bfloat16."""
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,6 +19,8 @@ class Processor:
     """
 
     device: torch.device
+    tiny: bool = False
+    """Its limits are those of small products, which say that it runs and no more."""
 
     @property
     def gpu(self) -> bool:
@@ -39,6 +42,10 @@ class Processor:
         """The arithmetic in words, for notes."""
         return "bfloat16 (autocast) on one GPU" if self.gpu else "float32, one thread"
 
+    def holds(self) -> int:
+        """Return the bytes of the GPU's memory."""
+        return torch.cuda.get_device_properties(self.device).total_memory
+
     def within(self, call: Callable[[], Tensor]) -> Callable[[], Tensor]:
         """Wrap a call so that it runs in that arithmetic."""
 
@@ -55,7 +62,7 @@ class Processor:
     @property
     def square(self) -> int:
         """The size of a square matrix that keeps all of the device busy."""
-        return 8192 if self.gpu else 1024
+        return 64 if self.tiny else 8192 if self.gpu else 1024
 
     def matmul_peak(
         self, dtype: torch.dtype | None = None, size: int | None = None, repeats: int = 50
@@ -73,3 +80,8 @@ class Processor:
         target = torch.zeros_like(source)
         times = take_turns({0: lambda: target.copy_(source)}, repeats)[0]
         return 2 * source.nbytes / min(self.seconds(times))
+
+
+def has_kernels() -> bool:
+    """Say whether flash-linear-attention is installed."""
+    return importlib.util.find_spec("fla") is not None

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from benchmarks import __main__ as benchmarks
-from benchmarks import recurrence, serve, step, window
+from benchmarks import recurrence, step, window
 from benchmarks.peer import Composed
 from benchmarks.processor import Processor
 from benchmarks.sessions import SMALL, memories, size, stream
@@ -156,7 +156,7 @@ def test_the_documentation_shows_the_committed_results():
 
 @pytest.fixture(scope="module")
 def serving():
-    return {name: measure() for name, measure in serve.tables(1, True).items()}
+    return {name: measure() for name, measure in benchmarks.measures("serve", 1, True).items()}
 
 
 def test_streams_together_say_what_generate_says(serving):
@@ -195,14 +195,14 @@ def test_http_is_measured_beside_the_rows_in_process(serving):
 
 @pytest.mark.slow
 def test_two_processes_take_the_steps_of_one_and_send_the_same_whatever_n():
-    measures = benchmarks.ON_CPU["processes"](1, True)
+    measures = benchmarks.measures("processes", 1, True)
     assert all(row["two of one thread, ms"] > 0 for row in measures["scaling"]().rows)
     sent = [list(row.values())[1:] for row in measures["sent"]().rows]
     assert sent[0] == sent[1] == sent[2] and sent[0][2] == sent[0][3] > 0
 
 
 def test_every_task_is_drawn_by_the_benchmark_of_data():
-    found = benchmarks.ON_CPU["data"](1, True)["speed"]().rows
+    found = benchmarks.measures("data", 1, True)["speed"]().rows
     assert {"depo", "text", "gsm-infinite, hard, reverse"} <= {row["task"] for row in found}
     assert all(row["lowest"] > 0 for row in found)
 
@@ -211,11 +211,15 @@ class _AsOnAGPU(Processor):
     # The path of a GPU, bfloat16 and wall time, on a CPU.
     gpu, square = True, 64
 
+    def holds(self):
+        return 2**37
+
 
 @pytest.fixture(params=["cpu", "as on a GPU", pytest.param("cuda", marks=pytest.mark.gpu)])
 def processor(request, monkeypatch):
     if request.param == "as on a GPU":
         monkeypatch.setattr(recurrence, "kernels", recurrence.peer)
+        monkeypatch.setattr(recurrence, "has_kernels", lambda: True)
         return _AsOnAGPU(torch.device("cpu"))
     return Processor(torch.device(request.param))
 
@@ -223,7 +227,7 @@ def processor(request, monkeypatch):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", benchmarks.ON_ANY)
 def test_every_speed_benchmark_measures_what_it_names(name, processor):
-    for measure in benchmarks.ON_ANY[name](1, True, processor).values():
+    for measure in benchmarks.measures(name, 1, True, processor).values():
         table = measure()
         for row in table.rows:
             assert all(cell > 0 for cell in row.values() if isinstance(cell, float)), row

@@ -31,9 +31,9 @@ def tables(repeats: int, tiny: bool) -> dict[str, Callable[[], Table]]:
         "waking": lambda: speed.waking(model, window=16 if tiny else 128, repeats=often),
         "pause": lambda: speed.pauses(model, windows=windows, repeats=often),
         "decoding": lambda: generate.decoding(
-            width, windows[-1], before, tokens=8 if tiny else 32, repeats=often
+            generate.CPU, width, windows[-1], before, tokens=8 if tiny else 32, repeats=often
         ),
-        "prefill": lambda: generate.sleeping(width, windows, often),
+        "prefill": lambda: generate.sleeping(generate.CPU, width, windows, often),
         "size": lambda: size.measured(SMALL, window=64, lengths=lengths),
         "break-even": size.by_formula,
         "stream": lambda: stream.lengths(SMALL, counts=counts),
