@@ -107,8 +107,9 @@ def finish(folder: RunFolder, processes: Processes, trainer: Trainer | None = No
             trainer = None
         trainer = trainer or Trainer.take_up(folder, processes=processes)
         trainer.fit()
-        # The report has what was spent beside the score.
-        sys.stdout.write(_score_text(folder, trainer.config, folder.report() or {}))
+        # The report has what was spent beside the score; only who wrote it surely sees it by now.
+        if processes.main:
+            sys.stdout.write(_score_text(folder, trainer.config, folder.report() or {}))
 
 
 @contextmanager

@@ -53,6 +53,11 @@ class Batch:
         return read + (0 if self.context is None else self.context.numel())
 
     @property
+    def num_samples(self) -> int:
+        """The number of contexts, or of rows if there are none."""
+        return len(self.tokens if self.context is None else self.context)
+
+    @property
     def num_predicted(self) -> int:
         """The number of tokens that carry loss: no padding, no first token, which nothing precedes."""
         wanted = self.loss_mask
@@ -68,16 +73,14 @@ class Batch:
         """
         if number == 1:
             return [self]
-        unit = self.tokens if self.context is None else self.context
-        some = torch.arange(len(unit), device=unit.device).tensor_split(number)
+        some = torch.arange(self.num_samples, device=self.tokens.device).tensor_split(number)
         return [part for part in map(self._part, some) if len(part.tokens)]
 
     def share(self, rank: int, size: int) -> "Batch":
         """Return what one of `size` processes reads: every `size`-th context (row, if there are none)."""
         if size == 1:
             return self
-        unit = self.tokens if self.context is None else self.context
-        return self._part(torch.arange(rank, len(unit), size, device=unit.device))
+        return self._part(torch.arange(rank, self.num_samples, size, device=self.tokens.device))
 
     def _part(self, some: Tensor) -> "Batch":
         """Return some contexts (rows, if there are none), by ascending number."""

@@ -39,9 +39,15 @@ def draw(config: RunConfig, step: int, rank: int = 0, size: int = 1) -> Batch:
     return whole if train.draws >= size else whole.share(rank, size)
 
 
-def in_parts(batch: Batch, accumulate: int, size: int = 1) -> list[Batch]:
-    """Cut what one of `size` processes reads into parts as large as those that one alone would read."""
-    return batch.parts(math.ceil(accumulate / size))
+def in_parts(batch: Batch, accumulate: int, batch_size: int) -> list[Batch]:
+    """Cut what a process reads of a step into parts no larger than those of one that reads all of it.
+
+    Args:
+        batch: what it reads.
+        accumulate: parts of the whole batch.
+        batch_size: samples in the whole batch.
+    """
+    return batch.parts(math.ceil(batch.num_samples * accumulate / batch_size))
 
 
 def check_samples(config: RunConfig) -> None:

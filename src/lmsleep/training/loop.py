@@ -150,7 +150,7 @@ class Trainer:
 
     def _parts(self, batch: Batch) -> list[Batch]:
         """Return the parts in which this process reads its rows, on its device."""
-        parts = in_parts(batch, self.config.train.accumulate, self.processes.size)
+        parts = in_parts(batch, self.config.train.accumulate, self.config.train.batch_size)
         return [part.to(self.device) for part in parts]
 
     @classmethod

@@ -259,7 +259,7 @@ class Plan:
     @property
     def rows(self) -> int:
         """The number of rows (contexts) that are dealt out."""
-        return len(self.batch.tokens if self.batch.context is None else self.batch.context)
+        return self.batch.num_samples
 
     def _simulated(self, gpus: int, passes: int) -> Simulated:
         """Return what the GPU with the most rows does in a step."""
@@ -267,7 +267,7 @@ class Plan:
 
     def _read(self, gpus: int) -> list[Batch]:
         """Return the parts in which the GPU with the most rows reads them."""
-        return in_parts(self.batch.share(0, gpus), self.train.accumulate, gpus)
+        return in_parts(self.batch.share(0, gpus), self.train.accumulate, self.batch.num_samples)
 
     def step(self, layout: Layout, passes: int) -> dict[str, Any]:
         """Return what a step takes.
