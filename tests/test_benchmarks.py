@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -143,7 +144,9 @@ def test_publishing_writes_json_and_the_tables_into_the_pages(tiny, tmp_path):
 
 
 def test_the_documentation_shows_the_committed_results():
-    seen = 0
+    pages = "".join(page.read_text() for page in (ROOT / "docs").glob("*.md"))
+    marked = len(re.findall(r"<!-- benchmark:\w[\w.-]* -->", pages))
+    seen = 1  # that of the day on a GPU, which test_gpu_day.py looks at
     for result in sorted((ROOT / "benchmarks/results").glob("*.json")):
         for page in sorted((ROOT / "docs").glob("*.md")):
             text = page.read_text()
@@ -151,7 +154,7 @@ def test_the_documentation_shows_the_committed_results():
             tables = json.loads(result.read_text())
             blocks = {f"benchmark:{result.stem}.{name}": as_page(table) for name, table in tables.items()}
             assert published(text, blocks) == text
-    assert seen == 26
+    assert seen == marked > 20
 
 
 @pytest.fixture(scope="module")
