@@ -123,7 +123,7 @@ def test_a_known_model_is_not_read_again(tiny):
     found = {row["call"]: row for row in rows(tiny, "identity")}
     assert list(found) == ["load", "fork", "save", "load, fork and save"]
     for row in found.values():
-        assert 0 < row["least wall ms"] <= row["wall ms"] and row["least wall ms"] < 50
+        assert 0 < row["least wall ms"] <= row["wall ms"]
     assert found["fork"]["CPU ms"] < found["load, fork and save"]["CPU ms"]
 
 
