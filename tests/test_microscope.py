@@ -530,7 +530,7 @@ def untrained(path, task, sleep=SLEEP, blocks=("attention", "gated_delta_net")) 
     architecture = tiny(*blocks, vocab_size=task.vocab_size)
     config = RunConfig(task=task, model=architecture, sleep=sleep, train=TrainConfig(steps=1))
     folder = RunFolder.create(path, config)
-    folder.save_checkpoint(1, HybridLM(architecture).save_pretrained, {})
+    folder.save_checkpoint(folder.checkpoint(1), HybridLM(architecture).save_pretrained, {})
     return folder
 
 

@@ -9,15 +9,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.rendezvous import rendezvous
 
 from lmsleep.launched import launched
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 PATIENCE = 600  # seconds
@@ -88,6 +89,8 @@ class Processes:
         if size % shard:
             raise ValueError(f"shard={shard} must divide the number of processes, {size}")
         backend = _backend(device, local, here)
+        from torch.distributed.rendezvous import rendezvous  # not in every build of PyTorch
+
         wait = timedelta(seconds=patience)
         try:
             # The launcher's store, by which they find each other.
@@ -189,8 +192,10 @@ class Processes:
                 dist.all_reduce(numbers)
         return numbers
 
-    def mesh(self, device: torch.device) -> DeviceMesh:
+    def mesh(self, device: torch.device) -> "DeviceMesh":
         """Return them in two dimensions, "replicate" and "shard": `shard` of them share one copy."""
+        from torch.distributed.device_mesh import init_device_mesh
+
         dims = (self.size // self.shard, self.shard)
         with self.answering():
             return init_device_mesh(device.type, dims, mesh_dim_names=("replicate", "shard"))
