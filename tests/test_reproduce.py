@@ -14,6 +14,7 @@ from lmsleep.recipes.results import Result, interval
 from lmsleep.recipes.run import _chain
 from lmsleep.recipes.table import as_markdown
 from lmsleep.sleep import Hard, Sliding
+from lmsleep.tasks import batch_rng
 from lmsleep.training import RunFolder, Trainer, compute
 
 BOTH = ("depo", "rule110")  # at equal tokens and at equal compute
@@ -60,6 +61,11 @@ def test_settings_that_the_paper_gives():
     assert (two.config.task.t, two.config.task.width, two.config.task.states) == (32, 24, 4)
     assert (two.config.sleep.window, two.config.sleep.passes, two.config.train.batch_size) == (24, 2, 512)
     assert [cell.config.task.t for cell in RECIPES["2a"].cells("paper")] == [4, 8, 10, 12, 14, 16]
+    # 40 million tokens, the end of the paper's axis; 5 billion for figure 2b.
+    once = RECIPES["2a"].cells("paper")[0].config
+    assert (once.train.steps, once.train.eval_every, two.config.train.steps) == (773, 50, 97_000)
+    tokens = once.task.batch(batch_rng(0, "train", 0), 2, "train").num_tokens // 2
+    assert abs(once.train.steps * once.train.batch_size * tokens - 40e6) < 1e5
     (four,) = (cell.config for cell in RECIPES["3"].cells("paper") if cell.config.sleep.passes == 4)
     assert (four.task.nodes, four.task.hops, four.sleep.window, four.train.steps) == (75, 16, 75, 100_000)
 
@@ -119,22 +125,24 @@ def test_every_recipe_runs_to_its_end(here, figure, monkeypatch, capsys):
     assert all(f"| {cell.label} |" in page for cell in recipe.cells("demo"))
 
 
-def test_memory_blocks_are_first_trained_alone_and_every_stage_starts_from_the_one_before():
+def test_memory_blocks_are_first_trained_alone_for_figure_5_and_every_stage_starts_from_the_one_before():
     for figure, eviction in (("4b", Hard()), ("5", Sliding())):
         cells = {cell.config.sleep.passes: cell for cell in RECIPES[figure].cells("demo")}
         for passes, cell in cells.items():
-            first, alone, whole = (job.config for job in _chain(cell, 2, Path("runs")))
-            assert [c.train.seed for c in (first, alone, whole)] == [2, 2, 2]
+            chain = _chain(cell, 2, Path("runs"))
+            first, *alone, whole = (job.config for job in chain)
+            assert {job.config.train.seed for job in chain} == {2}
             assert set(first.model.blocks) == {"attention"} and first.sleep.window is None
-            assert (alone.train.only_inserted, whole.train.only_inserted) == (True, False)
-            inserted = {i for i, kind in enumerate(alone.model.blocks) if kind != "attention"}
-            assert set(alone.train.inserted) == inserted and not whole.train.inserted
-            assert alone.sleep.eviction == (Hard() if passes > 1 else eviction)
-            assert whole.sleep.eviction == eviction and whole.train.steps == 2 * alone.train.steps
-            paths = [job.path for job in _chain(cell, 2, Path("runs"))]
-            assert [alone.train.start, whole.train.start] == paths[:2]
-    starts = {_chain(cell, 0, Path("runs"))[0].path for cell in cells.values()}
-    assert len(starts) == 1  # all N go on from the same model
+            assert [c.train.only_inserted for c in (*alone, whole)] == [*[True] * (figure == "5"), False]
+            stage = (*alone, whole)[0]  # the one in which blocks are inserted
+            inserted = {i for i, kind in enumerate(stage.model.blocks) if kind != "attention"}
+            assert set(stage.train.inserted) == inserted and len(inserted) == 2
+            assert not (alone and whole.train.inserted)
+            assert all(c.sleep.eviction == (Hard() if passes > 1 else eviction) for c in alone)
+            assert whole.sleep.eviction == eviction and whole.train.steps == 600
+            assert [job.config.train.start for job in chain[1:]] == [job.path for job in chain[:-1]]
+        starts = {_chain(cell, 0, Path("runs"))[0].path for cell in cells.values()}
+        assert len(starts) == 1  # all N go on from the same model
 
 
 @pytest.mark.parametrize("scale", ["demo", "small", "paper"])
@@ -188,6 +196,34 @@ def test_floors_are_given_for_each_difficulty_and_for_each_cell_where_they_diffe
     assert "| chance |  |  | 0.125 | 0.125 |" in page
     assert "| constant, one |  |  | 0.210 | 0.220 |" in page
     assert "| constant, two |  |  | 0.310 | 0.320 |" in page
+
+
+def test_test_loss_by_difficulty_is_drawn_where_it_was_measured():
+    spent = {
+        "flops": 1e12,
+        "tokens": 10,
+        "seconds": 1.0,
+        "passes": 1,
+        "passes_read": 1,
+        "seed": 0,
+        "at": None,
+    }
+    row = {
+        "cell": "N = 1",
+        "line": "N = 1",
+        "difficulty": 1,
+        "accuracy": 0.5,
+        "answers": 9,
+        "chance": 0.1,
+        "step": 2,
+    }
+    old = {"cell": "N = 1", "step": 1, "per_difficulty": {"1": 0.5, "2": 0.2}, **spent}
+    new = [old | {"step": s, "loss_per_difficulty": {"1": 1.0 / s, "2": 2.0 / s}} for s in (1, 2)]
+    assert len(draw(Result(RECIPES["3"], "k", [row | spent], [old], "`made`")).axes) == 2
+    losses, *others = draw(Result(RECIPES["3"], "k", [row | spent], new, "`made`")).axes
+    assert len(others) == 2 and losses.get_ylabel().startswith("test loss")
+    lines = {line.get_label(): line.get_ydata().tolist() for line in losses.get_lines()}
+    assert lines == {"N = 1, k = 1": [1.0, 0.5], "N = 1, k = 2": [2.0, 1.0]}
 
 
 def test_an_interval_says_what_its_seeds_can():

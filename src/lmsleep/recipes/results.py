@@ -18,6 +18,7 @@ from lmsleep.training import Job, RunConfig, RunFolder, Trainer, choose_device, 
 
 Row = dict[str, Any]
 FLOORS = ("chance", "constant", "one hop", "no chain")  # those of a task have a line each
+CURVES = ("per_difficulty", "loss_per_difficulty")
 SPENT = ("step", "tokens", "flops", "seconds")
 TIMED_STEPS = 3  # after one to warm up
 
@@ -145,6 +146,9 @@ def collect(recipe: Recipe, jobs: Sequence[tuple[Cell, Job]]) -> Result:
             for key, accuracy in score["per_difficulty"].items():
                 answers = score["answers"][key]
                 found = {"difficulty": int(key), "accuracy": accuracy, "answers": answers}
+                # Runs that were trained before it was measured have none.
+                if "loss_per_difficulty" in score:
+                    found["loss"] = score["loss_per_difficulty"][key]
                 # Floors of this difficulty where the task tells them, else those over all.
                 named = {floor: floors.get(f"{floor} {name}={key}", floors.get(floor)) for floor in FLOORS}
                 own = {floor: value for floor, value in named.items() if value is not None}
@@ -154,7 +158,8 @@ def collect(recipe: Recipe, jobs: Sequence[tuple[Cell, Job]]) -> Result:
         for point in run.metrics():
             if "eval" in point:
                 at_step = {key: point[key] for key in SPENT}
-                curves.append({**who, **at_step, "per_difficulty": point["eval"]["per_difficulty"]})
+                scores = {key: point["eval"][key] for key in CURVES if key in point["eval"]}
+                curves.append({**who, **at_step, **scores})
     made = [RunFolder.open(job.path).made_by() for _, job in jobs]
     return Result(recipe, jobs[0][1].config.task.difficulty_name, rows, curves, made_by(made))
 

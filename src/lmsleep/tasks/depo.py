@@ -301,7 +301,8 @@ class Depo:
     def _draw(self, rng: np.random.Generator, B: int, split: Split) -> tuple[np.ndarray, np.ndarray]:
         n = self.nodes
         universe, weight = self._universe()
-        # Drawing words until n distinct ones exist = the n first arrivals of an exponential race.
+        # Drawing words until n distinct ones exist = the n first arrivals of an exponential race. Smaller
+        # graphs take some of these n, so that their names are as long on average (docs/fidelity.md).
         arrival = rng.exponential(size=(B, len(universe))) / weight
         chosen = np.argpartition(arrival, n - 1, axis=1)[:, :n]  # without order; a shuffle follows below
         if split == "train" and self.node_distribution == "depo":
