@@ -311,7 +311,7 @@ def test_noise_may_have_numbers_as_the_problem_has():
 def test_the_floor_without_chaining_is_told_where_it_was_measured():
     every = GSMInfinite().floors()
     assert {f"no chain op={op}" for op in range(1, 9)} <= every.keys() and 0.2 < every["no chain"] < 0.8
-    assert every["no chain op=1"] > 0.85  # the number stands in the question's own statement
+    assert every["no chain op=1"] > 0.95  # the number stands in the question's own statement
     for op in range(1, 9):
         assert every[f"no chain op={op}"] > every[f"constant op={op}"] - 0.06
     one, other = (GSMInfinite(mode=mode, ops=(4, 4)).floors()["no chain"] for mode in ("forward", "reverse"))

@@ -7,8 +7,9 @@ import pytest
 
 from lmsleep.cli import main
 from lmsleep.recipes import RECIPES, catalogue, results
+from lmsleep.recipes import estimate as estimates
 from lmsleep.recipes import run as command
-from lmsleep.recipes.estimate import estimate, side_by_side
+from lmsleep.recipes.estimate import estimate, estimated, side_by_side
 from lmsleep.recipes.figure import draw
 from lmsleep.recipes.results import Result, interval
 from lmsleep.recipes.run import _chain
@@ -278,9 +279,31 @@ def test_a_dry_run_trains_nothing(here, capsys):
     assert not list(here.iterdir())
 
 
+def test_a_line_of_an_estimate_is_said_as_soon_as_it_is_known():
+    asked = []
+
+    def rows():
+        for n in (1, 2):
+            asked.append(n)
+            yield {"runs": 1, "cell": f"N = {n}", "steps": 1, "tokens": 1, "flops": 1e12, "seconds": 3600.0}
+
+    lines = estimated(RECIPES["3"], rows(), workers=1)
+    assert "Depo" in next(lines) and not asked
+    assert "N = 1" in next(lines) and asked == [1]
+    assert [*lines][-1].startswith("\nabout 2.0 hours on this machine")
+
+
+def test_cells_of_one_model_are_timed_once(monkeypatch):
+    timed = []
+    monkeypatch.setattr(estimates, "_timed", lambda config: timed.append(config) or 10.0)
+    rows = [*estimate(RECIPES["2a"].cells("paper"), seeds=3)]
+    assert len(rows) == 6 and len(timed) == 1
+    assert len({row["seconds"] for row in rows}) == 1 and rows[0]["steps"] == 773
+
+
 def test_estimates_grow_with_steps_and_passes():
     cells = RECIPES["3"].cells("demo")
-    rows = estimate([cells[0], cells[-1]], seeds=3)
+    rows = [*estimate([cells[0], cells[-1]], seeds=3)]
     assert rows[0]["tokens"] == rows[1]["tokens"] == cells[0].config.train.steps * 64 * (16 + 8 * 3)
     assert rows[0]["runs"] == 3
     assert rows[0]["flops"] < rows[1]["flops"] and rows[0]["seconds"] < rows[1]["seconds"]
