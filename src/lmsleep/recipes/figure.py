@@ -104,8 +104,8 @@ def _losses(ax: Axes, result: Result) -> None:
                 float(np.mean([r["loss_per_difficulty"][key] for r in rows if r["step"] == step]))
                 for step in steps
             ]
-            said = {"color": f"C{number}", "alpha": place / len(keys)}
-            ax.plot(steps, means, lw=1, label=f"{cell}, {result.key} = {key}", **said)
+            label, shade = f"{cell}, {result.key} = {key}", place / len(keys)
+            ax.plot(steps, means, lw=1, label=label, color=f"C{number}", alpha=shade)
     ax.set(xlabel="step", ylabel="test loss (nats a token of the answer)")
 
 
