@@ -131,7 +131,7 @@ def test_the_shipped_models_answer_and_two_are_trained(tmp_path, monkeypatch, ca
         "depo-live-N1-seed0", "depo-live-N4-seed0",
     }  # fmt: skip
     assert [line[0] for line in Result.load(LIVE, tmp_path / "live").lines()] == [
-        "model", "N = 1", "N = 4", "chance", "constant",
+        "model", "N = 1", "N = 4", "chance", "constant", "one hop",
     ]  # fmt: skip
     main(["demo", "--out", str(tmp_path), "--scale", "0.004", "--json"])
     out, err = capsys.readouterr()

@@ -56,9 +56,14 @@ def test_score_by_hand(batches):
     assert score.tokens == {"all": 6 * batches, "after_eviction": batches}
     assert math.isclose(score.bits(), (5 + math.log2(14)) / 6, rel_tol=1e-6)
     assert math.isclose(score.bits("after_eviction"), 1.0, rel_tol=1e-6)
+    # Two tokens of each answer of difficulty 1, one of difficulty 2.
+    assert score.loss_per_difficulty == pytest.approx(
+        {1: (3 * math.log(2) + math.log(14)) / 4, 2: math.log(2)}, rel=1e-6
+    )
     assert score.to_dict() == {
         "accuracy": 2 / 3,
         "per_difficulty": {"1": 0.5, "2": 1.0},
+        "loss_per_difficulty": {str(key): loss for key, loss in score.loss_per_difficulty.items()},
         "answers": {"1": 2 * batches, "2": batches},
         "bits": score.bits(),
         "bits_after_eviction": score.bits("after_eviction"),

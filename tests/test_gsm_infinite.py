@@ -1,7 +1,9 @@
+import json
 import re
 from collections import Counter
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 from random import Random
 
 import numpy as np
@@ -16,8 +18,10 @@ from lmsleep.tasks import GSMInfinite, batch_rng, hide_answers
 from lmsleep.tasks.base import HIDDEN
 from lmsleep.tasks.gsm_infinite import reader
 from lmsleep.tasks.gsm_infinite.language import language, tokenizer
+from lmsleep.tasks.gsm_infinite.no_chain import features
 from lmsleep.tasks.gsm_infinite.task import draw_problem
 from lmsleep.tasks.gsm_infinite.templates import TEMPLATES, plural
+from lmsleep.tasks.gsm_infinite.thinning import LETTERS
 from lmsleep.tasks.reading import read_batch
 
 SHORT = GSMInfinite(subset="medium", ops=(2, 4), length=(0, 400))
@@ -229,11 +233,35 @@ def test_medium_problems_ask_mostly_for_totals():
     assert abs(kinds["total"] / kinds.total() - 0.82) < 0.05 and set(kinds) == {"total", "count"}
 
 
-def test_hard_problems_ask_mostly_for_averages():
-    kinds = Counter(c.query.kind for op in range(1, 9) for c in problems("hard", "forward", op, 60))
-    share = {kind: n / kinds.total() for kind, n in kinds.items()}
-    for kind, measured in {"average": 0.69, "total": 0.15, "attributes": 0.08, "count": 0.09}.items():
-        assert abs(share.get(kind, 0) - measured) < 0.2  # a known difference
+def variation(a, b):
+    """Return half of the sum of absolute differences of two distributions, given as counts."""
+    return sum(abs(a.get(x, 0) / sum(a.values()) - b.get(x, 0) / sum(b.values())) for x in {*a, *b}) / 2
+
+
+@pytest.mark.parametrize("op", range(1, 9))
+def test_hard_problems_are_distributed_as_in_the_original(op):
+    original = json.loads((Path(__file__).parent / "golden/gsm_infinite_hard.json").read_text())["ops"][
+        str(op)
+    ]
+    random, n, rng = Random(op), 400, np.random.default_rng(0)
+    cores = [draw_problem(random, op, None, "hard", "forward", None)[0] for _ in range(n)]
+    ours = {
+        "answers": Counter(str(core.answer) for core in cores),
+        "places": Counter(str(len(core.structure.things)) for core in cores),
+        "statements": Counter(str(len(core.definitions)) for core in cores),
+    }
+    for name, bound in {"answers": 0.11, "places": 0.1, "statements": 0.15}.items():
+        every = [value for value, count in original[name].items() for _ in range(count)]
+        # What as many problems of the original would differ from all of them.
+        noise = np.mean([variation(Counter(rng.choice(every, n).tolist()), original[name]) for _ in range(5)])
+        assert variation(ours[name], original[name]) < noise + bound, name
+    asked = Counter(core.query.kind for core in cores)
+    theirs = Counter[str]()
+    for order, count in original["orders"].items():
+        theirs[{letter: kind for kind, letter in LETTERS.items()}[order[-1]]] += count
+    assert variation(asked, theirs) < 0.12
+    lengths = [int(value) * count for value, count in original["statements"].items()]
+    assert abs(np.mean([len(core.definitions) for core in cores]) - sum(lengths) / 1500) < 3.5
 
 
 @pytest.mark.parametrize(("subset", "constant", "copy"), [("medium", 0.46, 0.21), ("hard", 0.38, 0.21)])
@@ -259,8 +287,55 @@ def test_floors_are_those_of_the_original():
     for op, measured in zip(range(2, 9), (0.33, 0.31, 0.25, 0.13, 0.17, 0.13, 0.10), strict=True):
         assert abs(floors[f"constant op={op}"] - measured) < 0.1
     reverse = GSMInfinite(subset="medium", mode="reverse", ops=(4, 5)).floors()
-    assert all(0.25 < value < 0.4 for value in reverse.values())
+    assert all(0.25 < value < 0.4 for name, value in reverse.items() if "no chain" not in name)
     assert floors["chance"] < floors["constant"] < max(floors.values())
+
+
+def test_noise_may_have_numbers_as_the_problem_has():
+    plain = replace(SHORT, mode="forward", length=(400, 900))
+    loud = replace(plain, noise_numbers=True, modulus=23)
+    digits = {}
+    for task in (plain, loud):
+        batch = draw(task, 40)
+        said, own = [], []
+        for row, text in enumerate(texts(task, batch)):
+            assert task.solve([*hide_answers(batch, row)[0]]) == hide_answers(batch, row)[1]
+            for statement in re.split(r"[.?] ", text)[1:]:
+                noise = any(place in statement for t in TEMPLATES.values() for place in t.all_noise_places)
+                (said if noise else own).append(any(c.isdigit() for c in statement))
+        digits[task.noise_numbers] = np.mean(said), np.mean(own)
+    assert digits[False][0] == 0 and digits[False][1] > 0.4
+    assert abs(digits[True][0] - digits[True][1]) < 0.12  # a digit says nothing of where it stands
+
+
+def test_the_floor_without_chaining_is_told_where_it_was_measured():
+    every = GSMInfinite().floors()
+    assert {f"no chain op={op}" for op in range(1, 9)} <= every.keys() and 0.2 < every["no chain"] < 0.8
+    assert every["no chain op=1"] > 0.95  # the number stands in the question's own statement
+    for op in range(1, 9):
+        assert every[f"no chain op={op}"] > every[f"constant op={op}"] - 0.06
+    one, other = (GSMInfinite(mode=mode, ops=(4, 4)).floors()["no chain"] for mode in ("forward", "reverse"))
+    assert every["no chain op=4"] == pytest.approx((one + other) / 2)
+    beyond = GSMInfinite(ops=(8, 9)).floors()
+    assert "no chain op=8" in beyond and "no chain" not in beyond
+    assert "no chain op=4" not in GSMInfinite(ops=(4, 4), modulus=7).floors()
+
+
+def test_a_classifier_that_chains_nothing_reaches_the_floor_that_was_measured():
+    # In little, by the nearest problem of training in the standardised features: fewer problems, so less.
+    random, n = Random(1), 500
+    for subset, op, at_least in (("medium", 2, 0.8), ("hard", 4, 0.35)):
+        cores = [draw_problem(random, op, None, subset, "forward", None)[0] for _ in range(n)]
+        x = np.array([features(core, hidden=False) for core in cores], dtype=float)
+        x = (x - x.mean(0)) / np.maximum(x.std(0), 1e-9)
+        answers = np.array([core.answer for core in cores])
+        train, test = slice(0, 400), slice(400, n)
+        nearest = ((x[test, None] - x[None, train]) ** 2).sum(-1).argmin(1)
+        found = (answers[train][nearest] == answers[test]).mean()
+        floor = GSMInfinite(subset=subset, mode="forward", ops=(op, op)).floors()["no chain"]
+        assert at_least < found < floor + 0.1
+    (width,) = {len(features(core, hidden=True)) for core in cores}
+    assert width < x.shape[1]
 
 
 def test_operations_are_balanced_and_capped_by_the_level():
@@ -454,6 +529,7 @@ def test_spelling_names_the_markers():
         ({"question": "never"}, r"^question must be one of"),
         ({"templates": ("harbour", "zoo")}, r"^templates must be some of harbour, library, orchard"),
         ({"templates": ()}, r"^templates must be some of"),
+        ({"noise": False, "noise_numbers": True}, r"^noise_numbers=True needs noise=True"),
         ({"modulus": 1}, r"^modulus must lie in 3"),
         ({"length": (50, 40)}, r"^length must be 0 <= fewest <= most"),
         ({"length": (2000, 2010)}, r"^length=\(2000, 2010\) leaves too little room"),

@@ -7,13 +7,15 @@ import pytest
 
 from lmsleep.cli import main
 from lmsleep.recipes import RECIPES, catalogue, results
+from lmsleep.recipes import estimate as estimates
 from lmsleep.recipes import run as command
-from lmsleep.recipes.estimate import estimate, side_by_side
+from lmsleep.recipes.estimate import estimate, estimated, side_by_side
 from lmsleep.recipes.figure import draw
 from lmsleep.recipes.results import Result, interval
 from lmsleep.recipes.run import _chain
 from lmsleep.recipes.table import as_markdown
 from lmsleep.sleep import Hard, Sliding
+from lmsleep.tasks import batch_rng
 from lmsleep.training import RunFolder, Trainer, compute
 
 BOTH = ("depo", "rule110")  # at equal tokens and at equal compute
@@ -60,6 +62,11 @@ def test_settings_that_the_paper_gives():
     assert (two.config.task.t, two.config.task.width, two.config.task.states) == (32, 24, 4)
     assert (two.config.sleep.window, two.config.sleep.passes, two.config.train.batch_size) == (24, 2, 512)
     assert [cell.config.task.t for cell in RECIPES["2a"].cells("paper")] == [4, 8, 10, 12, 14, 16]
+    # 40 million tokens, the end of the paper's axis; 5 billion for figure 2b.
+    once = RECIPES["2a"].cells("paper")[0].config
+    assert (once.train.steps, once.train.eval_every, two.config.train.steps) == (773, 50, 97_000)
+    tokens = once.task.batch(batch_rng(0, "train", 0), 2, "train").num_tokens // 2
+    assert abs(once.train.steps * once.train.batch_size * tokens - 40e6) < 1e5
     (four,) = (cell.config for cell in RECIPES["3"].cells("paper") if cell.config.sleep.passes == 4)
     assert (four.task.nodes, four.task.hops, four.sleep.window, four.train.steps) == (75, 16, 75, 100_000)
 
@@ -119,22 +126,24 @@ def test_every_recipe_runs_to_its_end(here, figure, monkeypatch, capsys):
     assert all(f"| {cell.label} |" in page for cell in recipe.cells("demo"))
 
 
-def test_memory_blocks_are_first_trained_alone_and_every_stage_starts_from_the_one_before():
+def test_memory_blocks_are_first_trained_alone_for_figure_5_and_every_stage_starts_from_the_one_before():
     for figure, eviction in (("4b", Hard()), ("5", Sliding())):
         cells = {cell.config.sleep.passes: cell for cell in RECIPES[figure].cells("demo")}
         for passes, cell in cells.items():
-            first, alone, whole = (job.config for job in _chain(cell, 2, Path("runs")))
-            assert [c.train.seed for c in (first, alone, whole)] == [2, 2, 2]
+            chain = _chain(cell, 2, Path("runs"))
+            first, *alone, whole = (job.config for job in chain)
+            assert {job.config.train.seed for job in chain} == {2}
             assert set(first.model.blocks) == {"attention"} and first.sleep.window is None
-            assert (alone.train.only_inserted, whole.train.only_inserted) == (True, False)
-            inserted = {i for i, kind in enumerate(alone.model.blocks) if kind != "attention"}
-            assert set(alone.train.inserted) == inserted and not whole.train.inserted
-            assert alone.sleep.eviction == (Hard() if passes > 1 else eviction)
-            assert whole.sleep.eviction == eviction and whole.train.steps == 2 * alone.train.steps
-            paths = [job.path for job in _chain(cell, 2, Path("runs"))]
-            assert [alone.train.start, whole.train.start] == paths[:2]
-    starts = {_chain(cell, 0, Path("runs"))[0].path for cell in cells.values()}
-    assert len(starts) == 1  # all N go on from the same model
+            assert [c.train.only_inserted for c in (*alone, whole)] == [*[True] * (figure == "5"), False]
+            stage = (*alone, whole)[0]  # the one in which blocks are inserted
+            inserted = {i for i, kind in enumerate(stage.model.blocks) if kind != "attention"}
+            assert set(stage.train.inserted) == inserted and len(inserted) == 2
+            assert not (alone and whole.train.inserted)
+            assert all(c.sleep.eviction == (Hard() if passes > 1 else eviction) for c in alone)
+            assert whole.sleep.eviction == eviction and whole.train.steps == 600
+            assert [job.config.train.start for job in chain[1:]] == [job.path for job in chain[:-1]]
+        starts = {_chain(cell, 0, Path("runs"))[0].path for cell in cells.values()}
+        assert len(starts) == 1  # all N go on from the same model
 
 
 @pytest.mark.parametrize("scale", ["demo", "small", "paper"])
@@ -190,6 +199,34 @@ def test_floors_are_given_for_each_difficulty_and_for_each_cell_where_they_diffe
     assert "| constant, two |  |  | 0.310 | 0.320 |" in page
 
 
+def test_test_loss_by_difficulty_is_drawn_where_it_was_measured():
+    spent = {
+        "flops": 1e12,
+        "tokens": 10,
+        "seconds": 1.0,
+        "passes": 1,
+        "passes_read": 1,
+        "seed": 0,
+        "at": None,
+    }
+    row = {
+        "cell": "N = 1",
+        "line": "N = 1",
+        "difficulty": 1,
+        "accuracy": 0.5,
+        "answers": 9,
+        "chance": 0.1,
+        "step": 2,
+    }
+    old = {"cell": "N = 1", "step": 1, "per_difficulty": {"1": 0.5, "2": 0.2}, **spent}
+    new = [old | {"step": s, "loss_per_difficulty": {"1": 1.0 / s, "2": 2.0 / s}} for s in (1, 2)]
+    assert len(draw(Result(RECIPES["3"], "k", [row | spent], [old], "`made`")).axes) == 2
+    losses, *others = draw(Result(RECIPES["3"], "k", [row | spent], new, "`made`")).axes
+    assert len(others) == 2 and losses.get_ylabel().startswith("test loss")
+    lines = {line.get_label(): line.get_ydata().tolist() for line in losses.get_lines()}
+    assert lines == {"N = 1, k = 1": [1.0, 0.5], "N = 1, k = 2": [2.0, 1.0]}
+
+
 def test_an_interval_says_what_its_seeds_can():
     def rows(*accuracies):
         return [{"seed": s, "accuracy": a, "answers": 100} for s, a in enumerate(accuracies)]
@@ -242,9 +279,31 @@ def test_a_dry_run_trains_nothing(here, capsys):
     assert not list(here.iterdir())
 
 
+def test_a_line_of_an_estimate_is_said_as_soon_as_it_is_known():
+    asked = []
+
+    def rows():
+        for n in (1, 2):
+            asked.append(n)
+            yield {"runs": 1, "cell": f"N = {n}", "steps": 1, "tokens": 1, "flops": 1e12, "seconds": 3600.0}
+
+    lines = estimated(RECIPES["3"], rows(), workers=1)
+    assert "Depo" in next(lines) and not asked
+    assert "N = 1" in next(lines) and asked == [1]
+    assert [*lines][-1].startswith("\nabout 2.0 hours on this machine")
+
+
+def test_cells_of_one_model_are_timed_once(monkeypatch):
+    timed = []
+    monkeypatch.setattr(estimates, "_timed", lambda config: timed.append(config) or 10.0)
+    rows = [*estimate(RECIPES["2a"].cells("paper"), seeds=3)]
+    assert len(rows) == 6 and len(timed) == 1
+    assert len({row["seconds"] for row in rows}) == 1 and rows[0]["steps"] == 773
+
+
 def test_estimates_grow_with_steps_and_passes():
     cells = RECIPES["3"].cells("demo")
-    rows = estimate([cells[0], cells[-1]], seeds=3)
+    rows = [*estimate([cells[0], cells[-1]], seeds=3)]
     assert rows[0]["tokens"] == rows[1]["tokens"] == cells[0].config.train.steps * 64 * (16 + 8 * 3)
     assert rows[0]["runs"] == 3
     assert rows[0]["flops"] < rows[1]["flops"] and rows[0]["seconds"] < rows[1]["seconds"]

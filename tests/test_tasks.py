@@ -324,6 +324,38 @@ def count_nodes(batch: Batch, task: Depo) -> np.ndarray:
     return ends.sum(1).numpy() // 2
 
 
+@pytest.mark.parametrize(("nodes", "hops", "test_hops"), [(8, 9, "all"), (4, 4, "all"), (6, 16, "powers")])
+def test_a_reader_that_chains_nothing_reaches_the_one_hop_floor(nodes, hops, test_hops):
+    task = Depo(
+        nodes=nodes,
+        hops=hops,
+        queries=nodes,
+        names=nodes,
+        name_lengths=(1, 1),
+        test_hops=test_hops,
+        ask="fork",
+    )
+    batch, rng = draw(task, size=600, split="test"), np.random.default_rng(0)
+    hits: dict[int, list[bool]] = {}
+    for row in range(len(batch.tokens)):
+        context, (hop, start, answer), _ = batch.row(row)
+        after = dict(zip(context[::2], context[1::2], strict=True))
+        before = {b: a for a, b in after.items()}
+        k = hop - task.ans
+        known = {0: start, 1: after[start], nodes - 1: before[start]}
+        # What it was told of the start, by k around the cycle; else anything but these three.
+        others = [node for node in after if node not in known.values()]
+        said = known.get(k % nodes) or int(rng.choice(others))
+        hits.setdefault(k, []).append(said == answer)
+    floors = task.floors()
+    for k, found in hits.items():
+        floor = floors[f"one hop k={k}"]
+        assert abs(np.mean(found) - floor) <= 4 * np.sqrt(floor * (1 - floor) / len(found))
+    every = [hit for found in hits.values() for hit in found]
+    assert abs(np.mean(every) - floors["one hop"]) < 4 * 0.5 / np.sqrt(len(every))
+    assert {f"one hop k={k}" for k in range(1, hops + 1)} <= floors.keys()
+
+
 def test_training_graphs_are_drawn_by_the_depo_weights():
     task = Depo()
     nodes = np.concatenate([count_nodes(draw(task, 500, index=i), task) for i in range(32)])

@@ -26,7 +26,7 @@ def entry(figure: str, scale: Scale) -> str:
     if (figure, scale) in TOO_LARGE and not torch.cuda.is_available():
         return TOO_LARGE[figure, scale]
     try:
-        rows = estimate(RECIPES[figure].cells(scale), default_seeds(scale))
+        rows = [*estimate(RECIPES[figure].cells(scale), default_seeds(scale))]
     except ValueError:  # what a scale needs is not at hand
         return "needs pretrained weights"
     flops = sum(row["runs"] * row["flops"] for row in rows)

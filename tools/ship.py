@@ -22,7 +22,7 @@ Made by `python tools/ship.py`; this page too.
 | What | {parameters:,} parameters each: one attention block, one gated delta net block of {heads} heads. The runs of one seed of `lmsleep demo`, by equal training compute; no seed was chosen for its result |
 | Trained on | task `depo`: a hidden cycle of {nodes} nodes as {nodes} shuffled edges, in windows of {window} tokens that are slept on and evicted; then `HOP_k node` asks where the node leads after k = 1 ... {hops} hops. All drawn by a program: no text, no personal data |
 | Command | `{command}`, commit {commit}, torch {torch} |
-| Accuracy | on cycles that training never drew ({answers:,} questions); chance is {chance:.3f} |
+| Accuracy | on cycles that training never drew ({answers:,} questions); chance is {chance:.3f}, and a model that knows single hops and chains none reaches {one_hop:.3f} beyond one |
 | Vocabulary | `n1` ... `n{names}`, `HOP_1` ... `HOP_{hops}` (`lmsleep data depo` shows samples) |
 | Limits | Toys: a graph of exactly {nodes} nodes, all named, each with one way out, read from `S = 0`; more hops, more or fewer edges, a second graph on top or words of another kind give nonsense. They show what sleep is for, and serve as an example and in tests |
 | Licence | Apache-2.0, as the rest |
@@ -62,6 +62,7 @@ def card(runs: list[RunFolder]) -> str:
                  config.train.seed, *(f"{accuracy:.3f}" for accuracy in accuracies)]  # fmt: skip
         rows.append("| " + " | ".join(map(str, cells)) + " |")
     config = json.loads((runs[0].path / "config.json").read_text())
+    floors = runs[0].config().task.floors()
     task, parameters = config["task"], sum(p.numel() for p in runs[0].model().parameters())
     return CARD.format(
         rows="\n".join(rows),
@@ -69,7 +70,8 @@ def card(runs: list[RunFolder]) -> str:
         heads=config["model"]["num_heads"],
         window=config["sleep"]["window"],
         answers=sum(reports[0]["eval"]["answers"].values()),
-        chance=reports[0]["floors"]["chance"],
+        chance=floors["chance"],
+        one_hop=floors["one hop k=2"],
         **{key: task[key] for key in ("nodes", "hops", "names")},
         **{key: config["made_by"][key] for key in ("command", "commit", "torch")},
     )

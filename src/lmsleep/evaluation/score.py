@@ -23,12 +23,16 @@ class Score:
     Attributes:
         correct: right answers per difficulty key.
         total: answers per difficulty key.
+        answer_nll: nats over the tokens of these answers per difficulty key.
+        answer_tokens: the numbers of these tokens.
         nll: nats over all predicted tokens, and over those of windows that began after an eviction.
         tokens: the numbers of these tokens.
     """
 
     correct: dict[int, int] = field(default_factory=dict)
     total: dict[int, int] = field(default_factory=dict)
+    answer_nll: dict[int, float] = field(default_factory=dict)
+    answer_tokens: dict[int, int] = field(default_factory=dict)
     nll: dict[str, float] = field(default_factory=lambda: {"all": 0.0, "after_eviction": 0.0})
     tokens: dict[str, int] = field(default_factory=lambda: {"all": 0, "after_eviction": 0})
 
@@ -49,6 +53,12 @@ class Score:
 
         # Half-precision logits would round bits in their third digit.
         nll = F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten(), reduction="none")
+        of_answers = answers.flatten() >= 0
+        key_of = batch.difficulty[answers.flatten()[of_answers]]
+        for key in key_of.unique().tolist():
+            own = nll[of_answers][key_of == key]
+            self.answer_nll[key] = self.answer_nll.get(key, 0.0) + float(own.double().sum())
+            self.answer_tokens[key] = self.answer_tokens.get(key, 0) + len(own)
         wanted = batch.loss_mask[:, 1:].flatten()
         # Position i reads token i and predicts token i + 1.
         position = torch.arange(tokens.shape[1], device=tokens.device).repeat(len(tokens))
@@ -66,7 +76,7 @@ class Score:
         """Return the score of all that several were summed over."""
         whole = cls()
         for score in scores:
-            for name in ("correct", "total", "nll", "tokens"):
+            for name in ("correct", "total", "answer_nll", "answer_tokens", "nll", "tokens"):
                 sums = getattr(whole, name)
                 for key, value in getattr(score, name).items():
                     sums[key] = sums.get(key, 0) + value
@@ -82,6 +92,11 @@ class Score:
         """The share of right answers per difficulty key."""
         return {key: self.correct[key] / self.total[key] for key in sorted(self.total)}
 
+    @property
+    def loss_per_difficulty(self) -> dict[int, float]:
+        """The mean loss of a token of an answer, in nats, per difficulty key."""
+        return {key: self.answer_nll[key] / self.answer_tokens[key] for key in sorted(self.answer_tokens)}
+
     def bits(self, which: str = "all") -> float:
         """Return the bits per predicted token (per byte, for text in bytes); nan where there was none."""
         return self.nll[which] / self.tokens[which] / math.log(2) if self.tokens[which] else math.nan
@@ -91,6 +106,7 @@ class Score:
         return {
             "accuracy": self.accuracy,
             "per_difficulty": {str(k): v for k, v in self.per_difficulty.items()},
+            "loss_per_difficulty": {str(k): v for k, v in self.loss_per_difficulty.items()},
             "answers": {str(k): self.total[k] for k in sorted(self.total)},
             "bits": self.bits(),
             "bits_after_eviction": self.bits("after_eviction") if self.tokens["after_eviction"] else None,

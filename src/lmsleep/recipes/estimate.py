@@ -1,7 +1,7 @@
 """What a recipe would cost on this machine, before anyone pays it."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,32 +14,38 @@ from lmsleep.tasks import batch_rng
 from lmsleep.tasks.reading import read_batch
 from lmsleep.training import RunConfig, choose_device, flops_per_step, training_flops
 
+DRAWN = 32  # samples whose tokens are counted
 PROBE_SECONDS = 1.0  # so many samples that the products, not the calls, take the time
 
 
-def estimate(cells: Sequence[Cell], seeds: int) -> list[dict[str, Any]]:
-    """Return per cell: runs, and training steps, tokens, FLOPs and seconds of one run on this machine.
+def estimate(cells: Sequence[Cell], seeds: int) -> Iterator[dict[str, Any]]:
+    """Yield per cell: runs, and training steps, tokens, FLOPs and seconds of one run on this machine.
 
-    The seconds are FLOPs at the rate of one pass, forward and backward, over as many samples as take
-    `PROBE_SECONDS`: in CPU time of one thread, which busy neighbours do not lengthen, or on the GPU.
+    The seconds are FLOPs at the rate of a step, forward and backward, over as many samples as take
+    `PROBE_SECONDS`, measured once for cells of one model: in CPU time of one thread, which busy neighbours
+    do not lengthen, or on the GPU.
     """
     # As runs side by side have it; besides, the clock of `_clock` is that of one thread.
     torch.set_num_threads(1)
-    rows = []
+    rates: dict[str, float] = {}
     for cell in progress(iterable=_with_starts(cells), desc="cells", leave=False):
-        config, steps = cell.config, cell.config.train.steps
+        config, train = cell.config, cell.config.train
         flops = training_flops(config)
-        probe, tokens, seconds = _probe(config)
-        rows.append({
+        # More passes of one model over one window take longer, at the rate of one.
+        alike = repr((config.model, config.sleep.window, train.device))
+        if alike not in rates:
+            probe, seconds = _probe(config)
+            rates[alike] = flops_per_step(probe) / seconds
+        drawn = min(train.batch_size, DRAWN)
+        tokens = config.task.batch(batch_rng(0, "train", 0), drawn, "train").num_tokens / drawn
+        yield {
             "cell": cell.label,
             "runs": 1 if cell.once else seeds,
-            "steps": steps,
-            "tokens": round(steps * config.train.batch_size * tokens / probe.train.batch_size),
+            "steps": train.steps,
+            "tokens": round(train.steps * train.batch_size * tokens),
             "flops": flops,
-            # By a rate, since steps with early or drawn passes cost less than the probe's.
-            "seconds": flops / flops_per_step(probe) * seconds,
-        })  # fmt: skip
-    return rows
+            "seconds": flops / rates[alike],
+        }
 
 
 def side_by_side(rows: Sequence[dict[str, Any]], workers: int) -> float:
@@ -59,21 +65,21 @@ def _with_starts(cells: Sequence[Cell]) -> list[Cell]:
     return [cell for name, cell in found.items() if name not in shared]
 
 
-def _probe(config: RunConfig) -> tuple[RunConfig, int, float]:
-    """Return the run with samples enough to be timed, the tokens of a step, and its seconds."""
+def _probe(config: RunConfig) -> tuple[RunConfig, float]:
+    """Return the run with samples enough to be timed, and the seconds of a step."""
     size, most = 1, config.train.batch_size
     # Doubled until calls no longer weigh: a small batch would be timed by the overhead of its kernels.
     while True:
         # In one part, for a batch smaller than its parts is refused.
         few = replace(config, train=replace(config.train, batch_size=size, accumulate=1))
-        tokens, seconds = _timed(few)
+        seconds = _timed(few)
         if seconds > PROBE_SECONDS or size == most:
-            return few, tokens, seconds
+            return few, seconds
         size = min(2 * size, most)
 
 
-def _timed(config: RunConfig) -> tuple[int, float]:
-    """Return tokens and seconds of one forward and backward pass: the best of three."""
+def _timed(config: RunConfig) -> float:
+    """Return the seconds of one forward and backward pass: the best of three."""
     device, elapsed = choose_device(config.train.device), []
     model = build(config.model).to(device)
     batch = config.task.batch(batch_rng(0, "train", 0), config.train.batch_size, "train").to(device)
@@ -84,7 +90,7 @@ def _timed(config: RunConfig) -> tuple[int, float]:
         assert loss is not None
         loss.backward()
         elapsed.append(_clock(device) - started)
-    return batch.num_tokens, min(elapsed)
+    return min(elapsed)
 
 
 def _clock(device: torch.device) -> float:
@@ -96,14 +102,16 @@ def _clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def estimated(recipe: Recipe, rows: Sequence[dict[str, Any]], workers: int) -> str:
-    """Return an estimate for a terminal."""
+def estimated(recipe: Recipe, rows: Iterable[dict[str, Any]], workers: int) -> Iterator[str]:
+    """Yield an estimate for a terminal, a line as soon as its row is known."""
     said = "\n".join(text for text in (recipe.title, recipe.expects, recipe.caution) if text)
-    lines = [
-        f"{row['runs']} x {row['cell']:<24} {row['steps']:>7,} steps  {row['tokens']:>15,} tokens  "
-        f"{row['flops'] / 1e12:>12,.1f} TFLOP  {row['seconds'] / 60:>9,.1f} min\n"
-        for row in rows
-    ]
-    hours = side_by_side(rows, workers) / 3600
-    end = f"about {hours:,.1f} hours on this machine, {workers} at a time, without evaluation\n"
-    return f"{said}\n\n{''.join(lines)}\n{end}"
+    yield f"{said}\n\n"
+    known = []
+    for row in rows:
+        known.append(row)
+        yield (
+            f"{row['runs']} x {row['cell']:<24} {row['steps']:>7,} steps  {row['tokens']:>15,} tokens  "
+            f"{row['flops'] / 1e12:>12,.1f} TFLOP  {row['seconds'] / 60:>9,.1f} min\n"
+        )
+    hours = side_by_side(known, workers) / 3600
+    yield f"\nabout {hours:,.1f} hours on this machine, {workers} at a time, without evaluation\n"

@@ -23,7 +23,10 @@ def draw(result: Result) -> Figure:
     """Draw a result, panel by panel; a "grid" takes one for every N."""
     recipe = result.recipe
     passes = sorted({row["passes"] for row in result.rows})
-    panels = [(p, n) for p in recipe.panels for n in (passes if p == "grid" else [0])]
+    # Results of before the loss was measured by difficulty have no such panel.
+    told = bool(result.curves) and all("loss_per_difficulty" in row for row in result.curves)
+    wanted = [p for p in recipe.panels if p != "loss" or told]
+    panels = [(p, n) for p in wanted for n in (passes if p == "grid" else [0])]
     down = ceil(len(panels) / IN_A_ROW)
     right = ceil(len(panels) / down)
     # Without pyplot: no display is needed, and no global list keeps the figure alive.
@@ -33,6 +36,8 @@ def draw(result: Result) -> Figure:
     for ax, (panel, n) in zip(axes, panels, strict=False):
         if panel in AXES:
             _curves(ax, panel, result)
+        elif panel == "loss":
+            _losses(ax, result)
         elif panel == "grid":
             _grid(ax, result, n)
         elif panel == "read":
@@ -44,7 +49,7 @@ def draw(result: Result) -> Figure:
         # Those three name their own lines, or have none.
         if panel not in ("final", "grid", "read"):
             ax.legend(fontsize=8)
-            if recipe.value == "accuracy":
+            if recipe.value == "accuracy" and panel != "loss":
                 ax.axhline(result.rows[0]["chance"], color="#999999", ls=":", lw=1)
                 ax.set_ylim(-0.02, 1.02)
     figure.suptitle(recipe.title)
@@ -87,6 +92,21 @@ def _curves(ax: Axes, panel: str, result: Result) -> None:
         points = [(r["step"], r[panel] / unit, next(reversed(r["per_difficulty"].values()))) for r in rows]
         _band(ax, cell, points)
     ax.set(xlabel=label, ylabel=f"held-out accuracy, hardest {result.key}")
+
+
+def _losses(ax: Axes, result: Result) -> None:
+    """Draw the test loss of each difficulty over training: a colour a cell, paler where it is easier."""
+    for number, (cell, rows) in enumerate(_groups(result.curves, "cell")):
+        keys = sorted({key for row in rows for key in row["loss_per_difficulty"]}, key=int)
+        for place, key in enumerate(keys, 1):
+            steps = sorted({row["step"] for row in rows})
+            means = [
+                float(np.mean([r["loss_per_difficulty"][key] for r in rows if r["step"] == step]))
+                for step in steps
+            ]
+            label, shade = f"{cell}, {result.key} = {key}", place / len(keys)
+            ax.plot(steps, means, lw=1, label=label, color=f"C{number}", alpha=shade)
+    ax.set(xlabel="step", ylabel="test loss (nats a token of the answer)")
 
 
 def _lines(ax: Axes, panel: str, result: Result) -> None:

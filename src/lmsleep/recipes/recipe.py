@@ -9,7 +9,7 @@ from lmsleep.recipes.settings import Scale
 from lmsleep.training import RunConfig, TrainConfig
 
 Budget = Literal["tokens", "compute", "both"]
-Panel = Literal["tokens", "flops", "difficulty", "axis", "final", "grid", "read"]
+Panel = Literal["tokens", "flops", "loss", "difficulty", "axis", "final", "grid", "read"]
 Value = Literal["accuracy", "tokens_per_second"]
 
 
@@ -65,7 +65,8 @@ class Recipe:
         title: what is plotted.
         expects: what the paper reports, or the question where the paper has no such figure.
         cells: the runs at a scale; raises ValueError where a scale needs what is not at hand.
-        panels: left to right: learning curves against "tokens" or "flops"; the value by "difficulty", along
+        panels: left to right: learning curves against "tokens" or "flops", of the test "loss" against steps;
+            the value by "difficulty", along
             the "axis", or at the end ("final", a bar each); heat maps: the "grid" of axis by difficulty, one
             for each N, and how the largest N answers when it is "read" with other passes.
         axis: what the axis counts.

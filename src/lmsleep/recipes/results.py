@@ -5,6 +5,7 @@ import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from math import isnan, nan
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from lmsleep.recipes.table import as_markdown, source
 from lmsleep.training import Job, RunConfig, RunFolder, Trainer, choose_device, provenance
 
 Row = dict[str, Any]
-FLOORS = ("chance", "constant")
+FLOORS = ("chance", "constant", "one hop", "no chain")  # those of a task have a line each
+CURVES = ("per_difficulty", "loss_per_difficulty")
 SPENT = ("step", "tokens", "flops", "seconds")
 TIMED_STEPS = 3  # after one to warm up
 
@@ -100,8 +102,8 @@ class Result:
         for name, rows in (("results", self.rows), ("curves", self.curves)):
             write_atomic(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
         text = io.StringIO()
-        # All rows have the keys of the first one.
-        writer = csv.DictWriter(text, list(self.rows[0]), lineterminator="\n")
+        # Cells of different tasks may have different floors.
+        writer = csv.DictWriter(text, list(dict.fromkeys(chain(*self.rows))), lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.rows)
         write_atomic(folder / "results.csv", text.getvalue().encode())
@@ -144,15 +146,20 @@ def collect(recipe: Recipe, jobs: Sequence[tuple[Cell, Job]]) -> Result:
             for key, accuracy in score["per_difficulty"].items():
                 answers = score["answers"][key]
                 found = {"difficulty": int(key), "accuracy": accuracy, "answers": answers}
+                # Runs that were trained before it was measured have none.
+                if "loss_per_difficulty" in score:
+                    found["loss"] = score["loss_per_difficulty"][key]
                 # Floors of this difficulty where the task tells them, else those over all.
-                own = {floor: floors.get(f"{floor} {name}={key}", floors[floor]) for floor in FLOORS}
+                named = {floor: floors.get(f"{floor} {name}={key}", floors.get(floor)) for floor in FLOORS}
+                own = {floor: value for floor, value in named.items() if value is not None}
                 rows.append({**who, **where, **found, **own, **spent})
         if cell.budget == "tokens":
             continue  # its curve is the start of a longer run's, or none of the contestants'
         for point in run.metrics():
             if "eval" in point:
                 at_step = {key: point[key] for key in SPENT}
-                curves.append({**who, **at_step, "per_difficulty": point["eval"]["per_difficulty"]})
+                scores = {key: point["eval"][key] for key in CURVES if key in point["eval"]}
+                curves.append({**who, **at_step, **scores})
     made = [RunFolder.open(job.path).made_by() for _, job in jobs]
     return Result(recipe, jobs[0][1].config.task.difficulty_name, rows, curves, made_by(made))
 
@@ -232,7 +239,7 @@ def _mean(values: Sequence[float], digits: int = 3) -> str:
 
 
 def _floors(rows: Sequence[Row], keys: Sequence[int]) -> Iterator[tuple[str, list[float]]]:
-    """Yield chance and best constant answer by difficulty; for each cell where cells differ in them."""
+    """Yield the floors by difficulty; for each cell where cells differ in them."""
     for name in FLOORS:
         per_cell: dict[str, dict[int, float]] = {}
         for row in rows:

@@ -78,8 +78,11 @@ def run(options: ReproduceOptions) -> None:
     if options.dry_run:
         rows = estimate(cells, seeds)
         workers = default_workers() if options.workers is None else options.workers
-        said = to_json(rows, indent=None) + "\n" if options.json else estimated(recipe, rows, workers)
-        sys.stdout.write(said)
+        lines = [to_json([*rows], indent=None) + "\n"] if options.json else estimated(recipe, rows, workers)
+        for line in lines:
+            sys.stdout.write(line)
+            # A line may take a while; one wants to see it before the next.
+            sys.stdout.flush()
         return
     if recipe.value == "tokens_per_second":
         result = time_steps(recipe, cells, seeds)

@@ -160,8 +160,9 @@ class Task(Protocol):
     def floors(self) -> dict[str, float]:
         """Return the accuracy of guessing ("chance") and of the best constant answer ("constant").
 
-        A floor that depends on the difficulty is also given by itself, as "constant op=3" (with the
-        `difficulty_name` and the key).
+        Others are what is reached without that which the task is about: "one hop" (Depo), "no chain"
+        (GSM-Infinite). A floor that depends on the difficulty is also given by itself, as "constant op=3"
+        (with the `difficulty_name` and the key).
         """
         ...
 

@@ -117,8 +117,19 @@ class Depo:
         return None if self.ask == "fork" else self.context_length
 
     def floors(self) -> dict[str, float]:
-        """Guess among the nodes that are not the start; no constant answer does better than 1/n."""
-        return {"chance": 1 / (self.nodes - 1), "constant": 1 / self.nodes}
+        """Guess among the nodes that are not the start; no constant answer does better than 1/n.
+
+        "one hop", of each k and over those of a test: a model that has stored every edge and chains none
+        knows the start, its successor and its predecessor. Asked for any other node it names none of these
+        three, which leaves n - 3. (In a block, answers to earlier questions exclude a few more.)
+        """
+        n, K = self.nodes, self.hops
+        known = {k: k % n in (0, 1, n - 1) for k in range(1, K + 1)}
+        one_hop = {k: 1.0 if given else 1 / (n - 3) for k, given in known.items()}
+        tested = self._tested_hops
+        over_all = sum(one_hop[k] for k in tested) / len(tested)
+        per_k = {f"one hop k={k}": floor for k, floor in one_hop.items()}
+        return {"chance": 1 / (n - 1), "constant": 1 / n, "one hop": over_all, **per_k}
 
     def batch(self, rng: np.random.Generator, size: int, split: Split, level: float = 1.0) -> Batch:
         """Draw `size` graphs with their questions; `level` caps the hops at `ceil(level K)`."""
@@ -255,11 +266,16 @@ class Depo:
     def _hops(
         self, rng: np.random.Generator, shape: tuple[int, ...], split: Split, level: float
     ) -> np.ndarray:
-        K = self.hops
         if split == "test" and self.test_hops == "powers":
-            powers = [2**i for i in range(K.bit_length()) if 2**i <= K]
-            return rng.choice(np.array(sorted({*powers, K})), shape)
-        return rng.integers(1, max(1, int(np.ceil(level * K))) + 1, shape)
+            return rng.choice(np.array(self._tested_hops), shape)
+        return rng.integers(1, max(1, int(np.ceil(level * self.hops))) + 1, shape)
+
+    @property
+    def _tested_hops(self) -> list[int]:
+        """The hops that a test asks for, each as often."""
+        K = self.hops
+        powers = {2**i for i in range(K.bit_length()) if 2**i <= K}
+        return sorted({*powers, K}) if self.test_hops == "powers" else list(range(1, K + 1))
 
     def _graphs(self, rng: np.random.Generator, size: int, split: Split) -> tuple[np.ndarray, np.ndarray]:
         """Draw words `[B, n, w]` (0-padded) of the nodes in cycle order, and the node counts `[B]`."""
@@ -285,7 +301,8 @@ class Depo:
     def _draw(self, rng: np.random.Generator, B: int, split: Split) -> tuple[np.ndarray, np.ndarray]:
         n = self.nodes
         universe, weight = self._universe()
-        # Drawing words until n distinct ones exist = the n first arrivals of an exponential race.
+        # Drawing words until n distinct ones exist = the n first arrivals of an exponential race. Smaller
+        # graphs take some of these n, so that their names are as long on average (docs/fidelity.md).
         arrival = rng.exponential(size=(B, len(universe))) / weight
         chosen = np.argpartition(arrival, n - 1, axis=1)[:, :n]  # without order; a shuffle follows below
         if split == "train" and self.node_distribution == "depo":

@@ -88,7 +88,7 @@ class Rule110:
 
     def batch(self, rng: np.random.Generator, size: int, split: Split, level: float = 1.0) -> Batch:
         """Draw `size` sequences; `level` caps the steps at `ceil(level t)`, asked of the whole batch."""
-        del split  # 2^(states * width) inputs: train and test never meet by chance
+        del split  # two streams; where states are few, tests meet some of training's (docs/fidelity.md)
         t = max(1, int(np.ceil(level * self.t)))
         cells = rng.integers(0, 2, (size, self.states, self.width), dtype=np.int64)
         after = self._after(cells, t).reshape(size, -1)

@@ -3,7 +3,9 @@
 structure  places, things, parameters
 graph      which parameter is computed from which
 meaning    constants, values, what an answer depends on
+thinning   how often which hard problem is kept
 templates  names and turns of phrase          language  the same as tokens
+no_chain   what is reached without following a statement to another
 noise      statements that change nothing
 reader     solves a problem from its text
 task       options and batches

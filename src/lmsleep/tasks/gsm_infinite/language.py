@@ -91,10 +91,11 @@ class Language:
         thing = max(len(self._encode(" " + word)) for group in groups for thing in group for word in thing)
         return heads + thing + len(self._at) + max(len(self._encode(" " + place)) for place in places)
 
-    @property
-    def longest_noise(self) -> int:
-        """An upper bound of the number of tokens of a sentence of noise."""
+    def longest_noise(self, most: int | None) -> int:
+        """An upper bound of the number of tokens of a sentence of noise, with numbers up to `most` if any."""
         verb = len(self._equals) + max(map(len, self._several))
+        if most is not None:
+            verb += len(self.piece(f" {most}")) + max(map(len, self._constant))
         operands = 2 * max(self.longest_name(noise=False), self.longest_name(noise=True))
         return self.longest_name(noise=True) + verb + operands + len(self._and) + len(self._stop)
 

@@ -119,16 +119,21 @@ def draw_core(random: Random, graph: Graph, *, reverse: bool, modulus: int | Non
 
 
 def _define(random: Random, operands: list[Operand], most: int) -> Definition:
-    """Draw a meaning of these operands; each alternative is as likely as the other."""
+    """Draw a meaning of these operands."""
     rest = tuple(p for p in operands if p is not None)
-    constant, times = None, False
-    if not rest:
+    return draw_form(random, len(rest), len(rest) < len(operands), most)._replace(operands=rest)
+
+
+def draw_form(random: Random, operands: int, constant: bool, most: int) -> Definition:
+    """Draw what becomes of so many operands (and a constant); each alternative is as likely as the other."""
+    number, times = None, False
+    if not operands:
         # As below, where half of the constants (those that multiply) begin at 2.
-        constant = random.randint(1 + (random.random() < 0.5), most)
-    elif len(rest) < len(operands):
+        number = random.randint(1 + (random.random() < 0.5), most)
+    elif constant:
         times = random.random() < 0.5
-        constant = random.randint(1 + times, most)
-    return Definition(rest, constant, times, len(rest) == 2 and random.random() < 0.5)
+        number = random.randint(1 + times, most)
+    return Definition((), number, times, operands == 2 and random.random() < 0.5)
 
 
 def _values(

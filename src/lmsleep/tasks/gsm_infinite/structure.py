@@ -61,7 +61,9 @@ def draw_structure(random: Random, size: int, *, hard: bool, reverse: bool) -> S
     low = (2 if hard else 1) * w0
     edges = min(random.randint(low, MAX_EDGES), random.randint(low, MAX_EDGES), w1 * w1 + (w1 if hard else 0))
     places, things = _grow(random, w0, w1, edges)
-    return _connect(random, places, things, min(edges, places * things), hard=hard)
+    if edges > places * things:
+        return None
+    return _connect(random, places, things, edges, hard=hard)
 
 
 @cache

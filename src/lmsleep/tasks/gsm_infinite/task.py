@@ -16,10 +16,12 @@ from lmsleep.tasks.base import HIDDEN, Batch, check_literals
 from lmsleep.tasks.gsm_infinite import reader
 from lmsleep.tasks.gsm_infinite.graph import MOST_OPS, draw_graph
 from lmsleep.tasks.gsm_infinite.language import WORDS, Language, Tokens, language, tokenizer
-from lmsleep.tasks.gsm_infinite.meaning import LARGEST, Core, draw_core
+from lmsleep.tasks.gsm_infinite.meaning import LARGEST, MOST, Core, draw_core
+from lmsleep.tasks.gsm_infinite.no_chain import no_chain
 from lmsleep.tasks.gsm_infinite.noise import noise
 from lmsleep.tasks.gsm_infinite.structure import Parameter
 from lmsleep.tasks.gsm_infinite.templates import TEMPLATES, Names, draw_names
+from lmsleep.tasks.gsm_infinite.thinning import thinned
 from lmsleep.text import Split
 from lmsleep.text.tokenizers import Marks, absolute, marks, tokenizer_files
 
@@ -55,6 +57,8 @@ class GSMInfinite:
     """Fewest and most tokens of a context; noise fills it up to a random length between."""
     noise: bool = True
     """False: no noise, and contexts of any length up to the longest."""
+    noise_numbers: bool = False
+    """Noise states numbers as problems do; without any (the original), digits tell the problem from it."""
     question: Literal["first", "last"] = "first"
     """The question opens the context, or the row that is read after the context was slept on."""
     modulus: int | None = None
@@ -84,7 +88,9 @@ class GSMInfinite:
             raise ValueError(f"length must be 0 <= fewest <= most, got {self.length}")
         if self.tokenizer != "words":
             object.__setattr__(self, "tokenizer", absolute(self.tokenizer))
-        slack = max(spoken.longest_noise for spoken in self._languages) - 1
+        if self.noise_numbers and not self.noise:
+            raise ValueError("noise_numbers=True needs noise=True")
+        slack = max(spoken.longest_noise(self._noise_most) for spoken in self._languages) - 1
         if self.noise and self.length[1] - self.length[0] < slack:
             raise ValueError(
                 f"length={self.length} leaves too little room: a statement of noise can have {slack + 1} "
@@ -94,6 +100,11 @@ class GSMInfinite:
     def sources(self) -> tuple[Path, ...]:
         """Return the files of the tokenizer, which batches hang on."""
         return tokenizer_files(self.tokenizer)
+
+    @property
+    def _noise_most(self) -> int | None:
+        """The largest number in noise, if it has any."""
+        return (MOST if self.modulus is None else self.modulus - 1) if self.noise_numbers else None
 
     @property
     def _languages(self) -> list[Language]:
@@ -131,9 +142,11 @@ class GSMInfinite:
     def floors(self) -> dict[str, float]:
         """Guess by the frequency of answers ("chance"), or say the best constant, over all and of each op.
 
-        Measured on problems of any length without noise, which does not matter for answers.
+        "no chain" is what a classifier reaches that sees the numbers and follows no statement to another
+        (`no_chain.py`), where that was measured. All of problems of any length.
         """
-        return dict(_floors(self.subset, self.mode, self.ops, self.modulus))
+        found = _floors(self.subset, self.mode, self.ops, self.modulus)
+        return found | no_chain(self.subset, self.mode, self.ops, self.modulus, hidden=self.noise_numbers)
 
     def batch(self, rng: np.random.Generator, size: int, split: Split, level: float = 1.0) -> Batch:
         """Draw `size` problems; `level` caps the operations at `ceil(level most)`, but not below the fewest.
@@ -214,7 +227,9 @@ class GSMInfinite:
                 f"{self.length[1]} tokens"
             )
         if self.noise:
-            self._fill(random, length, statements, noise(random, spoken, words, hard=self.subset == "hard"))
+            hard = self.subset == "hard"
+            more = noise(random, spoken, words, hard=hard, most=self._noise_most)
+            self._fill(random, length, statements, more)
         # Noise and problem are mixed, so the place of a statement tells nothing.
         random.shuffle(statements)
         answer = self._answer(core.answer)
@@ -268,7 +283,13 @@ def draw_problem(
 
 def _attempt(random: Random, ops: int, hard: bool, reverse: bool, modulus: int | None) -> Core | None:
     graph = draw_graph(random, ops, hard=hard, reverse=reverse)
-    return None if graph is None else draw_core(random, graph, reverse=reverse, modulus=modulus)
+    if graph is None:
+        return None
+    core = draw_core(random, graph, reverse=reverse, modulus=modulus)
+    # Last, as the table was made of problems whose values are in range.
+    if core is not None and hard and not reverse and thinned(random, graph.order, ops):
+        return None
+    return core
 
 
 def _tell(
