@@ -529,7 +529,6 @@ def test_spelling_names_the_markers():
         ({"question": "never"}, r"^question must be one of"),
         ({"templates": ("harbour", "zoo")}, r"^templates must be some of harbour, library, orchard"),
         ({"templates": ()}, r"^templates must be some of"),
-        ({"noise": False, "noise_numbers": True}, r"^noise_numbers=True needs noise=True"),
         ({"modulus": 1}, r"^modulus must lie in 3"),
         ({"length": (50, 40)}, r"^length must be 0 <= fewest <= most"),
         ({"length": (2000, 2010)}, r"^length=\(2000, 2010\) leaves too little room"),

@@ -83,7 +83,7 @@ def gradients(
     assert total, "a training batch without a token to predict"
     sharing = sharing or Copies(objective, processes)
     with sharing.gathered():
-        loss = torch.zeros((), device=objective.model.device)
+        loss = torch.zeros((), device=parts[0].tokens.device)
         for part in parts:
             # Backward at once: the graph of one part is freed before the next one is built.
             share = objective(part, sleep, total)

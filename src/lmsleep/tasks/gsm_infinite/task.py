@@ -88,8 +88,6 @@ class GSMInfinite:
             raise ValueError(f"length must be 0 <= fewest <= most, got {self.length}")
         if self.tokenizer != "words":
             object.__setattr__(self, "tokenizer", absolute(self.tokenizer))
-        if self.noise_numbers and not self.noise:
-            raise ValueError("noise_numbers=True needs noise=True")
         slack = max(spoken.longest_noise(self._noise_most) for spoken in self._languages) - 1
         if self.noise and self.length[1] - self.length[0] < slack:
             raise ValueError(
@@ -104,7 +102,11 @@ class GSMInfinite:
     @property
     def _noise_most(self) -> int | None:
         """The largest number in noise, if it has any."""
-        return (MOST if self.modulus is None else self.modulus - 1) if self.noise_numbers else None
+        return (
+            (MOST if self.modulus is None else self.modulus - 1)
+            if self.noise and self.noise_numbers
+            else None
+        )
 
     @property
     def _languages(self) -> list[Language]:
@@ -146,7 +148,9 @@ class GSMInfinite:
         (`no_chain.py`), where that was measured. All of problems of any length.
         """
         found = _floors(self.subset, self.mode, self.ops, self.modulus)
-        return found | no_chain(self.subset, self.mode, self.ops, self.modulus, hidden=self.noise_numbers)
+        return found | no_chain(
+            self.subset, self.mode, self.ops, self.modulus, hidden=self.noise and self.noise_numbers
+        )
 
     def batch(self, rng: np.random.Generator, size: int, split: Split, level: float = 1.0) -> Batch:
         """Draw `size` problems; `level` caps the operations at `ceil(level most)`, but not below the fewest.
