@@ -38,6 +38,7 @@ from lmsleep.training import (
     TrainConfig,
     Trainer,
     loop,
+    provenance,
     run_all,
 )
 from lmsleep.training.batches import draw
@@ -423,6 +424,25 @@ def test_shard_without_a_launcher_says_how_to_start_one(capsys, tmp_path):
         2, "", "lmsleep: shard=2 is for several processes; start them with torchrun --standalone "
         "--nproc-per-node=2 -m lmsleep ...\n",
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("program", "environment", "said"),
+    [
+        ("/somewhere/bin/lmsleep", {}, "lmsleep train"),
+        ("/somewhere/lmsleep/__main__.py", {}, "python -m lmsleep train"),
+        (
+            "/somewhere/lmsleep/__main__.py",
+            {"RANK": "0", "WORLD_SIZE": "2"},
+            "torchrun --nproc-per-node=2 -m lmsleep train",
+        ),
+    ],
+)
+def test_a_run_says_the_command_that_made_it(program, environment, said, monkeypatch):
+    monkeypatch.setattr("sys.argv", [program, "train"])
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert provenance()["command"] == said
 
 
 def test_one_that_never_comes_is_waited_for_no_longer_than_was_said(monkeypatch):

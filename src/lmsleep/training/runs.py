@@ -29,6 +29,7 @@ from torch import Tensor
 from lmsleep import trust
 from lmsleep.backbones import Model, build, kind_of, load
 from lmsleep.files import check_folder, locked, write_atomic
+from lmsleep.launched import launched
 from lmsleep.plugins import code_named
 from lmsleep.training import data
 from lmsleep.training.config import RunConfig
@@ -551,11 +552,21 @@ def provenance() -> dict[str, Any]:
     return {
         "lmsleep": __version__,
         "commit": commit(),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": " ".join([_program(), *sys.argv[1:]]),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "hardware": f"{device}, {os.cpu_count()} cores",
     }
+
+
+def _program() -> str:
+    """Return what was typed before the arguments."""
+    program = Path(sys.argv[0])
+    # Of a package that `-m` names the file is all that is known.
+    module = f"-m {program.parent.name}" if program.name == "__main__.py" else None
+    if launched():
+        return f"torchrun --nproc-per-node={os.environ.get('WORLD_SIZE')} {module or program.name}"
+    return f"python {module}" if module else program.name
 
 
 def commit() -> str | None:
