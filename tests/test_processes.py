@@ -419,6 +419,29 @@ def test_what_pytorch_says_of_lost_processes_is_not_heard(monkeypatch):
         assert os.environ["TORCH_CPP_LOG_LEVEL"] == "FATAL"
 
 
+@pytest.mark.parametrize(
+    ("lacks", "device", "said"),
+    [
+        ("distributed", "cpu", "this build of PyTorch knows no other processes"),
+        (
+            "gpus",
+            "auto",
+            "2 processes on this machine, and 1 GPUs; start at most one a GPU (--nproc-per-node=1)",
+        ),
+        ("nccl", "cuda", "this build of PyTorch has no NCCL"),
+    ],
+)
+def test_what_the_machine_lacks_is_said_before_anybody_waits(lacks, device, said, monkeypatch):
+    for name, value in zip(NEEDED, ("0", "2", "0", "127.0.0.1", "1"), strict=True):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1 if lacks == "gpus" else 2)
+    monkeypatch.setattr("torch.distributed.is_available", lambda: lacks != "distributed")
+    monkeypatch.setattr("torch.distributed.is_nccl_available", lambda: lacks != "nccl")
+    with pytest.raises(ValueError, match=re.escape(said)):
+        Processes.join(device)
+
+
 def test_shard_without_a_launcher_says_how_to_start_one(capsys, tmp_path):
     assert run_command(capsys, *TINY, "--shard", "2", "--out", tmp_path / "run") == (
         2, "", "lmsleep: shard=2 is for several processes; start them with torchrun --standalone "
