@@ -83,7 +83,8 @@ def gradients(
     assert total, "a training batch without a token to predict"
     sharing = sharing or Copies(objective, processes)
     with sharing.gathered():
-        loss = torch.zeros((), device=parts[0].tokens.device)
+        # A process may have no part at all.
+        loss = torch.zeros((), device=next(objective.parameters()).device)
         for part in parts:
             # Backward at once: the graph of one part is freed before the next one is built.
             share = objective(part, sleep, total)
