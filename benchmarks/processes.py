@@ -1,7 +1,6 @@
 """What it costs to be one of several processes: alone among them, two against two threads, what they send."""
 
 import multiprocessing
-import os
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from benchmarks.step import AUTOMATON, PASSES, TINY, Setting
 from benchmarks.table import Cell, Table
 from benchmarks.timing import ms, ratio, take_turns
 from lmsleep import SleepConfig
+from lmsleep.environment import changed
 from lmsleep.recipes.settings import preset
 from lmsleep.training import Objective, RunConfig, TrainConfig, take_step
 from lmsleep.training.batches import draw
@@ -51,7 +51,7 @@ class Sent(TorchDispatchMode):
         name = func.overloadpacket.__name__.strip("_")
         if func.namespace in ("c10d", "_c10d_functional") and not name.startswith(("wait", "wrap")):
             # Of what all have together: the largest tensor, or as many of it as there are processes.
-            whole = max(t.nbytes for t in tree_leaves(args) if isinstance(t, torch.Tensor))
+            whole = max((t.nbytes for t in tree_leaves(args) if isinstance(t, torch.Tensor)), default=0)
             self.found.append((name, whole * (args[1] if name == "all_gather_into_tensor" else 1)))
         return func(*args, **(kwargs or {}))
 
@@ -257,17 +257,8 @@ def _placed(rank: int, size: int, port: int) -> Iterator[None]:
     """Say in the environment what torchrun says."""
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    said = {name: str(value) for name, value in {**place, **where}.items()}
-    before = {name: os.environ.get(name) for name in said}
-    os.environ.update(said)
-    try:
+    with changed({name: str(value) for name, value in {**place, **where}.items()}):
         yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def _free_port() -> int:

@@ -31,10 +31,10 @@ from lmsleep.training.scale import (
     collectives,
     memory,
     rows_of_text,
-    trained_weights,
 )
 from lmsleep.training.sharing import Copies
 from lmsleep.training.simulated import Held, Parts, Simulated, simulate
+from lmsleep.training.start import trained_weights
 from lmsleep.training.step import take_step
 
 PAIR = ("attention", "gated_delta_net")

@@ -12,8 +12,6 @@ from lmsleep.recipes.catalogue import RECIPES
 from lmsleep.recipes.recipe import Cell
 from lmsleep.training import Job, RunFolder, TrainConfig
 
-# The paper's budget: 40 million tokens in batches of 512 x 101, tested every 50 steps.
-STEPS, EVERY = 773, 50
 END = "at the end"
 
 
@@ -52,7 +50,7 @@ def _t(cell: Cell) -> int:
 def _train(run: Try, train: TrainConfig) -> TrainConfig:
     if run.tiny:
         return replace(train, steps=4, batch_size=4, eval_every=2, save_every=2, eval_batches=1, device="cpu")
-    return replace(train, steps=STEPS, eval_every=EVERY, save_every=EVERY)
+    return replace(train, save_every=train.eval_every)
 
 
 def _job(run: Try, cell: Cell) -> Job:

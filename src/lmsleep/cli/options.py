@@ -15,6 +15,7 @@ from typing import Any
 import tyro
 
 from lmsleep.backbones import Kind
+from lmsleep.environment import changed
 from lmsleep.models import HybridConfig
 from lmsleep.sleep import CONSOLIDATOR, CONSOLIDATORS, EVICTION, EVICTIONS, SleepConfig
 from lmsleep.tasks import TASKS, Task, Text, find_task
@@ -56,17 +57,8 @@ def _terminal(*, for_help: bool) -> Iterator[None]:
     """
     width = max(shutil.get_terminal_size().columns, NARROWEST) if for_help else ENDLESS
     plain = {"TERM": "dumb"} if os.environ.get("NO_COLOR") or not for_help else {}
-    changed = {"COLUMNS": str(width), **plain}
-    before = {name: os.environ.get(name) for name in changed}
-    os.environ.update(changed)
-    try:
+    with changed({"COLUMNS": str(width), **plain}):
         yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def _check_not_empty(argv: Sequence[str]) -> None:

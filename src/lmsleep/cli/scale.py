@@ -9,7 +9,8 @@ from lmsleep.recipes.table import as_text
 from lmsleep.sleep import SleepConfig
 from lmsleep.training import RunConfig, TrainConfig
 from lmsleep.training.batches import draw
-from lmsleep.training.scale import Cluster, Layout, Plan, rows_of_text, trained_weights
+from lmsleep.training.scale import Cluster, Layout, Plan, rows_of_text
+from lmsleep.training.start import trained_weights
 
 # What `info` has options for, beside the number of GPUs and how many of them share one copy.
 TRAINING = ("batch", "length", "accumulate", "backprop_passes", "checkpoint")

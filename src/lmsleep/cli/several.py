@@ -53,10 +53,9 @@ def quiet() -> Iterator[None]:
 def leave() -> None:
     """Leave the other processes, if there are any, at the end of a command."""
     if launched():
-        import torch.distributed as dist  # which is there by now
+        from lmsleep.training import Processes  # which is there by now
 
-        if dist.is_available() and dist.is_initialized():
-            dist.destroy_process_group()
+        Processes.leave()
 
 
 def first_to_say(message: str) -> bool:

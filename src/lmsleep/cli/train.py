@@ -3,7 +3,7 @@
 import errno
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, make_dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -93,14 +93,11 @@ def resume(argv: list[str]) -> None:
 
 def finish(folder: RunFolder, processes: Processes, trainer: Trainer | None = None) -> None:
     """Train a run to its end, after the run whose model it goes on from, and say how it went."""
-    with ExitStack() as stack:
+    # Locked before anything of the run is read: another process may be about to write it.
+    with folder.locked_for(processes), _going_on(folder, processes):
         with processes.together():
-            # Before anything of the run is read: another process may be about to write it.
-            if processes.main:
-                stack.enter_context(folder.locked())
             # The second of two stages: the first one exports the model that this one loads.
             before = folder.source()
-        stack.enter_context(_going_on(folder, processes))
         if before is not None:
             (trainer or Trainer.take_up(before, processes=processes)).fit()
             # It was that of the first stage, and that of the second could not be made without its export.

@@ -2,7 +2,6 @@
 
 import math
 import shutil
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -71,10 +70,7 @@ class Job:
         """
         trainer = self._begun(processes)
         folder = trainer.folder if trainer else RunFolder.open(self.path)
-        with ExitStack() as stack:
-            with processes.together():
-                if processes.main:
-                    stack.enter_context(folder.locked(patience))
+        with folder.locked_for(processes, patience):
             # Read by all before any of them writes.
             with processes.together():
                 # Whoever held the lock may have trained it meanwhile.
@@ -115,10 +111,9 @@ def _train_shorter(job: Job, shorter: Job, trainer: Trainer, position: int | Non
     # Under another name than "step", so that it is not among the checkpoints that are thinned out.
     start = trainer.save(BRANCH)
     short = RunFolder(shorter.path)
-    with ExitStack() as stack:
+    with short.locked_for(processes):
         with processes.together():
             if processes.main:
-                stack.enter_context(short.locked())
                 # Half of it may be there from a call that was stopped; it costs the fall alone to do again.
                 short.clear()
                 short.make(shorter.config)

@@ -2,8 +2,8 @@
 
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from lmsleep.training.processes import ALONE, Processes
 from lmsleep.training.runs import SHARDS, TRAINER, RunFolder
 from lmsleep.training.sharing import Copies, Sharing
 from lmsleep.training.sources import software
-from lmsleep.training.start import first_model
+from lmsleep.training.start import first_model, trained_weights
 from lmsleep.training.step import take_step
 from lmsleep.training.tracking import Events, installed
 
@@ -84,10 +84,7 @@ class Trainer:
         with processes.together(), fitting("the model"):
             model = model or first_model(config, bfloat16=bfloat16, trust=folder.trust)
             self.model = model.to(self.device).train()
-        # First all frozen (the call returns the model), then the inserted blocks thawed.
-        if train.only_inserted:
-            for i, block in enumerate(self.model.requires_grad_(False).blocks):
-                block.requires_grad_(i in train.inserted)
+        trained_weights(self.model, train)
         self.objective = Objective(self.model, train, bfloat16=bfloat16)
         self.sharing: Sharing = Copies(self.objective, processes)
         if processes.shard > 1:
@@ -182,6 +179,8 @@ class Trainer:
                 from lmsleep.training.slices import load_optimizers
 
                 load_optimizers(path, trainer.model, trainer.optimizers)
+            else:
+                trainer._restore_optimizers(saved["optimizers"])
             trainer._restore(saved)
         # Of a file that may be whole: it cannot be read, or finds no room.
         except (PermissionError, MemoryError, torch.OutOfMemoryError):
@@ -191,12 +190,9 @@ class Trainer:
             raise ValueError(f"{path / TRAINER} is damaged or foreign; {folder.without(path)}") from error
         return trainer
 
-    def _restore(self, saved: dict[str, Any]) -> None:
-        """Take over what `save` wrote beside the model; raises an error of any type if it is none."""
-        # A checkpoint in slices has the state of the optimizers there.
-        for optimizer, state in zip(
-            self.optimizers, saved.get("optimizers", ()), strict="optimizers" in saved
-        ):
+    def _restore_optimizers(self, states: Sequence[dict[str, Any]]) -> None:
+        """Take over what a checkpoint of whole weights has of them; errors as of `_restore`."""
+        for optimizer, state in zip(self.optimizers, states, strict=True):
             own = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict(state)
             # Its options are those of the configuration, whatever the file says.
@@ -209,6 +205,9 @@ class Trainer:
             from lmsleep.training.slices import share_out
 
             share_out(self.optimizers)
+
+    def _restore(self, saved: dict[str, Any]) -> None:
+        """Take over where the run was; raises an error of any type if this says nothing of it."""
         self.step, self.tokens, self.flops = (int(saved[name]) for name in ("step", "tokens", "flops"))
         self.seconds = float(saved["seconds"])
         if not 0 <= self.step <= self.config.train.steps:
@@ -242,10 +241,9 @@ class Trainer:
             Lost: if another process ended, or did not answer.
             OSError: naming the file that cannot be written; the last checkpoint stays.
         """
-        with ExitStack() as stack:
+        with self.folder.locked_for(self.processes):
             with self.processes.together():
                 if self.processes.main:
-                    stack.enter_context(self.folder.locked())
                     self.folder.rewind(self.step)
             # Of what FSDP sends in the middle of a step too.
             with self.processes.answering():

@@ -104,9 +104,10 @@ class Processes:
         launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else 0
         return cls(rank, size, shard, patience, joined=True, launcher=launcher)
 
-    def leave(self) -> None:
-        """Leave the others; nothing can be asked of them any more."""
-        if self.joined:
+    @staticmethod
+    def leave() -> None:
+        """Leave the others, if this process has joined any; nothing can be asked of them any more."""
+        if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
 
     @property

@@ -34,6 +34,7 @@ from lmsleep.plugins import code_named
 from lmsleep.training import data
 from lmsleep.training.config import RunConfig
 from lmsleep.training.lease import leased
+from lmsleep.training.processes import Processes
 from lmsleep.version import __version__
 
 if TYPE_CHECKING:
@@ -165,6 +166,15 @@ class RunFolder:
                 time.sleep(PAUSE)
             self._held = True
             stack.callback(setattr, self, "_held", False)
+            yield
+
+    @contextmanager
+    def locked_for(self, processes: Processes, patience: float = 0.0) -> Iterator[None]:
+        """Lock it for processes that train it together, in all of them; as of `locked`."""
+        with ExitStack() as stack:
+            with processes.together():
+                if processes.main:
+                    stack.enter_context(self.locked(patience))
             yield
 
     @contextmanager

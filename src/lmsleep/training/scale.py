@@ -328,11 +328,3 @@ def rows_of_text(rows: int, tokens: int) -> Batch:
         raise ValueError(f"a batch has a row of 2 tokens at least, got {rows} rows of {tokens}")
     zeros = torch.zeros(rows, tokens, dtype=torch.int64)
     return Batch(zeros, zeros == 0, zeros - 1, torch.zeros(0, dtype=torch.int64))
-
-
-def trained_weights(model: Model, train: TrainConfig) -> Model:
-    """Freeze what a run does not train."""
-    if train.only_inserted:
-        for i, block in enumerate(model.requires_grad_(False).blocks):
-            block.requires_grad_(i in train.inserted)
-    return model

@@ -2,7 +2,7 @@
 
 from lmsleep.backbones import Model, build, kind_in, kind_of
 from lmsleep.tasks.reading import check_known
-from lmsleep.training.config import RunConfig
+from lmsleep.training.config import RunConfig, TrainConfig
 from lmsleep.training.runs import RunFolder
 
 
@@ -28,4 +28,13 @@ def first_model(config: RunConfig, *, bfloat16: bool = False, trust: bool = Fals
         with folder.naming_code():
             source = folder.model() if folder.is_run() else kind_in(start).open(start, "cpu")[0]
         kind_of(config.model).take_weights(model, source, config.train.inserted)
+    return model
+
+
+def trained_weights(model: Model, train: TrainConfig) -> Model:
+    """Freeze what a run does not train; return the model."""
+    # First all frozen (the call returns the model), then the inserted blocks thawed.
+    if train.only_inserted:
+        for i, block in enumerate(model.requires_grad_(False).blocks):
+            block.requires_grad_(i in train.inserted)
     return model
