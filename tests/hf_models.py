@@ -149,7 +149,11 @@ def _jamba() -> Any:
 def with_memory(model: Any, n: int, kind: Any) -> Any:
     """The model with memory layers that say something."""
     for i in insert_memory_layers(model, n, kind).after:
-        torch.nn.init.normal_(model.model.layers[i].memory.mixer.o_proj.weight, std=0.1)
+        mixer = model.model.layers[i].memory.mixer
+        if kind == "jet":
+            torch.nn.init.normal_(mixer.o_proj.weight, std=0.1)
+        else:
+            torch.nn.init.ones_(mixer.gate)
     return model
 
 

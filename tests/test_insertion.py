@@ -11,7 +11,8 @@ from lmsleep.hf import insert_memory_layers, load_pretrained
 from lmsleep.hf.cache_name import named
 from lmsleep.hf.ouro import OuroConfig, OuroForCausalLM
 
-KINDS = pytest.mark.parametrize("kind", ["jet", "gated_delta_net"])
+KINDS = pytest.mark.parametrize("kind", ["jet", "gated_delta_net", "kda"])
+RECALLS = pytest.mark.parametrize("kind", ["gated_delta_net", "kda"])
 EACH = pytest.mark.parametrize("name", ATTENTION_ONLY)
 TOKENS = torch.arange(1, 12)[None]
 GREEDY = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
@@ -38,18 +39,21 @@ def test_insertion_changes_nothing(name, kind):
     assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items() if k in weights)
 
 
-@pytest.mark.parametrize(("kind", "share"), [("jet", 0.0813), ("gated_delta_net", 0.0704)])
-def test_six_layers_add_less_than_a_tenth_to_ouro(kind, share):
+@pytest.mark.parametrize(
+    ("kind", "share", "after"),
+    [("jet", 0.0813, (3, 7, 11, 15, 19, 23)), ("gated_delta_net", 0.0705, (2, 6, 10, 14, 18, 22))],
+)
+def test_six_layers_add_less_than_a_tenth_to_ouro(kind, share, after):
     with torch.device("meta"):
         model = OuroForCausalLM(OuroConfig.preset("1.4B"))
         inserted = insert_memory_layers(model, 6, kind)
-    assert inserted.after == (3, 7, 11, 15, 19, 23)
+    assert inserted.after == after
     assert abs(inserted.share - share) < 1e-4 and inserted.share < 0.1
 
 
 @KINDS
 def test_a_fresh_insertion_sleeps_and_learns(kind):
-    # Its output is zero, so adapt must look at what it writes, and only its output projection has a gradient.
+    # Its output is zero, so adapt must look at what it writes, and only what makes it zero has a gradient.
     model = family("llama")
     plain = model(TOKENS).logits
     insert_memory_layers(model, 2, kind)
@@ -64,14 +68,15 @@ def test_a_fresh_insertion_sleeps_and_learns(kind):
     config = SleepConfig(window=4, passes=2)
     sleep_forward(backbone.train(), TOKENS, mask, config, checkpoint=True).loss.backward()
     touched = [n for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0]
-    assert touched == [f"model.layers.{i}.memory.mixer.o_proj.weight" for i in (1, 3)]
+    silent = "o_proj.weight" if kind == "jet" else "gate"
+    assert touched == [f"model.layers.{i}.memory.mixer.{silent}" for i in (1, 3)]
 
 
 def test_an_insertion_that_forgets_its_state_is_refused(monkeypatch):
     model = family("llama")
     insert_memory_layers(model, 2)
     mixer = model.model.layers[1].memory
-    monkeypatch.setattr(mixer, "forward", lambda h, S, cache, run=mixer.forward: run(h, None, cache))
+    monkeypatch.setattr(mixer, "forward", lambda h, S, *rest, run=mixer.forward: run(h, None, *rest))
     with pytest.raises(ValueError, match="block 1 ignores the fast weights"):
         adapt(model)
 
@@ -95,9 +100,8 @@ def test_a_loaded_model_answers_like_the_saved_one(tmp_path):
 
 
 @EACH
-@KINDS
-def test_the_cache_of_transformers_carries_it(name, kind):
-    model, cache, parts = alive(name, kind), None, []
+def test_the_cache_of_transformers_carries_it(name):
+    model, cache, parts = alive(name, "jet"), None, []
     with torch.no_grad():
         whole = model(TOKENS).logits
         for piece in TOKENS.split([1, 1, 1, 4, 1, 3], dim=1):
@@ -107,6 +111,14 @@ def test_the_cache_of_transformers_carries_it(name, kind):
         assert close(torch.cat(parts, dim=1), whole, 1e-4)
         silent = family(name)(TOKENS).logits
     assert not close(whole, silent, 1e-3)
+
+
+@EACH
+@RECALLS
+def test_awake_with_all_in_attention_nothing_is_recalled(name, kind):
+    model = alive(name, kind)
+    assert torch.equal(model(TOKENS).logits, family(name)(TOKENS).logits)
+    assert torch.equal(model.generate(TOKENS, **GREEDY), family(name).generate(TOKENS, **GREEDY))
 
 
 @KINDS
@@ -132,7 +144,7 @@ def test_padding_in_front_of_a_row_changes_nothing(name, kind):
 def test_what_cannot_be_inserted_says_why():
     with pytest.raises(ValueError, match=r"n=9 must lie in 1 \.\.\. 4"):
         insert_memory_layers(family("llama"), 9)
-    with pytest.raises(ValueError, match="kind='lstm' is unknown; choose one of jet, gated_delta_net"):
+    with pytest.raises(ValueError, match="kind='lstm' is unknown; choose one of gated_delta_net, kda, jet"):
         insert_memory_layers(family("llama"), 2, "lstm")
     with pytest.raises(ValueError, match=r"after=\[1, 4\] must name different blocks of 0 \.\.\. 3"):
         insert_memory_layers(family("llama"), where=[1, 4])

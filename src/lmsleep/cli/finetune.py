@@ -69,7 +69,7 @@ report and, at its end, model/: a Hugging Face folder, adapters merged, which sa
 
   lmsleep finetune Qwen3.5-2B --task gsm-infinite --passes 4 --window 2000 --lora 16
   lmsleep finetune Qwen3.5-2B --task text --data book.txt --length 4096 --window 1024
-  lmsleep finetune Ouro-1.4B --task gsm-infinite --preset two-stage --insert 6
+  lmsleep finetune Ouro-1.4B --task gsm-infinite --preset two-stage --insert 6 --insert-kind jet
 
 Presets (--preset NAME):
 {listed({name: preset.about for name, preset in PRESETS.items()})}

@@ -1,5 +1,6 @@
 """`HFBackbone`: a causal language model of `transformers` as the sleep algorithm sees it."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,6 +28,9 @@ class Layout:
         dtype: of keys, values and convolution.
         memory_dtype: of `S`.
         slides: whether its tokens look back no further than the model's own `sliding_window`.
+        recalls: whether its fast weights are read as they were when the window began (`layers.Recall`). They
+            are then a part of the working memory too, behind all else: `[B, 1, H K V]`, or `[B, 0, H K V]`
+            while nothing is in the window.
     """
 
     memory: tuple[int, int, int] | None
@@ -36,6 +40,7 @@ class Layout:
     dtype: torch.dtype
     memory_dtype: torch.dtype
     slides: bool
+    recalls: bool = False
 
 
 class HFBackbone(nn.Module):
@@ -109,6 +114,8 @@ class HFBackbone(nn.Module):
                 tensors.append(empty(0, dtype=torch.int64))
             if x.channels is not None:
                 tensors.append(empty(0, x.channels, dtype=x.dtype))
+            if x.recalls and x.memory is not None:
+                tensors.append(empty(0, math.prod(x.memory), dtype=x.memory_dtype))
             cache.append(tuple(tensors))
         return State(Memory(tuple(memory)), Cache(tuple(cache)))
 
@@ -174,9 +181,10 @@ class HFBackbone(nn.Module):
             )
         where = Positions(self.model, h, state, [x.kv is not None for x in self.layouts], start, stop)
         carried: dict[int, Carried] = {}
+        memory = state.memory.S
         for i in range(start, stop):
-            carried |= self._lend(i, state.memory.S[i], where.rebased(i))
-        cache = RunCache(carried)
+            carried |= self._lend(i, memory[i], where.rebased(i), state.cache.filled)
+        cache = RunCache(carried, sliding=span is not None)
         for i in range(start, stop):
             mask = where.mask(self._reach(i, span)) if self.layouts[i].kv else None
             h = call_block(blocks[i], h, cache, where, mask)
@@ -189,7 +197,9 @@ class HFBackbone(nn.Module):
         own: int | None = self.model.get_decoder().config.sliding_window if self.layouts[i].slides else None
         return min((limit for limit in (own, span) if limit is not None), default=None)
 
-    def _lend(self, i: int, memory: Tensor | None, cache: tuple[Tensor, ...]) -> dict[int, Carried]:
+    def _lend(
+        self, i: int, memory: Tensor | None, cache: tuple[Tensor, ...], filled: Tensor | None
+    ) -> dict[int, Carried]:
         x, lent = self.layouts[i], {i: Carried()}
         if x.kv is not None:
             lent[i].keys, lent[i].values = cache[:2]
@@ -198,7 +208,9 @@ class HFBackbone(nn.Module):
             # cache.
             lent.setdefault(x.writer, Carried()).S = memory
         if x.channels is not None:
-            lent.setdefault(x.writer, Carried()).tail = cache[-1]
+            lent.setdefault(x.writer, Carried()).tail = cache[-2 if x.recalls else -1]
+        if x.recalls and memory is not None:
+            lent.setdefault(x.writer, Carried()).recalled = _recalled(memory, cache[-1], filled)
         return lent
 
     def _returned(
@@ -209,6 +221,13 @@ class HFBackbone(nn.Module):
         cache: list[Tensor | None] = [] if x.kv is None else [own.keys, own.values, ordinals]
         if x.channels is not None:
             cache.append(writer.tail)
+        if x.recalls and x.memory is not None and writer.S is not None:
+            held = (
+                writer.S.new_empty(len(writer.S), 0, *x.memory)
+                if writer.recalled is None
+                else writer.recalled[:, None]
+            )
+            cache.append(held.flatten(2).to(x.memory_dtype))
         S = None if x.memory is None or writer.S is None else writer.S.to(x.memory_dtype)
         return S, tuple(t for t in cache if t is not None)
 
@@ -232,6 +251,16 @@ class HFBackbone(nn.Module):
         joined = State.join(states, order)
         cache = replace(joined.cache, filled=state.cache.filled)
         return torch.cat(hs)[order], State(joined.memory, cache)
+
+
+def _recalled(memory: Tensor, held: Tensor, filled: Tensor | None) -> Tensor:
+    """Return what rows recall, `[B, H, K, V]`: what was held for them, or `S` where a window begins."""
+    if not held.shape[1]:
+        return memory
+    begun = held[:, 0].view_as(memory)
+    if filled is None:
+        return begun
+    return torch.where((filled == 0).view(-1, 1, 1, 1), memory, begun)
 
 
 def call_block(block: Any, h: Tensor, cache: RunCache, where: Positions, mask: Tensor | None) -> Tensor:

@@ -23,12 +23,14 @@ class Carried:
         values: `[B, t, H, V]`.
         tail: the last inputs of its short convolution, `[B, t, C]`.
         S: its fast weights, three dimensions a row.
+        recalled: what a layer reads that recalls what was slept on: `S` as the window began.
     """
 
     keys: Tensor | None = None
     values: Tensor | None = None
     tail: Tensor | None = None
     S: Tensor | None = None
+    recalled: Tensor | None = None
 
 
 class _Lent(Tensor):
@@ -50,10 +52,11 @@ class RunCache:
 
     Args:
         carried: what each layer begins with, by its `layer_idx`.
+        sliding: the window slides: no token is one that it begins with.
     """
 
-    def __init__(self, carried: dict[int, Carried]) -> None:
-        self._carried = carried
+    def __init__(self, carried: dict[int, Carried], *, sliding: bool = False) -> None:
+        self._carried, self.sliding = carried, sliding
         self._left = {layer_idx: replace(one) for layer_idx, one in carried.items()}
         self._lent: dict[int, _Lent] = {}
 
@@ -133,16 +136,20 @@ class RunCache:
         return self._left
 
 
-def through_cache(mixer: Any, x: Tensor, cache: Any, layer_idx: int, valid: Tensor | None) -> Tensor:
+def through_cache(mixer: Any, x: Tensor, cache: Any, layer_idx: int, valid: Tensor | None) -> Any:
     """Run a layer that takes and returns its state as a layer of `transformers`, which keeps it in a cache.
 
     Args:
-        mixer: called as `mixer(x, S, (tail,))`, returns `(y, S, (tail,))`.
+        mixer: called as `mixer(x, S, (tail,))`, returns `(y, S, (tail,))`; one that `recalls`, as
+            `mixer(x, S, (tail,), recalled)`.
         x: `[B, T, d]`.
         cache: a `RunCache`, a cache of `transformers` with a linear-attention layer, or None for none.
         layer_idx: the place in the cache.
         valid: `[B, T]`, zero or False for padding, which is read as zeros. In front of a text it changes
             nothing, for `S` is zero there.
+
+    Returns:
+        y.
 
     Raises:
         ValueError: for padding after others were remembered: the memory would forget on it.
@@ -155,7 +162,16 @@ def through_cache(mixer: Any, x: Tensor, cache: Any, layer_idx: int, valid: Tens
                 "pad in front of the first token, or pass rows of equal length"
             )
         x = x * valid[..., None].to(x.dtype)
-    y, S, (tail,) = mixer(x, S, mixer.empty_cache(len(x)) if tail is None else (tail,))
+    tails = mixer.empty_cache(len(x)) if tail is None else (tail,)
+    if isinstance(cache, RunCache) and getattr(mixer, "recalls", False):
+        recalled = None
+        if not cache.sliding:
+            recalled = cache.begun(layer_idx).recalled
+            recalled = x.new_zeros(len(x), *mixer.mixer.memory_shape) if recalled is None else recalled
+            cache.left(layer_idx).recalled = recalled
+        y, S, (tail,) = mixer(x, S, tails, recalled)
+    else:
+        y, S, (tail,) = mixer(x, S, tails)
     if isinstance(cache, RunCache):
         cache.left(layer_idx).tail = tail
         cache.update_recurrent_state(S, layer_idx)

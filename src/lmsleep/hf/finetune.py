@@ -46,8 +46,9 @@ class FineTune:
     """Dropout on what the adapters read."""
     insert: int = 0
     """Memory layers to add to a model that has only attention; the paper: 6. They are trained in full."""
-    insert_kind: MemoryKind = "jet"
-    """jet (a JetBlock) or gated_delta_net."""
+    insert_kind: MemoryKind = "gated_delta_net"
+    """gated_delta_net or kda, which begin as the attention behind them and recall what was slept
+    on, or jet (a JetBlock), as the paper adds them to Ouro."""
     targets: tuple[str, ...] = ()
     """Linear maps that get adapters, by the last part of their names (q_proj out_proj ...); default: all
     inside the blocks but routers of experts."""
@@ -72,25 +73,18 @@ def pretrained_backbone(options: FineTune, *, bfloat16: bool = False) -> HFBackb
 
     Args:
         options: the folder and what is trained.
-        bfloat16: it will run under autocast to bfloat16, which rounds matrices in any case: frozen ones that
-            the folder holds in bfloat16 stay so, with the same result in half the memory.
+        bfloat16: it will run under autocast to bfloat16, which rounds matrices in any case: frozen ones of
+            the blocks are rounded once, with the same result in half the memory.
 
     Raises:
         FileNotFoundError: if the folder holds no model.
         ValueError: if it cannot be loaded, cannot sleep, or has no map of the name of a target.
     """
-    model = _start(options)
-    # Remembered before the cast to float32: what was bfloat16 in the folder goes back without loss.
-    halved = {id(p) for p in model.parameters() if p.dtype is torch.bfloat16}
-    backbone = adapt(model.float())
+    backbone = adapt(_start(options).float())
     _choose(backbone, options)
     if bfloat16:
         for module in backbone.blocks.modules():
-            if (
-                isinstance(module, nn.Linear)
-                and not module.weight.requires_grad
-                and id(module.weight) in halved
-            ):
+            if isinstance(module, nn.Linear) and not module.weight.requires_grad:
                 module.weight.data = module.weight.data.bfloat16()
     return backbone
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lmsleep.hf.cache import RunCache, cache_layers, through_cache
 from lmsleep.hf.cache_name import cache_name
+from lmsleep.hf.inheritance import heads_of, inherit
 from lmsleep.layers import MemoryKind, MemoryLayer
 
 ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -34,19 +35,26 @@ class Insertion:
 
 
 def insert_memory_layers(
-    model: Any, n: int = 6, kind: MemoryKind = "jet", where: Literal["even"] | Sequence[int] = "even"
+    model: Any,
+    n: int = 6,
+    kind: MemoryKind = "gated_delta_net",
+    where: Literal["even"] | Sequence[int] = "even",
 ) -> Insertion:
     """Add layers with fast weights to an attention-only model, which then computes what it did before.
 
-    Each is `h + mixer(norm(h))` after a block: a `MemoryLayer`, whose output projection is zero, as a part of
-    the block (`model.layers.3.memory`). So `save_pretrained`, `peft` and `generate` work as before. The
-    configuration describes the layers (field `memory_layers`), and `load_pretrained` makes them again.
+    Each is `h + mixer(norm(h))` after a block: a `MemoryLayer`, which says nothing before it is trained, as a
+    part of the block (`model.layers.3.memory`). So `save_pretrained`, `peft` and `generate` work as before.
+    The configuration describes the layers (field `memory_layers`), and `load_pretrained` makes them again.
+
+    A `Recall` begins as the attention that reads the same hidden states, that of the next block: its norm and
+    its projections (`hf.inheritance`).
 
     Args:
         model: llama, qwen2, qwen3, ouro or another whose blocks have attention only; changed in place.
         n: how many.
-        kind: "jet" (a JetBlock) or "gated_delta_net".
-        where: "even", the last of them after the last block, or the blocks that they are to follow.
+        kind: "gated_delta_net" or "kda" (a `Recall` by that rule), or "jet" (a JetBlock, whose weights begin
+            random, as the paper adds it to Ouro).
+        where: "even" (of JetBlocks the last follows the last block), or the blocks that they are to follow.
 
     Returns:
         Where they are, and how many parameters they have.
@@ -65,11 +73,17 @@ def insert_memory_layers(
     D = len(blocks)
     if where == "even" and not 1 <= n <= D:
         raise ValueError(f"n={n} must lie in 1 ... {D}, the number of blocks")
-    # Evenly spread, the last behind the last block: (j + 1) D / n counts blocks from 1.
-    after = [(j + 1) * D // n - 1 for j in range(n)] if where == "even" else sorted(map(int, where))
+    # Of each n-th of the blocks its last or, of layers that begin as the attention behind them, its middle.
+    last = [(j + 1) * D // n - 1 for j in range(n)]
+    middle = [(2 * j + 1) * D // (2 * n) for j in range(n)]
+    even = last if kind == "jet" else middle
+    after = even if where == "even" else sorted(map(int, where))
     # Counted before the layers are there: `share` is of what the model had.
     before = model.num_parameters()
     attach(model, {"kind": kind, "after": after})
+    for i in after:
+        # The last block has no next one to read what the layer reads; its own attention comes closest.
+        inherit(blocks[i].memory, blocks[min(i + 1, D - 1)])
     added = sum(p.numel() for i in after for p in blocks[i].memory.parameters())
     return Insertion(kind, tuple(after), added, added / before)
 
@@ -93,10 +107,10 @@ def attach(model: Any, inserted: dict[str, Any]) -> None:
     numbers = isinstance(after, list) and all(type(i) is int for i in after)
     if not after or not numbers or len(set(after)) < len(after) or not set(after) <= set(range(D)):
         raise ValueError(f"{FIELD}: after={after} must name different blocks of 0 ... {D - 1}")
-    eps = getattr(config, "rms_norm_eps", 1e-6)
+    eps, heads = getattr(config, "rms_norm_eps", 1e-6), heads_of(config, blocks)
     for j, i in enumerate(after):
         # In the place and precision of the block that it follows.
-        layer = MemoryLayer(config.hidden_size, kind, eps)
+        layer = MemoryLayer(config.hidden_size, kind, eps, heads)
         like = next(blocks[i].parameters())
         blocks[i].memory = layer.to(device=like.device, dtype=like.dtype)
         said = partial(_with_memory, config, config.num_hidden_layers + j)
@@ -127,12 +141,16 @@ def _with_memory(
 ) -> Any:
     """Add what a block's memory layer says to what the block says; `layer_idx` is its place in a cache."""
     h, *rest = output if isinstance(output, tuple) else (output,)
-    cache = options.get(cache_name())
-    if cache is not None and not isinstance(cache, RunCache):
-        # A cache of `transformers` has a layer a block; memory layers come behind them, when first needed.
-        cache.layers.extend(cache_layers(config)[len(cache.layers) :])
-    valid = _valid(options.get("attention_mask"), h.shape[1])
-    h = h + through_cache(block.memory, h, cache, layer_idx, valid)
+    cache, valid = options.get(cache_name()), None
+    if not isinstance(cache, RunCache):
+        if block.memory.recalls:  # nothing is ever evicted here, and so nothing is to be recalled
+            return output
+        if cache is not None:
+            # A cache of `transformers` has a layer a block; memory layers come behind them, when needed.
+            cache.layers.extend(cache_layers(config)[len(cache.layers) :])
+        valid = _valid(options.get("attention_mask"), h.shape[1])
+    said = through_cache(block.memory, h, cache, layer_idx, valid)
+    h = h if said is None else h + said
     return (h, *rest) if isinstance(output, tuple) else h
 
 

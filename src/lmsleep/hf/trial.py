@@ -157,6 +157,7 @@ def _layout(i: int, done: dict[int, Carried], dtype: torch.dtype, slides: bool) 
         dtype=dtype,
         memory_dtype=torch.float32 if S is None else S.dtype,
         slides=slides and kv is not None,
+        recalls=writer.recalled is not None,
     )
 
 

@@ -3,7 +3,18 @@
 from lmsleep.layers.attention import Attention
 from lmsleep.layers.fast_weights import FastWeights, Writes
 from lmsleep.layers.jet import JetBlock
-from lmsleep.layers.memory_layer import MemoryKind, MemoryLayer
+from lmsleep.layers.memory_layer import Heads, MemoryKind, MemoryLayer
 from lmsleep.layers.mlp import SwiGLU
+from lmsleep.layers.recall import Recall
 
-__all__ = ["Attention", "FastWeights", "JetBlock", "MemoryKind", "MemoryLayer", "SwiGLU", "Writes"]
+__all__ = [
+    "Attention",
+    "FastWeights",
+    "Heads",
+    "JetBlock",
+    "MemoryKind",
+    "MemoryLayer",
+    "Recall",
+    "SwiGLU",
+    "Writes",
+]

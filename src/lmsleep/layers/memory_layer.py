@@ -1,68 +1,97 @@
 """A layer with fast weights to be added to a model that has none."""
 
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 from torch import Tensor, nn
 
-from lmsleep.layers.fast_weights import FastWeights
 from lmsleep.layers.jet import JetBlock
+from lmsleep.layers.recall import Recall
 
-MemoryKind = Literal["jet", "gated_delta_net"]
+MemoryKind = Literal["gated_delta_net", "kda", "jet"]
+RULES = {"gated_delta_net": "gated_delta_rule", "kda": "kda"}  # of kinds that are a `Recall`
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The heads of an attention, as a `Recall` takes them.
+
+    Attributes:
+        num_heads: H, of keys and values.
+        groups: G, queries to each.
+        head_dim: K.
+        bias: whether the maps to queries, keys and values have one.
+        out_bias: whether the map of the output has one.
+    """
+
+    num_heads: int
+    groups: int
+    head_dim: int
+    bias: bool = False
+    out_bias: bool = False
 
 
 class MemoryLayer(nn.Module):
     """`mixer(norm(h))`, to be added to `h`; zero until it is trained, so that adding it changes nothing.
 
-    Heads have K = 128 (a quarter of the width in models narrower than 512) and V = 2 K; all keys together are
-    half as wide as the model.
+    A `Recall` has the heads of the model's attention. A `JetBlock` has K = 128 (a quarter of the width in
+    models narrower than 512) and V = 2 K; all its keys together are half as wide as the model.
 
     Args:
         d_model: width of the model.
-        kind: "jet" (a `JetBlock`) or "gated_delta_net" (`FastWeights`).
+        kind: "gated_delta_net" or "kda" (a `Recall` by that rule), or "jet" (a `JetBlock`, as the paper adds
+            them to Ouro).
         norm_eps: of the norms.
+        heads: of the model's attention.
 
     Raises:
         ValueError: for an unknown kind.
     """
 
-    conv_size = 4
-
-    def __init__(self, d_model: int, kind: MemoryKind, norm_eps: float) -> None:
+    def __init__(self, d_model: int, kind: MemoryKind, norm_eps: float, heads: Heads) -> None:
         super().__init__()
         if kind not in get_args(MemoryKind):
             raise ValueError(f"kind={kind!r} is unknown; choose one of {', '.join(get_args(MemoryKind))}")
-        K = min(128, d_model // 4)
-        H, V = d_model // (2 * K), 2 * K
         self.norm = nn.RMSNorm(d_model, eps=norm_eps)
-        self.mixer: JetBlock | FastWeights
+        self.mixer: JetBlock | Recall
         if kind == "jet":
-            self.mixer = JetBlock(d_model, H, K, V, conv_size=self.conv_size, norm_eps=norm_eps)
+            K = min(128, d_model // 4)
+            self.mixer = JetBlock(d_model, d_model // (2 * K), K, 2 * K, norm_eps=norm_eps)
+            # The last map alone is zero: it has a gradient from the first step on, and with it all before it.
+            nn.init.zeros_(self.mixer.o_proj.weight)
         else:
-            self.mixer = FastWeights(
+            self.mixer = Recall(
                 d_model,
-                H,
-                K,
-                V,
-                rule="gated_delta_rule",
-                conv_size=self.conv_size,
-                conv_init=0.0,
-                forget=(0.001, 0.1),
-                negative_eigenvalues=False,
-                norm_eps=norm_eps,
-                backend="auto",
+                heads.num_heads,
+                heads.groups,
+                heads.head_dim,
+                rule=RULES[kind],
+                bias=heads.bias,
+                out_bias=heads.out_bias,
             )
-        # The last map alone is zero: it has a gradient from the first step on, and with it all before it.
-        nn.init.zeros_(self.mixer.o_proj.weight)
+
+    @property
+    def recalls(self) -> bool:
+        """Whether it speaks only of what was slept on (`Recall`); else of all that it has read."""
+        return isinstance(self.mixer, Recall)
+
+    @property
+    def conv_size(self) -> int:
+        """The number of taps of the convolution."""
+        return self.mixer.conv_size
 
     def empty_cache(self, batch_size: int) -> tuple[Tensor, ...]:
         """Return the tail of the convolution before any token."""
         return self.mixer.empty_cache(batch_size)
 
     def forward(
-        self, h: Tensor, memory: Tensor | None, cache: tuple[Tensor, ...]
-    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
-        """Map `h` `[B, T, d]`, `S` (None: zeros) and tail to what is to be added to `h`, and the next two."""
+        self, h: Tensor, memory: Tensor | None, cache: tuple[Tensor, ...], recalled: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor, tuple[Tensor, ...]]:
+        """Map `h` `[B, T, d]`, `S` (None: zeros) and tail to what is to be added to `h`, and the next two.
+
+        `recalled` is that of `Recall`, and nothing to a `JetBlock`.
+        """
         x = self.norm(h)
-        if isinstance(self.mixer, FastWeights):
-            return self.mixer(x, memory, cache, valid=None, span=None)
+        if isinstance(self.mixer, Recall):
+            return self.mixer(x, memory, cache, recalled)
         return self.mixer(x, memory, cache)

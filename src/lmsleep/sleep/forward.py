@@ -53,6 +53,7 @@ def read_window(
     passes: int | None = None,
     valid: Tensor | None = None,
     logits: bool = True,
+    heard: Tensor | None = None,
     backprop_passes: int | None = None,
     checkpoint: bool = False,
 ) -> tuple[Tensor | None, State]:
@@ -68,21 +69,26 @@ def read_window(
         passes: N; default that of `sleep`. 1 only reads the window.
         valid: `[B, L]` bool, False for padding; None: every token is real.
         logits: the wake logits are wanted.
+        heard: `[B, L]` bool, where they are; None: everywhere.
         backprop_passes: passes, counted from the last, through which gradients flow; None: all.
         checkpoint: recompute the activations of a pass in the backward pass.
 
     Returns:
-        The logits `[B, L, V]` of the wake pass (None unless `logits`), and the state after the last pass.
+        The logits `[B, L, V]` of the wake pass (None unless `logits`), or those that are heard, `[1, n, V]`,
+        row by row; and the state after the last pass.
 
     Raises:
         ValueError: if the sleep does not fit the model.
     """
     consolidator = sleep.consolidator if passes is None else replace(sleep.consolidator, passes=passes)
     span = None if sleep.window is None else sleep.eviction.span(sleep.window)
-    window = Window(tokens, state, valid, span, backprop_passes, checkpoint)
+    window = Window(tokens, state, valid, span, heard, backprop_passes, checkpoint)
     consolidator.check(state.memory.writes)
     read = consolidator.read if consolidator.passes == 1 else consolidator.sleep_on
-    return read(model, window, logits=logits)
+    said, state = read(model, window, logits=logits)
+    if said is not None and heard is not None and said.shape[:2] == tokens.shape:
+        said = said[heard][None]  # of a consolidator that does not ask what is heard
+    return said, state
 
 
 def sleep_forward(
@@ -148,9 +154,12 @@ def sleep_forward(
         asleep = _asleep(ends, a, b, loss_rows, sleep, evict_last)
         need_logits = return_logits or bool(loss_rows.any())
         in_window = None if valid is None else valid[:, a:b]
-        logits, state = read(tokens[:, a:b], state, asleep, in_window, need_logits)
-        if logits is not None and targets is not None and loss_rows.any():
-            window_loss = nll(logits, targets[:, a:b])
+        wanted = None if targets is None else targets[:, a:b]
+        # Vocabularies are wide: where only the loss is asked for, no other logits are computed.
+        heard = None if return_logits or wanted is None else wanted >= 0
+        logits, state = read(tokens[:, a:b], state, asleep, in_window, need_logits, heard)
+        if logits is not None and wanted is not None and loss_rows.any():
+            window_loss = nll(logits, wanted if heard is None else wanted[heard][None])
             total = window_loss if total is None else total + window_loss
         if return_logits and logits is not None:
             kept_logits.append(logits)
@@ -187,15 +196,17 @@ def _read_rows(
     asleep: Tensor,
     valid: Tensor | None,
     logits: bool,
+    heard: Tensor | None,
     **training: Any,
 ) -> tuple[Tensor | None, State]:
     """Read a window in all rows: those that are due sleep together, and the others make one pass."""
 
     def read(rows: Tensor | None, passes: int) -> tuple[Tensor | None, State]:
-        x, s, ok = tokens, state, valid
+        x, s, ok, loud = tokens, state, valid, heard
         if rows is not None:
-            x, s, ok = x[rows], s.rows(rows), None if ok is None else ok[rows]
-        return read_window(model, x, s, sleep, passes=passes, valid=ok, logits=logits, **training)
+            x, s = x[rows], s.rows(rows)
+            ok, loud = (None if y is None else y[rows] for y in (ok, loud))
+        return read_window(model, x, s, sleep, passes=passes, valid=ok, logits=logits, heard=loud, **training)
 
     if bool(asleep.all()) or not asleep.any() or sleep.passes == 1:
         return read(None, sleep.passes if asleep.any() else 1)
@@ -204,7 +215,14 @@ def _read_rows(
     order = torch.cat(groups).argsort()
     # A consolidator may give logits that nobody asked for, and those of some rows alone.
     both = [x for x, _ in parts if x is not None] if logits else []
-    return torch.cat(both)[order] if both else None, State.join([s for _, s in parts], order)
+    joined = State.join([s for _, s in parts], order)
+    if both and heard is not None:
+        # Row by row again: `places` numbers what is heard as the groups have it.
+        places = heard.new_zeros(heard.shape, dtype=torch.int64)
+        places[heard] = torch.arange(int(heard.sum()), device=heard.device)
+        rows = torch.cat(groups).to(heard.device)
+        return torch.cat(both, dim=1)[:, places[rows][heard[rows]].argsort()], joined
+    return torch.cat(both)[order] if both else None, joined
 
 
 def _check(tokens: Tensor, loss_mask: Tensor | None, lengths: Tensor | None, state: State | None) -> None:

@@ -16,6 +16,6 @@ def next_tokens(tokens: Tensor, loss_mask: Tensor | None, valid: Tensor | None) 
 
 
 def nll(logits: Tensor, targets: Tensor, reduction: Literal["sum", "none"] = "sum") -> Tensor:
-    """Cross entropy in nats, in float32 or better: summed, or `[B T]`."""
+    """Cross entropy in nats of logits `[B, T, V]`, in float32 or better: summed, or `[B T]`."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction=reduction)

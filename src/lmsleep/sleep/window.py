@@ -23,6 +23,7 @@ class Window:
         began: the state before its first token.
         valid: `[B, L]` bool, False for padding; None: every token is real.
         span: most positions that a token attends to; None: all that are there.
+        heard: `[B, L]` bool, where wake logits are wanted, if they are; None: everywhere.
         backprop_passes: passes, counted from the last, through which gradients flow; None: all. It says how a
             model is trained, not how it sleeps, and never changes a value.
         checkpoint: keep of a pass only h and S for the backward pass, and recompute its other activations.
@@ -32,6 +33,7 @@ class Window:
     began: State
     valid: Tensor | None = None
     span: int | None = None
+    heard: Tensor | None = None
     backprop_passes: int | None = None
     checkpoint: bool = False
 
@@ -89,6 +91,11 @@ def wake(model: Backbone, window: Window, loop: Loop, wake_passes: int = 1) -> P
 def speak(
     model: Backbone, window: Window, awake: Pass, loop: Loop, *, logits: bool = True
 ) -> tuple[Tensor | None, State]:
-    """Finish the wake pass: its logits `[B, L, V]` (None unless `logits`) and the state after all blocks."""
+    """Finish the wake pass: its logits and the state after all blocks.
+
+    Logits are `[B, L, V]`, those alone that are heard `[1, n, V]`, or None unless `logits`.
+    """
     h, state = window.run(model, awake.h, awake.state, loop[1], model.num_blocks)
+    if logits and window.heard is not None:
+        h = h[window.heard][None]
     return model.head(h) if logits else None, window.counted(state)

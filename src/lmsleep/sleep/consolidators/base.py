@@ -49,7 +49,8 @@ class Consolidator(ABC):
 
         Returns:
             The logits `[B, L, V]` of the wake pass, from which the window's tokens are predicted (None unless
-            `logits`), and the state that the sleep leaves, before eviction.
+            `logits`; `[1, n, V]` where some are `heard` alone, as `speak` gives them), and the state that
+            the sleep leaves, before eviction.
         """
 
     def read(self, model: Backbone, window: Window, *, logits: bool = True) -> tuple[Tensor | None, State]:
