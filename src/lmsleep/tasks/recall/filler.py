@@ -8,11 +8,11 @@ def _phrases(text: str) -> tuple[str, ...]:
 
 
 SUBJECTS = _phrases(
-    """the weather | the river | the old bridge | the market | the road to the coast | the library | the train |
-    the garden | the harbor | the museum | the school | the evening paper | the path through the woods |
-    the bakery | the concert | the small theater | the station | the wind | the rain | the village
-    square | the winter | the newspaper | the radio | the last bus | the lake | the meeting | the soup |
-    the exhibition | the summer festival | the north wing"""
+    """the weather | the river | the old bridge | the market | the road to the coast | the library |
+    the train | the garden | the harbor | the museum | the school | the evening paper | the bakery |
+    the path through the woods | the concert | the small theater | the station | the wind | the rain |
+    the village square | the winter | the newspaper | the radio | the last bus | the lake | the meeting |
+    the soup | the exhibition | the summer festival | the north wing"""
 )
 VERBS = _phrases(
     """was quiet | seemed longer than usual | had changed very little | was busy | was closed for repairs |

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from zlib import crc32
 
 from lmsleep.tasks.recall.filler import filler
+from lmsleep.tasks.recall.story import Question, Story
 from lmsleep.tasks.recall.words import CITIES, COLORS, JOBS, NAMES, THINGS
 from lmsleep.text import Split
 
@@ -154,23 +155,13 @@ RELATIONS = {
         ),
     )
 }
+HOP = "hop"  # the kind of question about a friend
 HOPS = [name for name, relation in RELATIONS.items() if relation.of_friend]
 
 
-class Question(NamedTuple):
-    """A question, the answer that follows it, and among how many candidates in the text that is."""
-
-    kind: str
-    text: str
-    answer: str
-    candidates: int
-
-
-class Story(NamedTuple):
-    """Sentences to be read and evicted, and questions about them."""
-
-    sentences: list[str]
-    questions: list[Question]
+def label(kind: str, told: str) -> str:
+    """Return the name of a kind of question, told as training tells it or otherwise."""
+    return kind if told == TOLD[0] else f"{kind}+{told}"
 
 
 class Fact(NamedTuple):
@@ -236,7 +227,7 @@ class Teller:
             people.add(name)
             friends.append(Fact(RELATIONS["friend"], name, "", fact.name))
             asked = fact._replace(name=name).tell(relation.of_friend)
-            questions.append(Question("hop", asked, fact.value, number))
+            questions.append(Question(HOP, asked, fact.value, number))
         return self._story(facts + friends, questions, fill)
 
     def _draw(self, relations: Sequence[Relation], *, twice: bool = True) -> list[Fact]:
@@ -279,7 +270,7 @@ class Teller:
         sentences = [*told, *filler(r, fill)]
         r.shuffle(sentences)
         r.shuffle(questions)
-        return Story(sentences, questions)
+        return Story(" ".join(sentences), questions)
 
 
 def solve(text: str, question: str) -> str:
