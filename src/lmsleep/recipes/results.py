@@ -14,6 +14,7 @@ from lmsleep.evaluation import evaluate, mean_interval, wilson
 from lmsleep.files import write_atomic
 from lmsleep.recipes.recipe import Cell, Recipe
 from lmsleep.recipes.table import as_markdown, source
+from lmsleep.tasks.base import difficulty_text
 from lmsleep.training import Job, RunConfig, RunFolder, Trainer, choose_device, provenance
 
 Row = dict[str, Any]

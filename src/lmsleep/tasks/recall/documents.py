@@ -135,12 +135,14 @@ def passages(paths: tuple[Path, ...]) -> dict[Split, list[list[Unit]]]:
     belongs to the shortest, so that nothing of the test is trained on.
 
     Raises:
-        OSError, ValueError: for a file that cannot be read, or if nothing can be asked about all of them.
+        ValueError: for a file that cannot be read, or if nothing can be asked about all of them.
     """
     found: list[tuple[str, str, list[Unit]]] = []
     for name, text in topics_of_python():
         found += [(name, text, list(find(text))) for find in (entries, paragraphs)]
     for path in paths:
+        if not path.is_file():
+            raise ValueError(f"documents: {path} is not a file; name manual pages or text")
         text = read_text(path).decode(errors="replace")
         page = re.search(r"^\.(?:TH|SH)\s", text, flags=re.MULTILINE)
         found.append((path.name, text, list((options if page else paragraphs)(text))))

@@ -137,7 +137,7 @@ class Recall:
         `level` caps facts, filler and operations at `ceil(level most)`, but not below the fewest.
 
         Raises:
-            OSError, ValueError: for documents that cannot be read, or if no text fits into `length`.
+            ValueError: for documents that cannot be read, or if no text fits into `length`.
         """
         random = Random(int(rng.integers(2**63)))  # far quicker than numpy for single draws
         kinds = random.choices(self.kinds, self._shares, k=size)
