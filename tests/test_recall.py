@@ -102,9 +102,7 @@ def test_every_fact_of_a_text_is_asked_and_answers_stand_in_the_text():
 
 
 def test_a_text_by_hand():
-    text = (
-        "Anna has a red hat. Nobody could say why. Ben's hat is blue. Carol is a friend of Ben. Dora is 31."
-    )
+    text = "Anna has a red hat. Nobody could say why. Ben's hat is blue. Carol is a friend of Ben. Max is 31."
     for question, answer in {
         "What color is Anna's hat? It is": "red",
         "What is the color of the hat of Ben? The hat is": "blue",
@@ -122,11 +120,7 @@ def test_filler_tells_nothing():
     words = {*NAMES, *(value for relation in RELATIONS.values() for value in relation.values)}
     phrases = [f"{s} {v} {t}." for s in SUBJECTS for v in VERBS for t in TIMES[:1]]
     for sentence in [*REMARKS, *phrases]:
-        named = set(re.findall(r"\w+", sentence)) & {
-            *NAMES,
-            *(v for r in RELATIONS.values() for v in r.values),
-        }
-        assert not named - {"May"}
+        assert not words & set(re.findall(r"\w+", sentence))
     assert not any(p.fullmatch(remark) for r in RELATIONS.values() for p in r.told for remark in REMARKS)
 
 
@@ -207,7 +201,7 @@ def test_entries_and_marked_words_of_the_reference():
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "is not a file"), ("plain words", "nothing can be asked"), (b"\x7fELF", "text")],
+    [(None, "is not a file"), (b"plain words", "nothing can be asked"), (b"\x7fELF", "text")],
 )
 def test_documents_that_hold_no_question_are_named(tmp_path, content, message):
     path = tmp_path / "a.txt"
