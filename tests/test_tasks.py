@@ -15,6 +15,7 @@ from lmsleep.tasks import (
     Drift,
     GSMInfinite,
     GSMSymbolic,
+    Recall,
     Rule110,
     Text,
     Variables,
@@ -58,6 +59,7 @@ def tasks(document):
         Drift(),
         GSMInfinite(subset="medium", ops=(2, 3), length=(0, 200)),
         GSMSymbolic(),
+        Recall(kinds=("facts", "hops", "documents", "problems")),
         Text(data=(document,), length=40),
     ]
 
@@ -101,6 +103,7 @@ def test_every_task_is_listed():
         "drift": Drift,
         "gsm-infinite": GSMInfinite,
         "gsm-symbolic": GSMSymbolic,
+        "recall": Recall,
         "text": Text,
     } == TASKS
 

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lmsleep.cli.options import listed_tasks, parse, say_rows, task_field
+from lmsleep.cli.scores import floor_text, floors_text
 from lmsleep.evaluation import EVAL_SEED
 from lmsleep.files import write_atomic
 from lmsleep.recipes.settings import preset
 from lmsleep.tasks import batch_rng, find_task
+from lmsleep.tasks.base import difficulty_text
 from lmsleep.tasks.samples import records, show
 
 
@@ -71,8 +73,14 @@ def data(argv: list[str]) -> None:
     window = chosen.window or sections["sleep"].window
     for row in range(len(batch.tokens)):
         sys.stdout.write(show(task, batch, row, window) + "\n")
-    floors = ", ".join(f"{name} {value:.3f}" for name, value in task.floors().items())
-    sys.stdout.write(f"\n{task.vocab_size} tokens in the vocabulary; floors of accuracy: {floors}\n")
+    floors = task.floors()
+    sys.stdout.write(
+        f"\n{task.vocab_size} tokens in the vocabulary; floors of accuracy: {floors_text(floors)}\n"
+    )
+    # Of the kinds that were shown: a task may have many.
+    for key in batch.difficulty.unique().tolist():
+        name = difficulty_text(task, key)
+        sys.stdout.write(f"{name}{told}\n" if (told := floor_text(floors, name)) else "")
 
 
 DATA_HELP = f"""usage: lmsleep data TASK [OPTIONS]

@@ -16,6 +16,7 @@ from lmsleep.plain import to_json, to_plain
 from lmsleep.progress import progress
 from lmsleep.sleep import Backbone, SleepConfig
 from lmsleep.tasks import Task, Text
+from lmsleep.tasks.base import difficulty_text
 from lmsleep.tasks.reading import check_known
 from lmsleep.training import Processes, data
 from lmsleep.training.sources import software
@@ -155,7 +156,7 @@ def _eval_text(task: Task, result: dict[int, Score], around: dict[int, AroundSle
         else:
             for key, accuracy in score.per_difficulty.items():
                 low, high = wilson(score.correct[key], score.total[key])
-                name = f"{task.difficulty_name}={key}"
+                name = difficulty_text(task, key)
                 line += f"  {name}: {accuracy:.3f} [{low:.3f}, {high:.3f}]{floor_text(floors, name)}"
         lines.append(line)
         if passes in around:

@@ -27,6 +27,7 @@ from lmsleep.cli.scores import bits_text, floor_text
 from lmsleep.cli.several import ProcessOptions
 from lmsleep.recipes.settings import PRESETS, preset
 from lmsleep.tasks import Text, find_task
+from lmsleep.tasks.base import difficulty_text
 from lmsleep.training import (
     BASELINES,
     Interrupted,
@@ -188,12 +189,9 @@ def _score_text(folder: RunFolder, config: RunConfig, report: dict[str, Any]) ->
     if isinstance(task, Text) and not task.asks:
         figures = f"{bits_text(task, score['bits'])} held out"
     else:
-        name = task.difficulty_name
         floors = report["floors"]
-        figures = "  ".join(
-            f"{name}={k}: {v:.3f}{floor_text(floors, f'{name}={k}')}"
-            for k, v in score["per_difficulty"].items()
-        )
+        named = {difficulty_text(task, int(k)): v for k, v in score["per_difficulty"].items()}
+        figures = "  ".join(f"{name}: {v:.3f}{floor_text(floors, name)}" for name, v in named.items())
     if folder.exported.exists():
         figures += f"\n{folder.exported} is the model, a Hugging Face folder"
     return (

@@ -14,6 +14,7 @@ from lmsleep.evaluation import evaluate, mean_interval, wilson
 from lmsleep.files import write_atomic
 from lmsleep.recipes.recipe import Cell, Recipe
 from lmsleep.recipes.table import as_markdown, source
+from lmsleep.tasks.base import difficulty_text
 from lmsleep.training import Job, RunConfig, RunFolder, Trainer, choose_device, provenance
 
 Row = dict[str, Any]
@@ -142,7 +143,7 @@ def collect(recipe: Recipe, jobs: Sequence[tuple[Cell, Job]]) -> Result:
             # The report has the run's own reading already, on twice as many batches.
             score = report["eval"] if reading == config else _read(run, reading)
             where = {"at": at, "passes_read": reading.sleep.passes}
-            floors, name = reading.task.floors(), reading.task.difficulty_name
+            floors = reading.task.floors()
             for key, accuracy in score["per_difficulty"].items():
                 answers = score["answers"][key]
                 found = {"difficulty": int(key), "accuracy": accuracy, "answers": answers}
@@ -150,7 +151,8 @@ def collect(recipe: Recipe, jobs: Sequence[tuple[Cell, Job]]) -> Result:
                 if "loss_per_difficulty" in score:
                     found["loss"] = score["loss_per_difficulty"][key]
                 # Floors of this difficulty where the task tells them, else those over all.
-                named = {floor: floors.get(f"{floor} {name}={key}", floors.get(floor)) for floor in FLOORS}
+                name = difficulty_text(reading.task, int(key))
+                named = {floor: floors.get(f"{floor} {name}", floors.get(floor)) for floor in FLOORS}
                 own = {floor: value for floor, value in named.items() if value is not None}
                 rows.append({**who, **where, **found, **own, **spent})
         if cell.budget == "tokens":

@@ -9,7 +9,18 @@ from typing import Any, Literal
 
 from lmsleep.models import BlockKind, HybridConfig
 from lmsleep.sleep import SleepConfig
-from lmsleep.tasks import MQAR, Depo, Drift, GSMInfinite, GSMSymbolic, Rule110, Task, Variables, WordProblem
+from lmsleep.tasks import (
+    MQAR,
+    Depo,
+    Drift,
+    GSMInfinite,
+    GSMSymbolic,
+    Recall,
+    Rule110,
+    Task,
+    Variables,
+    WordProblem,
+)
 from lmsleep.training import RunConfig, TrainConfig
 
 Scale = Literal["demo", "small", "paper"]
@@ -130,6 +141,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         },
     },
     "gsm-symbolic": {"demo": _as_the_demo(GSMSymbolic(), window=32)},
+    "recall": {"demo": _as_the_demo(Recall(), window=1000)},
     "text": {
         "demo": {
             "model": HybridConfig(d_model=128, blocks=PAIR, forget=(0.001, 0.05)),

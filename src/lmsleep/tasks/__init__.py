@@ -12,6 +12,7 @@ from lmsleep.tasks.gsm_infinite import GSMInfinite
 from lmsleep.tasks.gsm_symbolic import GSMSymbolic
 from lmsleep.tasks.mqar import MQAR
 from lmsleep.tasks.own import TASK, task_class
+from lmsleep.tasks.recall import Recall
 from lmsleep.tasks.rule110 import Rule110
 from lmsleep.tasks.text import Text
 from lmsleep.tasks.variables import Variables
@@ -27,6 +28,7 @@ TASKS: dict[str, type[Any]] = {
     "drift": Drift,
     "gsm-infinite": GSMInfinite,
     "gsm-symbolic": GSMSymbolic,
+    "recall": Recall,
     "text": Text,
 }
 
@@ -53,6 +55,7 @@ __all__ = [
     "Drift",
     "GSMInfinite",
     "GSMSymbolic",
+    "Recall",
     "Rule110",
     "Split",
     "Task",

@@ -195,6 +195,12 @@ def batch_rng(seed: int, split: Split, index: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=[seed, 2 * index + (split == "test")]))
 
 
+def difficulty_text(task: Task, key: int) -> str:
+    """Return a difficulty key as people read it: `hops=3`, or `kind=color` where a task names its keys."""
+    labels: Sequence[str] | None = getattr(task, "difficulty_labels", None)
+    return f"{task.difficulty_name}={key if labels is None else labels[key]}"
+
+
 def hide_answers(batch: Batch, row: int) -> tuple[list[int], list[list[int]]]:
     """Return what `Task.solve` takes for row `row`, and what it should return."""
     seen, tokens, answers = batch.row(row)
