@@ -133,6 +133,32 @@ def test_rows_at_different_places_of_their_windows_share_a_step():
     assert batch.generate([[5, 6]] * len(texts), max_new_tokens=9) == alone
 
 
+@pytest.mark.parametrize("kind", ["gated_delta_net", "kda"])
+@pytest.mark.parametrize(
+    "sleep", [SleepConfig(window=6, passes=2), SleepConfig(window=6, eviction="sliding")]
+)
+def test_rows_of_different_length_run_together_as_they_would_alone(kind, sleep, monkeypatch):
+    backbone = adapt(with_memory(family("llama"), 2, kind))
+    lengths = torch.tensor([13, 4, 6, 9, 1])
+    rows = torch.randint(1, 60, (5, 13), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(rows, dtype=torch.bool)
+
+    def read(rows, mask, lengths):
+        out = sleep_forward(backbone, rows, mask, sleep, lengths=lengths)
+        return sleep_forward(backbone, rows[:, :4], None, sleep, state=out.state), out
+
+    monkeypatch.setattr(backbone, "_run_by_length", None)  # none is left to it
+    with torch.no_grad():
+        after, out = read(rows, mask, lengths)
+        for i, n in enumerate(lengths.tolist()):
+            later, alone = read(rows[i : i + 1, :n], mask[i : i + 1, :n], None)
+            assert close(out.logits[i, :n], alone.logits[0], 1e-4)
+            for a, b in zip(out.memory.tensors(), alone.memory.tensors(), strict=True):
+                assert close(a[i], b[0], 1e-4)
+            T = later.logits.shape[1]
+            assert close(after.logits[i, :T], later.logits[0], 1e-4)
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen3", "ouro"])
 def test_it_begins_as_the_attention_behind_it(name):
     model = family(name)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lmsleep.hf.cache import Carried, RunCache
 from lmsleep.hf.cache_name import named
 from lmsleep.hf.positions import Positions
+from lmsleep.ops import right_align
 from lmsleep.state import Cache, Memory, State
 
 NORMS = ("norm", "final_layernorm", "norm_f")  # what families call the norm before the head
@@ -161,15 +162,18 @@ class HFBackbone(nn.Module):
     ) -> tuple[Tensor, State]:
         """Run blocks `start ... stop - 1`; arguments and result are those of `HybridLM.run`.
 
-        Padding is never shown to a block, for recurrences of `transformers` would forget on it: rows of
-        different length run one length after the other.
+        Padding is never shown to recurrences of `transformers`, which would forget on it: rows of different
+        length run one length after the other. Attention sees nothing that comes later, and a `Recall` is told
+        what is padding: rows of models with these alone run together.
 
         Raises:
             ValueError: if the model's own gradient checkpointing is on, which drops the state of every block.
         """
         if start == stop:  # before and after a loop over all blocks: no rows to sort, no masks to make
             return h, state
-        if valid is not None and not bool(valid.all()):
+        if valid is not None and bool(valid.all()):
+            valid = None
+        if valid is not None and any(x.channels and not x.recalls for x in self.layouts[start:stop]):
             return self._run_by_length(h, state, start, stop, valid, span)
         if not h.shape[1]:  # kernels of transformers want a token
             return h, state
@@ -184,12 +188,13 @@ class HFBackbone(nn.Module):
         memory = state.memory.S
         for i in range(start, stop):
             carried |= self._lend(i, memory[i], where.rebased(i), state.cache.filled)
-        cache = RunCache(carried, sliding=span is not None)
+        cache = RunCache(carried, valid, sliding=span is not None)
         for i in range(start, stop):
             mask = where.mask(self._reach(i, span)) if self.layouts[i].kv else None
             h = call_block(blocks[i], h, cache, where, mask)
         done = cache.finished()
-        return h, state.replace(start, [self._returned(i, done, where.ordinals) for i in range(start, stop)])
+        left = [self._returned(i, done, where.ordinals, valid) for i in range(start, stop)]
+        return h, state.replace(start, left)
 
     def _reach(self, i: int, span: int | None) -> int | None:
         """Return how far tokens of block i look back: `span`, or the model's own window if it is shorter."""
@@ -214,11 +219,13 @@ class HFBackbone(nn.Module):
         return lent
 
     def _returned(
-        self, i: int, done: dict[int, Carried], ordinals: Tensor
+        self, i: int, done: dict[int, Carried], ordinals: Tensor, valid: Tensor | None
     ) -> tuple[Tensor | None, tuple[Tensor, ...]]:
         x = self.layouts[i]
         own, writer = done[i], done.get(x.writer, Carried())
         cache: list[Tensor | None] = [] if x.kv is None else [own.keys, own.values, ordinals]
+        if valid is not None:  # in a cache padding stands before the tokens of a row
+            cache = [None if t is None else right_align(t, valid) for t in cache]
         if x.channels is not None:
             cache.append(writer.tail)
         if x.recalls and x.memory is not None and writer.S is not None:

@@ -52,11 +52,15 @@ class RunCache:
 
     Args:
         carried: what each layer begins with, by its `layer_idx`.
+        valid: `[B, T]` bool, False for padding at the end of a row, which layers of ours alone are shown;
+            None: there is none.
         sliding: the window slides: no token is one that it begins with.
     """
 
-    def __init__(self, carried: dict[int, Carried], *, sliding: bool = False) -> None:
-        self._carried, self.sliding = carried, sliding
+    def __init__(
+        self, carried: dict[int, Carried], valid: Tensor | None = None, *, sliding: bool = False
+    ) -> None:
+        self._carried, self.valid, self.sliding = carried, valid, sliding
         self._left = {layer_idx: replace(one) for layer_idx, one in carried.items()}
         self._lent: dict[int, _Lent] = {}
 
@@ -141,7 +145,7 @@ def through_cache(mixer: Any, x: Tensor, cache: Any, layer_idx: int, valid: Tens
 
     Args:
         mixer: called as `mixer(x, S, (tail,))`, returns `(y, S, (tail,))`; one that `recalls`, as
-            `mixer(x, S, (tail,), recalled)`.
+            `mixer(x, S, (tail,), recalled, valid)`, with the padding of a `RunCache`.
         x: `[B, T, d]`.
         cache: a `RunCache`, a cache of `transformers` with a linear-attention layer, or None for none.
         layer_idx: the place in the cache.
@@ -169,7 +173,7 @@ def through_cache(mixer: Any, x: Tensor, cache: Any, layer_idx: int, valid: Tens
             recalled = cache.begun(layer_idx).recalled
             recalled = x.new_zeros(len(x), *mixer.mixer.memory_shape) if recalled is None else recalled
             cache.left(layer_idx).recalled = recalled
-        y, S, (tail,) = mixer(x, S, tails, recalled)
+        y, S, (tail,) = mixer(x, S, tails, recalled, cache.valid)
     else:
         y, S, (tail,) = mixer(x, S, tails)
     if isinstance(cache, RunCache):

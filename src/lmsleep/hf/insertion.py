@@ -148,6 +148,7 @@ def _with_memory(
         if cache is not None:
             # A cache of `transformers` has a layer a block; memory layers come behind them, when needed.
             cache.layers.extend(cache_layers(config)[len(cache.layers) :])
+        # Of a RunCache padding comes with the cache, where it may be shown at all.
         valid = _valid(options.get("attention_mask"), h.shape[1])
     said = through_cache(block.memory, h, cache, layer_idx, valid)
     h = h if said is None else h + said

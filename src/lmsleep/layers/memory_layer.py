@@ -85,13 +85,18 @@ class MemoryLayer(nn.Module):
         return self.mixer.empty_cache(batch_size)
 
     def forward(
-        self, h: Tensor, memory: Tensor | None, cache: tuple[Tensor, ...], recalled: Tensor | None = None
+        self,
+        h: Tensor,
+        memory: Tensor | None,
+        cache: tuple[Tensor, ...],
+        recalled: Tensor | None = None,
+        valid: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor, tuple[Tensor, ...]]:
         """Map `h` `[B, T, d]`, `S` (None: zeros) and tail to what is to be added to `h`, and the next two.
 
-        `recalled` is that of `Recall`, and nothing to a `JetBlock`.
+        `recalled` and `valid` are those of `Recall`; a `JetBlock` takes neither.
         """
         x = self.norm(h)
         if isinstance(self.mixer, Recall):
-            return self.mixer(x, memory, cache, recalled)
+            return self.mixer(x, memory, cache, recalled, valid)
         return self.mixer(x, memory, cache)

@@ -82,7 +82,12 @@ class Recall(nn.Module):
         return (torch.empty(sizes, dtype=weight.dtype, device=weight.device),)
 
     def forward(
-        self, x: Tensor, memory: Tensor | None, cache: tuple[Tensor, ...], recalled: Tensor | None
+        self,
+        x: Tensor,
+        memory: Tensor | None,
+        cache: tuple[Tensor, ...],
+        recalled: Tensor | None,
+        valid: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor, tuple[Tensor, ...]]:
         """Read and write.
 
@@ -92,6 +97,7 @@ class Recall(nn.Module):
             cache: the tail of the convolution, `[B, t, (G + 1) H K]`.
             recalled: `S` as it was when the window began, which is read; None: `S` is read as it is written,
                 as where a window slides and has no beginning.
+            valid: `[B, T]` bool, False for padding at the end of a row, which writes nothing.
 
         Returns:
             What to add to the hidden states, `[B, T, d]`, None for nothing; the next `S` and tail.
@@ -100,20 +106,24 @@ class Recall(nn.Module):
         # Nothing was slept on yet: nothing is said, whatever the weights are, and no query is needed but
         # those that later tokens convolve.
         silent = recalled is not None and not bool(recalled.any())
-        q, k, v = self.q_proj(x[:, max(T - W, 0) :] if silent else x), self.k_proj(x), self.v_proj(x)
+        few = silent and valid is None
+        q, k, v = self.q_proj(x[:, max(T - W, 0) :] if few else x), self.k_proj(x), self.v_proj(x)
         Q = q.shape[-1]
         tail = cache[0].to(k.dtype)
         conv = self.conv.to(k.dtype)
-        k, k_tail = ops.short_conv(k, conv[Q:], tail[..., Q:])
-        if silent:
+        k, k_tail = ops.short_conv(k, conv[Q:], tail[..., Q:], valid)
+        if few:
             q_tail = torch.cat([tail[..., :Q], q], dim=1)
             q_tail = q_tail[:, max(q_tail.shape[1] - W, 0) :]
         else:
-            q, q_tail = ops.short_conv(q, conv[:Q], tail[..., :Q])
+            q, q_tail = ops.short_conv(q, conv[:Q], tail[..., :Q], valid)
         # Unit keys make the delta rule a contraction; the usual eps, 1e-12, is zero in float16.
         k, v = (y.unflatten(-1, (self.num_heads, -1)) for y in (k, v))
         k = F.normalize(k, dim=-1, eps=1e-6)
         g, beta = ops.find_rule(self.rule).gates(self, x)
+        if valid is not None:
+            # No decay and no write leave `S` as it is, bit for bit.
+            g, beta = (y * valid.view(*valid.shape, *[1] * (y.ndim - 2)) for y in (g, beta))
         cache = (torch.cat([q_tail, k_tail], dim=-1),)
         if silent:
             return None, self._write(k, v, g, beta, memory), cache
