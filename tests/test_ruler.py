@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from lmsleep.hf import insert_memory_layers
 
 TASKS = ("ruler_fwe",)
+SHORT = ("--gen-kwargs", "max_gen_toks=2")  # a tiny model writes on to the end
 LENGTH = 1024  # bytes, of which the templates take a part
 
 
@@ -38,16 +39,13 @@ def offline(monkeypatch):
     monkeypatch.setattr("nltk.download", lambda *_: False)
     # lm-eval asks compilers and drivers for their versions after each evaluation, for seconds.
     monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
-    # Short answers: a tiny model writes on to the end.
-    run = ruler.harness
-    monkeypatch.setattr(ruler, "harness", lambda argv: run([*argv, "--gen-kwargs", "max_gen_toks=2"]))
 
 
 @pytest.mark.slow  # four evaluations, each of which makes 500 samples
 def test_every_reading_of_rulers_tasks_stands_in_the_table(folder, offline, tmp_path, capsys):
     out = tmp_path / "out"
     argv = [folder, "--plain", folder, "--out", out, "--tasks", *TASKS, "--lengths", LENGTH, "--limit", 1]
-    argv = [*map(str, argv), "--window", "256", "--passes", "2"]
+    argv = [*map(str, argv), "--window", "256", "--passes", "2", *SHORT]
     ruler.main(argv)
     names = ("fullcache", "sliding", "evicted", "asleep-N=2")
     found = {name: json.loads((out / f"{name}-{LENGTH}.json").read_text()) for name in names}
@@ -69,6 +67,8 @@ def test_every_reading_of_rulers_tasks_stands_in_the_table(folder, offline, tmp_
 
 
 def test_a_length_that_was_not_asked_for_is_no_figure(folder, offline, tmp_path, capsys):
-    ruler.measure([folder, "--window", 256, "--passes", 1], ["niah_single_1"], LENGTH, 1, tmp_path / "r.json")
+    ruler.measure(
+        [folder, "--window", 256, "--passes", 1, *SHORT], ["niah_single_1"], LENGTH, 1, tmp_path / "r.json"
+    )
     shown = capsys.readouterr().out
     assert str(LENGTH) in shown and "4096" not in shown

@@ -5,7 +5,8 @@
 
 Needs `pip install wonderwords` beside lm-eval. A file for each reading and length is written to --out, and
 one that is there is not made again, so the same command goes on after a kill; then the table is printed.
-Lengths are read one at a time, since --limit takes the first samples, which all have the first length.
+Lengths are read one at a time, since --limit takes the first samples, which all have the first length. Other
+options are those of `lmsleep lm-eval`: --apply-chat-template, --batch-size 4, ...
 """
 
 import argparse
@@ -40,7 +41,7 @@ def readings(
 
 
 def measure(arguments: Sequence[Any], tasks: Sequence[str], length: int, limit: int, out: Path) -> None:
-    """Run the tasks at one length and write what lm-eval found to `out`."""
+    """Run the tasks at one length, by a model and options, and write what lm-eval found to `out`."""
     spec = find_spec("lm_eval")
     if spec is None or spec.origin is None:
         raise SystemExit("ruler: lm-eval is not installed: pip install 'lmsleep[eval,hf]' wonderwords")
@@ -81,7 +82,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--passes", nargs="+", type=int, default=(1, 4))
     parser.add_argument("--limit", type=int, default=4, help="samples of each task and length")
-    options = parser.parse_args(argv)
+    options, more = parser.parse_known_args(argv)
     options.out.mkdir(parents=True, exist_ok=True)
     found = {}
     for length in options.lengths:
@@ -89,7 +90,7 @@ def main(argv: Sequence[str]) -> None:
         for name, arguments in cases.items():
             out = options.out / f"{name.replace(' ', '').replace(',', '-')}-{length}.json"
             if not out.exists():
-                measure(arguments, options.tasks, length, options.limit, out)
+                measure([*arguments, *more], options.tasks, length, options.limit, out)
             found[name, length] = json.loads(out.read_text())
     sys.stdout.write(table(found, options.tasks) + "\n")
 
