@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -41,6 +41,9 @@ class HarnessOptions(SleepOptions):
     """Names of tasks or groups, with * for any letters, or YAML files."""
     passes: tuple[int, ...] = ()  # type: ignore[assignment]
     """Each N to read with; default that of the run or folder."""
+    eviction: Literal["hard", "sliding"] | None = None
+    """After a sleep attention keeps nothing of the window (hard) or its last L - 1 tokens (sliding); default
+    that of the run or folder."""
     include_path: Path | None = None
     """Folder with tasks of your own (YAML)."""
     metadata: tuple[str, ...] = ()
@@ -107,8 +110,11 @@ def harness(argv: list[str]) -> None:
         )
         # `passes` here is a list of what to evaluate, which no session takes.
         session = new_session(options.model, replace(options, passes=None))
-        for n in options.passes or (session.sleep_config.passes,):
-            sleep = session.sleep_config.with_passes(n)
+        configured = session.sleep_config
+        if options.eviction is not None:
+            configured = replace(configured, eviction=options.eviction)
+        for n in options.passes or (configured.passes,):
+            sleep = configured.with_passes(n)
             # The model is shared; a session for each N costs only its state.
             sleeping = Session(session.model, sleep, session.tokenizer, history=0)
             with evaluating():
@@ -133,7 +139,7 @@ def harness(argv: list[str]) -> None:
                 samples += [{"passes": n, "task": task, **sample} for sample in of_task]
     document = {
         "model": str(options.model),
-        "sleep": session.sleep_config.to_dict(),
+        "sleep": configured.to_dict(),
         "lmsleep": __version__,
         "lm_eval": lm_eval.__version__,
         "limit": options.limit,
@@ -247,6 +253,9 @@ def _table(found: dict[str, Any]) -> str:
                 name, _, filtered = key.partition(",")
                 # Aliases are text; an error stands beside its value, not in a line of its own.
                 if not isinstance(value, int | float) or name.endswith("_stderr") or name == "sample_len":
+                    continue
+                # RULER has a metric for each length, -1 for one that was not asked for.
+                if name.isdigit() and value < 0:
                     continue
                 error = figures.get(f"{name}_stderr,{filtered}")
                 shown = f"{error:>10.4f}" if isinstance(error, float) else f"{'':>10}"

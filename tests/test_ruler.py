@@ -1,0 +1,74 @@
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+import transformers as t
+from hf_models import HEADS, SMALL
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tools import ruler
+from transformers import PreTrainedTokenizerFast
+
+from lmsleep.hf import insert_memory_layers
+
+TASKS = ("ruler_fwe",)
+SHORT = ("--gen-kwargs", "max_gen_toks=2")  # a tiny model writes on to the end
+LENGTH = 1024  # bytes, of which the templates take a part
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A tiny model of bytes, with silent memory layers."""
+    words = ["</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    made = Tokenizer(models.BPE({w: i for i, w in enumerate(words)}, []))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    model = t.LlamaForCausalLM(t.LlamaConfig(**{**SMALL, "vocab_size": len(words)}, **HEADS))
+    insert_memory_layers(model, 2)
+    model.save_pretrained(tmp_path / "tiny")
+    PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>").save_pretrained(tmp_path / "tiny")
+    return tmp_path / "tiny"
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """What RULER's tasks need beside lm-eval: a list of words; and no try to download sentences' ends."""
+    words = {kind: [f"{kind[:3]}{c}" for c in "abcdefgh"] for kind in ("nouns", "adjectives", "verbs")}
+    stub = SimpleNamespace(RandomWord=lambda: SimpleNamespace(_categories=words))
+    monkeypatch.setitem(sys.modules, "wonderwords", stub)
+    monkeypatch.setattr("nltk.download", lambda *_: False)
+    # lm-eval asks compilers and drivers for their versions after each evaluation, for seconds.
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
+
+
+@pytest.mark.slow  # four evaluations, each of which makes 500 samples
+def test_every_reading_of_rulers_tasks_stands_in_the_table(folder, offline, tmp_path, capsys):
+    out = tmp_path / "out"
+    argv = [folder, "--plain", folder, "--out", out, "--tasks", *TASKS, "--lengths", LENGTH, "--limit", 1]
+    argv = [*map(str, argv), "--window", "256", "--passes", "2", *SHORT]
+    ruler.main(argv)
+    names = ("fullcache", "sliding", "evicted", "asleep-N=2")
+    found = {name: json.loads((out / f"{name}-{LENGTH}.json").read_text()) for name in names}
+    sleeps = [(f["sleep"]["window"], f["sleep"]["eviction"]["name"]) for f in found.values()]
+    assert sleeps == [(2048, "hard"), (256, "sliding"), (256, "hard"), (256, "hard")]
+    for results in found.values():
+        (of_tasks,) = results["passes"].values()
+        assert all(0 <= of_tasks[task][f"{LENGTH},none"] <= 1 for task in TASKS)
+    lines = capsys.readouterr().out.splitlines()[-3:]
+    assert lines[0] == "| task | tokens | full cache | sliding | evicted | asleep, N = 2 |"
+    assert lines[2].startswith(f"| ruler_fwe | {LENGTH} | ")
+    # What is there is not measured again.
+    (out / f"sliding-{LENGTH}.json").write_text(
+        json.dumps({"passes": {"1": {task: {f"{LENGTH},none": 0.5} for task in TASKS}}})
+    )
+    ruler.main(argv)
+    again = capsys.readouterr().out.splitlines()
+    assert len(again) == 3 and again[2].split(" | ")[3] == "0.50"
+
+
+def test_a_length_that_was_not_asked_for_is_no_figure(folder, offline, tmp_path, capsys):
+    ruler.measure(
+        [folder, "--window", 256, "--passes", 1, *SHORT], ["niah_single_1"], LENGTH, 1, tmp_path / "r.json"
+    )
+    shown = capsys.readouterr().out
+    assert str(LENGTH) in shown and "4096" not in shown
