@@ -168,6 +168,13 @@ class Kind:
         """Say whether a folder whose config.json holds `found` and names no kind is one of a saved model."""
         return False
 
+    def check_place(self, folder: Path) -> None:
+        """Refuse a folder whose model cannot sleep, where that can be seen before its weights are read.
+
+        Raises:
+            ValueError: with the reason, and what can be done.
+        """
+
     def open(self, folder: Path, device: torch.device | str) -> tuple[Model, SleepConfig]:
         """Return the model in a folder that is no run, and how it sleeps.
 

@@ -6,6 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from lmsleep import gguf_file
 from lmsleep.files import write_atomic
 from lmsleep.sleep import Consolidator, Hard, Passes, SleepConfig, Sliding
 from lmsleep.version import __version__
@@ -19,13 +20,13 @@ NON_COMMERCIAL: dict[str, Any] = {
 LICENSES: dict[str, dict[str, Any]] = {"jet_nemotron": NON_COMMERCIAL, "ouro": {"license": "apache-2.0"}}
 
 
-def write_card(folder: Path, config: Any, sleep: SleepConfig) -> None:
+def write_card(folder: Path, config: Any, sleep: SleepConfig | None = None) -> None:
     """Write README.md beside a saved model; one that somebody else wrote stays.
 
     Args:
         folder: of the saved model.
         config: that of the model; `_name_or_path` is where it came from, whose card says the licence.
-        sleep: how it sleeps.
+        sleep: how it sleeps; None: it does not say.
 
     Raises:
         OSError: if the folder cannot be written.
@@ -35,7 +36,7 @@ def write_card(folder: Path, config: Any, sleep: SleepConfig) -> None:
         write_atomic(file, card(config, sleep).encode())
 
 
-def card(config: Any, sleep: SleepConfig) -> str:
+def card(config: Any, sleep: SleepConfig | None) -> str:
     """Return the text of the card."""
     from huggingface_hub import ModelCardData
 
@@ -44,13 +45,57 @@ def card(config: Any, sleep: SleepConfig) -> str:
     # A model that was fine-tuned twice still names the one on the Hub.
     base = _hub_name(source) or known.get("base_model")
     terms: dict[str, Any] = LICENSES.get(kind) or {k: v for k, v in known.items() if k.startswith("license")}
+    inserted = getattr(config.get_text_config(), "memory_layers", None)
+    of_sleep = ["sleep", "fast-weights"] if sleep or inserted else []
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
         base_model=base,
-        tags=["lmsleep", "sleep", "fast-weights", kind],
+        tags=["lmsleep", *of_sleep, kind],
         **terms,
     )
+    origin = f"[{base}](https://huggingface.co/{base})" if base else Path(source).name or "unknown"
+    made_from = f"| made from | {origin} |\n|---|---|\n| licence | {_licence(kind, terms)} |"
+    text = _awake(kind, inserted, made_from) if sleep is None else _asleep(kind, sleep, made_from)
+    return f"""---
+{data.to_yaml()}
+---
+{MARK}
+
+{text}
+- Uses, data and biases are those of the model that it was made from, and of what it was trained on since.
+"""
+
+
+def _awake(kind: str, inserted: Any, made_from: str) -> str:
+    """Describe a model that was converted and does not say how it sleeps."""
+    title, rows, limit = f"# A `{kind}`", made_from, ""
+    if inserted:
+        places = " ".join(map(str, inserted["after"]))
+        title += " with memory layers"
+        rows += f"\n| memory layers | {inserted['kind']}, after blocks {places} |"
+        limit = "\n- Memory layers say nothing until they are trained: `lmsleep finetune FOLDER --task ...`."
+    return f"""{title}
+
+Weights of the model that it was made from, in the dtype that config.json names, written by lmsleep {__version__}.
+
+{rows}
+
+## Use
+
+```python
+import lmsleep.hf
+
+model = lmsleep.hf.load_pretrained("FOLDER")  # this repository, downloaded
+```
+
+## Limits
+
+- Weights that were quantised are as coarse as they were.{limit}"""
+
+
+def _asleep(kind: str, sleep: SleepConfig, made_from: str) -> str:
+    """Describe a model that sleeps."""
     by, L = sleep.consolidator, sleep.window
     settings = "\n".join(f"| `{name}` | `{value!r}` |" for name, value in _changed(sleep).items())
     window = "evicts nothing" if L is None else f"reads windows of {L} tokens"
@@ -59,20 +104,13 @@ def card(config: Any, sleep: SleepConfig) -> str:
         evicts = "clears its key-value cache (hard eviction)"
     elif isinstance(sleep.eviction, Sliding):
         evicts = f"keeps keys and values of {L - 1} tokens (sliding eviction)"
-    return f"""---
-{data.to_yaml()}
----
-{MARK}
-
-# A `{kind}` that sleeps
+    return f"""# A `{kind}` that sleeps
 
 This model {window}. When a window is full and the text goes on, {_consolidates(by)}
 into the fast weights of its recurrent blocks, and {evicts}: the method of
 ["Do Language Models Need Sleep?"](https://arxiv.org/abs/2605.26099), implemented by lmsleep {__version__}.
 
-| made from | {f"[{base}](https://huggingface.co/{base})" if base else Path(source).name or "unknown"} |
-|---|---|
-| licence | {_licence(kind, terms)} |
+{made_from}
 {settings}
 
 ## Use
@@ -94,9 +132,7 @@ Other tools find a `{kind}` that does not sleep.
 
 - What was evicted is remembered only as far as fast weights hold it, and only as well as the model was
   trained to sleep; `lmsleep probe FOLDER --text FILE` measures it.
-- Fast weights cannot be rolled back: no speculative decoding, no cropping of the cache.
-- Uses, data and biases are those of the model that it was made from, and of what it was trained on since.
-"""
+- Fast weights cannot be rolled back: no speculative decoding, no cropping of the cache."""
 
 
 def _changed(sleep: SleepConfig) -> dict[str, Any]:
@@ -132,10 +168,13 @@ def _licence(kind: str, terms: Mapping[str, Any]) -> str:
 
 
 def _metadata(folder: Path) -> dict[str, Any]:
-    """Read what the card of the model that this one was made from says."""
+    """Read what the card of the model that this one was made from says, or its GGUF file."""
     from huggingface_hub import ModelCard
 
     try:
+        if gguf_file.is_gguf(folder):
+            licence = gguf_file.licence(folder)
+            return {} if licence is None else {"license": licence}
         found: dict[str, Any] = vars(ModelCard((folder / NAME).read_text()).data)
     except (OSError, ValueError):
         return {}

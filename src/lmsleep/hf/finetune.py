@@ -1,6 +1,5 @@
 """Fine-tuning: which weights of a pretrained model are trained, and what becomes of them."""
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -12,6 +11,7 @@ from torch import nn
 
 from lmsleep.files import write_atomic
 from lmsleep.hf.backbone import HFBackbone
+from lmsleep.hf.folder import write_folder
 from lmsleep.hf.insertion import insert_memory_layers
 from lmsleep.hf.loading import load_pretrained
 from lmsleep.hf.lora import add_adapters, is_adapted, update
@@ -20,12 +20,7 @@ from lmsleep.layers import MemoryKind, MemoryLayer
 from lmsleep.sleep import SleepConfig
 
 Trained = Literal["lora", "memory", "full"]
-WEIGHTS, GENERATION = "trained.safetensors", "generation_config.json"
-# What an exported model does not take from the folder it was made from: weights, and what describes them.
-NOT_COPIED = (
-    "*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx",
-    "*.index.json", "config.json", "README.md",
-)  # fmt: skip
+WEIGHTS = "trained.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +28,7 @@ class FineTune:
     """A pretrained model and which of its weights are trained."""
 
     folder: Path
-    """Hugging Face folder of the model."""
+    """Hugging Face folder or GGUF file of the model."""
     train: Trained = "lora"
     """lora: adapters beside the linear maps of all blocks, those of the fast weights included, and whatever
     else fast weights are made with (decays, short convolutions, norms). memory: the layers with fast weights
@@ -92,11 +87,16 @@ def pretrained_backbone(options: FineTune, *, bfloat16: bool = False) -> HFBackb
 def _start(options: FineTune) -> Any:
     """Load the model that is trained, with the memory layers that are inserted."""
     model = load_pretrained(options.folder)
-    if getattr(model.config, "total_ut_steps", 1) > 1:
-        model.config.total_ut_steps = 1  # Ouro: the loop moves from waking to sleep
+    wake_once(model)
     if options.insert:
         insert_memory_layers(model, options.insert, options.insert_kind)
     return model
+
+
+def wake_once(model: Any) -> None:
+    """Move the loop of Ouro from waking to sleep."""
+    if getattr(model.config, "total_ut_steps", 1) > 1:
+        model.config.total_ut_steps = 1
 
 
 def _choose(backbone: HFBackbone, options: FineTune) -> None:
@@ -188,25 +188,9 @@ def merged(backbone: HFBackbone, options: FineTune) -> Any:
 def export(backbone: HFBackbone, options: FineTune, sleep: SleepConfig, folder: Path) -> None:
     """Write the merged model as a Hugging Face folder, complete or not at all.
 
-    It is that of `sleepify(...).save_pretrained`: config.json says how the model sleeps. The tokenizer and
-    other small files come along. What stood at `folder` is replaced.
+    It is that of `sleepify(...).save_pretrained`: config.json says how the model sleeps. What stood at
+    `folder` is replaced; errors are those of `write_folder`.
     """
-    from transformers import GenerationConfig
-
     from lmsleep.hf.sleeping import sleepify  # which imports transformers
 
-    model = sleepify(merged(backbone, options), sleep)
-    # The folder's own is copied below, as it is: transformers 5.21 and 5.22 do not write what contradicts
-    # itself (a temperature with do_sample=false), as published ones do.
-    model.generation_config = GenerationConfig.from_model_config(model.config)
-    # Written aside and renamed, so that a kill leaves no half of a model under the name.
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    if (options.folder / GENERATION).is_file():
-        (partial / GENERATION).unlink()
-    for file in options.folder.iterdir():
-        if file.is_file() and not any(map(file.match, NOT_COPIED)) and not (partial / file.name).exists():
-            shutil.copy(file, partial)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    write_folder(sleepify(merged(backbone, options), sleep), options.folder, folder)

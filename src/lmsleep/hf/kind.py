@@ -10,7 +10,7 @@ from torch import Tensor
 from lmsleep.backbones import Kind, Model
 from lmsleep.hf.backbone import HFBackbone
 from lmsleep.hf.finetune import FineTune, export, load_trained, pretrained_backbone, save_trained
-from lmsleep.hf.loading import has_tokenizer, load_pretrained
+from lmsleep.hf.loading import check_can_sleep, has_tokenizer, load_pretrained
 from lmsleep.hf.trial import adapt
 from lmsleep.sleep import GradientSteps, SleepConfig
 
@@ -54,6 +54,10 @@ class Pretrained(Kind):
     def recognises(self, found: Mapping[str, Any]) -> bool:
         """Say whether config.json is that of a model of `transformers`."""
         return "model_type" in found
+
+    def check_place(self, folder: Path) -> None:
+        """Refuse a model with attention alone; see `Kind.check_place`."""
+        check_can_sleep(folder)
 
     def open(self, folder: Path, device: torch.device | str) -> tuple[Model, SleepConfig]:
         """Return the model of a folder of `transformers`, and the sleep that it was exported with."""
