@@ -1,4 +1,4 @@
-"""Models in the format GGUF: one file with weights, tokenizer and chat template, which `transformers` reads."""
+"""Models in the format GGUF: one file of weights, tokenizer and chat template, read by `transformers`."""
 
 import os
 import sys
@@ -85,10 +85,13 @@ def source(file: Path) -> Iterator[dict[str, Any]]:
 
     `transformers` would take an adapter or a tokenizer from the folder of the file.
     """
-    with TemporaryDirectory() as empty, open(os.devnull, "w") as nowhere:  # noqa: PTH123
-        # A bar that ignores what transformers is told about bars.
-        with redirect_stderr(sys.stderr if sys.stderr.isatty() else nowhere):
-            yield {"pretrained_model_name_or_path": empty, "gguf_file": str(file.resolve())}
+    with (
+        TemporaryDirectory() as empty,
+        open(os.devnull, "w") as nowhere,  # noqa: PTH123
+        # Its bar ignores what transformers is told about bars: a terminal alone shows them.
+        redirect_stderr(sys.stderr if sys.stderr.isatty() else nowhere),
+    ):
+        yield {"pretrained_model_name_or_path": empty, "gguf_file": str(file.resolve())}
 
 
 def _check_packages(file: Path) -> None:

