@@ -6,8 +6,9 @@ import sys
 import pytest
 import torch
 from conftest import run_command
-from gguf_files import dequantised, write
-from hf_models import family
+from gguf_files import dequantised, write, write_hybrid
+from hf_models import FOUR, GDN, HEADS, SMALL, family, remembering
+from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
 import lmsleep
 from lmsleep import Session, fingerprint, shipped
@@ -93,6 +94,36 @@ def test_converted_it_reads_sleeps_and_answers(file, folder, tmp_path, capsys, m
     assert "license: apache-2.0" in card and "tiny.gguf" in card and "jet" in card
 
 
+def test_a_hybrid_opens_as_it_is(tmp_path, capsys):
+    rope = {
+        "rope_type": "default",
+        "rope_theta": 1e4,
+        "partial_rotary_factor": 0.5,
+        "mrope_section": [2, 1, 1],
+    }
+    sizes = {**SMALL, **HEADS, **FOUR, **GDN, "linear_num_value_heads": 2, "rope_parameters": rope}
+    torch.manual_seed(0)
+    model = remembering(Qwen3_5ForCausalLM(Qwen3_5TextConfig(**sizes)).eval())
+    path = write_hybrid(tmp_path / "hybrid.gguf", model)
+    opened = lmsleep.open(path)
+    assert torch.allclose(logits(opened.model.model), logits(model), atol=1e-6)
+    assert opened.sleep.window == 512 and opened.model.kinds[:2] == ("fast_weights", "attention")
+    (tmp_path / "book.txt").write_text(TEXT * 8)
+    memory = tmp_path / "book.mem"
+    code, out, err = run_command(
+        capsys, "read", path, tmp_path / "book.txt", "--memory", memory, "--window", 16
+    )
+    assert code == 0 and " sleeps" in out, err
+    # What was read by the file can be asked through the folder that was made of it.
+    code, _, err = run_command(capsys, "convert", path, tmp_path / "out")
+    assert code == 0, err
+    answers = [
+        run_command(capsys, "ask", place, "the", "--memory", memory, "--max-new-tokens", 4)
+        for place in (path, tmp_path / "out")
+    ]
+    assert answers[0] == answers[1] and answers[0][0] == 0, answers
+
+
 def test_what_is_converted_is_the_same_model(file, tmp_path, capsys):
     out, again = tmp_path / "out", tmp_path / "again"
     code, said, err = run_command(capsys, "convert", file, out)
@@ -134,7 +165,8 @@ def test_a_file_is_fine_tuned(file, tmp_path, capsys):
     (tmp_path / "book.txt").write_text(TEXT * 40)
     code, _, err = run_command(
         capsys, "finetune", file, "--task", "text", "--data", tmp_path / "book.txt", "--length", 32,
-        "--window", 16, "--insert", 2, "--steps", 1, "--batch-size", 1, "--eval-batches", 1, "--out", tmp_path / "run",
+        "--window", 16, "--insert", 2, "--steps", 1, "--batch-size", 1, "--eval-batches", 1,
+        "--out", tmp_path / "run",
     )  # fmt: skip
     assert code == 0, err
     model, sleep, tokenizer = lmsleep.open(tmp_path / "run" / "model")

