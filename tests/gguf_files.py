@@ -41,22 +41,22 @@ def name_in_file(name: str, names=NAMES) -> str:
 
 
 def quantised(name: str, weight: np.ndarray) -> bool:
-    """Whether the file holds a tensor in 8 bits: matrices of the blocks whose rows are whole groups of 32."""
+    """Whether the file holds a tensor in a few bits: matrices of the blocks whose rows are whole groups of 32."""
     return weight.ndim == 2 and ".layers." in name and weight.shape[1] % 32 == 0
 
 
-def dequantised(model) -> dict[str, torch.Tensor]:
+def dequantised(model, kind=HALF) -> dict[str, torch.Tensor]:
     """The tensors of a model as they come back out of its file."""
     found = {}
     for name, p in model.state_dict().items():
         weight = p.numpy()
         if quantised(name, weight):
-            weight = gguf.dequantize(gguf.quantize(weight, HALF), HALF)
+            weight = gguf.dequantize(gguf.quantize(weight, kind), kind)
         found[name] = torch.from_numpy(weight)
     return found
 
 
-def write(path, model, *, tokenizer=True, architecture="llama", files=1, without=(), beside=()):
+def write(path, model, *, tokenizer=True, architecture="llama", kind=HALF, files=1, without=(), beside=()):
     """Write the Llama `model` to `path`, as one of `files`; without some tensors, or with others beside."""
     config, file = model.config, gguf.GGUFWriter(path, architecture)
     file.add_uint16("split.count", files)
@@ -74,7 +74,7 @@ def write(path, model, *, tokenizer=True, architecture="llama", files=1, without
         if name_in_file(name) in without:
             continue
         if quantised(name, weight):
-            file.add_tensor(name_in_file(name), gguf.quantize(weight, HALF), raw_dtype=HALF)
+            file.add_tensor(name_in_file(name), gguf.quantize(weight, kind), raw_dtype=kind)
         else:
             file.add_tensor(name_in_file(name), weight)
     for name in beside:

@@ -3,6 +3,7 @@ import io
 import json
 import sys
 
+import gguf
 import pytest
 import torch
 from conftest import run_command
@@ -53,6 +54,13 @@ def test_a_file_loads_as_it_is_dequantised(file, model):
     assert load_pretrained(file, dtype=torch.bfloat16).dtype is torch.bfloat16
     # A memory belongs to the model, wherever it was loaded from.
     assert fingerprint(loaded) == fingerprint(load_pretrained(file))
+
+
+def test_types_that_the_header_does_not_know_load_too(model, tmp_path):
+    five = gguf.GGMLQuantizationType.Q5_0
+    loaded = load_pretrained(write(tmp_path / "five.gguf", model, kind=five))
+    wanted = dequantised(model, five)
+    assert all(torch.equal(p, wanted[name]) for name, p in loaded.state_dict().items())
 
 
 def test_nothing_beside_a_file_is_read(file, tmp_path, monkeypatch):
