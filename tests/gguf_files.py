@@ -41,7 +41,7 @@ def name_in_file(name: str, names=NAMES) -> str:
 
 
 def quantised(name: str, weight: np.ndarray) -> bool:
-    """Whether the file holds a tensor in a few bits: matrices of the blocks whose rows are whole groups of 32."""
+    """Whether the file holds a tensor in few bits: matrices of the blocks with rows of whole groups of 32."""
     return weight.ndim == 2 and ".layers." in name and weight.shape[1] % 32 == 0
 
 

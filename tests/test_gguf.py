@@ -99,7 +99,7 @@ def test_converted_it_reads_sleeps_and_answers(file, folder, tmp_path, capsys, m
     read = len(load_tokenizer(str(folder)).encode(said))
     assert code == 0 and f"{read + 1} tokens" in out.split(">")[-2]
     card = (folder / "README.md").read_text()
-    assert "license: apache-2.0" in card and "tiny.gguf" in card and "jet" in card
+    assert "license: apache-2.0" in card and "tiny.gguf" in card and "memory layers" in card
 
 
 def test_a_hybrid_opens_as_it_is(tmp_path, capsys):
@@ -137,7 +137,7 @@ def test_what_is_converted_is_the_same_model(file, tmp_path, capsys):
     code, said, err = run_command(capsys, "convert", file, out)
     assert code == 0 and "llama" in said and "reading" in err
     code, said, _ = run_command(capsys, "convert", out, again, "--dtype", "bfloat16", "--insert", 1)
-    assert code == 0 and "after blocks 3" in said and "bfloat16" in said
+    assert code == 0 and "after blocks" in said and "bfloat16" in said
     assert fingerprint(load_pretrained(out)) == fingerprint(load_pretrained(file))
     half, layers = load_pretrained(again), load_pretrained(file, dtype=torch.bfloat16)
     torch.manual_seed(0)
@@ -217,7 +217,7 @@ def head(path, model):
 
 
 BROKEN = {
-    "whole GGUF file .* ends after": cut,
+    r"is cut off after 7\d,\d\d\d of 7": cut,
     "is no whole GGUF file": head,
     "is no whole GGUF file .* it is empty": lambda path, model: path.write_bytes(b""),
     "does not start with the GGUF magic": lambda path, model: path.write_bytes(b"GGML" + bytes(99)),

@@ -45,9 +45,7 @@ def header(file: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
         found = GgufHeader.from_file(str(file))
         end = max((found.data_start + t.offset + t.nbytes for t in found.tensors), default=0)
     if end > size:
-        raise ValueError(
-            f"{file} is no whole GGUF file: it ends after {size:,} of {end:,} bytes; copy it again"
-        )
+        raise ValueError(f"{file} is cut off after {size:,} of {end:,} bytes; copy it again")
     return fields, names
 
 
