@@ -121,12 +121,12 @@ def test_a_generation_config_that_contradicts_itself_comes_along(folder, tmp_pat
         return write(self, *args, **kwargs)
 
     monkeypatch.setattr(transformers.GenerationConfig, "save_pretrained", strict)
-    options = FineTune(folder=source)
-    export(pretrained_backbone(options), options, SLEEP, tmp_path / "model")
+    options = FineTune(folder=source, train="full")
+    export(pretrained_backbone(options), options, SLEEP, tmp_path / "model", {})
     assert (tmp_path / "model/generation_config.json").read_text() == told
     assert load_pretrained(tmp_path / "model").generation_config.eos_token_id == 63
     (source / "generation_config.json").unlink()
-    export(pretrained_backbone(options), options, SLEEP, tmp_path / "model")
+    export(pretrained_backbone(options), options, SLEEP, tmp_path / "model", {})
     assert load_pretrained(tmp_path / "model").generation_config is not None
 
 
@@ -247,7 +247,10 @@ def test_a_model_learns_to_sleep_and_comes_out_as_a_folder(with_words, tmp_path,
 
     made = json.loads((out / "model/config.json").read_text())
     assert (made["sleep"]["consolidator"]["passes"], made["sleep"]["window"]) == (2, 32)
-    assert "that sleeps" in (out / "model/README.md").read_text()
+    card = (out / "model/README.md").read_text()
+    assert "An adapter with which" in card and "6 steps" in card and "task gsm-infinite" in card
+    assert sorted(p.name for p in (out / "model").iterdir()) == [
+        "README.md", "adapter.safetensors", "config.json"]  # fmt: skip
     assert not any("lora" in name for name, _ in load_pretrained(out / "model").named_parameters())
     exported = replace(config, model=FineTune(folder=out / "model"))
     again = Trainer(RunFolder(tmp_path / "unused"), exported).evaluate(4)

@@ -45,7 +45,7 @@ def save_adapter(
     base: str | Path,
     sleep: SleepConfig | None = None,
     rank: int | None = None,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | None = torch.bfloat16,
     license: str | None = None,
     base_model: str | None = None,
     about: Mapping[str, str] | None = None,
@@ -62,7 +62,7 @@ def save_adapter(
         sleep: how it sleeps; default as `sleepify` was told.
         rank: of the changes of matrices, memory layers' from the matrix of their block that they began as,
             wherever two factors take fewer numbers. None: whole matrices. Adapters of `peft` keep theirs.
-        dtype: of factors, and of new matrices; vectors, and whole weights of the base, keep theirs.
+        dtype: of factors, and of new matrices; vectors, and whole weights of the base, keep theirs. None: that of the base.
         license: of the adapter, for the card: an identifier as the Hub has them; default that of the base.
         base_model: name of the base on the Hub, for the card; default as its folder says.
         about: rows for the card, such as {"Recipe": ..., "Data": ...}.
@@ -87,7 +87,7 @@ def save_adapter(
     if told is None:
         raise ValueError("sleep: nobody says how the model sleeps; pass sleep=SleepConfig(...)")
     origin = load_pretrained(place)
-    found = difference(model, origin, rank=rank, dtype=dtype)
+    found = difference(model, origin, rank=rank, dtype=dtype or origin.dtype)
     configs = model.config.get_text_config(), origin.config.get_text_config()
     now, before = ({name: getattr(c, name, None) for name in SETTINGS} for c in configs)
     name = str(place.resolve()) if Path(base).exists() else str(base)
