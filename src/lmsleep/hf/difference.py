@@ -43,7 +43,7 @@ def difference(model: Any, base: Any, *, rank: int | None, dtype: torch.dtype) -
         ValueError: if the model was not made from that base.
     """
     before = base.state_dict()
-    now = {k.replace(".base_layer.", "."): v for k, v in model.state_dict().items() if ".lora_" not in k}
+    now = _weights(model, before)
     adapted = {f"{k}.weight": factors(m) for k, m in model.named_modules() if is_adapted(m)}
     if odd := sorted(k for k, v in before.items() if k not in now or now[k].shape != v.shape):
         raise ValueError(f"model: it was not made from base, whose {odd[0]} it does not have in that shape")
@@ -76,6 +76,17 @@ def difference(model: Any, base: Any, *, rank: int | None, dtype: torch.dtype) -
         losses[name] = _lost(stored, exact, before.get(origin))
     worst = max(losses, key=losses.__getitem__)
     return Difference(tensors, inherits, losses[worst], worst)
+
+
+def _weights(model: Any, before: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights of a model by the names of its base, without adapters.
+
+    One by one, and not as its state_dict: of a sharded model that has slices, though it is gathered.
+    """
+    own = dict(model.named_parameters(remove_duplicate=False))
+    # Some buffers are no weights; those of the base that are have a place in its state_dict.
+    own |= {name: value for name, value in model.named_buffers() if name in before}
+    return {k.replace(".base_layer.", "."): v.detach() for k, v in own.items() if ".lora_" not in k}
 
 
 def _few(

@@ -66,8 +66,8 @@ def load_adapter(
 
     Args:
         folder: of the adapter, as `save_adapter` wrote it, or the name of one that is shipped.
-        base: the base model, as `load_pretrained` takes it. Default: the link or folder `base` in `folder`, or
-            else what the adapter was saved with.
+        base: the base model, as `load_pretrained` takes it. Default: the link or folder `base` in `folder`,
+            or else what the adapter was saved with.
         dtype: of the weights, to which they are rounded in the end; default that of the base.
         options: as of `load_pretrained`, for the base.
 

@@ -62,7 +62,8 @@ def save_adapter(
         sleep: how it sleeps; default as `sleepify` was told.
         rank: of the changes of matrices, memory layers' from the matrix of their block that they began as,
             wherever two factors take fewer numbers. None: whole matrices. Adapters of `peft` keep theirs.
-        dtype: of factors, and of new matrices; vectors, and whole weights of the base, keep theirs. None: that of the base.
+        dtype: of factors, and of new matrices (None: that of the base); vectors, and whole weights of the
+            base, keep theirs.
         license: of the adapter, for the card: an identifier as the Hub has them; default that of the base.
         base_model: name of the base on the Hub, for the card; default as its folder says.
         about: rows for the card, such as {"Recipe": ..., "Data": ...}.
