@@ -121,7 +121,7 @@ def serve(argv: list[str]) -> None:
     )
     path = shipped.find(options.model)
     name = path.resolve().name
-    examples = (shipped.EXAMPLE,) if path.parent == shipped.HERE else ()
+    examples = (shipped.EXAMPLE,) if path.parent == shipped.HERE and path.name in shipped.runs() else ()
     how = run.Settings(
         names=(name, *options.alias),
         examples=examples,

