@@ -309,6 +309,16 @@ def test_every_command_takes_it(base, adapter, tmp_path, capsys, monkeypatch):
     assert model.sleep == SLEEP and model.generate(TOKENS, max_new_tokens=2, pad_token_id=0).shape == (1, 13)
 
 
+def test_it_is_converted_into_a_whole_model(adapter, tmp_path, capsys):
+    code, out, err = run_command(capsys, "convert", adapter, tmp_path / "whole")
+    assert code == 0 and "llama" in out, err
+    again, one = load_pretrained(tmp_path / "whole").state_dict(), load_adapter(adapter).state_dict()
+    assert all(torch.equal(v, one[k]) for k, v in again.items()) and again.keys() == one.keys()
+    _, sleep, words = lmsleep.open(tmp_path / "whole")
+    assert sleep == SLEEP and words.encode("w3 w4") == [3, 4]
+    assert "windows of 4 tokens" in (tmp_path / "whole/README.md").read_text()
+
+
 def test_an_adapter_in_the_package_is_a_shipped_name(base, adapter, tmp_path, monkeypatch, capsys):
     here = tmp_path / "shipped"
     shutil.copytree(adapter, here / "tiny-sleeps")

@@ -265,6 +265,13 @@ def test_a_model_learns_to_sleep_and_comes_out_as_a_folder(with_words, tmp_path,
     assert isinstance(new_session(out, SleepOptions()).tokenizer, HuggingFace)
     assert run_command(capsys, "plot", out, "--out", tmp_path / "curves.png")[0] == 0
 
+    # What it wrote is a model to go on from, whose adapter again belongs to the first.
+    more = ["--steps", 1, "--lora", 4, "--out", tmp_path / "more"]
+    code, _, errors = run_command(capsys, "finetune", out / "model", *GSM, *more)
+    assert code == 0, errors
+    assert json.loads((tmp_path / "more/model/config.json").read_text())["base"] == made["base"]
+    assert made["base"]["name"] == str(with_words["jet_nemotron"])
+
 
 @pytest.mark.parametrize(("given", "size"), [([], 16), (["--batch_size", 3], 3), (["--batch-size=3"], 3)])
 def test_a_batch_is_read_one_sequence_at_a_time(given, size, with_words, tmp_path, monkeypatch, capsys):

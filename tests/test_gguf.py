@@ -160,7 +160,7 @@ def test_what_is_converted_is_the_same_model(file, tmp_path, capsys):
 
 def test_a_conversion_that_fails_leaves_nothing(file, tmp_path, capsys, monkeypatch):
     def full(*args, **kwargs):
-        (tmp_path / ".out.partial").mkdir()
+        (tmp_path / ".out.partial/half").touch()
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", full)

@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -53,6 +54,14 @@ def test_what_is_shipped_is_small_and_names_no_folder_of_the_machine_that_made_i
         "__init__.py", "README.md", "config.json", "report.json", "model.safetensors"}  # fmt: skip
     texts = [path.read_text() for path in files if path.suffix in (".json", ".md")]
     assert len(texts) == 7 + 2 * len(ADAPTERS) and not any('"/' in text or " /" in text for text in texts)
+
+
+def test_the_readme_shows_what_is_shipped():
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    shown = re.sub("<!--.*?-->", "", readme, flags=re.S)
+    for name in ("depo-N4", "smollm2-sleeps"):
+        assert f"lmsleep read {name} " in readme
+        assert (f"lmsleep read {name} " in shown) == (name in shipped.names())
 
 
 def test_shipped_adapters_belong_to_models_by_name():

@@ -27,7 +27,7 @@ def open_model(
 
     Args:
         path: folder of a run, of a saved model (of `HybridLM.save_pretrained`, or of a backbone of one's own)
-            or in the format of transformers, a GGUF file, or the name of a model that is shipped
+            or in the format of transformers, an adapter, a GGUF file, or the name of one that is shipped
             (`lmsleep.shipped.names()`).
         tokenizer: "bytes", or the folder of a Hugging Face tokenizer; default that of the folder, or bytes.
             A run has its own.

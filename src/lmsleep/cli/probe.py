@@ -24,7 +24,7 @@ class ProbeOptions:
     """
 
     model: Positional[Path]
-    """A Hugging Face folder, a GGUF file, a run or a saved model."""
+    """A Hugging Face folder or adapter, a GGUF file, a run or a saved model."""
     text: Path
     """Text file (UTF-8) to read pieces of."""
     passes: tuple[int, ...] = (1, 2, 4)

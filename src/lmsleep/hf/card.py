@@ -12,10 +12,12 @@ from lmsleep.sleep import Consolidator, Hard, Passes, SleepConfig, Sliding
 from lmsleep.version import __version__
 
 NAME, MARK = "README.md", "<!-- written by lmsleep; remove this line to keep changes -->"
-LIMITS = """- What was evicted is remembered only as far as fast weights hold it, and only as well as the model was
+LIMITS = """\
+- What was evicted is remembered only as far as fast weights hold it, and only as well as the model was
   trained to sleep; `lmsleep probe FOLDER --text FILE` measures it.
 - Fast weights cannot be rolled back: no speculative decoding, no cropping of the cache."""
-USES = "- Uses, data and biases are those of the model that it was made from, and of what it was trained on since."
+USES = """- Uses, data and biases are those of the model that it was made from, and of what it was trained on
+  since."""
 NON_COMMERCIAL: dict[str, Any] = {
     "license": "other",
     "license_name": "nvidia-non-commercial",
@@ -182,6 +184,7 @@ def _consolidates(by: Consolidator) -> str:
 
 
 def licence(kind: str, terms: Mapping[str, Any]) -> str:
+    """Say the licence of a model of that type, as far as it is known."""
     name = terms.get("license_name") or terms.get("license") or "not stated by what it was made from"
     limit = (
         "; research and evaluation only, as for all that is derived from it" if kind == "jet_nemotron" else ""
