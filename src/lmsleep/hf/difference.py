@@ -36,7 +36,8 @@ def difference(model: Any, base: Any, *, rank: int | None, dtype: torch.dtype) -
         model: what was trained; adapters of `peft` need not be merged.
         base: the model that it was made from.
         rank: of the changes of matrices that have no adapter, by singular values, wherever that takes fewer
-            numbers; new ones are changes of the matrix of their block that is nearest. None: they are whole.
+            numbers; new ones are changes of the base's matrix of their kind (`q_proj`, say) that is nearest.
+            None: they are whole.
         dtype: of factors, and of new matrices; vectors, and whole tensors of the base, stay in theirs.
 
     Raises:
@@ -60,6 +61,8 @@ def difference(model: Any, base: Any, *, rank: int | None, dtype: torch.dtype) -
         pair = adapted.get(name)
         if name in before and name not in other and pair is None:
             continue
+        if name in before and name not in other:
+            value = before[name]  # of which the model may hold fewer digits
         exact = (_wide(value) if pair is None else changed(value, *pair)).cpu()
         origin = name
         if pair is None or name in other:  # also where its matrix moved beside its adapter
@@ -104,12 +107,12 @@ def _few(
 
 
 def _nearest(name: str, exact: Tensor, before: dict[str, Tensor]) -> str | None:
-    """Return the matrix of the same block that a memory layer's is nearest to; None if zero is nearer."""
-    block = name.partition(".memory.")[0] + "."
+    """Return the base's matrix of that kind (`q_proj`, say) that a new one is nearest to; None: zero is."""
+    kind = name.split(".")[-2:]
     far = {
         other: (exact - _wide(value).cpu()).norm().item()
         for other, value in before.items()
-        if other.startswith(block) and value.shape == exact.shape
+        if other.split(".")[-2:] == kind and value.shape == exact.shape
     }
     nearest = min(far, key=far.__getitem__, default=None)
     return nearest if nearest is not None and far[nearest] < exact.norm().item() else None

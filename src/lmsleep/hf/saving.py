@@ -60,7 +60,7 @@ def save_adapter(
         folder: is made, or replaced if it is one of an adapter.
         base: what it was made from: a folder, a file or the name of a model that a package brings.
         sleep: how it sleeps; default as `sleepify` was told.
-        rank: of the changes of matrices, memory layers' from the matrix of their block that they began as,
+        rank: of the changes of matrices, memory layers' from the matrix of an attention that they began as,
             wherever two factors take fewer numbers. None: whole matrices. Adapters of `peft` keep theirs.
         dtype: of factors, and of new matrices (None: that of the base); vectors, and whole weights of the
             base, keep theirs.
