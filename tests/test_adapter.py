@@ -83,19 +83,14 @@ def test_in_bfloat16_it_is_the_same_to_rounding_and_half_the_size(base, tuned, t
 
 
 def test_changes_of_low_rank_are_kept_and_others_lose_what_is_said(base, tmp_path):
-    # Memory layers that began as copies of their block's attention, as far as shapes allow.
+    # Memory layers began as an attention; each of their maps is moved by a matrix of rank 3.
     model, plain = load_pretrained(base), load_pretrained(base)
-    insert_memory_layers(model, 2, "gated_delta_net")
+    after = insert_memory_layers(model, 2, "gated_delta_net").after
     torch.manual_seed(1)
-    for i in (1, 3):
-        block = model.model.layers[i]
+    for i in after:
         for name in QKVO:
-            # A map of the attention's shape, moved by a matrix of rank 3.
-            own = getattr(block.self_attn, name).weight.detach()
-            change = torch.randn(len(own), 3) @ torch.randn(3, own.shape[1]) * 0.02
-            layer = torch.nn.Linear(own.shape[1], len(own), bias=False)
-            layer.weight.data = own + change
-            setattr(block.memory, name, layer)
+            own = getattr(model.model.layers[i].memory.mixer, name).weight.data
+            own += torch.randn(len(own), 3) @ torch.randn(3, own.shape[1]) * 0.02
     exact = model.state_dict()
 
     def saved(rank):
@@ -106,10 +101,8 @@ def test_changes_of_low_rank_are_kept_and_others_lose_what_is_said(base, tmp_pat
 
     three, inherits = saved(3)
     assert three.lost < 1e-4
-    for i in (1, 3):
-        for name in QKVO:
-            origin = inherits[f"model.layers.{i}.memory.{name}.weight"]
-            assert origin == f"model.layers.{i}.self_attn.{name}.weight"
+    origins = {f"model.layers.{i}.memory.mixer.{n}.weight": (min(i + 1, 3), n) for i in after for n in QKVO}
+    assert inherits == {k: f"model.layers.{i}.self_attn.{n}.weight" for k, (i, n) in origins.items()}
     one, _ = saved(1)
     assert one.parameters < three.parameters and 0.1 < one.lost < 1
     # What it says is lost is what is lost.

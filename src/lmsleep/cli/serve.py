@@ -19,7 +19,7 @@ class ServeOptions(SleepOptions):
     """Serve a model: chat, responses and memories that sleep, for any client of the OpenAI API."""
 
     model: Positional[Path] = Path("depo-N4")
-    """A run, saved model, Hugging Face folder or adapter, a GGUF file, or a shipped model: depo-N1, depo-N4."""
+    """A run, saved model, Hugging Face folder, adapter, GGUF file, or a shipped model: depo-N1, depo-N4."""
     host: str = "127.0.0.1"
     """Address to listen at; any but this machine's own asks for --keys."""
     port: int = 8000
