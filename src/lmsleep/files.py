@@ -4,6 +4,7 @@ import hashlib
 import os
 import re
 import secrets
+import shutil
 import stat
 import sys
 from collections.abc import Iterator
@@ -66,6 +67,31 @@ def replacing(path: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
             raise
         # A full disk names no file, other errors name ours, of which the caller knows nothing.
         raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder to fill, which takes the place of `path` once it is whole.
+
+    A kill leaves what was there, or for a moment nothing under the name; the next call removes what it left
+    beside it. Folders above are made. Two processes that write the same folder must be kept apart (`locked`).
+
+    Raises:
+        OSError: if it cannot be written; what was there stays.
+    """
+    partial, old = _sibling(path, ".partial"), _sibling(path, ".old")
+    for left in (partial, old):
+        shutil.rmtree(left, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if path.exists():  # no folder that holds something can be replaced
+            path.rename(old)
+        partial.rename(path)
+    except BaseException:  # Ctrl-C too must leave no litter
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def check_folder(path: Path, option: str) -> None:

@@ -27,7 +27,7 @@ def open_model(
 
     Args:
         path: folder of a run, of a saved model (of `HybridLM.save_pretrained`, or of a backbone of one's own)
-            or in the format of transformers, or the name of a model that is shipped
+            or in the format of transformers, an adapter, a GGUF file, or the name of one that is shipped
             (`lmsleep.shipped.names()`).
         tokenizer: "bytes", or the folder of a Hugging Face tokenizer; default that of the folder, or bytes.
             A run has its own.
@@ -143,9 +143,13 @@ def find(path: str | Path, *, trust: bool = False) -> Place:
 
     Raises:
         FileNotFoundError: if there is none.
-        ValueError: for a damaged run.
+        ValueError: for a damaged run, or a model that is seen to have no fast weights.
         PermissionError: if it names code that may not run.
     """
     path = shipped.find(path)
     folder = RunFolder(path, trust=trust)
-    return Place(path, folder.config() if folder.is_run() else None, trust)
+    if folder.is_run():
+        return Place(path, folder.config(), trust)
+    with folder.naming_code():
+        kind_in(path).check_place(path)
+    return Place(path, None, trust)

@@ -168,6 +168,13 @@ class Kind:
         """Say whether a folder whose config.json holds `found` and names no kind is one of a saved model."""
         return False
 
+    def check_place(self, folder: Path) -> None:
+        """Refuse a folder whose model cannot sleep, where that can be seen before its weights are read.
+
+        Raises:
+            ValueError: with the reason, and what can be done.
+        """
+
     def open(self, folder: Path, device: torch.device | str) -> tuple[Model, SleepConfig]:
         """Return the model in a folder that is no run, and how it sleeps.
 
@@ -216,5 +223,7 @@ class Kind:
         """Return the folder of the model that this one is made from; None for random weights."""
         return None
 
-    def export(self, model: Model, options: Any, sleep: SleepConfig, folder: Path) -> None:
-        """Write a trained model in the format of others, where there is one."""
+    def export(
+        self, model: Model, options: Any, sleep: SleepConfig, folder: Path, about: Mapping[str, str]
+    ) -> None:
+        """Write a trained model in the format of others, where there is one; `about`: rows for its card."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from lmsleep.backbones.kind import CONFIG, KEY, Kind, Model
+from lmsleep.gguf_file import is_gguf
 from lmsleep.plugins import Plugin, absolute
 
 # Name: the class of options, and the kind. They are imported when they are asked for: hf is large.
@@ -59,9 +60,13 @@ def kind_of(options: Any) -> Kind:
 def kind_in(folder: Path) -> Kind:
     """Return the kind of the model that is saved in `folder`; a hybrid, where nothing says another.
 
+    A GGUF file stands for the folder of a model of transformers.
+
     Raises:
         ValueError: if config.json names a kind that there is not.
     """
+    if is_gguf(folder):
+        return find_kind("hf")
     found = _config(folder)
     # What the folder says of itself goes before what its fields look like.
     if KEY in found:

@@ -42,7 +42,7 @@ class AskOptions(WriteOptions, SleepOptions):
     """Ask a memory something: a fork of it reads the question and answers, one forward pass a token."""
 
     model: Positional[Path]
-    """Folder of a run, a saved model or a Hugging Face model, or a shipped one: depo-N1, depo-N4."""
+    """A run, saved model, Hugging Face folder, adapter, GGUF file, or a shipped model: depo-N1, depo-N4."""
     question: Positional[str]
     """Text, or a task's own words (HOP_2 n1)."""
     memory: Path

@@ -42,7 +42,7 @@ class ChatOptions(WriteOptions, SleepOptions):
     """Talk to a model that sleeps, line by line; /help lists the commands."""
 
     model: Positional[Path]
-    """Folder of a run, a saved model or a Hugging Face model, or a shipped one: depo-N1, depo-N4."""
+    """A run, saved model, Hugging Face folder, adapter, GGUF file, or a shipped model: depo-N1, depo-N4."""
     memory: Path | None = None
     """Memory file to begin with; it is written only by /save."""
     stop: tuple[str, ...] = ()

@@ -30,7 +30,7 @@ class EvalOptions:
     """
 
     run: Positional[Path]
-    """Folder of a run, of a saved model or of a Hugging Face model, or a shipped run: depo-N1, depo-N4."""
+    """A run, saved model or Hugging Face folder, a GGUF file, or a shipped run: depo-N1, depo-N4."""
     passes: tuple[int, ...] = ()
     """Numbers of passes to read with; default the run's own."""
     batches: int = 32

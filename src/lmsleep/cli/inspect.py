@@ -26,7 +26,7 @@ class InspectOptions(SleepOptions):
     """
 
     model: Positional[Path]
-    """Folder of a run, a saved model or a Hugging Face model, or a shipped one."""
+    """A run, saved model, Hugging Face folder or adapter, a GGUF file, or a shipped model."""
     text: str | None = None
     """Text to read, or a task's own words (n3 n1 HOP_2)."""
     file: Path | None = None

@@ -17,6 +17,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "finetune:finetune",
         "teach a pretrained model to sleep: LoRA, memory layers, or every weight",
     ),
+    "convert": ("convert:convert", "a GGUF file or a model as a folder, with memory layers if asked"),
     "data": ("data:data", "samples of a task, to read, or as JSON lines or a datasets folder"),
     "eval": ("evaluate:evaluate_run", "evaluate a run at one or several numbers of passes"),
     "read": ("read:read", "read files into a memory, sleeping at window ends; resumable"),

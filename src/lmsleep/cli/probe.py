@@ -24,7 +24,7 @@ class ProbeOptions:
     """
 
     model: Positional[Path]
-    """Folder of a Hugging Face model, a run or a saved model."""
+    """A Hugging Face folder or adapter, a GGUF file, a run or a saved model."""
     text: Path
     """Text file (UTF-8) to read pieces of."""
     passes: tuple[int, ...] = (1, 2, 4)
@@ -59,41 +59,52 @@ def probe(argv: list[str]) -> None:
     tokens = to_tokens(read_text(options.text), tokenizer, options.text).tolist()
     sleep = SleepConfig(window=options.window, eviction=options.eviction, loop=options.loop)
     # Two more ways of reading: nothing evicted, and nothing remembered.
-    total = (2 + len(set(options.passes))) * options.samples
-    with progress(total=total, desc="pieces", leave=False) as bar:
+    ways = 2 + len(set(options.passes))
+    with progress(total=ways * options.samples, desc="pieces", leave=False) as bar:
 
         def read(way: str) -> None:
-            bar.set_postfix_str(way)
+            bar.set_postfix_str(way, refresh=False)
             bar.update(1)
 
-        readings = list(
-            zero_shot(
-                model,
-                tokenizer,
-                tokens,
-                sleep,
-                options.passes,
-                samples=options.samples,
-                windows=options.windows,
-                seed=options.seed,
-                progress=read,
-            )
+        found = zero_shot(
+            model,
+            tokenizer,
+            tokens,
+            sleep,
+            options.passes,
+            samples=options.samples,
+            windows=options.windows,
+            seed=options.seed,
+            progress=read,
         )
+        length = options.windows * options.window
+        said = f"reading {options.samples} pieces of {length:,} tokens of {options.text} in {ways} ways"
+        bar.write(said, file=sys.stderr)
+        readings = []
+        for reading in found:
+            readings.append(reading)
+            if not options.json:
+                # As soon as there is one, above the bar.
+                lines = [_row(reading)] if len(readings) > 1 else [_head(reading), _row(reading)]
+                bar.write("\n".join(lines), file=sys.stdout)
+                sys.stdout.flush()
     if options.json:
         document = {"chance": 1 / CHOICES, "readings": [r.to_dict() for r in readings]}
         sys.stdout.write(to_json(document) + "\n")
     else:
-        sys.stdout.write(_table(readings) + "\n" + _verdict(readings) + "\n")
+        chance = f"{'chance':<22} {'':>11} {f'{1 / CHOICES:.3f}':>8}"
+        sys.stdout.write(f"{chance}\n{_verdict(readings)}\n")
 
 
-def _table(readings: list[Reading]) -> str:
-    """Write a line for each way of reading, and chance."""
-    lines = [f"{'':<22} {'perplexity':>11} {'facts recalled, of ' + str(readings[0].questions):>28}"]
-    for r in readings:
-        share, low, high = r.recall
-        lines.append(f"{r.way:<22} {r.perplexity:>11.4g} {f'{share:.3f} [{low:.3f}, {high:.3f}]':>28}")
-    lines.append(f"{'chance':<22} {'':>11} {f'{1 / CHOICES:.3f}':>8}")
-    return "\n".join(lines)
+def _head(reading: Reading) -> str:
+    """Name the columns of the table."""
+    return f"{'':<22} {'perplexity':>11} {f'facts recalled, of {reading.questions}':>28}"
+
+
+def _row(reading: Reading) -> str:
+    """Write the line of a way of reading."""
+    share, low, high = reading.recall
+    return f"{reading.way:<22} {reading.perplexity:>11.4g} {f'{share:.3f} [{low:.3f}, {high:.3f}]':>28}"
 
 
 def _verdict(readings: list[Reading]) -> str:

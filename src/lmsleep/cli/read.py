@@ -21,7 +21,7 @@ class ReadOptions(SleepOptions):
     """
 
     model: Positional[Path]
-    """Folder of a run, a saved model or a Hugging Face model, or a shipped one: depo-N1, depo-N4."""
+    """A run, saved model, Hugging Face folder, adapter, GGUF file, or a shipped model: depo-N1, depo-N4."""
     files: Positional[tuple[Path, ...]]
     """Files to read: text, or a task's own words (n3 n1 ...)."""
     memory: Path

@@ -19,7 +19,7 @@ class ServeOptions(SleepOptions):
     """Serve a model: chat, responses and memories that sleep, for any client of the OpenAI API."""
 
     model: Positional[Path] = Path("depo-N4")
-    """Folder of a run, a saved model or a Hugging Face model, or a shipped one: depo-N1, depo-N4."""
+    """A run, saved model, Hugging Face folder, adapter, GGUF file, or a shipped model: depo-N1, depo-N4."""
     host: str = "127.0.0.1"
     """Address to listen at; any but this machine's own asks for --keys."""
     port: int = 8000
@@ -121,7 +121,7 @@ def serve(argv: list[str]) -> None:
     )
     path = shipped.find(options.model)
     name = path.resolve().name
-    examples = (shipped.EXAMPLE,) if path.parent == shipped.HERE else ()
+    examples = (shipped.EXAMPLE,) if path.parent == shipped.HERE and path.name in shipped.runs() else ()
     how = run.Settings(
         names=(name, *options.alias),
         examples=examples,

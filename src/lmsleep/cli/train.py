@@ -193,7 +193,7 @@ def _score_text(folder: RunFolder, config: RunConfig, report: dict[str, Any]) ->
         named = {difficulty_text(task, int(k)): v for k, v in score["per_difficulty"].items()}
         figures = "  ".join(f"{name}: {v:.3f}{floor_text(floors, name)}" for name, v in named.items())
     if folder.exported.exists():
-        figures += f"\n{folder.exported} is the model, a Hugging Face folder"
+        figures += f"\n{folder.exported} is the model, a folder for every command"
     return (
         f"{figures}\n{report['tokens']} tokens, {report['flops']:.3g} FLOP, {report['seconds']:.0f} s\n"
         f"{folder.path} is complete; next: lmsleep eval {folder.path} --passes 1 2 4\n"

@@ -62,7 +62,6 @@ class Reading:
         }
 
 
-@torch.no_grad()
 def zero_shot(
     model: Backbone,
     tokenizer: Tokenizer,
@@ -94,9 +93,12 @@ def zero_shot(
         seed: of places, facts and numbers.
         progress: called with the way after each piece that was read in it.
 
+    Returns:
+        The readings, each made when it is asked for.
+
     Raises:
-        ValueError: for a window that is too short for the facts, a text that is too short for a piece, or
-            tokens that the model does not know.
+        ValueError: at once, for a window that is too short for the facts, a text that is too short for a
+            piece, or tokens that the model does not know.
     """
     if sleep.window is None:
         raise ValueError(
@@ -115,7 +117,21 @@ def zero_shot(
     for read in (torch.as_tensor(tokens), begin, *(quiz.tokens() for quiz in quizzes)):
         check_tokens(read, model.vocab_size, tokenizer)
     ways: dict[str, SleepConfig | None] = {KEPT: replace(sleep, window=None), DROPPED: None}
-    for way, config in {**ways, **{f"N = {n}": sleep.with_passes(n) for n in passes}}.items():
+    ways |= {f"N = {n}": sleep.with_passes(n) for n in passes}
+    return _readings(model, pieces, quizzes, L, ways, progress)
+
+
+@torch.no_grad()
+def _readings(
+    model: Backbone,
+    pieces: list[Tensor],
+    quizzes: list["_Quiz"],
+    L: int,
+    ways: dict[str, SleepConfig | None],
+    progress: Callable[[str], None],
+) -> Iterator[Reading]:
+    """Read the pieces, and ask the quizzes, in one way after the other."""
+    for way, config in ways.items():
         nats, answered = [], []
         for piece, quiz in zip(pieces, quizzes, strict=True):
             nats.append(_nats(model, piece, L, config))

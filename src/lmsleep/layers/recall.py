@@ -105,9 +105,8 @@ class Recall(nn.Module):
         T, W = x.shape[1], self.conv_size - 1
         # Nothing was slept on yet: nothing is said, whatever the weights are, and no query is needed but
         # those that later tokens convolve.
-        silent = recalled is not None and not bool(recalled.any())
-        few = silent and valid is None
-        q, k, v = self.q_proj(x[:, max(T - W, 0) :] if few else x), self.k_proj(x), self.v_proj(x)
+        # On the device "meta", for costs, it may have been.
+        silent = recalled is not None and not recalled.is_meta and not bool(recalled.any())
         Q = q.shape[-1]
         tail = cache[0].to(k.dtype)
         conv = self.conv.to(k.dtype)

@@ -40,6 +40,14 @@ def fingerprint(model: Any) -> str:
     return digest
 
 
+def weights_fingerprint(model: Any) -> str:
+    """Return the SHA-256 over names, dtypes and numbers of a model's weights, as 64 hex digits.
+
+    Configurations do not count: equal weights are one model, whatever file and version they were read from.
+    """
+    return _digest_of("", sorted(model.state_dict().items()))
+
+
 def model_identity(model: Any) -> str | None:
     """Return the fingerprint of a model; None without a `state_dict()`: nothing tells it from others."""
     return fingerprint(model) if hasattr(model, "state_dict") else None

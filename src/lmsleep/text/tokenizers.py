@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor
 
 from lmsleep.foreign import read_json, reading, reason
+from lmsleep.gguf_file import is_gguf, source
 
 # Of a Hugging Face tokenizer, in a folder that may hold a model too.
 FILES = (
@@ -141,7 +142,7 @@ class HuggingFace:
     No code of the folder is run, and nothing is asked.
 
     Args:
-        folder: of the tokenizer.
+        folder: of the tokenizer, or a GGUF file (the `gguf` extra).
         model: folder of the model that it speaks for, which may know more ends of a text; default `folder`.
 
     Raises:
@@ -156,11 +157,15 @@ class HuggingFace:
                 f"tokenizer={str(folder)!r} needs transformers: pip install 'lmsleep[hf]'"
             ) from None
         told = f"tokenizer: {folder} holds no tokenizer that transformers can load"
+        how = {"local_files_only": True, "trust_remote_code": False}
         with reading(told):
-            # With the model's config.json, where there is one: its type decides on the class.
-            self.tokenizer = AutoTokenizer.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=False
-            )
+            if is_gguf(folder):
+                with source(folder) as where:
+                    self.tokenizer = AutoTokenizer.from_pretrained(**where, **how)
+                self.tokenizer.name_or_path = str(folder)
+            else:
+                # With the model's config.json, where there is one: its type decides on the class.
+                self.tokenizer = AutoTokenizer.from_pretrained(folder, **how)
             numbers = self.tokenizer.get_vocab()
         if not numbers:
             raise ValueError(f"{told}: it has no tokens; copy its files again")
@@ -289,18 +294,18 @@ def check_tokens(tokens: Tensor, vocab_size: int, tokenizer: Tokenizer | None = 
 
 
 def load_tokenizer(name: str, model: Path | None = None) -> Tokenizer:
-    """Load a tokenizer: `"bytes"`, or the folder of a Hugging Face tokenizer.
+    """Load a tokenizer: `"bytes"`, or the folder of a Hugging Face tokenizer, or a GGUF file.
 
     Args:
         name: of the tokenizer.
         model: folder of the model that it speaks for, if not its own.
 
     Raises:
-        ValueError: if there is no such folder, or no tokenizer in it.
+        ValueError: if there is no such folder or file, or no tokenizer in it.
     """
     if name == "bytes":
         return Bytes()
-    if not Path(name).is_dir():
+    if not Path(name).is_dir() and not (is_gguf(Path(name)) and Path(name).is_file()):
         raise ValueError(f"tokenizer={name!r} is neither 'bytes' nor a folder with a tokenizer")
     return HuggingFace(Path(name), model)
 
@@ -313,6 +318,8 @@ def absolute(name: str) -> str:
 def tokenizer_files(name: str) -> tuple[Path, ...]:
     """Return the files that tell what a tokenizer does: those of its folder without weights; else none."""
     folder = Path(name)
+    if is_gguf(folder):
+        return (folder,)
     if name in ("bytes", "words") or not folder.is_dir():
         return ()
     return tuple(sorted({file for kind in FILES for file in folder.glob(kind) if file.is_file()}))

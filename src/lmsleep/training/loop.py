@@ -302,9 +302,22 @@ class Trainer:
         kind = kind_of(self.config.model)
         with self.sharing.gathered(), self.processes.together():
             if self.processes.main:
-                kind.export(self.model, self.config.model, self.config.sleep, self.folder.exported)
+                options, sleep = self.config.model, self.config.sleep
+                kind.export(self.model, options, sleep, self.folder.exported, self._about(score))
                 self.folder.write_report({**self._position(), "eval": score.to_dict(), "floors": floors})
         return score
+
+    def _about(self, score: Score) -> dict[str, str]:
+        """Say in rows of a card how the model was trained, on what, and how well it does."""
+        made, config = self.folder.made_by(), self.config
+        files = [path.name for path in getattr(config.task, "sources", tuple)()]
+        right = f"accuracy {score.accuracy:.3f}, " if score.total else ""
+        return {
+            "recipe": f"`{made['command']}`: {self.step} steps, seed {config.train.seed}; lmsleep "
+            f"{made['lmsleep']}, commit {made['commit']}",
+            "trained on": ", ".join([f"task {config.task_name}", *files]),
+            "held out": f"{right}{score.bits():.3f} bits a predicted token",
+        }
 
     def evaluate(self, batches: int) -> Score:
         """Score on held-out samples with the run's own sleep."""

@@ -5,7 +5,7 @@ RUN/metrics.jsonl         one JSON object per line: training losses and evaluati
 RUN/checkpoints/step-*/   model (config.json, model.safetensors; of a pretrained model what is trained of it,
                           trained.safetensors) and trainer.pt; of a sharded run shards/ in place of the model
 RUN/report.json           the final evaluation
-RUN/model/                of a pretrained model that was trained to its end: a Hugging Face folder
+RUN/model/                of a pretrained model that was trained to its end: an adapter, or the whole
 RUN/.training.*           lock and lease of the process that trains it
 """
 
