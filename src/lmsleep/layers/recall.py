@@ -107,6 +107,8 @@ class Recall(nn.Module):
         # those that later tokens convolve.
         # On the device "meta", for costs, it may have been.
         silent = recalled is not None and not recalled.is_meta and not bool(recalled.any())
+        few = silent and valid is None
+        q, k, v = self.q_proj(x[:, max(T - W, 0) :] if few else x), self.k_proj(x), self.v_proj(x)
         Q = q.shape[-1]
         tail = cache[0].to(k.dtype)
         conv = self.conv.to(k.dtype)
