@@ -14,6 +14,7 @@ from lmsleep.hf.positions import Positions
 from lmsleep.ops import right_align
 from lmsleep.state import Cache, Memory, State
 
+PADDED = 0.75  # a row shorter than this share of the longest costs less in a group of its own
 NORMS = ("norm", "final_layernorm", "norm_f")  # what families call the norm before the head
 
 
@@ -164,7 +165,7 @@ class HFBackbone(nn.Module):
 
         Padding is never shown to recurrences of `transformers`, which would forget on it: rows of different
         length run one length after the other. Attention sees nothing that comes later, and a `Recall` is told
-        what is padding: rows of models with these alone run together.
+        what is padding: rows of models with these alone run together, but for those much shorter.
 
         Raises:
             ValueError: if the model's own gradient checkpointing is on, which drops the state of every block.
@@ -173,8 +174,8 @@ class HFBackbone(nn.Module):
             return h, state
         if valid is not None and bool(valid.all()):
             valid = None
-        if valid is not None and any(x.channels and not x.recalls for x in self.layouts[start:stop]):
-            return self._run_by_length(h, state, start, stop, valid, span)
+        if valid is not None and len(groups := self._by_length(valid, start, stop)) > 1:
+            return self._run_in_groups(h, state, start, stop, valid, span, groups)
         if not h.shape[1]:  # kernels of transformers want a token
             return h, state
         blocks = self.blocks
@@ -238,21 +239,39 @@ class HFBackbone(nn.Module):
         S = None if x.memory is None or writer.S is None else writer.S.to(x.memory_dtype)
         return S, tuple(t for t in cache if t is not None)
 
-    def _run_by_length(
-        self, h: Tensor, state: State, start: int, stop: int, valid: Tensor, span: int | None
+    def _by_length(self, valid: Tensor, start: int, stop: int) -> list[Tensor]:
+        """Return the rows that run together, groups of their numbers."""
+        counts = valid.sum(dim=1)
+        padded = not any(x.channels and not x.recalls for x in self.layouts[start:stop])
+        groups: dict[int, list[int]] = {}
+        longest = None
+        for row in counts.argsort(descending=True).tolist():
+            count = int(counts[row])
+            if longest is None or count < (PADDED * longest if padded else longest):
+                longest = count
+            groups.setdefault(longest, []).append(row)
+        return [torch.tensor(sorted(rows), device=valid.device) for rows in groups.values()]
+
+    def _run_in_groups(
+        self,
+        h: Tensor,
+        state: State,
+        start: int,
+        stop: int,
+        valid: Tensor,
+        span: int | None,
+        groups: list[Tensor],
     ) -> tuple[Tensor, State]:
-        counts, T = valid.sum(dim=1), h.shape[1]
-        hs, states, groups = [], [], []
-        # Rows of one length run together, so no block sees padding.
-        for count in counts.unique().tolist():
-            rows = (counts == count).nonzero()[:, 0]
+        hs, states = [], []
+        for rows in groups:
+            real = valid[rows]
+            count = int(real.sum(dim=1).max())
             x, s = h[rows, :count], state.rows(rows)
             if count:
-                x, s = self.run(x, s, start, stop, span=span)
+                x, s = self.run(x, s, start, stop, valid=real[:, :count], span=span)
             # Back to T positions; what stands at padding is read by nobody.
-            hs.append(nn.functional.pad(x, (0, 0, 0, T - count)))
+            hs.append(nn.functional.pad(x, (0, 0, 0, h.shape[1] - count)))
             states.append(State(s.memory, replace(s.cache, filled=None)))
-            groups.append(rows)
         # `groups` lists rows by length; argsort is the inverse of that permutation.
         order = torch.cat(groups).argsort()
         joined = State.join(states, order)
