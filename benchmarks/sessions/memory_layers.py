@@ -102,8 +102,8 @@ def decoding(
 
 
 # In a process of its own: what it takes to have a model, and then its first token.
-OPENED = """
-import json, resource, sys, time, torch, lmsleep.hf
+OPENED = r"""
+import json, re, sys, time, torch, lmsleep.hf
 import transformers.models.llama.modeling_llama
 from lmsleep.opening import open_backbone
 from transformers import AutoModelForCausalLM
@@ -118,7 +118,9 @@ else:
 with torch.no_grad():
     model(torch.ones(1, 1, dtype=torch.int64))
 spent = time.process_time() - begin
-print(json.dumps([opened, spent, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024]))
+# Not ru_maxrss, which a process inherits from the one that started it.
+peak = re.search(r"VmHWM:\s+(\d+) kB", open("/proc/self/status").read()).group(1)
+print(json.dumps([opened, spent, int(peak) / 1024]))
 """
 
 
@@ -130,12 +132,10 @@ def opening(config: LlamaConfig, layers: int, repeats: int) -> Table:
         model.save_pretrained(Path(place) / "transformers")
         insert_memory_layers(model, layers)
         model.save_pretrained(Path(place) / "ours")
-        for turn in range(repeats + 1):
+        for _ in range(repeats):
             for who, said in found.items():
                 command = [sys.executable, "-W", "ignore", "-c", OPENED, who, str(Path(place) / who)]
-                out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-                if turn:  # the first brings the files into memory
-                    said.append(json.loads(out))
+                said.append(json.loads(subprocess.check_output(command, text=True)))
     theirs = [*zip(*found["transformers"], strict=True)]
     rows: list[dict[str, Cell]] = []
     for who, said in found.items():
