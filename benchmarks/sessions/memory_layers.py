@@ -101,10 +101,13 @@ def decoding(
     return Table(rows=rows, note=note)
 
 
+ROOT = Path(__file__).parents[2]
+
 # In a process of its own: what it takes to have a model, and then its first token.
-OPENED = r"""
-import json, re, sys, time, torch, lmsleep.hf
+OPENED = """
+import json, sys, time, torch, lmsleep.hf
 import transformers.models.llama.modeling_llama
+from benchmarks.sessions.stream import peak_resident
 from lmsleep.opening import open_backbone
 from transformers import AutoModelForCausalLM
 torch.set_num_threads(1)
@@ -118,9 +121,7 @@ else:
 with torch.no_grad():
     model(torch.ones(1, 1, dtype=torch.int64))
 spent = time.process_time() - begin
-# Not ru_maxrss, which a process inherits from the one that started it.
-peak = re.search(r"VmHWM:\s+(\d+) kB", open("/proc/self/status").read()).group(1)
-print(json.dumps([opened, spent, int(peak) / 1024]))
+print(json.dumps([opened, spent, peak_resident() / 1e6]))
 """
 
 
@@ -135,7 +136,7 @@ def opening(config: LlamaConfig, layers: int, repeats: int) -> Table:
         for _ in range(repeats):
             for who, said in found.items():
                 command = [sys.executable, "-W", "ignore", "-c", OPENED, who, str(Path(place) / who)]
-                said.append(json.loads(subprocess.check_output(command, text=True)))
+                said.append(json.loads(subprocess.check_output(command, text=True, cwd=ROOT)))
     theirs = [*zip(*found["transformers"], strict=True)]
     rows: list[dict[str, Cell]] = []
     for who, said in found.items():
