@@ -47,7 +47,7 @@ TINY = LlamaConfig(
 def tables(repeats: int, tiny: bool) -> dict[str, Callable[[], Table]]:
     """Return both tables."""
     config, layers, window, lengths, tokens = (
-        (TINY, 1, 16, (4,), 4) if tiny else (SMOL, 6, 1024, (256, 2560), 32)
+        (TINY, 1, 16, (4,), 4) if tiny else (SMOL, 6, 1024, (256, 1280, 2560), 32)
     )
     often = repeats if tiny else 2 * repeats
     return {
@@ -61,7 +61,7 @@ def decoding(
 ) -> Table:
     """Time greedy tokens of a session, of `generate` on the same layers, and of the model without them."""
     plain, model = _random(config), _random(config)
-    insert_memory_layers(model, layers)
+    kind = insert_memory_layers(model, layers).kind
     backbone, rows = adapt(model), list[dict[str, Cell]]()
     for length in lengths:
         text = some_text(length + 1)
@@ -93,7 +93,7 @@ def decoding(
         )
     note = (
         f"{tokens} greedy tokens, one by one, after a text of that many tokens. {_about(config)}, {layers} "
-        f"memory layers (jet), one thread. Ours: a Session with L = {window}; transformers: `generate` with "
+        f"memory layers ({kind}), one thread. Ours: a Session with L = {window}; transformers: `generate` with "
         "the keys and values of the whole text, on the same model and on the one without memory layers. CPU "
         f"time, medians of {repeats} repeats that took turns; ratios within a repeat: median [10th ... 90th "
         "percentile]. Before anything is evicted all three give the same answer."
