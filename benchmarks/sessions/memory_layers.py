@@ -93,10 +93,10 @@ def decoding(
         )
     note = (
         f"{tokens} greedy tokens, one by one, after a text of that many tokens. {_about(config)}, {layers} "
-        f"memory layers ({kind}), one thread. Ours: a Session with L = {window}; transformers: `generate` with "
-        "the keys and values of the whole text, on the same model and on the one without memory layers. CPU "
-        f"time, medians of {repeats} repeats that took turns; ratios within a repeat: median [10th ... 90th "
-        "percentile]. Before anything is evicted all three give the same answer."
+        f"memory layers ({kind}), one thread. Ours: a Session with L = {window}; transformers: `generate` "
+        "with the keys and values of the whole text, on the same model and on the one without memory "
+        f"layers. CPU time, medians of {repeats} repeats that took turns; ratios within a repeat: median "
+        "[10th ... 90th percentile]. Before anything is evicted all three give the same answer."
     )
     return Table(rows=rows, note=note)
 
