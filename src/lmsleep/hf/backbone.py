@@ -175,8 +175,10 @@ class HFBackbone(nn.Module):
             return h, state
         if valid is not None and bool(valid.all()):
             valid = None
-        if valid is not None and len(groups := self._by_length(valid, start, stop)) > 1:
-            return self._run_in_groups(h, state, start, stop, valid, span, groups)
+        if valid is not None:
+            groups = self._by_length(valid, start, stop)
+            if len(groups) > 1 or not bool(valid[:, -1].any()):  # one group may end before the last position
+                return self._run_in_groups(h, state, start, stop, valid, span, groups)
         if not h.shape[1]:  # kernels of transformers want a token
             return h, state
         blocks = [*self.blocks][start:stop]  # a slice of a ModuleList would be a new module at every token
