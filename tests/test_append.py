@@ -14,19 +14,37 @@ def some(B, T, seed=0, sizes=(2, 4)):
     return torch.randn(B, T, *sizes, generator=torch.Generator().manual_seed(seed))
 
 
-@torch.no_grad()
 @given(
-    steps=st.lists(st.tuples(st.integers(0, 30), st.integers(0, 40)), min_size=1, max_size=20),
+    steps=st.lists(
+        st.tuples(st.integers(0, 30), st.integers(0, 40), st.none() | st.integers(0, 50), st.booleans()),
+        min_size=1,
+        max_size=20,
+    ),
     sizes=st.sampled_from([(), (3,), (2, 4)]),
 )
 def test_values_branch_from_wherever_they_were_and_stay_what_they_are(steps, sizes):
-    # Each step appends T tokens to any earlier value; beside it what torch.cat says.
+    # Each step goes on from any earlier value (a fork, or going back), of which as much as `keeps` is left
+    # after an eviction, and appends T tokens in either mode; beside it what torch.cat says.
     values = [(some(2, 0, sizes=sizes),) * 2]
-    for seed, (which, T) in enumerate(steps):
+    for seed, (which, T, keeps, inference) in enumerate(steps):
         past, said = values[which % len(values)]
+        if keeps is not None:
+            past, said = (x[:, max(x.shape[1] - keeps, 0) :] for x in (past, said))
         new = some(2, T, seed, sizes)
-        values.append((append(past, new), torch.cat([said, new], dim=1)))
+        with torch.inference_mode() if inference else torch.no_grad():
+            values.append((append(past, new), torch.cat([said, new], dim=1)))
     assert all(torch.equal(mine, said) for mine, said in values)
+
+
+def test_what_grows_in_inference_mode_goes_on_outside_in_the_same_room():
+    with torch.inference_mode():
+        inside = append(some(1, 3), some(1, 1))
+    with torch.no_grad():
+        outside = append(inside, some(1, 2))
+    assert inside.data_ptr() == outside.data_ptr() and not outside.is_inference()
+    weight = torch.ones((), requires_grad=True)
+    (outside * weight).sum().backward()  # and serves training, which tensors of inference mode cannot
+    assert weight.grad is not None
 
 
 @torch.no_grad()

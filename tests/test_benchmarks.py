@@ -55,6 +55,18 @@ def test_a_longer_sleep_takes_longer(tiny):
         assert found[8] > 1.5 * found[1]
 
 
+def test_memory_layers_are_measured_beside_generate_with_and_without_them(tiny):
+    [row] = rows(tiny, "memory-layers")  # that all three answer alike is asserted where they are timed
+    assert all(row[column] > 0 for column in row if "ms" in column or column.startswith("of generate"))
+
+
+def test_opening_is_measured_in_processes_of_their_own(tiny):
+    theirs, ours = rows(tiny, "opening")
+    assert (theirs["opened by"], ours["opened by"]) == ("transformers", "ours")
+    for row in (theirs, ours):  # the time with a first token holds that of opening; torch alone takes 100 MB
+        assert row["with its first token, CPU ms"] > row["CPU ms"] > 0 and row["peak resident, MB"] > 100
+
+
 def test_measured_bytes_are_those_of_the_formula():
     window, shape = 64, size.Shape.of(SMALL)
     found = size.measured(SMALL, window=window, lengths=(64, 128, 640)).rows

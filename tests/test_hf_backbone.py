@@ -227,6 +227,20 @@ def test_a_session_goes_on_after_a_window_of_one_token(name):
         assert session.fork().generate((), 3) == Session(model, config).generate(x[:first], 3)
 
 
+def test_what_a_session_has_read_token_by_token_serves_training():
+    # One token without gradients is computed in inference mode, whose tensors autograd does not take.
+    model, x = adapt(family("qwen3_5")), text(1, 12)
+    session = Session(model, SleepConfig(window=16, passes=2))
+    for token in x[0]:
+        session.read(token[None])
+    state = session.stream.state
+    assert not any(t.is_inference() for t in state.tensors())
+    sleep_forward(model, x, torch.ones_like(x, dtype=torch.bool), sleeping(), state=state).loss.backward()
+    with torch.no_grad():
+        h, after = model.run(model.embed(x[:, :1]), state, 0, model.num_blocks)
+    assert not h.is_inference() and not any(t.is_inference() for t in after.tensors())
+
+
 def test_greedy_answers_are_those_of_generate():
     for name in ("qwen3_5", "bamba"):
         model, x = family(name), text(1, 7)

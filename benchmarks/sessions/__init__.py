@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from benchmarks.sessions import generate, memories, size, speed, stream
+from benchmarks.sessions import generate, memories, memory_layers, size, speed, stream
 from benchmarks.table import Table
 from lmsleep import HybridConfig
 
@@ -33,6 +33,7 @@ def tables(repeats: int, tiny: bool) -> dict[str, Callable[[], Table]]:
         "decoding": lambda: generate.decoding(
             generate.CPU, width, windows[-1], before, tokens=8 if tiny else 32, repeats=often
         ),
+        **memory_layers.tables(repeats, tiny),
         "prefill": lambda: generate.sleeping(generate.CPU, width, windows, often),
         "size": lambda: size.measured(SMALL, window=64, lengths=lengths),
         "break-even": size.by_formula,

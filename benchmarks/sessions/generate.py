@@ -34,18 +34,18 @@ def decoding(
     model, rows = random_model(width, blocks, processor), list[dict[str, Cell]]()
     backbone = adapt(model)
     for length in lengths:
-        text = _text(length + 1).to(processor.device)
+        text = some_text(length + 1).to(processor.device)
         session = Session(backbone, SleepConfig(window=window, passes=1))
         session.read(text[0, :-1])
-        cache = _prefill(model, text[:, :-1])
+        cache = prefilled(model, text[:, :-1])
         calls = {
-            "ours": partial(_ours, session, text, tokens),
-            "theirs": partial(_theirs, model, cache, text, tokens),
+            "ours": partial(session_greedy, session, text, tokens),
+            "theirs": partial(greedy, model, cache, text, tokens),
         }
         # Nothing is evicted yet, so both must say the same, but for ties among numbers of few digits.
         if length + tokens < window and processor.dtype == torch.float32:
             assert calls["ours"]() == calls["theirs"]()
-        cases = {**calls, "copy": partial(copy.deepcopy, cache)}
+        cases = {**calls, "copy": partial(copied, cache)}
         spent = {case: processor.seconds(times) for case, times in take_turns(cases, repeats).items()}
         peer = [a - b for a, b in zip(spent["theirs"], spent["copy"], strict=True)]
         rows.append(
@@ -70,14 +70,16 @@ def decoding(
     return Table(rows=rows, note=note)
 
 
-def _ours(session: Session, text: Tensor, tokens: int) -> list[int]:
+def session_greedy(session: Session, text: Tensor, tokens: int) -> list[int]:
+    """Return the answer of a fork to the last token of `text` `[1, T]`, of which it has read the others."""
     answer = session.fork().generate(text[0, -1:], tokens)
     assert isinstance(answer, list)
     return answer
 
 
-def _theirs(model: Any, cache: Any, text: Tensor, tokens: int) -> list[int]:
-    past = copy.deepcopy(cache)  # which it would change; the time of the copy is taken off
+def greedy(model: Any, cache: Any, text: Tensor, tokens: int) -> list[int]:
+    """Return the answer of `generate` after a cache of all but the last token of `text` `[1, T]`."""
+    past = copied(cache)  # which it would change; the time of the copy is taken off
     mask = torch.ones_like(text)
     out = model.generate(text, attention_mask=mask, **named(past), max_new_tokens=tokens, do_sample=False)
     answer: list[int] = out[0, text.shape[1] :].tolist()
@@ -91,8 +93,8 @@ def sleeping(
     model, rows = random_model(width, blocks, processor), list[dict[str, Cell]]()
     backbone = adapt(model)
     for L in windows:
-        text = _text(L).to(processor.device)
-        calls: dict[int, Any] = {0: partial(_prefill, model, text)}
+        text = some_text(L).to(processor.device)
+        calls: dict[int, Any] = {0: partial(prefilled, model, text)}
         for n in PASSES:
             session = Session(backbone, SleepConfig(window=L, passes=n))
             session.read(text[0])
@@ -116,12 +118,17 @@ def sleeping(
     return Table(rows=rows, note=note)
 
 
+copied = copy.deepcopy
+
+
 @torch.no_grad()
-def _prefill(model: Any, text: Tensor) -> Any:
+def prefilled(model: Any, text: Tensor) -> Any:
+    """Return the cache of a model of transformers that has read a text `[1, T]`."""
     return getattr(model(text, use_cache=True), cache_name())
 
 
-def _text(length: int) -> Tensor:
+def some_text(length: int) -> Tensor:
+    """Return `[1, length]` tokens."""
     return torch.arange(length)[None] * 7 % VOCAB
 
 

@@ -4,9 +4,12 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
+from functools import cache
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+_hints = cache(get_type_hints)  # options are copied, with another number of passes, at every token
 
 
 def check_types(options: Any) -> None:
@@ -21,7 +24,7 @@ def check_types(options: Any) -> None:
 def check_values(cls: type[Any], values: Mapping[str, Any]) -> None:
     """Refuse values for fields of the dataclass `cls` as `check_types` does, before it is made of them."""
     try:
-        hints = get_type_hints(cls)
+        hints = _hints(cls)  # type: ignore[arg-type]  # classes are hashable
     except NameError:  # a name that only type checkers see: then nobody can tell
         return
     for name, value in values.items():

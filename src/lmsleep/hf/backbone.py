@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -174,12 +175,14 @@ class HFBackbone(nn.Module):
             return h, state
         if valid is not None and bool(valid.all()):
             valid = None
-        if valid is not None and len(groups := self._by_length(valid, start, stop)) > 1:
-            return self._run_in_groups(h, state, start, stop, valid, span, groups)
+        if valid is not None:
+            groups = self._by_length(valid, start, stop)
+            if len(groups) > 1 or not bool(valid[:, -1].any()):  # one group may end before the last position
+                return self._run_in_groups(h, state, start, stop, valid, span, groups)
         if not h.shape[1]:  # kernels of transformers want a token
             return h, state
-        blocks = self.blocks
-        if any(b.training and getattr(b, "gradient_checkpointing", False) for b in blocks[start:stop]):
+        blocks = [*self.blocks][start:stop]  # a slice of a ModuleList would be a new module at every token
+        if any(b.training and getattr(b, "gradient_checkpointing", False) for b in blocks):
             raise ValueError(
                 "the model's own checkpointing of activations (gradients) drops what every block carries, "
                 "so nothing would be remembered; switch it off and use checkpoint=True of sleep_forward"
@@ -190,12 +193,13 @@ class HFBackbone(nn.Module):
         for i in range(start, stop):
             carried |= self._lend(i, memory[i], where.rebased(i), state.cache.filled)
         cache = RunCache(carried, valid, sliding=span is not None)
-        for i in range(start, stop):
-            mask = where.mask(self._reach(i, span)) if self.layouts[i].kv else None
-            h = call_block(blocks[i], h, cache, where, mask)
+        with _unrecorded(h):
+            for i, block in zip(range(start, stop), blocks, strict=True):
+                mask = where.mask(self._reach(i, span)) if self.layouts[i].kv else None
+                h = call_block(block, h, cache, where, mask)
         done = cache.finished()
         left = [self._returned(i, done, where.ordinals, valid) for i in range(start, stop)]
-        return h, state.replace(start, left)
+        return _recordable(h), state.replace(start, left)
 
     def _reach(self, i: int, span: int | None) -> int | None:
         """Return how far tokens of block i look back: `span`, or the model's own window if it is shorter."""
@@ -236,8 +240,8 @@ class HFBackbone(nn.Module):
                 else writer.recalled[:, None]
             )
             cache.append(held.flatten(2).to(x.memory_dtype))
-        S = None if x.memory is None or writer.S is None else writer.S.to(x.memory_dtype)
-        return S, tuple(t for t in cache if t is not None)
+        S = None if x.memory is None or writer.S is None else _recordable(writer.S.to(x.memory_dtype))
+        return S, tuple(_recordable(t) for t in cache if t is not None)
 
     def _by_length(self, valid: Tensor, start: int, stop: int) -> list[Tensor]:
         """Return the rows that run together, groups of their numbers."""
@@ -287,6 +291,21 @@ def _recalled(memory: Tensor, held: Tensor, filled: Tensor | None) -> Tensor:
     if filled is None:
         return begun
     return torch.where((filled == 0).view(-1, 1, 1, 1), memory, begun)
+
+
+def _unrecorded(h: Tensor) -> AbstractContextManager[Any]:
+    """Return the context for blocks over `h` `[B, T, d]`: one token without gradients takes inference mode.
+
+    There calls cost as much as products, and each costs less where autograd counts no versions.
+    """
+    one = h.shape[1] == 1 and not torch.is_grad_enabled()
+    return torch.inference_mode() if one else nullcontext()
+
+
+def _recordable(x: Tensor) -> Tensor:
+    """Return a tensor that may take part in training later: what inference mode made is copied."""
+    # Keys and values are views of buffers that were made outside, and are not.
+    return x.clone() if x.is_inference() else x
 
 
 def call_block(block: Any, h: Tensor, cache: RunCache, where: Positions, mask: Tensor | None) -> Tensor:

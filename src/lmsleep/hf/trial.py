@@ -26,8 +26,9 @@ def adapt(model: Any) -> HFBackbone:
     """Make a causal language model of `transformers` a backbone of the sleep algorithm.
 
     The model is not changed, and its weights are shared; what `sleepify` made has its backbone already, which
-    is returned. A few tokens are run to see what each block carries, that the blocks called one by one
-    compute what the model computes, and that a second call goes on from the fast weights that the first left.
+    is returned. A few tokens are run to see what each block carries, and by the first blocks, of which one of
+    each kind is enough, that blocks called one by one compute what the model computes, and that a second call
+    goes on from the fast weights that the first left.
 
     Args:
         model: a hybrid (attention and fast weights) such as qwen3_5, qwen3_next, olmo_hybrid, kimi_linear,
@@ -86,8 +87,13 @@ def _tried(model: Any, name: str) -> HFBackbone:
     vocabulary: int = model.config.get_text_config().vocab_size
     tokens = torch.arange(TOKENS, device=model.get_input_embeddings().weight.device)[None] % vocabulary
     try:
-        backbone = HFBackbone(model, _layouts(model, tokens))
-        reason = _reason_against(backbone, tokens)
+        like = _alike(model)
+        shown = max(like) + 1  # blocks that have one of each kind among them
+        with _only(shown, model.get_decoder()):
+            slide = _sliding(HFBackbone(model, ()), tokens)
+        layouts = _layouts(model, tokens, {i for i, first in enumerate(like) if first in slide})
+        with _only(shown, model.get_decoder()):
+            reason = _reason_against(HFBackbone(model, layouts[:shown]), tokens)
     except ValueError as error:
         raise ValueError(f"model: {name} cannot sleep: {error}") from error
     except torch.OutOfMemoryError:
@@ -98,13 +104,44 @@ def _tried(model: Any, name: str) -> HFBackbone:
         ) from error
     if reason is not None:
         raise ValueError(f"model: {name} cannot sleep: {reason}")
-    return backbone
+    return HFBackbone(model, layouts)
 
 
-def _layouts(model: Any, tokens: Tensor) -> list[Layout]:
+def _alike(model: Any) -> list[int]:
+    """Return for each block the first that is like it: of the same parts, options and shapes."""
+    first: dict[Any, int] = {}
+    kinds = getattr(model.get_decoder().config, "layer_types", None)
+    blocks = model.get_decoder().layers
+    return [
+        first.setdefault((_made_of(block), kinds[i] if kinds else None), i) for i, block in enumerate(blocks)
+    ]
+
+
+def _made_of(block: Any) -> tuple[Any, ...]:
+    """Describe a block by all that tells it from others, but for its place and the values of its weights."""
+    parts = []
+    for name, part in block.named_modules():
+        options = {k: v for k, v in vars(part).items() if isinstance(v, (bool, int, float, str))}
+        options.pop("layer_idx", None)
+        shapes = [(k, p.shape, p.dtype) for k, p in part.named_parameters(recurse=False)]
+        parts.append((name, type(part), *options.items(), *shapes))
+    return tuple(parts)
+
+
+@contextmanager
+def _only(count: int, decoder: Any) -> Iterator[None]:
+    """Let a decoder have its first `count` blocks alone for a while; they need none of those behind them."""
+    blocks = decoder.layers
+    decoder.layers = blocks[:count]
+    try:
+        yield
+    finally:
+        decoder.layers = blocks
+
+
+def _layouts(model: Any, tokens: Tensor, slide: set[int]) -> list[Layout]:
     """Run the blocks on nothing before and see what each leaves: so no family has to be known by name."""
     scout = HFBackbone(model, ())
-    slide = _sliding(scout, tokens)
     h, found = scout.embed(tokens), []
     where = Positions(model, h, State(Memory(()), Cache(())), (), 0, 0)
     for i, block in enumerate(scout.blocks):

@@ -47,12 +47,12 @@ def append(past: Tensor, new: Tensor) -> Tensor:
     if buffer is None:
         # Heads before time: attention goes through the positions of one head after the other.
         heads, size = past.shape[2:-1], past.shape[-1:] if past.ndim > 2 else ()
-        buffer = past.new_empty(len(past), *heads, end + max(SPARE, end // 8), *size).movedim(
-            1 + len(heads), 1
-        )
+        with torch.inference_mode(False):  # whoever makes it first: its views go on into any mode
+            buffer = past.new_empty(len(past), *heads, end + max(SPARE, end // 8), *size)
+            buffer = buffer.movedim(1 + len(heads), 1)
         buffer[:, :begin] = past
         room = _Room(buffer, end)
-    buffer[:, begin:end] = new
-    longer = buffer[:, :end]
+    buffer.narrow(1, begin, end - begin).copy_(new)
+    longer = buffer.narrow(1, 0, end)
     longer.room = room  # type: ignore[attr-defined]
     return longer

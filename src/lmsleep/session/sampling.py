@@ -31,11 +31,13 @@ class Sampling:
         Raises:
             ValueError: for logits with NaN, which say nothing about the next token.
         """
-        logits = logits.double().cpu()
-        if bool(logits.isnan().any()):
+        logits = logits.cpu()
+        likeliest = int(logits.argmax())  # NaN, if there is any: it counts as more than all numbers
+        if bool(logits[likeliest].isnan()):
             raise ValueError("logits are NaN, so no token can be drawn from what the open window holds")
         if self.temperature == 0:
-            return int(logits.argmax())
+            return likeliest
+        logits = logits.double()
         # The likeliest at 0: divided by a very small temperature, other numbers overflow to plus infinity.
         logits = logits - logits.max()
         # Stable, so that tokens of equal probability keep their order wherever this runs.

@@ -182,7 +182,9 @@ def _choose(name: str, rule: Rule, backend: Backend, q: Tensor) -> tuple[Recurre
         # float64 is asked for to check something, and the kernels would sum it in float32; where there is no
         # token at all, the PyTorch forms return the state as it is.
         kernels = rule.fla if usable and q.dtype != torch.float64 and q.shape[1] > 0 else None
-        return kernels or rule.chunked or rule.reference, kernels is None
+        # Of one token a chunk is all preparation: the definition takes a third of the time.
+        chunked = None if q.shape[1] == 1 else rule.chunked
+        return kernels or chunked or rule.reference, kernels is None
     form: Recurrence | None = getattr(rule, backend)
     if form is None:
         raise ValueError(f"backend={backend!r}: {name} has no such form; use backend='auto' or 'reference'")

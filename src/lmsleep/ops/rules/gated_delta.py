@@ -18,9 +18,9 @@ def by_token(
     for t in range(q.shape[1]):
         S = g[:, t, :, None, None].exp() * S
         # After the decay: the key finds what has faded already. The read comes last and sees this token too.
-        error = v[:, t] - torch.einsum("bhkv,bhk->bhv", S, k[:, t])
-        S = S + torch.einsum("bhk,bhv->bhkv", k[:, t], beta[:, t, :, None] * error)
-        outputs.append(torch.einsum("bhkv,bhk->bhv", S, scale * q[:, t]))
+        error = v[:, t, :, None] - k[:, t, :, None] @ S  # [B, H, 1, V]
+        S = torch.addcmul(S, k[:, t, :, :, None], beta[:, t, :, None, None] * error)
+        outputs.append((scale * q[:, t, :, None] @ S)[:, :, 0])
     return (torch.stack(outputs, dim=1) if outputs else torch.zeros_like(v)), S
 
 

@@ -65,6 +65,8 @@ class Passes(Consolidator):
 
     def read(self, model: Backbone, window: Window, *, logits: bool = True) -> tuple[Tensor | None, State]:
         """Read a window in the wake pass alone."""
+        if self.wake_passes == 1:  # nobody goes on from the end of the loop: all blocks are one run
+            return super().read(model, window, logits=logits)
         loop = self.loop_range(model.num_blocks)
         return speak(model, window, wake(model, window, loop, self.wake_passes), loop, logits=logits)
 
