@@ -210,6 +210,8 @@ class Trainer:
         """Take over where the run was; raises an error of any type if this says nothing of it."""
         self.step, self.tokens, self.flops = (int(saved[name]) for name in ("step", "tokens", "flops"))
         self.seconds = float(saved["seconds"])
+        # Of checkpoints from before further shapes were counted by their positions: none.
+        self._flops.counted = [(c, r, int(n), int(flops)) for c, r, n, flops in saved.get("counted", ())]
         if not 0 <= self.step <= self.config.train.steps:
             raise ValueError(f"step {self.step} is none of the run")
 
@@ -344,14 +346,15 @@ class Trainer:
             from lmsleep.training.slices import tensors
 
             named = tensors(kind.weights(self.model), self.model, self.optimizers)
-            self.folder.save_shards(path, self._saver, named, self._position())
+            state = {**self._position(), "counted": self._flops.counted}
+            self.folder.save_shards(path, self._saver, named, state)
             if wait:
                 self._saver.wait()
             return path
         with self.processes.together():
             if self.processes.main:
                 states = [optimizer.state_dict() for optimizer in self.optimizers]
-                state = {**self._position(), "optimizers": states}
+                state = {**self._position(), "counted": self._flops.counted, "optimizers": states}
                 self.folder.save_checkpoint(
                     path, lambda folder: kind.save(self.model, options, folder), state
                 )
