@@ -5,7 +5,7 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import random_tokens
+from conftest import close, random_tokens
 from hf_models import VOCAB, family
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
@@ -84,7 +84,8 @@ def test_activation_checkpointing_of_trainer_recomputes_passes(data, tmp_path):
         assert model.is_gradient_checkpointing == frugal
         found.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     start = torch.cat([p.detach().flatten() for p in family("qwen3_5").parameters()])
-    assert torch.equal(*found) and not torch.equal(found[0], start)
+    # Without logits the head is for predicted tokens alone, which rounds differently.
+    assert close(*found, 1e-6) and not close(found[0], start, 1e-6)
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft asks for it

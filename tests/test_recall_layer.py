@@ -137,8 +137,8 @@ def test_rows_at_different_places_of_their_windows_share_a_step():
 @pytest.mark.parametrize(
     "sleep", [SleepConfig(window=6, passes=2), SleepConfig(window=6, eviction="sliding")]
 )
-@pytest.mark.parametrize("padded", [0.0, 0.75])
-def test_rows_of_different_length_run_together_as_they_would_alone(kind, sleep, padded, monkeypatch):
+@pytest.mark.parametrize("group", [1, 1000])
+def test_rows_of_different_length_run_together_as_they_would_alone(kind, sleep, group, monkeypatch):
     backbone = adapt(with_memory(family("llama"), 2, kind))
     lengths = torch.tensor([13, 4, 6, 9, 1])
     rows = torch.randint(1, 60, (5, 13), generator=torch.Generator().manual_seed(0))
@@ -148,7 +148,7 @@ def test_rows_of_different_length_run_together_as_they_would_alone(kind, sleep, 
         out = sleep_forward(backbone, rows, mask, sleep, lengths=lengths)
         return sleep_forward(backbone, rows[:, :4], None, sleep, state=out.state), out
 
-    monkeypatch.setattr("lmsleep.hf.backbone.PADDED", padded)
+    monkeypatch.setattr("lmsleep.hf.backbone.GROUP", group)
     with torch.no_grad():
         after, out = read(rows, mask, lengths)
         for i, n in enumerate(lengths.tolist()):

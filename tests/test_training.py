@@ -19,7 +19,7 @@ import lmsleep
 from lmsleep import HybridLM, SleepConfig, sleep_forward
 from lmsleep.cli import main
 from lmsleep.files import write_atomic
-from lmsleep.tasks import MQAR, Depo, Drift, GSMInfinite, Rule110, Text, Variables, batch_rng
+from lmsleep.tasks import MQAR, Batch, Depo, Drift, GSMInfinite, Rule110, Text, Variables, batch_rng
 from lmsleep.training import (
     Diverged,
     Interrupted,
@@ -30,6 +30,7 @@ from lmsleep.training import (
     Trainer,
     baseline,
     choose_device,
+    compute,
     default_workers,
     equal_compute,
     flops_per_step,
@@ -987,3 +988,30 @@ def test_the_compute_of_a_run_counts_the_passes_that_its_steps_make():
     )
     drawn = run_config(passes=3, steps=10, random_passes=True)
     assert training_flops(drawn) == 10 * ((one + two + three) // 3)
+
+
+def test_flops_are_counted_for_few_shapes_and_estimated_for_others(monkeypatch):
+    asked = []
+
+    def count(objective, batch, sleep):
+        asked.append(batch)
+        return 10 * batch.tokens.numel() * sleep.passes
+
+    monkeypatch.setattr(compute, "count_flops", count)
+    flops = compute.StepFlops(None)
+
+    def batch(T):
+        rows = torch.zeros(2, T, dtype=torch.int64)
+        return Batch(rows, rows.bool(), rows - 1, torch.zeros(0, dtype=torch.int64))
+
+    twice = SleepConfig(window=4, passes=2)
+    assert [flops(batch(T), twice) for T in (3, 5, 3)] == [120, 200, 120] and len(asked) == 2
+    for T in range(10, 40):
+        assert flops(batch(T), twice) == 40 * T
+    assert len(asked) == compute.COUNTED
+    # A run that goes on counts as if it had not stopped.
+    again = compute.StepFlops(None)
+    again.counted = json.loads(json.dumps(flops.counted))
+    assert again(batch(39), twice) == flops(batch(39), twice) and len(asked) == compute.COUNTED
+    flops(batch(3), SleepConfig(window=4, passes=1))
+    assert len(asked) == compute.COUNTED + 1

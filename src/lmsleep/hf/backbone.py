@@ -15,7 +15,8 @@ from lmsleep.hf.positions import Positions
 from lmsleep.ops import right_align
 from lmsleep.state import Cache, Memory, State
 
-PADDED = 0.75  # a row shorter than this share of the longest costs less in a group of its own
+# A group of rows costs as much as so many tokens of padding: the calls of all blocks, whatever they hold.
+GROUP = 128
 NORMS = ("norm", "final_layernorm", "norm_f")  # what families call the norm before the head
 
 
@@ -249,9 +250,11 @@ class HFBackbone(nn.Module):
         padded = not any(x.channels and not x.recalls for x in self.layouts[start:stop])
         groups: dict[int, list[int]] = {}
         longest = None
-        for row in counts.argsort(descending=True).tolist():
+        for place, row in enumerate(counts.argsort(descending=True).tolist()):
             count = int(counts[row])
-            if longest is None or count < (PADDED * longest if padded else longest):
+            # What this row and all shorter ones would be padded by, at the least.
+            saved = 0 if longest is None else (len(counts) - place) * (longest - count)
+            if longest is None or saved > (GROUP if padded and count else 0):
                 longest = count
             groups.setdefault(longest, []).append(row)
         return [torch.tensor(sorted(rows), device=valid.device) for rows in groups.values()]

@@ -74,14 +74,14 @@ def flops_per_step(config: RunConfig) -> int:
     # The first batch of a curriculum is an easy one and may be shorter than those it leads to.
     whole = replace(config, train=replace(config.train, curriculum=0))
     objective, batch = Objective(build(config.model), config.train), draw(whole, 0)
-    # Rows of different length sleep on different windows, so that none can stand for the others.
-    if batch.lengths is not None or batch.context_lengths is not None:
+    # Rows of different length sleep on different windows, and the head is for predicted tokens alone: where
+    # rows differ, none can stand for the others.
+    differ = not bool((batch.loss_mask == batch.loss_mask[:1]).all())
+    if differ or batch.lengths is not None or batch.context_lengths is not None:
         parts = batch.parts(config.train.accumulate)
         return sum(count_flops(objective, part, config.sleep) for part in parts)
     samples = batch.parts(config.train.batch_size)
-    one = samples[0]  # with loss in all windows where any has some
-    one = replace(one, loss_mask=one.loss_mask | batch.loss_mask.any(dim=0))
-    return len(samples) * count_flops(objective, one, config.sleep)
+    return len(samples) * count_flops(objective, samples[0], config.sleep)
 
 
 def training_flops(config: RunConfig) -> int:

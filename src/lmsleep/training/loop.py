@@ -311,7 +311,9 @@ class Trainer:
 
     def _about(self, score: Score) -> dict[str, str]:
         """Say in rows of a card how the model was trained, on what, and how well it does."""
-        made, config = self.folder.made_by(), self.config
+        # Of runs that older versions made, some of it is not known.
+        made = {"command": "unknown", "lmsleep": "unknown", "commit": None, **self.folder.made_by()}
+        config = self.config
         files = [path.name for path in getattr(config.task, "sources", tuple)()]
         right = f"accuracy {score.accuracy:.3f}, " if score.total else ""
         return {
