@@ -178,7 +178,7 @@ class HFBackbone(nn.Module):
             valid = None
         if valid is not None:
             groups = self._by_length(valid, start, stop)
-            if len(groups) > 1 or not bool(valid[:, -1].any()):  # one group may end before the last position
+            if [*groups] != [h.shape[1]]:  # several, or one that ends before the last position
                 return self._run_in_groups(h, state, start, stop, valid, span, groups)
         if not h.shape[1]:  # kernels of transformers want a token
             return h, state
@@ -244,20 +244,19 @@ class HFBackbone(nn.Module):
         S = None if x.memory is None or writer.S is None else _recordable(writer.S.to(x.memory_dtype))
         return S, tuple(_recordable(t) for t in cache if t is not None)
 
-    def _by_length(self, valid: Tensor, start: int, stop: int) -> list[Tensor]:
-        """Return the rows that run together, groups of their numbers."""
-        counts = valid.sum(dim=1)
+    def _by_length(self, valid: Tensor, start: int, stop: int) -> dict[int, Tensor]:
+        """Return the numbers of the rows that run together, by the length of the longest of them."""
         padded = not any(x.channels and not x.recalls for x in self.layouts[start:stop])
+        counts, rows = (t.tolist() for t in valid.sum(dim=1).sort(descending=True))
         groups: dict[int, list[int]] = {}
-        longest = None
-        for place, row in enumerate(counts.argsort(descending=True).tolist()):
-            count = int(counts[row])
+        longest = counts[0]
+        for place, (count, row) in enumerate(zip(counts, rows, strict=True)):
             # What this row and all shorter ones would be padded by, at the least.
-            saved = 0 if longest is None else (len(counts) - place) * (longest - count)
-            if longest is None or saved > (GROUP if padded and count else 0):
+            saved = (len(rows) - place) * (longest - count)
+            if saved > (GROUP if padded and count else 0):
                 longest = count
             groups.setdefault(longest, []).append(row)
-        return [torch.tensor(sorted(rows), device=valid.device) for rows in groups.values()]
+        return {n: torch.tensor(sorted(some), device=valid.device) for n, some in groups.items()}
 
     def _run_in_groups(
         self,
@@ -267,20 +266,18 @@ class HFBackbone(nn.Module):
         stop: int,
         valid: Tensor,
         span: int | None,
-        groups: list[Tensor],
+        groups: dict[int, Tensor],
     ) -> tuple[Tensor, State]:
         hs, states = [], []
-        for rows in groups:
-            real = valid[rows]
-            count = int(real.sum(dim=1).max())
+        for count, rows in groups.items():
             x, s = h[rows, :count], state.rows(rows)
             if count:
-                x, s = self.run(x, s, start, stop, valid=real[:, :count], span=span)
+                x, s = self.run(x, s, start, stop, valid=valid[rows, :count], span=span)
             # Back to T positions; what stands at padding is read by nobody.
             hs.append(nn.functional.pad(x, (0, 0, 0, h.shape[1] - count)))
             states.append(State(s.memory, replace(s.cache, filled=None)))
         # `groups` lists rows by length; argsort is the inverse of that permutation.
-        order = torch.cat(groups).argsort()
+        order = torch.cat([*groups.values()]).argsort()
         joined = State.join(states, order)
         cache = replace(joined.cache, filled=state.cache.filled)
         return torch.cat(hs)[order], State(joined.memory, cache)

@@ -43,21 +43,16 @@ def inherit(layer: MemoryLayer, block: Any) -> None:
             projection.bias.copy_(own[name].bias)
     attention = _attention(block)
     for name in ("q", "k"):
-        norm = getattr(attention, f"{name}_norm", None)
         projection = getattr(mixer, f"{name}_proj")
-        if (
-            isinstance(norm, nn.Module)
-            and (scale := _scale(norm, mixer.key_dim, projection.weight)) is not None
-        ):
+        scale = _scale(getattr(attention, f"{name}_norm", None), mixer.key_dim, projection.weight)
+        if scale is not None:
             scale = scale.repeat(projection.out_features // mixer.key_dim)
             projection.weight.mul_(scale[:, None])
             if projection.bias is not None:
                 projection.bias.mul_(scale)
-    before = getattr(block, "input_layernorm", None)
-    if isinstance(before, nn.Module):
-        scale = _scale(before, layer.norm.weight.numel(), layer.norm.weight)
-        if scale is not None:
-            layer.norm.weight.copy_(scale)
+    weight = layer.norm.weight
+    if (scale := _scale(getattr(block, "input_layernorm", None), weight.numel(), weight)) is not None:
+        weight.copy_(scale)
 
 
 def _attention(block: Any) -> Any:
@@ -74,11 +69,13 @@ def _projections(block: Any) -> dict[str, Any] | None:
     return None if any(m is None for m in found.values()) else found
 
 
-def _scale(norm: nn.Module, size: int, like: Tensor) -> Tensor | None:
+def _scale(norm: Any, size: int, like: Tensor) -> Tensor | None:
     """Return the factor per channel `[size]` of an RMS norm, as whatever form a family writes it (w, 1 + w).
 
-    None for a norm of another kind or size.
+    None for a norm of another kind or size, or what is none.
     """
+    if not isinstance(norm, nn.Module):
+        return None
     # Equal numbers have themselves as RMS, so what comes out is the factor (a power of two this large leaves
     # no trace of eps); a norm that subtracts the mean gives zeros.
     try:

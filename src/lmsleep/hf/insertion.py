@@ -73,11 +73,12 @@ def insert_memory_layers(
     D = len(blocks)
     if where == "even" and not 1 <= n <= D:
         raise ValueError(f"n={n} must lie in 1 ... {D}, the number of blocks")
-    # Of each n-th of the blocks its last or, of layers that begin as the attention behind them, its middle.
-    last = [(j + 1) * D // n - 1 for j in range(n)]
-    middle = [(2 * j + 1) * D // (2 * n) for j in range(n)]
-    even = last if kind == "jet" else middle
-    after = even if where == "even" else sorted(map(int, where))
+    if where != "even":
+        after = sorted(map(int, where))
+    elif kind == "jet":  # the last of each n-th of the blocks
+        after = [(j + 1) * D // n - 1 for j in range(n)]
+    else:  # its middle: each begins as the attention behind it, and behind the last block there is none
+        after = [(2 * j + 1) * D // (2 * n) for j in range(n)]
     # Counted before the layers are there: `share` is of what the model had.
     before = model.num_parameters()
     attach(model, {"kind": kind, "after": after})

@@ -1,6 +1,6 @@
 """The layer with fast weights: projections and gates around an update rule."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -128,8 +128,16 @@ class FastWeights(nn.Module):
         # where a key of zeros would become NaN.
         q, k = (F.normalize(y.unflatten(-1, (-1, self.key_dim)), dim=-1, eps=1e-6) for y in (q, k))
         v = v.unflatten(-1, (-1, self.value_dim))
-        g, beta = ops.find_rule(self.rule).gates(self, x)
-        if valid is not None:
-            # No decay and no write leave `S` as it is, bit for bit.
-            g, beta = (y * valid.view(*valid.shape, *[1] * (y.ndim - 2)) for y in (g, beta))
-        return Writes(q, k, v, g, beta), cache
+        return Writes(q, k, v, *gates_of(self, x, valid)), cache
+
+
+def gates_of(layer: Any, x: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return log decay and write strength of the tokens `x` `[B, T, d]` by the gates of a layer's rule.
+
+    Tokens that are not `valid` (`[B, T]` bool; None: all are) neither forget nor write.
+    """
+    g, beta = ops.find_rule(layer.rule).gates(layer, x)
+    if valid is not None:
+        # No decay and no write leave `S` as it is, bit for bit.
+        g, beta = (y * valid.view(*valid.shape, *[1] * (y.ndim - 2)) for y in (g, beta))
+    return g, beta

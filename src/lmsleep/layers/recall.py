@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmsleep import ops
+from lmsleep.layers.fast_weights import gates_of
 
 
 class Recall(nn.Module):
@@ -104,8 +105,7 @@ class Recall(nn.Module):
         """
         T, W = x.shape[1], self.conv_size - 1
         # Nothing was slept on yet: nothing is said, whatever the weights are, and no query is needed but
-        # those that later tokens convolve.
-        # On the device "meta", for costs, it may have been.
+        # those that later tokens convolve. On the device "meta", for costs, there may have been something.
         silent = recalled is not None and not recalled.is_meta and not bool(recalled.any())
         few = silent and valid is None
         q, k, v = self.q_proj(x[:, max(T - W, 0) :] if few else x), self.k_proj(x), self.v_proj(x)
@@ -121,10 +121,7 @@ class Recall(nn.Module):
         # Unit keys make the delta rule a contraction; the usual eps, 1e-12, is zero in float16.
         k, v = (y.unflatten(-1, (self.num_heads, -1)) for y in (k, v))
         k = F.normalize(k, dim=-1, eps=1e-6)
-        g, beta = ops.find_rule(self.rule).gates(self, x)
-        if valid is not None:
-            # No decay and no write leave `S` as it is, bit for bit.
-            g, beta = (y * valid.view(*valid.shape, *[1] * (y.ndim - 2)) for y in (g, beta))
+        g, beta = gates_of(self, x, valid)
         cache = (torch.cat([q_tail, k_tail], dim=-1),)
         if silent:
             return None, self._write(k, v, g, beta, memory), cache

@@ -217,9 +217,8 @@ def _read_rows(
     both = [x for x, _ in parts if x is not None] if logits else []
     joined = State.join([s for _, s in parts], order)
     if both and heard is not None:
-        # Row by row again: `places` numbers what is heard as the groups have it.
-        places = heard.new_zeros(heard.shape, dtype=torch.int64)
-        places[heard] = torch.arange(int(heard.sum()), device=heard.device)
+        # Row by row again: `places` numbers what is heard so; the groups have it in another order.
+        places = heard.flatten().cumsum(0).view_as(heard)
         rows = torch.cat(groups).to(heard.device)
         return torch.cat(both, dim=1)[:, places[rows][heard[rows]].argsort()], joined
     return torch.cat(both)[order] if both else None, joined

@@ -344,11 +344,11 @@ class Trainer:
         """
         path, options = self.folder.checkpoint(self.step, name), self.config.model
         kind = kind_of(options)
+        state = {**self._position(), "counted": self._flops.counted}
         if self.processes.shard > 1:
             from lmsleep.training.slices import tensors
 
             named = tensors(kind.weights(self.model), self.model, self.optimizers)
-            state = {**self._position(), "counted": self._flops.counted}
             self.folder.save_shards(path, self._saver, named, state)
             if wait:
                 self._saver.wait()
@@ -356,9 +356,10 @@ class Trainer:
         with self.processes.together():
             if self.processes.main:
                 states = [optimizer.state_dict() for optimizer in self.optimizers]
-                state = {**self._position(), "counted": self._flops.counted, "optimizers": states}
                 self.folder.save_checkpoint(
-                    path, lambda folder: kind.save(self.model, options, folder), state
+                    path,
+                    lambda folder: kind.save(self.model, options, folder),
+                    {**state, "optimizers": states},
                 )
         return path
 
