@@ -97,6 +97,22 @@ class Kind:
         """
         raise ValueError(self._no_start())
 
+    def check_keep(self, options: Any, sleep: SleepConfig) -> None:
+        """Refuse to keep hidden states (`TrainConfig.keep`).
+
+        Raises:
+            ValueError: if some of them would change in training, or the kind cannot.
+        """
+        raise ValueError(f"keep is for memory layers of pretrained models, not for {self.name}")
+
+    def keep(self, model: Model, folder: Path, *, bfloat16: bool) -> Model:
+        """Return the same model, which keeps hidden states in `folder`.
+
+        Raises:
+            ValueError: if some of them would change.
+        """
+        raise NotImplementedError  # refused before
+
     def _no_start(self) -> str:
         return f"start is for hybrid models, not for {self.name}"
 

@@ -14,7 +14,7 @@ from lmsleep.files import check_place, locked
 from lmsleep.gguf_file import check, is_gguf
 from lmsleep.hf.finetune import FineTune, wake_once
 from lmsleep.hf.folder import write_folder
-from lmsleep.hf.insertion import insert_memory_layers
+from lmsleep.hf.insertion import check_places, insert_memory_layers
 from lmsleep.hf.loading import load_pretrained
 from lmsleep.layers import MemoryKind
 
@@ -32,6 +32,8 @@ class ConvertOptions:
     """Folder to write, which must not exist."""
     insert: int = 0
     """Memory layers to add to a model that has only attention; the paper: 6."""
+    insert_after: tuple[int, ...] = ()
+    """Blocks that they follow, as many as --insert; default: spread evenly."""
     kind: MemoryKind | None = None
     """Of the memory layers; default that of lmsleep finetune."""
     seed: int = 0
@@ -40,8 +42,7 @@ class ConvertOptions:
     """Of the weights; default that of the model, and float32 for a GGUF file."""
 
     def __post_init__(self) -> None:
-        if self.insert < 0:
-            raise ValueError(f"insert must not be negative, got {self.insert}")
+        check_places(self.insert, self.insert_after)
         if self.kind is not None and not self.insert:
             raise ValueError(f"kind={self.kind} is of memory layers: name how many by --insert")
 
@@ -62,11 +63,12 @@ def convert(argv: list[str]) -> None:
         if options.insert:
             torch.manual_seed(options.seed)
             wake_once(model)
-            added = insert_memory_layers(model, options.insert, options.kind or FineTune.insert_kind)
+            kind = options.kind or FineTune.insert_kind
+            added = insert_memory_layers(model, options.insert, kind, options.insert_after or "even")
             places = " ".join(map(str, added.after))
             after = f"; {added.kind} layers with {added.parameters:,} of them after blocks {places}"
         sys.stderr.write(f"writing {out}, {model.get_memory_footprint() / 1e6:,.0f} MB\n")
         write_folder(model, source, out)
-    kind = model.config.get_text_config().model_type
+    family = model.config.get_text_config().model_type
     dtype_said = str(model.dtype).removeprefix("torch.")
-    sys.stdout.write(f"{out}: {kind}, {model.num_parameters():,} parameters, {dtype_said}{after}\n")
+    sys.stdout.write(f"{out}: {family}, {model.num_parameters():,} parameters, {dtype_said}{after}\n")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, make_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tyro.conf import Positional
+from tyro.conf import Positional, Suppress
 
 from lmsleep.backbones import find_kind
 from lmsleep.cli.options import (
@@ -41,6 +41,13 @@ from lmsleep.training import (
 )
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions(TrainConfig):
+    """Optimisation, evaluation and saving."""
+
+    keep: Suppress[Path | None] = None  # for pretrained models
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +168,7 @@ def _new_run(task: str, argv: list[str]) -> tuple[RunFolder, Processes, Trainer]
             task_field(task, sections),
             model_field(kind, sections),
             *sleep_fields(sections["sleep"], argv),
-            ("train", TrainConfig, sections["train"]),
+            ("train", TrainOptions, as_type(TrainOptions, sections["train"])),
             ("run", RunOptions, RunOptions(preset=chosen, backbone=kind.name)),
             ("processes", ProcessOptions, ProcessOptions()),
         ],
@@ -170,7 +177,9 @@ def _new_run(task: str, argv: list[str]) -> tuple[RunFolder, Processes, Trainer]
     )
     options = parse(Options, argv, f"lmsleep train {task}", cls.__doc__)
     model = as_type(kind.options, options.model)
-    config = RunConfig(task=options.task, model=model, sleep=chosen_sleep(options), train=options.train)
+    config = RunConfig(
+        task=options.task, model=model, sleep=chosen_sleep(options), train=as_type(TrainConfig, options.train)
+    )
     name = f"N{config.sleep.passes}"
     if options.run.baseline is not None:
         # Of the run that all other options describe, hence after parsing.

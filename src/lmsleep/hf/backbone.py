@@ -182,6 +182,12 @@ class HFBackbone(nn.Module):
                 return self._run_in_groups(h, state, start, stop, valid, span, groups)
         if not h.shape[1]:  # kernels of transformers want a token
             return h, state
+        return self._run_blocks(h, state, start, stop, valid, span)
+
+    def _run_blocks(
+        self, h: Tensor, state: State, start: int, stop: int, valid: Tensor | None, span: int | None
+    ) -> tuple[Tensor, State]:
+        """Run blocks as `run` does, over rows that go together."""
         blocks = [*self.blocks][start:stop]  # a slice of a ModuleList would be a new module at every token
         if any(b.training and getattr(b, "gradient_checkpointing", False) for b in blocks):
             raise ValueError(

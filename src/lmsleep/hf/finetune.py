@@ -14,7 +14,7 @@ from lmsleep.files import write_atomic
 from lmsleep.hf.adapter import changed, whole
 from lmsleep.hf.backbone import HFBackbone
 from lmsleep.hf.folder import write_folder
-from lmsleep.hf.insertion import insert_memory_layers
+from lmsleep.hf.insertion import check_places, insert_memory_layers
 from lmsleep.hf.loading import load_pretrained
 from lmsleep.hf.lora import add_adapters, factors, is_adapted
 from lmsleep.hf.saving import save_adapter
@@ -47,6 +47,9 @@ class FineTune:
     insert_kind: MemoryKind = "gated_delta_net"
     """gated_delta_net or kda, which begin as the attention behind them and recall what was slept
     on, or jet (a JetBlock), as the paper adds them to Ouro."""
+    insert_after: tuple[int, ...] = ()
+    """Blocks that they follow, as many as `insert`; default: spread evenly. Blocks before the first need
+    neither gradients nor, where hidden states are kept (`keep`), a pass."""
     targets: tuple[str, ...] = ()
     """Linear maps that get adapters, by the last part of their names (q_proj out_proj ...); default: all
     inside the blocks but routers of experts."""
@@ -60,8 +63,7 @@ class FineTune:
             raise ValueError(f"lora_alpha must be positive, got {self.lora_alpha}")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout must be at least 0 and less than 1, got {self.lora_dropout}")
-        if self.insert < 0:
-            raise ValueError(f"insert must not be negative, got {self.insert}")
+        check_places(self.insert, self.insert_after)
         if self.targets and self.train != "lora":
             raise ValueError(f"targets are maps that get adapters; train={self.train!r} has none")
 
@@ -81,6 +83,9 @@ def pretrained_backbone(options: FineTune, *, bfloat16: bool = False) -> HFBackb
     backbone = adapt(_start(options).float())
     _choose(backbone, options)
     if bfloat16:
+        from lmsleep.hf.cpu_attention import attend_in_float32  # which imports transformers
+
+        attend_in_float32(backbone.model)
         for module in backbone.blocks.modules():
             if isinstance(module, nn.Linear) and not module.weight.requires_grad:
                 module.weight.data = module.weight.data.bfloat16()
@@ -92,7 +97,8 @@ def _start(options: FineTune) -> Any:
     model = load_pretrained(options.folder)
     wake_once(model)
     if options.insert:
-        insert_memory_layers(model, options.insert, options.insert_kind)
+        where = options.insert_after or "even"
+        insert_memory_layers(model, options.insert, options.insert_kind, where)
     return model
 
 

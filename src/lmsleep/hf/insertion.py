@@ -89,6 +89,21 @@ def insert_memory_layers(
     return Insertion(kind, tuple(after), added, added / before)
 
 
+def check_places(insert: int, after: Sequence[int]) -> None:
+    """Refuse a number of layers that is none, or the blocks that they follow where these are not as many.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    if insert < 0:
+        raise ValueError(f"insert must not be negative, got {insert}")
+    if after and len(after) != insert:
+        raise ValueError(
+            f"insert_after={tuple(after)} names {len(after)} blocks for insert={insert} layers; "
+            "name one for each"
+        )
+
+
 def attention_only(config: Any) -> bool:
     """Say whether a text model has attention blocks alone, which memory layers can be added to."""
     return not (getattr(config, FIELD, None) or set(getattr(config, "layer_types", None) or ()) - ATTENTION)

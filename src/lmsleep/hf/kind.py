@@ -11,9 +11,10 @@ from lmsleep.backbones import Kind, Model
 from lmsleep.hf.adapter import whole
 from lmsleep.hf.backbone import HFBackbone
 from lmsleep.hf.finetune import FineTune, export, load_trained, pretrained_backbone, save_trained
+from lmsleep.hf.kept import KeptBackbone
 from lmsleep.hf.loading import check_can_sleep, has_tokenizer, load_pretrained
 from lmsleep.hf.trial import adapt
-from lmsleep.sleep import GradientSteps, SleepConfig
+from lmsleep.sleep import GradientSteps, Hard, SleepConfig
 
 
 class Pretrained(Kind):
@@ -29,6 +30,26 @@ class Pretrained(Kind):
     def check_start(self, options: FineTune, inserted: tuple[int, ...]) -> None:
         """Refuse: the folder is the start."""
         raise ValueError("start is for models trained from scratch; a fine-tuned one starts from folder")
+
+    def check_keep(self, options: FineTune, sleep: SleepConfig) -> None:
+        """Refuse where more than memory layers is trained, or windows do not begin with nothing."""
+        if options.train != "memory":
+            raise ValueError(
+                f"keep: hidden states change where train={options.train!r}; train 'memory' alone"
+            )
+        if sleep.window is None or not isinstance(sleep.eviction, Hard):
+            raise ValueError("keep: windows must begin with nothing in attention; use eviction='hard'")
+        loop = getattr(sleep.consolidator, "loop", None)
+        if sleep.passes > 1 and (loop is None or loop[0] == 0):
+            raise ValueError(
+                "keep: a loop over all blocks leaves none whose hidden states could be kept; give one that "
+                f"begins later (loop), got {loop}"
+            )
+
+    def keep(self, model: Model, folder: Path, *, bfloat16: bool) -> HFBackbone:
+        """Return the model as one that keeps hidden states; errors of `KeptBackbone`."""
+        assert isinstance(model, HFBackbone)
+        return KeptBackbone(model, folder, bfloat16=bfloat16)
 
     def build(self, options: FineTune, *, bfloat16: bool = False) -> HFBackbone:
         """Load the pretrained model; arguments and errors as for `pretrained_backbone`."""

@@ -6,10 +6,11 @@ import signal
 from concurrent.futures import Future, ProcessPoolExecutor
 from typing import Any, get_args
 
+import numpy as np
 import torch
 
 from lmsleep.tasks import Batch, Split, batch_rng
-from lmsleep.training.config import RunConfig
+from lmsleep.training.config import RunConfig, TrainConfig
 from lmsleep.training.optim import level
 from lmsleep.training.workers import begun_deaf, leave_with_parent
 
@@ -25,6 +26,7 @@ def draw(config: RunConfig, step: int, rank: int = 0, size: int = 1) -> Batch:
     All together read the same rows, however many they are.
     """
     train = config.train
+    step = drawn(step, train)
     several = range(train.draws)
     # Whole draws for each, if they go round: it need not make those of the others.
     mine = several[rank::size] if train.draws >= size else several
@@ -37,6 +39,15 @@ def draw(config: RunConfig, step: int, rank: int = 0, size: int = 1) -> Batch:
         made.append(config.task.batch(rng, rows, "train", level(step, train)))
     whole = Batch.joined(made)
     return whole if train.draws >= size else whole.share(rank, size)
+
+
+def drawn(step: int, train: TrainConfig) -> int:
+    """Return the step whose batch is read: its own, or one of the first `batches`, once in each epoch."""
+    if train.batches is None or step < train.batches:
+        return step
+    epoch, place = divmod(step, train.batches)
+    # A function of seed and step alone, like the batches.
+    return int(np.random.default_rng((train.seed, epoch)).permutation(train.batches)[place])
 
 
 def in_parts(batch: Batch, accumulate: int, batch_size: int) -> list[Batch]:

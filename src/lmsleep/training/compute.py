@@ -13,7 +13,7 @@ from lmsleep.training.batches import draw
 from lmsleep.training.config import RunConfig
 from lmsleep.training.objective import Objective
 
-COUNTED = 8  # shapes of a run, for each N; a count costs as much as a step and more
+COUNTED = 3  # shapes of a run, for each N; a count costs as much as several steps
 
 
 def count_flops(objective: Objective, batch: Batch, sleep: SleepConfig) -> int:

@@ -29,6 +29,12 @@ class TrainConfig:
     draws: int = 1
     """Draws that a step's batch is made of, each with a key of its own. Several processes make only theirs,
     where there are as many; of one draw each makes the whole and reads its rows."""
+    batches: int | None = None
+    """Draw so many batches, and read them again and again, in another order in each epoch; default: new ones
+    in every step."""
+    keep: Path | None = None
+    """Folder for hidden states of a pretrained model whose memory layers alone are trained: each of the
+    `batches` goes through what is frozen once. FLOPs are counted as if nothing were kept."""
     seed: int = 0
     """Seed of the weights and of the data order; the data do not depend on anything else."""
     start: Path | None = None
@@ -92,8 +98,15 @@ class TrainConfig:
         for name in names:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.backprop_passes is not None and self.backprop_passes < 1:
-            raise ValueError(f"backprop_passes must be at least 1, got {self.backprop_passes}")
+        for name in ("backprop_passes", "batches"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.batches is not None and self.curriculum > self.batches:
+            raise ValueError(
+                f"curriculum={self.curriculum} must not exceed batches={self.batches}: each is drawn once"
+            )
+        if self.keep is not None and self.batches is None:
+            raise ValueError("keep: new batches have no kept hidden states; say how many there are: batches")
         for name in ("accumulate", "draws"):
             if getattr(self, name) > self.batch_size:
                 raise ValueError(
@@ -139,6 +152,8 @@ class RunConfig:
             object.__setattr__(self, "model", kind.fitted(self.model, self.task.vocab_size))
         # Only now: the checks are about the model as it will be built.
         kind.check(self.model, self.sleep)
+        if self.train.keep is not None:
+            kind.check_keep(self.model, self.sleep)
         if self.train.start is not None:
             kind.check_start(self.model, self.train.inserted)
 

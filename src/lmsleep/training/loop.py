@@ -85,7 +85,12 @@ class Trainer:
             model = model or first_model(config, bfloat16=bfloat16, trust=folder.trust)
             self.model = model.to(self.device).train()
         trained_weights(self.model, train)
-        self.objective = Objective(self.model, train, bfloat16=bfloat16)
+        reads = self.model
+        if train.keep is not None:
+            if processes.shard > 1:
+                raise ValueError("keep: a model that is shared out keeps no hidden states; leave out --shard")
+            reads = kind_of(config.model).keep(self.model, train.keep, bfloat16=bfloat16)
+        self.objective = Objective(reads, train, bfloat16=bfloat16)
         self.sharing: Sharing = Copies(self.objective, processes)
         if processes.shard > 1:
             # Only now: FSDP takes seconds to import.
@@ -98,7 +103,7 @@ class Trainer:
         self.optimizers = optimizers(self.model, train)
         self.step, self.tokens, self.flops, self.seconds = 0, 0, 0, 0.0
         self.batches = Batches(config, processes.rank, processes.size)
-        self._flops = StepFlops(self.objective)
+        self._flops = StepFlops(Objective(self.model, train, bfloat16=bfloat16))
 
     @classmethod
     def begin(
@@ -327,9 +332,10 @@ class Trainer:
         """Score on held-out samples with the run's own sleep."""
         self.model.eval()
         with self.sharing.gathered(), autocast(self.device, self.objective.in_bfloat16):
+            train = self.config.train
             score = evaluate(
-                self.model, self.config.task, self.config.sleep, batches=batches, device=self.device,
-                batch_size=self.config.train.batch_size, parts=self.config.train.accumulate,
+                self.objective.model, self.config.task, self.config.sleep, batches=batches,
+                device=self.device, batch_size=train.batch_size, parts=train.accumulate,
                 share=(self.processes.rank, self.processes.size),
             )  # fmt: skip
         self.model.train()

@@ -21,14 +21,18 @@ class Muon(Optimizer):
     """The update of `torch.optim.Muon` (its defaults), in the precision that the device is fast at.
 
     PyTorch's iterates in bfloat16 everywhere, one matrix at a time. Here it is bfloat16 on a GPU and float32
-    on a CPU, few of which have instructions for less, and matrices of one shape go together.
+    on a CPU, few of which have instructions for less, unless the CPU is said to have them (`bfloat16`); and
+    matrices of one shape go together.
 
     Matrices may be sharded (`DTensor`), and so are their momenta. A stack of one shape is gathered at once,
     in the precision of the iteration; each process makes all of it, and moves its own slices.
     """
 
-    def __init__(self, params: Iterable[Tensor], lr: float, weight_decay: float) -> None:
+    def __init__(
+        self, params: Iterable[Tensor], lr: float, weight_decay: float, *, bfloat16: bool = False
+    ) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+        self.bfloat16 = bfloat16
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -66,7 +70,8 @@ class Muon(Optimizer):
         for momentum, grad in zip(momenta, grads, strict=True):
             # Into the buffer of the state itself, which a checkpoint holds.
             momentum.lerp_(grad, 1 - MOMENTUM)
-        directions = _directions(grads.lerp_(torch.stack(momenta), MOMENTUM), params[0])  # Nesterov
+        steps = grads.lerp_(torch.stack(momenta), MOMENTUM)  # Nesterov
+        directions = _directions(steps, params[0], self.bfloat16)
         m, n = params[0].shape
         for p, direction in zip(map(_local, params), directions.to(params[0].dtype), strict=True):
             # Decoupled, as AdamW's: the decay does not go through the momentum.
@@ -81,26 +86,26 @@ def _local(t: Tensor) -> Tensor:
     return t.to_local() if hasattr(t, "to_local") else t
 
 
-def _directions(steps: Tensor, like: Any) -> Tensor:
+def _directions(steps: Tensor, like: Any, bfloat16: bool) -> Tensor:
     """Orthogonalise matrices `[k, m, n]`: of those that are sharded as `like`, take and return slices."""
     if not hasattr(like, "to_local"):
-        return orthogonalised(steps)
+        return orthogonalised(steps, bfloat16)
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
     mesh, shape = like.device_mesh, (len(steps), *like.shape)
     # In a stack the dimensions of a matrix come one later.
     stacked = [Shard(p.dim + 1) if isinstance(p, Shard) else p for p in like.placements]
     slices = DTensor.from_local(
-        steps.to(_precision(steps)), mesh, stacked, run_check=False,
+        steps.to(_precision(steps, bfloat16)), mesh, stacked, run_check=False,
         shape=torch.Size(shape), stride=torch.empty(shape, device="meta").stride(),
     )  # fmt: skip
-    whole = orthogonalised(slices.full_tensor())
+    whole = orthogonalised(slices.full_tensor(), bfloat16)
     return DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim).redistribute(mesh, stacked).to_local()
 
 
-def orthogonalised(X: Tensor) -> Tensor:
+def orthogonalised(X: Tensor, bfloat16: bool = False) -> Tensor:
     """Return matrices `[k, m, n]` with singular values moved near 1: all but tiny ones to 0.7 ... 1.2."""
-    X, tall = X.to(_precision(X)), X.shape[-2] > X.shape[-1]
+    X, tall = X.to(_precision(X, bfloat16)), X.shape[-2] > X.shape[-1]
     # The products are of the shorter side: `gram` is [k, s, s] with s = min(m, n).
     X = X.mT.contiguous() if tall else X
     # The Frobenius norm bounds the spectral norm: no singular value exceeds 1, where the quintic may diverge.
@@ -113,9 +118,9 @@ def orthogonalised(X: Tensor) -> Tensor:
     return X.mT if tall else X
 
 
-def _precision(X: Tensor) -> torch.dtype:
+def _precision(X: Tensor, bfloat16: bool) -> torch.dtype:
     # promote_types leaves float64 as it is, by which tests compare.
-    return torch.bfloat16 if X.is_cuda else torch.promote_types(X.dtype, torch.float32)
+    return torch.bfloat16 if X.is_cuda or bfloat16 else torch.promote_types(X.dtype, torch.float32)
 
 
 def _parts(params: list[Tensor]) -> Iterator[list[Tensor]]:

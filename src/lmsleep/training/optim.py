@@ -35,7 +35,9 @@ def optimizers(model: Model, config: TrainConfig) -> list[Optimizer]:
     # Adapters alone, say: an optimizer refuses to be made of nothing.
     if not matrices:
         return [adam]
-    return [Muon(matrices, lr=config.lr, weight_decay=config.weight_decay), adam]
+    # Who asks for it has a CPU with instructions for it.
+    bfloat16 = config.precision == "bfloat16"
+    return [Muon(matrices, lr=config.lr, weight_decay=config.weight_decay, bfloat16=bfloat16), adam]
 
 
 def set_rates(optimizers: Sequence[Optimizer], step: int, config: TrainConfig) -> float:
