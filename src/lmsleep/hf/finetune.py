@@ -97,8 +97,7 @@ def _start(options: FineTune) -> Any:
     model = load_pretrained(options.folder)
     wake_once(model)
     if options.insert:
-        where = options.insert_after or "even"
-        insert_memory_layers(model, options.insert, options.insert_kind, where)
+        insert_memory_layers(model, options.insert, options.insert_kind, options.insert_after or "even")
     return model
 
 
