@@ -28,15 +28,17 @@ def attended(layer, x: Tensor) -> Tensor:
 
 
 def through(model: HybridLM, h: Tensor, S: list[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
-    # All blocks over one row [T, d], with `S` [hidden, d] beside the last matrix of each feed-forward layer.
-    # Also returned: what enters that matrix.
+    # All blocks over one row [T, d]; position t has `S[i][t]` [hidden, d] beside the last matrix of block i.
+    # Also returned: what enters these matrices.
     entered = []
     for i, block in enumerate(model.blocks):
         h = h + attended(block.mixer, norm(h, block.norm.weight))
         x = norm(h, block.mlp_norm.weight)
         gate, up = x @ block.mlp.gate_proj.weight.mT, x @ block.mlp.up_proj.weight.mT
         Z = gate / (1 + (-gate).exp()) * up
-        h = h + Z @ (block.mlp.down_proj.weight.mT + (0 if S is None else S[i]))
+        h = h + Z @ block.mlp.down_proj.weight.mT
+        if S is not None:
+            h = h + torch.stack([z @ own for z, own in zip(Z, S[i], strict=True)])
         entered.append(Z)
     return h, entered
 
@@ -49,3 +51,12 @@ def surprise(logits: Tensor, tokens: Tensor) -> Tensor:
     # Nats, of each token at its place.
     log_p = logits - logits.exp().sum(-1, keepdim=True).log()
     return -torch.stack([row[token] for row, token in zip(log_p, tokens, strict=True)])
+
+
+def same_gradients(model: HybridLM, actual: Tensor, expected: Tensor) -> None:
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    pairs = (torch.autograd.grad(loss, parameters, allow_unused=True) for loss in (actual, expected))
+    for name, mine, other in zip(names, *pairs, strict=True):
+        assert (mine is None) == (other is None), name
+        # Some are zero but for rounding, such as that of a query with one key.
+        assert mine is None or torch.allclose(mine, other, rtol=1e-8, atol=1e-10), name
