@@ -69,11 +69,6 @@ class Block(nn.Module):
         own = None if self.mlp is None else self.mlp.memory_shape
         return self.mixer.memory_shape if own is None else own
 
-    @property
-    def learns(self) -> bool:
-        """Whether it takes a `Lesson`."""
-        return self.mlp is not None and self.mlp.target is not None
-
     def forward(
         self,
         h: Tensor,
@@ -84,15 +79,23 @@ class Block(nn.Module):
         filled: Tensor | None,
         lesson: Lesson | None = None,
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
-        """Map `h` `[B, T, d]` and the block's own fast weights and cache to the next ones."""
+        """Map `h` `[B, T, d]` and the block's own fast weights and cache to the next ones.
+
+        With a `lesson` the SwiGLU learns the tokens, after it has read them (`in_place_mlp`).
+        """
         mixed, memory, cache = self.mixer(self.norm(h), memory, cache, valid, span, filled)
         h = h + mixed
         if self.mlp is None or self.mlp_norm is None:
             return h, memory, cache
-        if lesson is None or memory is None or not self.learns:
+        if lesson is None or memory is None:
             return h + self.mlp(self.mlp_norm(h), memory), memory, cache
         added, memory = self.mlp.learn(self.mlp_norm(h), memory, lesson, valid)
         return h + added, memory, cache
+
+
+def _learns(block: nn.Module) -> bool:
+    """Whether a block takes a `Lesson`."""
+    return isinstance(block, Block) and block.mlp is not None and block.mlp.target is not None
 
 
 def load_weights(module: nn.Module, weights: Mapping[str, Tensor], said: str) -> None:
@@ -202,7 +205,7 @@ class HybridLM(nn.Module):
     @property
     def learns(self) -> bool:
         """Whether `learn` changes anything: a block has the option `in_place_mlp`."""
-        return any(cast(Block, block).learns for block in self.blocks)
+        return any(map(_learns, self.blocks))
 
     @property
     def memory_tokens(self) -> int:
@@ -286,8 +289,10 @@ class HybridLM(nn.Module):
     ) -> tuple[Tensor, State]:
         new = []
         for i in range(start, stop):
+            # A block of one's own need not know of lessons.
+            told = {} if lesson is None or not _learns(self.blocks[i]) else {"lesson": lesson}
             h, memory, cache = self.blocks[i](
-                h, state.memory.layers[i], state.cache.layers[i], valid, span, state.cache.filled, lesson
+                h, state.memory.layers[i], state.cache.layers[i], valid, span, state.cache.filled, **told
             )
             new.append((memory, cache))
         return h, state.replace(start, new)
