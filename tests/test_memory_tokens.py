@@ -1,6 +1,7 @@
 """Memory tokens, written by a forward pass (RMT) or by gradient descent (GradMem)."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +22,9 @@ from lmsleep import (
     SleepConfig,
     sleep_forward,
 )
+from lmsleep.backbones import find_kind
 from lmsleep.evaluation.cost import cost
+from lmsleep.hf.finetune import FineTune
 from lmsleep.session.stream import next_logits
 from lmsleep.tasks import MQAR
 from lmsleep.training import RunConfig, TrainConfig
@@ -248,6 +251,10 @@ def test_it_trains_is_scored_and_reads_on_the_command_line(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (
+            lambda: find_kind("hf").check(FineTune(folder=Path("model")), sleeping(GradMem(2))),
+            "^memory tokens are for models that have some, .*models of transformers have none",
+        ),
         (lambda: replace(CONFIG, memory_tokens=-1), "^memory_tokens must not be negative, got -1"),
         (lambda: tiny(memory_tokens=2), "^memory_tokens=2 is for models that keep nothing else: attention"),
         (

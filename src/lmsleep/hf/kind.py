@@ -22,9 +22,9 @@ class Pretrained(Kind):
 
     def check(self, options: FineTune, sleep: SleepConfig) -> None:
         """Refuse sleeps that these models cannot have, and those that no session could go on with."""
+        sleep.consolidator.check_model(options)
         if isinstance(sleep.consolidator, GradientSteps):
             raise ValueError("gradient-steps train layers of models trained from scratch (trained_mlp)")
-        sleep.consolidator.check_model(options)
         if sleep.wake_passes != 1:
             raise ValueError(f"wake_passes={sleep.wake_passes}: a pretrained model wakes in one pass only")
 
