@@ -27,7 +27,7 @@ from lmsleep.evaluation.cost import cost
 from lmsleep.hf.finetune import FineTune
 from lmsleep.session.stream import next_logits
 from lmsleep.tasks import MQAR
-from lmsleep.training import RunConfig, TrainConfig
+from lmsleep.training import RunConfig, TrainConfig, baseline
 
 BLOCKS, M = ("attention", "attention"), 3
 CONFIG = tiny(*BLOCKS, memory_tokens=M)
@@ -220,6 +220,13 @@ def test_a_model_goes_through_its_folder_and_starts_another(model, tmp_path):
     other = lively(CONFIG, seed=1)
     other.take_weights(model)
     assert torch.equal(*(sleep_forward(m, TOKENS, None, sleep).logits for m in (model, other)))
+
+
+@pytest.mark.parametrize("name", ["transformer-cached", "transformer-evicted", "transformer-sliding"])
+def test_its_baselines_are_transformers_without_vectors(name):
+    run = RunConfig(task=MQAR(), model=CONFIG, sleep=sleeping(MemoryTokens(2)), train=TrainConfig())
+    made = baseline(name, run)
+    assert made.model == replace(run.model, memory_tokens=0) and made.sleep.consolidator == Passes(1)
 
 
 def test_the_cost_of_a_window_counts_the_vectors():
