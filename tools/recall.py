@@ -22,7 +22,7 @@ import torch
 
 from lmsleep.evaluation import Score, evaluate, wilson
 from lmsleep.opening import find
-from lmsleep.sleep import SleepConfig
+from lmsleep.sleep import Sliding, SleepConfig
 from lmsleep.tasks import Recall
 from lmsleep.tasks.recall.planted import TOLD
 from lmsleep.training import RunFolder
@@ -43,7 +43,7 @@ def readings(
     if plain is not None:
         one = own.with_passes(1)
         yield "plain, everything in attention", plain, replace(one, window=None)
-        yield "plain, sliding window", plain, replace(one, eviction="sliding")
+        yield "plain, sliding window", plain, replace(one, eviction=Sliding())
         yield "plain, evicted", plain, one
     for run in ceilings:
         yield f"{run.name}, everything in attention", run, RunFolder.open(run).config().sleep
