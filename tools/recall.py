@@ -22,7 +22,7 @@ import torch
 
 from lmsleep.evaluation import Score, evaluate, wilson
 from lmsleep.opening import find
-from lmsleep.sleep import Sliding, SleepConfig
+from lmsleep.sleep import SleepConfig, Sliding
 from lmsleep.tasks import Recall
 from lmsleep.tasks.recall.planted import TOLD
 from lmsleep.training import RunFolder
