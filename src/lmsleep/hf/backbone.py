@@ -1,7 +1,7 @@
 """`HFBackbone`: a causal language model of `transformers` as the sleep algorithm sees it."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -152,6 +152,14 @@ class HFBackbone(nn.Module):
         if (cap := getattr(self.config, "final_logit_softcapping", None)) is not None:
             logits = torch.tanh(logits / cap) * cap
         return logits
+
+    def adapted(
+        self, *, rank: int, alpha: float, targets: Collection[str] = (), seed: int = 0
+    ) -> "HFBackbone":
+        """Return a backbone that shares the weights and has a new adapter of `peft` (`hf.adapted.Adapted`)."""
+        from lmsleep.hf.adapted import Adapted  # which derives from this class
+
+        return Adapted(self, rank=rank, alpha=alpha, targets=targets, seed=seed)
 
     def run(
         self,
