@@ -55,9 +55,7 @@ class Adapted(HFBackbone):
         ]
         with torch.random.fork_rng():  # the caller's draws stay what they are
             torch.manual_seed(seed)
-            add_adapters(
-                self.blocks, rank=rank, alpha=alpha, dropout=0.0, targets=targets, skip=left_alone
-            )
+            add_adapters(self.blocks, rank=rank, alpha=alpha, dropout=0.0, targets=targets, skip=left_alone)
         for p in self.parameters():
             if p.requires_grad:  # steps are lost in the digits of a low precision
                 p.data = p.data.to(torch.promote_types(p.dtype, torch.float32))
@@ -95,7 +93,9 @@ def _sharing(model: Any) -> Any:
     """Return a copy of a model in the memory of its weights, which require no gradients in the copy."""
     # What the memo holds already is not copied. Parameters are made anew, for whether they require gradients
     # is said on the object.
-    shared: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
+    shared: dict[int, Any] = {
+        id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()
+    }
     shared |= {id(b): b for b in model.buffers()}
     return copy.deepcopy(model, shared)
 
