@@ -18,6 +18,7 @@ BACKBONES = {
     "hybrid": ("lmsleep.models.config:HybridConfig", "lmsleep.backbones.hybrid:Hybrid"),
     "hf": ("lmsleep.hf.finetune:FineTune", "lmsleep.hf.kind:Pretrained"),
 }
+OF_PEFT = "adapter_config.json"  # in the folder of an adapter of peft
 BACKBONE = Plugin(
     what="backbone",
     noun="class",
@@ -65,7 +66,7 @@ def kind_in(folder: Path) -> Kind:
     Raises:
         ValueError: if config.json names a kind that there is not.
     """
-    if is_gguf(folder):
+    if is_gguf(folder) or (folder / OF_PEFT).is_file():  # which says there what an adapter alone lacks
         return find_kind("hf")
     found = _config(folder)
     # What the folder says of itself goes before what its fields look like.

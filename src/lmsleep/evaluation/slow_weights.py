@@ -1,4 +1,4 @@
-"""How well a model predicts a text that it has read before: in view, in its memory, or in its slow weights."""
+"""How well a model predicts a text that it has read: by attention, by its memory, or by its slow weights."""
 
 from collections.abc import Sequence
 

@@ -10,11 +10,13 @@ from safetensors.torch import save
 from torch import nn
 
 from lmsleep.files import write_atomic
+from lmsleep.foreign import reading
 from lmsleep.hf.backbone import HFBackbone
 from lmsleep.hf.card import NAME
 from lmsleep.hf.lora import ADAPTER, add_adapters, is_adapted
 from lmsleep.layers import MemoryLayer
 
+CONFIG = "adapter_config.json"
 WEIGHTS, PREFIX = "adapter_model.safetensors", "base_model.model."  # as `peft` has them
 # Families whose kernels read the weights of these maps directly: `peft` puts no adapter beside them.
 FUSED, MAMBA = "out_proj", {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
@@ -72,6 +74,9 @@ class Adapted(HFBackbone):
         """
         from peft import LoraConfig
 
+        base = self.model.name_or_path
+        if base and Path(base).exists():
+            base = str(Path(base).resolve())
         tensors = {
             PREFIX + name.replace(f".{ADAPTER}.", "."): p.detach().cpu().contiguous()
             for name, p in self.model.named_parameters()
@@ -83,10 +88,27 @@ class Adapted(HFBackbone):
             lora_alpha=self.alpha,
             target_modules=[name for name, m in self.model.named_modules() if is_adapted(m)],
             task_type="CAUSAL_LM",
-            base_model_name_or_path=self.model.name_or_path,
+            base_model_name_or_path=base or None,
             inference_mode=True,
         ).save_pretrained(str(folder))
-        write_atomic(folder / NAME, _card(self.model.name_or_path, about).encode())
+        write_atomic(folder / NAME, _card(base, about).encode())
+
+
+def with_adapter(model: Any, folder: Path) -> Any:
+    """Return a model of `transformers` with the adapter of `peft` in a folder merged into its weights.
+
+    Raises:
+        FileNotFoundError: if the folder holds none.
+        ValueError: if `peft` is not installed, or the adapter does not fit the model.
+    """
+    if not (folder / CONFIG).is_file():
+        raise FileNotFoundError(f"{folder} holds no adapter of peft: {CONFIG} is missing")
+    try:
+        from peft import PeftModel
+    except ImportError:
+        raise ValueError("LoRA needs peft: pip install 'lmsleep[hf]'") from None
+    with reading(f"{folder}: peft cannot put this adapter on the model"):
+        return PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
 
 
 def _sharing(model: Any) -> Any:

@@ -156,7 +156,7 @@ class HFBackbone(nn.Module):
     def adapted(
         self, *, rank: int, alpha: float, targets: Collection[str] = (), seed: int = 0
     ) -> "HFBackbone":
-        """Return a backbone that shares the weights and has a new adapter of `peft` (`hf.adapted.Adapted`)."""
+        """Return a backbone on the same weights with a new LoRA adapter, an `hf.adapted.Adapted`."""
         from lmsleep.hf.adapted import Adapted  # which derives from this class
 
         return Adapted(self, rank=rank, alpha=alpha, targets=targets, seed=seed)

@@ -179,7 +179,7 @@ def _config(folder: Path) -> Any:
     file = folder / "config.json"
     if not file.is_file():
         of_peft = (folder / "adapter_config.json").is_file()
-        hint = " (it holds an adapter; name its base model)" if of_peft else ""
+        hint = " (it holds an adapter of peft: lmsleep convert MODEL OUT --adapter FOLDER)" if of_peft else ""
         if packed := next(folder.glob("*.gguf"), None):
             hint = f" (it holds {packed.name}; name that file)"
         raise FileNotFoundError(f"{folder} holds no model: config.json is missing{hint}")

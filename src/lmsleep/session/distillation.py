@@ -111,11 +111,11 @@ class SlowWeights:
         folder = Path(folder)
         if folder.exists():
             raise FileExistsError(f"folder={str(folder)!r} exists; name another")
-        h = self.how
+        how, first, last = self.how, self.divergence[0], self.divergence[-1]
         about = {
             "distilled on": f"{self.text_tokens:,} tokens of text, {self.sampled_tokens:,} that were sampled",
-            "training": f"{h.steps} steps of {h.batch} rows, learning rate {h.lr:g}, seed {h.seed}",
-            "divergence": f"{self.divergence[0]:.3f} nats a token at first, {self.divergence[-1]:.3f} at last",
+            "training": f"{how.steps} steps of {how.batch} rows, learning rate {how.lr:g}, seed {how.seed}",
+            "divergence": f"{first:.3f} nats a token at first, {last:.3f} at last",
         }
         with replacing_folder(folder) as partial:
             self.model.save(partial, about)
@@ -144,7 +144,7 @@ class Lesson:
 
 
 def divergence(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return KL(teacher || student) in nats, summed over positions, of logits `[..., V]`; float32 or better."""
+    """Return KL(teacher || student) in nats of logits `[..., V]`, summed, in float32 or better."""
     wide = torch.promote_types(student.dtype, torch.float32)
     q, p = (logits.to(wide).log_softmax(-1) for logits in (student, teacher))
     return F.kl_div(q, p, reduction="sum", log_target=True)
