@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from lmsleep.backbones.kind import CONFIG, KEY, Kind, Model
+from lmsleep.foreign import PEFT
 from lmsleep.gguf_file import is_gguf
 from lmsleep.plugins import Plugin, absolute
 
@@ -18,7 +19,6 @@ BACKBONES = {
     "hybrid": ("lmsleep.models.config:HybridConfig", "lmsleep.backbones.hybrid:Hybrid"),
     "hf": ("lmsleep.hf.finetune:FineTune", "lmsleep.hf.kind:Pretrained"),
 }
-OF_PEFT = "adapter_config.json"  # in the folder of an adapter of peft
 BACKBONE = Plugin(
     what="backbone",
     noun="class",
@@ -66,9 +66,10 @@ def kind_in(folder: Path) -> Kind:
     Raises:
         ValueError: if config.json names a kind that there is not.
     """
-    if is_gguf(folder) or (folder / OF_PEFT).is_file():  # which says there what an adapter alone lacks
-        return find_kind("hf")
     found = _config(folder)
+    # Of an adapter of `peft` alone the kind says what it lacks.
+    if is_gguf(folder) or (not found and (folder / PEFT).is_file()):
+        return find_kind("hf")
     # What the folder says of itself goes before what its fields look like.
     if KEY in found:
         return find_kind(str(found[KEY]))

@@ -11,8 +11,9 @@ from tyro.conf import Positional
 from lmsleep import shipped
 from lmsleep.cli.options import parse
 from lmsleep.files import check_place, locked
+from lmsleep.foreign import PEFT
 from lmsleep.gguf_file import check, is_gguf
-from lmsleep.hf.adapted import CONFIG, with_adapter
+from lmsleep.hf.adapted import with_adapter
 from lmsleep.hf.finetune import FineTune, wake_once
 from lmsleep.hf.folder import write_folder
 from lmsleep.hf.insertion import check_places, insert_memory_layers
@@ -61,8 +62,8 @@ def convert(argv: list[str]) -> None:
         if is_gguf(source):
             check(source)  # so that what can be seen at once is all that is said
             sys.stderr.write(f"reading {source}\n")
-        if options.adapter is not None and not (options.adapter / CONFIG).is_file():
-            raise FileNotFoundError(f"--adapter {options.adapter} is no folder of peft: it holds no {CONFIG}")
+        if options.adapter is not None and not (options.adapter / PEFT).is_file():
+            raise FileNotFoundError(f"--adapter {options.adapter} is no folder of peft: it holds no {PEFT}")
         dtype = None if options.dtype is None else getattr(torch, options.dtype)
         model, after = load_pretrained(source, dtype=dtype), ""
         if options.adapter is not None:

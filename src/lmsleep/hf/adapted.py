@@ -10,13 +10,12 @@ from safetensors.torch import save
 from torch import nn
 
 from lmsleep.files import write_atomic
-from lmsleep.foreign import reading
+from lmsleep.foreign import PEFT, reading
 from lmsleep.hf.backbone import HFBackbone
 from lmsleep.hf.card import NAME
 from lmsleep.hf.lora import ADAPTER, add_adapters, is_adapted
 from lmsleep.layers import MemoryLayer
 
-CONFIG = "adapter_config.json"
 WEIGHTS, PREFIX = "adapter_model.safetensors", "base_model.model."  # as `peft` has them
 # Families whose kernels read the weights of these maps directly: `peft` puts no adapter beside them.
 FUSED, MAMBA = "out_proj", {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
@@ -101,8 +100,8 @@ def with_adapter(model: Any, folder: Path) -> Any:
         FileNotFoundError: if the folder holds none.
         ValueError: if `peft` is not installed, or the adapter does not fit the model.
     """
-    if not (folder / CONFIG).is_file():
-        raise FileNotFoundError(f"{folder} holds no adapter of peft: {CONFIG} is missing")
+    if not (folder / PEFT).is_file():
+        raise FileNotFoundError(f"{folder} holds no adapter of peft: {PEFT} is missing")
     try:
         from peft import PeftModel
     except ImportError:
