@@ -59,9 +59,8 @@ def facts(texts: int, tiny: bool) -> Table:
         note=f"{'A tiny model' if tiny else 'SmolLM2-135M-Instruct'} in float32; {texts} texts of {L} tokens "
         f"with four planted facts each. Facts: the right number is the likeliest of {CHOICES} (chance "
         f"{1 / CHOICES:.3f}; 95 % interval, Wilson, over all questions). Bits: of a right answer, and of a "
-        "token of the text, of another text of the same kind, and of the prose of "
-        f"{PROSE.name}; an adapter "
-        "has rank 16 and the default learning rate; each text its own, of another seed.",
+        f"token of the text, of another text of the same kind, and of the prose of {PROSE.name}. Each text "
+        "has adapters of its own, of rank 16, at the default learning rate.",
     )
 
 
@@ -91,7 +90,7 @@ class _Row:
             known = made.model
             self.cost = {
                 "tokens": made.text_tokens + made.sampled_tokens,
-                "CPU seconds": self.cost["seconds"] + time.process_time() - begin,
+                "seconds": self.cost["seconds"] + time.process_time() - begin,
                 "bytes": made.nbytes,
             }
         elif asked is not None and not in_view:
@@ -123,7 +122,7 @@ class _Row:
             "other text": _mean(self.bits["other"]),
             "prose": _mean(self.bits["prose"]),
             "distilled on": int(self.cost["tokens"]) if trained else None,
-            "seconds": self.cost["seconds"] / texts if trained else None,
+            "CPU seconds": self.cost["seconds"] / texts if trained else None,
             "bytes": int(self.cost["bytes"]) if trained else None,
         }
 

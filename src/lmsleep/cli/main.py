@@ -26,7 +26,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "serve": ("serve:serve", "serve sessions that sleep to any client of the OpenAI API"),
     "memory": (
         "memory:memory",
-        "show, compare, merge, trace back memory files, and distil them into the model",
+        "show, compare, merge and trace back memory files; slow weights of them",
     ),
     "inspect": ("inspect:inspect_command", "what sleep writes, what can be read of it, what depends on it"),
     "probe": ("probe:probe", "what sleep does to a model that was never trained with it"),
