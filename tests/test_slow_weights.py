@@ -10,13 +10,14 @@ import numpy as np
 import peft
 import pytest
 import torch
+from benchmarks import __main__ as benchmarks
 from conftest import close, lively, run_command, tiny
 from hf_models import VOCAB, family, with_memory
 from test_hf_loading import tokenizer
 
 from lmsleep import Session, SleepConfig, adapt, fingerprint
 from lmsleep.evaluation.slow_weights import nats
-from lmsleep.hf import load_pretrained
+from lmsleep.hf import load_pretrained, sleepify
 from lmsleep.progress import progress
 from lmsleep.session import Distillation, SlowWeights
 from lmsleep.session.distillation import Lesson, Teacher
@@ -204,6 +205,15 @@ def test_plain_peft_loads_merges_and_removes_it(made, model, plain, tmp_path):
         Session(loaded, SLEEP).consolidate(TEXT, FEW)
 
 
+def test_a_model_that_sleepify_made_has_slow_weights_too(model, made):
+    sleeping = adapt(sleepify(copy.deepcopy(model.model), SLEEP))
+    read = Session(sleeping, SLEEP)
+    read.read(list(range(1, 15)))
+    again = read.consolidate(TEXT, made.how)
+    assert again.divergence == pytest.approx(made.divergence, rel=1e-9)
+    assert not hasattr(sleeping.blocks[0].self_attn.q_proj, "lora_A")
+
+
 def test_in_low_precision_the_adapter_keeps_its_digits(tmp_path):
     # A family beside whose output projections peft puts nothing.
     low = adapt(family("nemotron_h").bfloat16())
@@ -256,6 +266,8 @@ def test_what_cannot_be_distilled_says_why(session, model, monkeypatch):
     slept.sleep()
     with pytest.raises(ValueError, match=r"^prompt must have at least one token: nothing is in view"):
         slept.consolidate(None, FEW)
+    with pytest.raises(ValueError, match=r"^text must have at least one token$"):
+        session.consolidate([])
     with pytest.raises(ValueError, match="text must be tokens: this session has no tokenizer"):
         session.consolidate("text")
     with pytest.raises(ValueError, match=r"^targets: no linear map is called nose; there are down_proj"):
@@ -362,3 +374,12 @@ def test_the_card_says_what_it_is_and_was_made_of(made, tmp_path):
     made.save(tmp_path / "adapter")
     card = (tmp_path / "adapter/README.md").read_text()
     assert "library_name: peft" in card and "| distilled on | 10 tokens of text, 16 that" in card
+
+
+def test_the_benchmark_says_who_knows_what_at_what_cost(capsys):
+    benchmarks.main(["slow_weights", "--tiny", "--repeats", "1", "--json"])
+    rows = json.loads(capsys.readouterr().out)["facts"]["rows"]
+    nothing, memory, attention, *adapters = (list(row.values()) for row in rows)
+    # Memory layers that were not trained say nothing; adapters alone cost anything.
+    assert nothing[1:] == memory[1:] and nothing[1:] != attention[1:] and len(adapters) == 2
+    assert nothing[-3:] == [None] * 3 and all(row[-3] and row[-1] for row in adapters)

@@ -67,7 +67,7 @@ def consolidate(options: ConsolidateOptions) -> None:
     text, plain = (_windows(path, session) for path in (options.text, options.plain))
     with locked(options.out):
         made = session.consolidate(
-            torch.cat(text) if text else None,
+            torch.cat([*text]) if text else None,
             as_type(Distillation, options),
             prompt=options.prompt,
             progress=True,

@@ -352,8 +352,8 @@ class Session(Owner):
         result, which shares its weights, has it, `save` writes it, `peft` loads it.
 
         Args:
-            text: to distil besides the memory, in windows as long as those of the session; a session keeps no
-                text. None: all that is distilled on is what the teacher writes.
+            text: to distil besides the memory, for a session keeps none; in windows as long as those of the
+                session, or whole if its `window` is None. None: on what the teacher writes alone.
             how: the options; default `Distillation()`.
             prompt: what each text that the teacher writes begins with; default nothing where something is in
                 view to go on from, and else what the tokenizer puts before a text, or a line end.
@@ -363,12 +363,14 @@ class Session(Owner):
             The adapter, and what became of the divergence between student and teacher.
 
         Raises:
-            ValueError: if there is neither text nor memory, for a model that takes no adapter of `peft`, and
-                as `read`.
+            ValueError: if there is neither text nor memory, for a model that takes no adapter of `peft`, if
+                the training diverges, and as `read`.
         """
         fresh = Session(self.model, self.sleep_config, self.tokenizer)  # texts as they begin
         how, stream = how or Distillation(), self.stream
         tokens, cue = fresh.tokens(() if text is None else text), fresh.tokens(prompt)
+        if text is not None and not len(tokens):
+            raise ValueError("text must have at least one token")
         held = stream.state
         known = held.cache.length or any(bool(S.any()) for S in held.memory.tensors())
         if not len(tokens) and not known:
