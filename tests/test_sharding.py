@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from lmsleep import GradientSteps, SleepConfig
+from lmsleep import GradientSteps, GradMem, InPlace, SleepConfig
 from lmsleep.hf.finetune import FineTune, pretrained_backbone
 from lmsleep.models import HybridLM
 from lmsleep.tasks import Batch
@@ -83,6 +83,17 @@ CASES = {
         SleepConfig(window=4, consolidator=GradientSteps(3, rate=0.3)),
         TRAIN,
     ),
+    # What a state begins with is a parameter, of no block.
+    "memory tokens": (
+        lambda: lively(tiny("attention", memory_tokens=3)),
+        SleepConfig(window=4, consolidator=GradMem(2, rate=0.3)),
+        TRAIN,
+    ),
+    "in place": (
+        lambda: lively(tiny("attention", "gated_delta_net", in_place_mlp=True)),
+        SleepConfig(window=4, consolidator=InPlace(2, rate=0.3)),
+        TRAIN,
+    ),
 }
 HF_CASES = {
     "lora": (lambda: pretrained_backbone_of("qwen3_5", train="lora", lora=4), SLEEP, TRAIN),
@@ -150,6 +161,7 @@ def one_process():
     return {name: trained(name) for name in CASES}
 
 
+FEWER = {"tied across blocks": 1, "test-time training": 3, "memory tokens": 2, "in place": 3}  # units
 SOME = ("parts", "truncated", "tied across blocks", "test-time training")
 
 
@@ -163,7 +175,7 @@ def test_any_number_of_ranks_takes_the_steps_of_one_process(world, names, one_pr
     # A gather and a reduction for each of four blocks and the rest, whatever is read, and a small agreement.
     for rank in found:
         for name, (_, _, collectives) in rank.items():
-            units = {"tied across blocks": 1, "test-time training": 3}.get(name, 5)
+            units = FEWER.get(name, 5)
             assert collectives == {"allgather_base": units, "reduce_scatter_base": units, "allreduce": 1}, (
                 name
             )

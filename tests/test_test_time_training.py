@@ -167,11 +167,11 @@ def test_the_cost_of_a_step_is_counted():
         ),
         (
             lambda: sleep_forward(HybridLM(CONFIG), TOKENS, None, SLEEP, checkpoint=True),
-            r"^checkpoint and backprop_passes are for sleeps in passes",
+            r"^gradient steps are no passes: leave out backprop_passes and checkpoint",
         ),
         (
             lambda: RunConfig(task=MQAR(), model=CONFIG, sleep=SLEEP, train=TrainConfig(checkpoint=True)),
-            r"^gradient-steps are no passes: leave out backprop_passes and checkpoint",
+            r"^gradient steps are no passes: leave out backprop_passes and checkpoint",
         ),
     ],
 )

@@ -28,10 +28,16 @@ class Hybrid(Kind):
 
     def check(self, options: HybridConfig, sleep: SleepConfig) -> None:
         """Refuse a sleep that writes nothing, and gradient steps on blocks that have no second derivative."""
-        sleep.consolidator.check(
-            [kind != "attention" or options.for_block(i).trained_mlp for i, kind in enumerate(options.blocks)]
+        by = sleep.consolidator
+        by.check_model(options)
+        own = [options.for_block(i) for i in range(len(options.blocks))]
+        by.check(
+            [
+                kind != "attention" or block.trained_mlp or block.in_place_mlp or bool(block.memory_tokens)
+                for kind, block in zip(options.blocks, own, strict=True)
+            ]
         )
-        if isinstance(sleep.consolidator, GradientSteps) and set(options.blocks) != {"attention"}:
+        if isinstance(by, GradientSteps) and set(options.blocks) != {"attention"}:
             raise ValueError(
                 "gradient-steps train S by gradients of gradients, which the recurrences of fast-weight "
                 "blocks do not have: use attention blocks, some with trained_mlp (see --baseline "

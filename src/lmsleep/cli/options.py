@@ -164,8 +164,9 @@ class WindowOptions:
     window: int | None = None
     """L: tokens of attention context; a sleep happens every L tokens. None: nothing is ever evicted."""
     consolidator: str = "passes"
-    """What a sleep does with a window: passes (the paper), gradient-steps (test-time training), or
-    FILE.py:CLASS, one of your own; its options stand in a group of their own below."""
+    """What a sleep does with a window: passes (the paper), gradient-steps (test-time training),
+    memory-tokens (RMT), gradmem (GradMem), in-place (In-Place TTT), or FILE.py:CLASS, one of your own.
+    Its options stand in a group of their own below."""
     eviction: str = "hard"
     """After a sleep attention keeps nothing of the window (hard), its last L - 1 tokens (sliding), or what
     FILE.py:CLASS keeps."""

@@ -33,11 +33,10 @@ def cost(model: Any, sleep: SleepConfig, *, dtype_bytes: int = 4) -> dict[str, A
     empty = model.initial_state(1)
     with torch.no_grad():
         # L - 1 tokens in attention: the next one fills the window and sees as much as any token ever does.
-        _, full = model.run(model.embed(tokens[:, 1:]), empty, 0, model.num_blocks)
+        _, full = read_window(model, tokens[:, 1:], empty, sleep, passes=1, logits=False)
 
         def wake() -> None:
-            h, _ = model.run(model.embed(tokens[:, :1]), full, 0, model.num_blocks)
-            model.head(h)
+            read_window(model, tokens[:, :1], full, sleep, passes=1)
 
         def read(passes: int) -> None:
             read_window(model, tokens, empty, sleep, passes=passes, logits=False)

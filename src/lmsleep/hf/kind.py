@@ -22,6 +22,7 @@ class Pretrained(Kind):
 
     def check(self, options: FineTune, sleep: SleepConfig) -> None:
         """Refuse sleeps that these models cannot have, and those that no session could go on with."""
+        sleep.consolidator.check_model(options)
         if isinstance(sleep.consolidator, GradientSteps):
             raise ValueError("gradient-steps train layers of models trained from scratch (trained_mlp)")
         if sleep.wake_passes != 1:

@@ -33,6 +33,9 @@ class HybridConfig:
     """Epsilon of every RMS norm."""
     residual_init: float = 1.0
     """Initial scale of the projections into the residual stream, in units of 1/sqrt(fan-in)."""
+    memory_tokens: int = 0
+    """Vectors that are read before each window, for the consolidators memory-tokens and gradmem to write; in
+    models of attention without other fast weights. 0: none."""
     num_heads: int = 4
     """Heads of attention and of fast weights."""
     head_dim: int | None = None
@@ -44,7 +47,10 @@ class HybridConfig:
     mlp_dim: int | None = None
     """Hidden size of the SwiGLU after the mixer; default 8/3 d_model rounded up to 8, 0 for none."""
     trained_mlp: bool = False
-    """Attention blocks: each sequence trains the SwiGLU for itself, by SleepConfig.inner_rate."""
+    """Attention blocks: each sequence trains the SwiGLU for itself, by the consolidator gradient-steps."""
+    in_place_mlp: bool = False
+    """Attention blocks: each sequence adds a matrix of its own to the last one of the SwiGLU, which the
+    consolidator in-place writes."""
     conv_size: int = 4
     """Taps of the short convolution in fast-weight blocks; 0 for none."""
     conv_init: float = 0.0
@@ -78,7 +84,7 @@ class HybridConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        for name in ("mlp_dim", "conv_size", "conv_init", "residual_init"):
+        for name in ("mlp_dim", "conv_size", "conv_init", "residual_init", "memory_tokens"):
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ValueError(f"{name} must not be negative, got {value}")
@@ -99,8 +105,16 @@ class HybridConfig:
             raise ValueError(
                 f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}"
             )
-        if self.trained_mlp and not self.hidden_dim:
-            raise ValueError("trained_mlp needs a feed-forward layer, got mlp_dim=0")
+        for name in ("trained_mlp", "in_place_mlp"):
+            if getattr(self, name) and not self.hidden_dim:
+                raise ValueError(f"{name} needs a feed-forward layer, got mlp_dim=0")
+        if self.trained_mlp and self.in_place_mlp:
+            raise ValueError("trained_mlp and in_place_mlp are two ways of changing one layer: choose one")
+        if self.memory_tokens and ({*self.blocks} != {"attention"} or self.trained_mlp or self.in_place_mlp):
+            raise ValueError(
+                f"memory_tokens={self.memory_tokens} is for models that keep nothing else: attention blocks "
+                "alone, without trained_mlp and in_place_mlp"
+            )
         # Rotary positions turn pairs of numbers.
         if "attention" in self.blocks and self.rope_theta is not None and self.key_dim % 2:
             raise ValueError(
@@ -111,7 +125,8 @@ class HybridConfig:
                 f"forget must be (slowest, fastest) with 0 < slowest <= fastest, got {self.forget}"
             )
         # What all blocks share cannot differ in one.
-        shared = {"vocab_size", "d_model", "blocks", "tie_embeddings", "residual_init", "overrides"}
+        shared = {"vocab_size", "d_model", "blocks", "tie_embeddings", "residual_init", "memory_tokens"}
+        shared.add("overrides")
         known = {f.name for f in fields(self)} - shared
         for i, options in self.overrides.items():
             if not 0 <= i < len(self.blocks):
@@ -128,6 +143,13 @@ class HybridConfig:
         """Return the options in force in block `i`."""
         # Without the overrides, which would be checked again for every block of every block.
         return replace(self, overrides={}, **self.overrides.get(i, {}))
+
+    @property
+    def learns(self) -> bool:
+        """Whether any block has a feed-forward layer that learns what it reads (`in_place_mlp`)."""
+        return any(
+            kind == "attention" and self.for_block(i).in_place_mlp for i, kind in enumerate(self.blocks)
+        )
 
     @property
     def key_dim(self) -> int:

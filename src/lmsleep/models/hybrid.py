@@ -3,7 +3,7 @@
 import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Self, cast
+from typing import Literal, Self, cast
 
 import torch
 from safetensors import SafetensorError
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lmsleep.files import write_atomic
 from lmsleep.layers import Attention, FastWeights, SwiGLU
+from lmsleep.layers.in_place import Lesson, NextTokens
 from lmsleep.models.config import RULE_OF, HybridConfig
 from lmsleep.state import Cache, Memory, State
 from lmsleep.trust import named_by
@@ -23,7 +24,8 @@ GATES = ("a_proj", "b_proj", "r_proj")  # of all rules
 class Block(nn.Module):
     """Pre-norm residual block: a mixer that carries a state, then a SwiGLU (if it has any).
 
-    The block's fast weights belong to the mixer, or beside attention to the SwiGLU (`trained_mlp`).
+    The block's fast weights belong to the mixer, or beside attention to the SwiGLU (`trained_mlp`,
+    `in_place_mlp`).
     """
 
     def __init__(self, config: HybridConfig, kind: str) -> None:
@@ -55,15 +57,17 @@ class Block(nn.Module):
                 backend=c.backend,
             )
         self.norm = nn.RMSNorm(c.d_model, eps=c.norm_eps)
-        trained = c.trained_mlp and kind == "attention"
-        self.mlp = SwiGLU(c.d_model, c.hidden_dim, trained=trained) if c.hidden_dim else None
+        own: Literal["all", "down"] | None = None
+        if kind == "attention" and (c.trained_mlp or c.in_place_mlp):
+            own = "all" if c.trained_mlp else "down"
+        self.mlp = SwiGLU(c.d_model, c.hidden_dim, own=own) if c.hidden_dim else None
         self.mlp_norm = nn.RMSNorm(c.d_model, eps=c.norm_eps) if c.hidden_dim else None
 
     @property
     def memory_shape(self) -> tuple[int, int, int] | None:
         """The shape `(H, K, V)` of the block's fast weights for one sequence, None if it has none."""
-        trained = self.mlp is not None and self.mlp.scale is not None
-        return self.mlp.memory_shape if self.mlp is not None and trained else self.mixer.memory_shape
+        own = None if self.mlp is None else self.mlp.memory_shape
+        return self.mixer.memory_shape if own is None else own
 
     def forward(
         self,
@@ -73,13 +77,25 @@ class Block(nn.Module):
         valid: Tensor | None,
         span: int | None,
         filled: Tensor | None,
+        lesson: Lesson | None = None,
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
-        """Map `h` `[B, T, d]` and the block's own fast weights and cache to the next ones."""
+        """Map `h` `[B, T, d]` and the block's own fast weights and cache to the next ones.
+
+        With a `lesson` the SwiGLU learns the tokens, after it has read them (`in_place_mlp`).
+        """
         mixed, memory, cache = self.mixer(self.norm(h), memory, cache, valid, span, filled)
         h = h + mixed
-        if self.mlp is not None and self.mlp_norm is not None:
-            h = h + self.mlp(self.mlp_norm(h), memory)
-        return h, memory, cache
+        if self.mlp is None or self.mlp_norm is None:
+            return h, memory, cache
+        if lesson is None or memory is None:
+            return h + self.mlp(self.mlp_norm(h), memory), memory, cache
+        added, memory = self.mlp.learn(self.mlp_norm(h), memory, lesson, valid)
+        return h + added, memory, cache
+
+
+def _learns(block: nn.Module) -> bool:
+    """Whether a block takes a `Lesson`."""
+    return isinstance(block, Block) and block.mlp is not None and block.mlp.target is not None
 
 
 def load_weights(module: nn.Module, weights: Mapping[str, Tensor], said: str) -> None:
@@ -107,6 +123,11 @@ class HybridLM(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        # Where memory tokens begin, and the scale at which they are read: after steps of gradient descent
+        # it is the learned rate of each channel, and after `rms_norm` the weight of the norm.
+        m = config.memory_tokens
+        self.memory_start = nn.Parameter(torch.empty(m, config.d_model)) if m else None
+        self.memory_scale = nn.Parameter(torch.ones(config.d_model)) if m else None
         self.blocks = nn.ModuleList(Block(config.for_block(i), kind) for i, kind in enumerate(config.blocks))
         self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
@@ -127,6 +148,11 @@ class HybridLM(nn.Module):
         # A tied embedding is the output projection too, which is to give logits of unit scale.
         std = self.config.d_model**-0.5 if self.config.tie_embeddings else 1.0
         nn.init.normal_(self.embedding.weight, std=std)
+        if self.memory_start is not None:
+            nn.init.normal_(self.memory_start)
+        for module in self.modules():
+            if isinstance(module, NextTokens):
+                module.reset_parameters()
 
     @torch.no_grad()
     def take_weights(self, source: "HybridLM", inserted: Collection[int] = ()) -> None:
@@ -151,6 +177,10 @@ class HybridLM(nn.Module):
         ]
         for old, new in parts:
             load_weights(new, old.state_dict(), "the model to start from has other weights")
+        # Of a model without them, or with another number, they begin anew.
+        if self.memory_tokens == source.memory_tokens:
+            for name, p in self.named_parameters(recurse=False):
+                p.copy_(source.get_parameter(name))
         # With a zero map into the residual stream the block adds nothing, and still has a gradient there.
         for i in inserted:
             for name, module in self.blocks[i].named_modules():
@@ -173,17 +203,33 @@ class HybridLM(nn.Module):
         return self.config.vocab_size
 
     @property
+    def learns(self) -> bool:
+        """Whether `learn` changes anything: a block has the option `in_place_mlp`."""
+        return any(map(_learns, self.blocks))
+
+    @property
+    def memory_tokens(self) -> int:
+        """The number of vectors that are read before each window (`recall`)."""
+        return self.config.memory_tokens
+
+    @property
     def device(self) -> torch.device:
         """The device of its weights, on which tokens and states must lie."""
         return self.embedding.weight.device
 
     def initial_state(self, batch_size: int) -> State:
-        """Return `S = 0` and nothing in the working memory, for `batch_size` rows."""
+        """Return `S = 0` and nothing in the working memory, for `batch_size` rows.
+
+        Memory tokens are the `S` of the first block, `[B, 1, m, d]`, and begin as a parameter says.
+        """
         weight = self.embedding.weight
         blocks = [cast(Block, block) for block in self.blocks]
         # S sums up the writes of a whole stream; in half precision the small ones would round to nothing.
         dtype = torch.promote_types(weight.dtype, torch.float32)
         memory = Memory.zeros([b.memory_shape for b in blocks], batch_size, dtype=dtype, device=weight.device)
+        if self.memory_start is not None:
+            first = self.memory_start.to(dtype).repeat(batch_size, 1, 1, 1)
+            memory = Memory((first, *memory.layers[1:]))
         return State(memory, Cache(tuple(b.mixer.empty_cache(batch_size) for b in blocks)))
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -213,13 +259,49 @@ class HybridLM(nn.Module):
                 the working memory that is returned has it before the tokens, as zeros.
             span: most positions a token attends to, itself included; None: all that are cached.
         """
+        return self._run(h, state, start, stop, valid, span, None)
+
+    def learn(
+        self,
+        h: Tensor,
+        state: State,
+        rate: float,
+        *,
+        valid: Tensor | None = None,
+        span: int | None = None,
+    ) -> tuple[Tensor, State]:
+        """Run all blocks over embedded tokens `h` `[B, T, d]`; those with `in_place_mlp` learn from them.
+
+        Each adds `rate Z^T V` to its `S` (`layers.mlp.SwiGLU`) after it was applied, so nothing that is
+        computed here depends on it. All other arguments are those of `run`.
+        """
+        return self._run(h, state, 0, self.num_blocks, valid, span, Lesson(h, rate))
+
+    def _run(
+        self,
+        h: Tensor,
+        state: State,
+        start: int,
+        stop: int,
+        valid: Tensor | None,
+        span: int | None,
+        lesson: Lesson | None,
+    ) -> tuple[Tensor, State]:
         new = []
         for i in range(start, stop):
+            # A block of one's own need not know of lessons.
+            told = {} if lesson is None or not _learns(self.blocks[i]) else {"lesson": lesson}
             h, memory, cache = self.blocks[i](
-                h, state.memory.layers[i], state.cache.layers[i], valid, span, state.cache.filled
+                h, state.memory.layers[i], state.cache.layers[i], valid, span, state.cache.filled, **told
             )
             new.append((memory, cache))
         return h, state.replace(start, new)
+
+    def recall(self, memory: Memory) -> Tensor:
+        """Return memory tokens as hidden states `[B, m, d]`, to be read before the tokens of a window."""
+        assert self.memory_scale is not None, "a model without the option memory_tokens"
+        M = cast(Tensor, memory.layers[0])[:, 0]
+        return (M * self.memory_scale).to(self.embedding.weight.dtype)
 
     def head(self, h: Tensor) -> Tensor:
         """Map hidden states `[B, T, d]` to logits `[B, T, V]`."""

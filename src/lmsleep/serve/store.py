@@ -343,7 +343,7 @@ class Store:
     def nothing(self) -> Kept:
         """Return a stream that has read nothing."""
         chain = hashlib.sha256(b"lmsleep").digest()
-        return Kept("", "", chain, Stream.begin(self.model.initial_state(1)), NO_TOKENS)
+        return Kept("", "", chain, Stream.begin(self.model.initial_state(1).detach()), NO_TOKENS)
 
     def keep(self, owner: str, before: Kept, read: Tensor, after: Stream) -> Kept:
         """Keep where a stream is now, and return it; written to disk before this returns.

@@ -84,7 +84,8 @@ class Session(Owner):
         if sleep.wake_passes != 1:
             raise ValueError(f"wake_passes={sleep.wake_passes}: a session reads in one wake pass only")
         self.origin = Origin()
-        state = model.initial_state(1)
+        sleep.consolidator.check_model(model)
+        state = model.initial_state(1).detach()  # it may begin with what is trained
         # Also what passes=1 sleeps with in `sleep(n)`: found out now, and not after the reading.
         sleep.with_passes(max(sleep.passes, 2) if sleep.window else sleep.passes).check(state.memory)
         if memory is not None:

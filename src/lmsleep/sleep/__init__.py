@@ -2,7 +2,16 @@
 
 from lmsleep.sleep.backbone import Backbone
 from lmsleep.sleep.config import SleepConfig
-from lmsleep.sleep.consolidators import CONSOLIDATOR, CONSOLIDATORS, Consolidator, GradientSteps, Passes
+from lmsleep.sleep.consolidators import (
+    CONSOLIDATOR,
+    CONSOLIDATORS,
+    Consolidator,
+    GradientSteps,
+    GradMem,
+    InPlace,
+    MemoryTokens,
+    Passes,
+)
 from lmsleep.sleep.eviction import EVICTION, EVICTIONS, Eviction, Hard, Sliding, evict
 from lmsleep.sleep.forward import SleepOutput, read_window, sleep_forward
 from lmsleep.sleep.window import Pass, Window, speak, wake
@@ -15,8 +24,11 @@ __all__ = [
     "Backbone",
     "Consolidator",
     "Eviction",
+    "GradMem",
     "GradientSteps",
     "Hard",
+    "InPlace",
+    "MemoryTokens",
     "Pass",
     "Passes",
     "SleepConfig",

@@ -5,7 +5,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lmsleep.state import State
+from lmsleep.state import Memory, State
 
 
 class Backbone(Protocol):
@@ -57,4 +57,41 @@ class Backbone(Protocol):
 
     def head(self, h: Tensor) -> Tensor:
         """Hidden states -> logits `[B, T, V]`."""
+        ...
+
+
+class Recalls(Backbone, Protocol):
+    """A backbone with memory tokens, for `MemoryTokens` and `GradMem`.
+
+    Memory tokens are the `S` of the first block, `[B, 1, m, d]`.
+    """
+
+    @property
+    def memory_tokens(self) -> int:
+        """Their number m; 0: none."""
+        ...
+
+    def recall(self, memory: Memory) -> Tensor:
+        """Memory tokens -> hidden states `[B, m, d]`, to be read before the tokens of a window."""
+        ...
+
+
+class Learns(Backbone, Protocol):
+    """A backbone whose blocks can learn what they read, for `InPlace`."""
+
+    @property
+    def learns(self) -> bool:
+        """Whether any block does."""
+        ...
+
+    def learn(
+        self,
+        h: Tensor,
+        state: State,
+        rate: float,
+        *,
+        valid: Tensor | None = None,
+        span: int | None = None,
+    ) -> tuple[Tensor, State]:
+        """All blocks over embedded tokens, as `run`; then each that learns adds to its `S`, times `rate`."""
         ...

@@ -7,7 +7,7 @@ from typing import Any, Self
 from lmsleep.plain import check_types
 from lmsleep.plugins import Plugin
 from lmsleep.sleep.consolidators import CONSOLIDATOR, CONSOLIDATORS, Consolidator, Passes
-from lmsleep.sleep.eviction import EVICTION, EVICTIONS, Eviction
+from lmsleep.sleep.eviction import EVICTION, EVICTIONS, Eviction, Hard
 from lmsleep.state import Memory
 
 MAX_WINDOW = 10**9  # tokens: more than anybody holds, less than an int64 does
@@ -26,7 +26,7 @@ class SleepConfig:
     window: int | None
     """L: tokens of attention context; a sleep happens every L tokens. None: nothing is ever evicted."""
     consolidator: Consolidator
-    """What a sleep does with a window: `Passes` (the paper), `GradientSteps`, or one of your own."""
+    """What a sleep does with a window: `Passes` (the paper), one of its rivals, or one of your own."""
     eviction: Eviction
     """What stays in attention after a sleep: `Hard` (nothing) or `Sliding` (the last L - 1 tokens)."""
     sleep_on_loss: bool
@@ -45,7 +45,7 @@ class SleepConfig:
 
         Args:
             window: L, at least 1, or None.
-            consolidator: one, or its name: "passes", "gradient-steps", `FILE.py:CLASS` or an entry point.
+            consolidator: one, or its name: a key of `CONSOLIDATORS`, `FILE.py:CLASS` or an entry point.
             eviction: one, or its name: "hard", "sliding", `FILE.py:CLASS` or an entry point.
             sleep_on_loss: see above.
             options: options of the consolidator, such as `passes`; they take the place of those it has.
@@ -60,6 +60,11 @@ class SleepConfig:
         for name, value, kind in (("consolidator", begin, Consolidator), ("eviction", keeps, Eviction)):
             if not isinstance(value, kind):
                 raise ValueError(f"{name} must be a lmsleep.{kind.__name__} or its name, got {value!r}")
+        if not begin.takes_rest and not isinstance(keeps, Hard):
+            raise ValueError(
+                f"eviction={EVICTION.name_of(type(keeps), EVICTIONS)!r} leaves something in attention, and "
+                f"with {type(begin).__name__} every window begins with its memory alone: choose hard"
+            )
         if moved := options.keys() & {*TRAINING}:
             raise ValueError(
                 f"{', '.join(sorted(moved))}: an option of the training, not of a sleep; give it to "

@@ -83,7 +83,9 @@ def read_window(
     consolidator = sleep.consolidator if passes is None else replace(sleep.consolidator, passes=passes)
     span = None if sleep.window is None else sleep.eviction.span(sleep.window)
     window = Window(tokens, state, valid, span, heard, backprop_passes, checkpoint)
+    consolidator.check_model(model)
     consolidator.check(state.memory.writes)
+    consolidator.check_backward(backprop_passes, checkpoint)
     read = consolidator.read if consolidator.passes == 1 else consolidator.sleep_on
     said, state = read(model, window, logits=logits)
     if said is not None and heard is not None and said.shape[:2] == tokens.shape:

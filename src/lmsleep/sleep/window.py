@@ -3,12 +3,13 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lmsleep.sleep.backbone import Backbone
+from lmsleep.sleep.backbone import Backbone, Learns
 from lmsleep.state import State
 
 Loop = tuple[int, int]  # the first block of a loop and the one after its last
@@ -39,11 +40,21 @@ class Window:
 
     def run(self, model: Backbone, h: Tensor, state: State, start: int, stop: int) -> tuple[Tensor, State]:
         """Run blocks `start ... stop - 1` over `h` `[B, L, d]`, and return h and the state after them."""
-        call: Callable[[Tensor, State, int, int], tuple[Tensor, State]]
-        call = partial(model.run, valid=self.valid, span=self.span)
+        return self._through(model.run, h, state, start, stop)
+
+    def learn(self, model: Learns, h: Tensor, state: State, rate: float) -> tuple[Tensor, State]:
+        """Run all blocks over embedded tokens `h` `[B, L, d]`, and let them learn at `rate`."""
+        return self._through(model.learn, h, state, rate)
+
+    def _through(self, blocks: Callable[..., tuple[Tensor, State]], *args: Any) -> tuple[Tensor, State]:
+        blocks = partial(blocks, valid=self.valid, span=self.span)
         if self.checkpoint and torch.is_grad_enabled():
-            call = partial(checkpoint, call, use_reentrant=False)
-        return call(h, state, start, stop)
+            blocks = partial(checkpoint, blocks, use_reentrant=False)
+        return blocks(*args)
+
+    def said(self, model: Backbone, h: Tensor) -> Tensor:
+        """Return the logits `[B, L, V]` of hidden states `[B, L, d]`; of those heard alone, `[1, n, V]`."""
+        return model.head(h if self.heard is None else h[self.heard][None])
 
     def counted(self, state: State) -> State:
         """Return `state`, after this window, with the number of positions that each row holds by now."""
@@ -96,6 +107,4 @@ def speak(
     Logits are `[B, L, V]`, those alone that are heard `[1, n, V]`, or None unless `logits`.
     """
     h, state = window.run(model, awake.h, awake.state, loop[1], model.num_blocks)
-    if logits and window.heard is not None:
-        h = h[window.heard][None]
-    return model.head(h) if logits else None, window.counted(state)
+    return window.said(model, h) if logits else None, window.counted(state)

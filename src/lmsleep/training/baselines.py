@@ -173,9 +173,11 @@ def _read_only(run: RunConfig, sleep: SleepConfig) -> RunConfig:
 
 
 def _transformer(run: RunConfig, sleep: SleepConfig) -> RunConfig:
-    """Return the run with an attention block in the place of every block."""
+    """Return the run with an attention block in the place of every block, and no memory tokens."""
     blocks: list[BlockKind] = ["attention" for _ in run.architecture.blocks]
-    return _read_only(replace(run, model=replace(run.architecture, blocks=tuple(blocks))), sleep)
+    model = replace(run.architecture, blocks=tuple(blocks), memory_tokens=0)
+    # At once, for the model with the sleep that the run had, or the other way round, might not fit.
+    return replace(run, model=model, sleep=sleep, train=replace(run.train, backprop_passes=None))
 
 
 def _grown(run: RunConfig, model: Callable[[int], HybridConfig]) -> RunConfig:

@@ -10,7 +10,7 @@ from lmsleep.backbones import kind_of
 from lmsleep.backbones.hybrid import hybrid_options
 from lmsleep.models import HybridConfig
 from lmsleep.plain import from_plain, to_plain
-from lmsleep.sleep import GradientSteps, Hard, SleepConfig
+from lmsleep.sleep import Hard, SleepConfig
 from lmsleep.sleep.config import TRAINING
 from lmsleep.tasks import Task, find_task, task_name
 
@@ -163,8 +163,7 @@ class RunConfig:
         limit = train.backprop_passes
         if limit is not None and limit > by.passes:
             raise ValueError(f"backprop_passes must lie in 1 ... passes={by.passes}, got {limit}")
-        if isinstance(by, GradientSteps) and (limit is not None or train.checkpoint):
-            raise ValueError("gradient-steps are no passes: leave out backprop_passes and checkpoint")
+        by.check_backward(limit, train.checkpoint)
 
     def _check_window(self) -> None:
         """Refuse windows that hold some of the context and some of the answers, where these follow inline."""

@@ -85,12 +85,12 @@ class Trainer:
             model = model or first_model(config, bfloat16=bfloat16, trust=folder.trust)
             self.model = model.to(self.device).train()
         trained_weights(self.model, train)
-        reads = self.model
+        self.objective = counted = Objective(self.model, train, bfloat16=bfloat16)
         if train.keep is not None:
             if processes.shard > 1:
                 raise ValueError("keep: a model that is shared out keeps no hidden states; leave out --shard")
-            reads = kind_of(config.model).keep(self.model, train.keep, bfloat16=bfloat16)
-        self.objective = Objective(reads, train, bfloat16=bfloat16)
+            kept = kind_of(config.model).keep(self.model, train.keep, bfloat16=bfloat16)
+            self.objective = Objective(kept, train, bfloat16=bfloat16)
         self.sharing: Sharing = Copies(self.objective, processes)
         if processes.shard > 1:
             # Only now: FSDP takes seconds to import.
@@ -103,7 +103,7 @@ class Trainer:
         self.optimizers = optimizers(self.model, train)
         self.step, self.tokens, self.flops, self.seconds = 0, 0, 0, 0.0
         self.batches = Batches(config, processes.rank, processes.size)
-        self._flops = StepFlops(Objective(self.model, train, bfloat16=bfloat16))
+        self._flops = StepFlops(counted)
 
     @classmethod
     def begin(

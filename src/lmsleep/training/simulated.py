@@ -23,7 +23,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lmsleep.backbones import Model
 from lmsleep.evaluation.cost import on_meta, parameter_names, share
-from lmsleep.sleep import GradientSteps, SleepConfig
+from lmsleep.sleep import (
+    CONSOLIDATOR,
+    CONSOLIDATORS,
+    GradientSteps,
+    InPlace,
+    MemoryTokens,
+    SleepConfig,
+)
 from lmsleep.sleep.loss import nll
 from lmsleep.state import Cache, Memory, State
 from lmsleep.tasks import Batch
@@ -217,10 +224,13 @@ def simulate(
         total: as of `Objective.forward`.
 
     Raises:
-        ValueError: for a sleep of gradient steps, which differentiate the blocks that are played here.
+        ValueError: for a consolidator of the library other than `Passes`, which does more than run blocks.
     """
-    if isinstance(sleep.consolidator, GradientSteps):
-        raise ValueError("gradient-steps cannot be played: a step is planned for sleeps in passes alone")
+    if isinstance(by := sleep.consolidator, GradientSteps | MemoryTokens | InPlace):
+        raise ValueError(
+            f"{CONSOLIDATOR.name_of(type(by), CONSOLIDATORS)} cannot be played: a step is planned for "
+            "sleeps in passes alone"
+        )
     stage = _Stage(parts, recomputed=train.checkpoint)
     objective = Objective(cast(Model, stage), train)
     for batch in batches:

@@ -21,6 +21,7 @@ def first_model(config: RunConfig, *, bfloat16: bool = False, trust: bool = Fals
     model, start = build(config.model, bfloat16=bfloat16), config.train.start
     check_known(config.task, config.task_name, model.vocab_size)
     # Only a built model shows what a sleep could write to; one row is enough.
+    config.sleep.consolidator.check_model(model)
     config.sleep.check(model.initial_state(1).memory)
     if start is not None:
         folder = RunFolder(start, trust=trust)

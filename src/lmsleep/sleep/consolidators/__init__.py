@@ -3,9 +3,18 @@
 from lmsleep.plugins import Plugin, derives_from
 from lmsleep.sleep.consolidators.base import Consolidator
 from lmsleep.sleep.consolidators.gradient import GradientSteps
+from lmsleep.sleep.consolidators.gradmem import GradMem
+from lmsleep.sleep.consolidators.in_place import InPlace
+from lmsleep.sleep.consolidators.memory_tokens import MemoryTokens
 from lmsleep.sleep.consolidators.passes import Passes
 
-CONSOLIDATORS: dict[str, type[Consolidator]] = {"passes": Passes, "gradient-steps": GradientSteps}
+CONSOLIDATORS: dict[str, type[Consolidator]] = {
+    "passes": Passes,
+    "gradient-steps": GradientSteps,
+    "memory-tokens": MemoryTokens,
+    "gradmem": GradMem,
+    "in-place": InPlace,
+}
 
 CONSOLIDATOR = Plugin(
     what="consolidator",
@@ -15,4 +24,13 @@ CONSOLIDATOR = Plugin(
     must_be="a dataclass (of options) with all methods of lmsleep.Consolidator",
 )
 
-__all__ = ["CONSOLIDATOR", "CONSOLIDATORS", "Consolidator", "GradientSteps", "Passes"]
+__all__ = [
+    "CONSOLIDATOR",
+    "CONSOLIDATORS",
+    "Consolidator",
+    "GradMem",
+    "GradientSteps",
+    "InPlace",
+    "MemoryTokens",
+    "Passes",
+]

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -22,6 +23,9 @@ class Consolidator(ABC):
     options. `SleepConfig(consolidator=...)` takes an instance or the name `FILE.py:CLASS`, and so does
     `lmsleep train --consolidator`; the name goes wherever the configuration goes.
     """
+
+    takes_rest: ClassVar[bool] = True
+    """A window may begin with what an eviction left of the one before it; False: hard eviction alone."""
 
     passes: int = 1
     """N: how long a sleep is. 1 is the plain model, whose windows are only read."""
@@ -57,6 +61,28 @@ class Consolidator(ABC):
         """Read a window without sleeping on it; the result is that of `sleep_on`."""
         whole = 0, model.num_blocks
         return speak(model, window, wake(model, window, whole), whole, logits=logits)
+
+    def check_model(self, model: object) -> None:
+        """Refuse a model that lacks what this sleep needs beyond `Backbone`, or has what it would never use.
+
+        Args:
+            model: the model, or options that say `memory_tokens` and `learns` as it will.
+
+        Raises:
+            ValueError: if it does not fit.
+        """
+        if tokens := getattr(model, "memory_tokens", 0):
+            raise ValueError(
+                f"memory_tokens={tokens} are read and written by the consolidators memory-tokens and gradmem "
+                "alone: choose one of them, or a model without"
+            )
+
+    def check_backward(self, backprop_passes: int | None, checkpoint: bool) -> None:  # noqa: B027
+        """Refuse ways of going backward that this sleep does not have; see `Window` for what they say.
+
+        Raises:
+            ValueError: naming them.
+        """
 
     def check(self, writes: Sequence[bool]) -> None:  # noqa: B027 (most fit every model)
         """Refuse a model that this sleep could do nothing with.

@@ -1,7 +1,7 @@
 """Test-time training, the neighbour of sleep: gradient descent on a window before it is evicted."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -36,29 +36,35 @@ class GradientSteps(Consolidator):
     ) -> tuple[Tensor | None, State]:
         """Read the window N - 1 times, and take a step after each; the wake logits come for nothing."""
         del logits
-        if window.checkpoint or window.backprop_passes is not None:
-            raise ValueError("checkpoint and backprop_passes are for sleeps in passes: leave them out")
         self.check(window.began.memory.writes)
-        meta, tokens, cache = torch.is_grad_enabled(), window.tokens, window.began.cache
-        targets = next_tokens(tokens, torch.ones_like(tokens, dtype=torch.bool), window.valid)
-        assert targets is not None
-        per_row = (targets >= 0).sum(dim=1, keepdim=True).clamp(min=1)
-        awake = None
+        meta, awake = torch.is_grad_enabled(), None
         # The fused attention kernels have no second derivative.
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
             memory = Memory(window.began.memory.layers)  # without its origin: what is learned is no copy
             memory = memory if meta else memory.detach()
             memory = memory.map(lambda S: S if S.requires_grad else _trainable(S))
             for _ in range(1, self.passes):
-                begin = State(memory, cache)
-                h, after = window.run(model, model.embed(tokens), begin, 0, model.num_blocks)
-                said = model.head(h)
+                reading = replace(window, began=State(memory, window.began.cache))
+                said, loss, after = self.lost(model, reading)
                 awake = said if awake is None else awake
-                losses = nll(said, targets, "none").view_as(targets)
-                memory = _descend((losses / per_row).sum(), memory, self.rate, meta)
+                memory = _descend(loss, memory, self.rate, meta)
         assert awake is not None
-        learned = window.counted(State(memory, after.cache))
+        learned = State(memory, after.cache)
         return (awake, learned) if meta else (awake.detach(), learned.detach())
+
+    def lost(self, model: Backbone, window: Window) -> tuple[Tensor, Tensor, State]:
+        """Read a window; return its logits `[B, L, V]`, the sum of the rows' losses, and the next state."""
+        tokens = window.tokens
+        h, after = window.run(model, model.embed(tokens), window.began, 0, model.num_blocks)
+        said = model.head(h)
+        targets = next_tokens(tokens, torch.ones_like(tokens, dtype=torch.bool), window.valid)
+        assert targets is not None
+        return said, row_means(said, targets).sum(), window.counted(after)
+
+    def check_backward(self, backprop_passes: int | None, checkpoint: bool) -> None:
+        """Refuse both: what is recomputed has no second derivative."""
+        if checkpoint or backprop_passes is not None:
+            raise ValueError("gradient steps are no passes: leave out backprop_passes and checkpoint")
 
     def check(self, writes: Sequence[bool]) -> None:
         """Refuse a model that has nothing to train."""
@@ -66,6 +72,12 @@ class GradientSteps(Consolidator):
             raise ValueError(
                 "gradient steps need a model with something to train: set its option trained_mlp"
             )
+
+
+def row_means(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return each row's mean cross entropy `[B]` over its targets `[B, T]`, of which -100 are none."""
+    losses = nll(logits, targets, "none").view_as(targets)
+    return (losses / (targets >= 0).sum(dim=1, keepdim=True).clamp(min=1)).sum(dim=1)
 
 
 def _trainable(S: Tensor) -> Tensor:
