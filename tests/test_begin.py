@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from lmsleep import Session, SleepConfig
-from lmsleep.evaluation.facts import KEPT, _Quiz, zero_shot
+from lmsleep.evaluation.facts import KEPT, Quiz, zero_shot
 from lmsleep.integrations.lm_eval import SleepLM
 from lmsleep.session import SessionBatch, read_files
 from lmsleep.tasks import GSMInfinite, Text, batch_rng, hide_answers
@@ -147,7 +147,7 @@ def test_pieces_of_a_probe_begin_with_it(model, words):
     assert math.isclose(kept.nats, wanted, rel_tol=1e-9)
     piece = torch.tensor([0, *tokens])
     for seed in range(9):
-        quiz = _Quiz.draw(words, piece, L, torch.Generator().manual_seed(seed))
+        quiz = Quiz.draw(words, piece, L, torch.Generator().manual_seed(seed))
         assert quiz.context[0] == 0 and 0 not in quiz.context[1:] and len(quiz.context) == len(piece)
 
 

@@ -61,7 +61,7 @@ def test_a_folder_that_holds_no_model_is_refused(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"there is no folder \S+elsewhere; .*, smollm2$"):
         load_pretrained(tmp_path / "elsewhere")
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(FileNotFoundError, match="adapter; name its base model"):
+    with pytest.raises(FileNotFoundError, match="adapter of peft: lmsleep convert MODEL OUT --adapter"):
         load_pretrained(tmp_path)
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(FileNotFoundError, match=r"neither model\.safetensors nor"):

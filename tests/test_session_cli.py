@@ -85,6 +85,9 @@ def test_memories_are_shown_compared_merged_and_traced(graphs, capsys, here):
     assert shown[0]["heads"][1]["norm"] == pytest.approx(float(Memory.load("g.mem").norms()[0, 0, 1]))
     _, out, _ = run_command(capsys, "memory", "show", "g.mem")
     assert "16 tokens, 2 sleeps, N = 2" in out and "effective_rank" in out
+    nbytes, model = Memory.load("g.mem").nbytes, Memory.load("g.mem").origin.model
+    assert "open window  0 tokens" in out and f"fast weights {nbytes:,} bytes" in out
+    assert f"slow weights the model {model}" in out
     _, out, _ = run_command(capsys, "memory", "diff", "g.mem", "h.mem", "--json")
     change = Memory.load("g.mem").diff(Memory.load("h.mem")).norms()
     assert json.loads(out)[0]["difference"] == pytest.approx(float(change[0, 0, 0]))

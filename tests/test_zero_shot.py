@@ -7,7 +7,7 @@ from conftest import close, lively, random_tokens, run_command, tiny
 
 from lmsleep import Session, SleepConfig
 from lmsleep.evaluation import facts
-from lmsleep.evaluation.facts import CHOICES, DROPPED, FACTS, KEPT, _Quiz, zero_shot
+from lmsleep.evaluation.facts import CHOICES, DROPPED, FACTS, KEPT, Quiz, zero_shot
 from lmsleep.text.tokenizers import Bytes
 
 L = 150
@@ -50,7 +50,7 @@ def test_a_text_is_scored_from_its_second_window_on(model, text):
 
 @pytest.mark.parametrize("passes", [1, 3])
 def test_answers_are_scored_as_a_session_scores_them(model, text, passes):
-    quiz = _Quiz.draw(Bytes(), torch.tensor(text), L, torch.Generator().manual_seed(1))
+    quiz = Quiz.draw(Bytes(), torch.tensor(text), L, torch.Generator().manual_seed(1))
     sleep = SLEEP.with_passes(passes)
     session = Session(model, sleep)
     session.read(quiz.context)
@@ -72,7 +72,7 @@ def test_answers_are_scored_as_a_session_scores_them(model, text, passes):
 def test_facts_stand_in_the_first_window_and_their_answers_come_first(text):
     tokens = Bytes()
     for seed in range(20):
-        quiz = _Quiz.draw(tokens, torch.tensor(text), L, torch.Generator().manual_seed(seed))
+        quiz = Quiz.draw(tokens, torch.tensor(text), L, torch.Generator().manual_seed(seed))
         assert len(quiz.context) == 3 * L
         said = bytes(quiz.context[:L].tolist())
         assert len(quiz.questions) == FACTS

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+PEFT = "adapter_config.json"  # in the folder of an adapter of `peft`
 LONGEST = 300  # characters of a reason; transformers lists all it knows in some
 # What the user or the machine does, and no file: it is handed on as it is.
 NOT_OF_FILES = (KeyboardInterrupt, SystemExit, GeneratorExit, torch.OutOfMemoryError)

@@ -104,7 +104,9 @@ def flags() -> dict[str, list[str]]:
     """The flags in the help of every command."""
     commands = {name: [name] for name in COMMANDS}
     commands["train"], commands["train text"] = ["train", "depo"], ["train", "text"]
-    commands |= {f"memory {name}": ["memory", name] for name in ("show", "diff", "merge", "log")}
+    commands |= {
+        f"memory {name}": ["memory", name] for name in ("show", "diff", "merge", "log", "consolidate")
+    }
     commands |= {f"bench {name}": ["bench", name] for name in ("recurrence", "step")}
     return {name: _flags([*words, "--help"]) for name, words in commands.items()}
 

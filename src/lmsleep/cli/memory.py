@@ -1,4 +1,4 @@
-"""`lmsleep memory`: look at memory files, compare, merge, and trace them back."""
+"""`lmsleep memory`: look at memory files, compare, merge, trace them back, and make slow weights of them."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -8,6 +8,7 @@ from typing import Any
 
 from tyro.conf import Positional
 
+from lmsleep.cli.consolidate import ConsolidateOptions, consolidate
 from lmsleep.cli.options import parse
 from lmsleep.files import locked
 from lmsleep.memory import read
@@ -61,7 +62,7 @@ class LogOptions:
 
 
 def memory(argv: list[str]) -> None:
-    """Run `lmsleep memory show|diff|merge|log`."""
+    """Run `lmsleep memory show|diff|merge|log|consolidate`."""
     if not argv or argv[0] in ("-h", "--help"):
         sys.stdout.write(HELP)
         return
@@ -85,23 +86,23 @@ def _show(options: ShowOptions) -> None:
         )
         if not options.json:
             beside = f"  beside S:\n{_table(others)}" if others else ""
-            said.append(f"{path}\n{_origin(header)}{table(found)}{beside}")
+            said.append(f"{path}\n{_origin(header, found.nbytes)}{table(found)}{beside}")
     # Only now: a file that is none must not be found behind half of an answer.
     sys.stdout.write("".join(said))
     if options.json:
         sys.stdout.write(to_json(shown) + "\n")
 
 
-def _origin(header: dict[str, Any]) -> str:
-    """Write who wrote a memory, from what, and how much is still unslept."""
-    # Said where there is any: these tokens are saved beside S, and no sleep has written them into it.
-    window = {"open window:": f"{header['open_window']:,} tokens, not in S"} if header["open_window"] else {}
+def _origin(header: dict[str, Any], nbytes: int) -> str:
+    """Write who wrote a memory, from what, and what is in its three layers."""
     lines = {
         "id": header["id"],
         "parents": " ".join(header["parents"]) or "none",
-        "model": header["model"],
         "read": f"{header['tokens']:,} tokens, {header['sleeps']:,} sleeps, N = {header['passes']}",
-        **window,
+        # These tokens are saved beside S, and no sleep has written them into it.
+        "open window": f"{header['open_window']:,} tokens, not in S",
+        "fast weights": f"{nbytes:,} bytes, S",
+        "slow weights": f"the model {header['model']}",
         "written": header["time"],
         **{f"tag {key}": value for key, value in header["tags"].items()},
     }
@@ -186,8 +187,9 @@ COMMANDS: dict[str, tuple[type[Any], Callable[[Any], None]]] = {
     "diff": (DiffOptions, _diff),
     "merge": (MergeOptions, _merge),
     "log": (LogOptions, _log),
+    "consolidate": (ConsolidateOptions, consolidate),
 }
 
-HELP = "usage: lmsleep memory COMMAND FILE...\n\n" + "".join(
-    f"  {name:<6} {(options.__doc__ or '').splitlines()[0]}\n" for name, (options, _) in COMMANDS.items()
+HELP = "usage: lmsleep memory COMMAND ...\n\n" + "".join(
+    f"  {name:<11} {(options.__doc__ or '').splitlines()[0]}\n" for name, (options, _) in COMMANDS.items()
 )

@@ -112,7 +112,7 @@ def zero_shot(
     generator = torch.Generator().manual_seed(seed)
     begin = torch.tensor([*tokenizer.begin], dtype=torch.int64)
     pieces = _pieces(begin, torch.as_tensor(tokens), L * windows, samples, generator)
-    quizzes = [_Quiz.draw(tokenizer, piece, L, generator) for piece in pieces]
+    quizzes = [Quiz.draw(tokenizer, piece, L, generator) for piece in pieces]
     # Before anything is read: a tokenizer may know tokens that its model does not.
     for read in (torch.as_tensor(tokens), begin, *(quiz.tokens() for quiz in quizzes)):
         check_tokens(read, model.vocab_size, tokenizer)
@@ -125,7 +125,7 @@ def zero_shot(
 def _readings(
     model: Backbone,
     pieces: list[Tensor],
-    quizzes: list["_Quiz"],
+    quizzes: list["Quiz"],
     L: int,
     ways: dict[str, SleepConfig | None],
     progress: Callable[[str], None],
@@ -177,7 +177,7 @@ def _nats(model: Backbone, piece: Tensor, L: int, sleep: SleepConfig | None) -> 
 
 
 @dataclass(frozen=True)
-class _Quiz:
+class Quiz:
     """A piece of the text with planted facts, and a question about each.
 
     Attributes:
@@ -191,7 +191,12 @@ class _Quiz:
     choices: list[list[list[int]]]
 
     @classmethod
-    def draw(cls, tokenizer: Tokenizer, piece: Tensor, L: int, generator: torch.Generator) -> "_Quiz":
+    def draw(cls, tokenizer: Tokenizer, piece: Tensor, L: int, generator: torch.Generator) -> "Quiz":
+        """Plant drawn facts in the first `L` tokens of a piece `[T]`, which begins with `tokenizer.begin`.
+
+        Raises:
+            ValueError: if L is too short for them.
+        """
         # The order of draws (places, numbers, position) is fixed: seeds of published tables give these facts.
         places = [PLACES[i] for i in torch.randperm(len(PLACES), generator=generator)[:FACTS].tolist()]
         numbers = [str(n) for n in (1000 + torch.randperm(9000, generator=generator)[:CHOICES]).tolist()]

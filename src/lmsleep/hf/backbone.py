@@ -1,10 +1,10 @@
 """`HFBackbone`: a causal language model of `transformers` as the sleep algorithm sees it."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from lmsleep.hf.cache_name import named
 from lmsleep.hf.positions import Positions
 from lmsleep.ops import right_align
 from lmsleep.state import Cache, Memory, State
+
+if TYPE_CHECKING:
+    from lmsleep.hf.adapted import Adapted
 
 # A group of rows costs as much as so many tokens of padding: the calls of all blocks, whatever they hold.
 GROUP = 128
@@ -152,6 +155,12 @@ class HFBackbone(nn.Module):
         if (cap := getattr(self.config, "final_logit_softcapping", None)) is not None:
             logits = torch.tanh(logits / cap) * cap
         return logits
+
+    def adapted(self, *, rank: int, alpha: float, targets: Collection[str] = (), seed: int = 0) -> "Adapted":
+        """Return a backbone on the same weights with a new LoRA adapter, an `hf.adapted.Adapted`."""
+        from lmsleep.hf.adapted import Adapted  # which derives from this class
+
+        return Adapted(self, rank=rank, alpha=alpha, targets=targets, seed=seed)
 
     def run(
         self,

@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from lmsleep import gguf_file, shipped
-from lmsleep.foreign import read_json, reading
+from lmsleep.foreign import PEFT, read_json, reading
 from lmsleep.gguf_file import is_gguf
 from lmsleep.hf import adapter, insertion
 from lmsleep.text.tokenizers import HuggingFace
@@ -178,8 +178,8 @@ def _config(folder: Path) -> Any:
 
     file = folder / "config.json"
     if not file.is_file():
-        of_peft = (folder / "adapter_config.json").is_file()
-        hint = " (it holds an adapter; name its base model)" if of_peft else ""
+        of_peft = (folder / PEFT).is_file()
+        hint = " (it holds an adapter of peft: lmsleep convert MODEL OUT --adapter FOLDER)" if of_peft else ""
         if packed := next(folder.glob("*.gguf"), None):
             hint = f" (it holds {packed.name}; name that file)"
         raise FileNotFoundError(f"{folder} holds no model: config.json is missing{hint}")

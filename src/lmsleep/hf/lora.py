@@ -38,7 +38,7 @@ def add_adapters(
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
-        raise ValueError("train='lora' needs peft: pip install 'lmsleep[hf]'") from None
+        raise ValueError("LoRA needs peft: pip install 'lmsleep[hf]'") from None
     left_alone = {id(inner) for module in skip for inner in module.modules()}
     maps = [
         name

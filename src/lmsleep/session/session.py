@@ -13,6 +13,7 @@ from torch import Tensor
 from lmsleep.memory import model_identity
 from lmsleep.session import saving, stream
 from lmsleep.session.answer import Answer, Piece
+from lmsleep.session.distillation import Distillation, SlowWeights, Teacher, distil
 from lmsleep.session.owner import Owner, finish, proceed, using
 from lmsleep.session.rows import Row, advance, raise_first
 from lmsleep.session.sampling import Sampling
@@ -332,6 +333,57 @@ class Session(Owner):
         if math.isnan(total):
             raise ValueError("logits are NaN, so the text has no likelihood; look at the model's weights")
         return total
+
+    # Slow weights
+
+    def consolidate(
+        self,
+        text: Readable | None = None,
+        how: Distillation | None = None,
+        *,
+        prompt: Readable = (),
+        progress: bool = False,
+    ) -> SlowWeights:
+        """Distil what the session holds, and a text, into a LoRA adapter of its model; it stays as it is.
+
+        The teacher is the model as it stands in the session, with `S` and the open window, and with a window
+        of the text in view besides; the student is the model with the adapter and an empty state. They are
+        made to predict alike on the text and on what the teacher writes after it. With the adapter the model
+        knows some of it without memory and context. The session's model gets no adapter: `model` of the
+        result, which shares its weights, has it, `save` writes it, `peft` loads it.
+
+        Args:
+            text: to distil besides the memory, for a session keeps none; in windows as long as those of the
+                session, or whole if its `window` is None. None: on what the teacher writes alone.
+            how: the options; default `Distillation()`.
+            prompt: what each text that the teacher writes begins with; default nothing where something is in
+                view to go on from, and else what the tokenizer puts before a text, or a line end.
+            progress: draw progress bars.
+
+        Returns:
+            The adapter, and what became of the divergence between student and teacher.
+
+        Raises:
+            ValueError: if there is neither text nor memory, for a model that takes no adapter of `peft`, if
+                the training diverges, and as `read`.
+        """
+        fresh = Session(self.model, self.sleep_config, self.tokenizer)  # texts as they begin
+        how, stream = how or Distillation(), self.stream
+        tokens, cue = fresh.tokens(() if text is None else text), fresh.tokens(prompt)
+        if text is not None and not len(tokens):
+            raise ValueError("text must have at least one token")
+        held = stream.state
+        known = held.cache.length or any(bool(S.any()) for S in held.memory.tensors())
+        if not len(tokens) and not known:
+            raise ValueError("there is nothing to distil: no text is given, and the session has read nothing")
+        if not len(tokens) and not len(stream.window) and not len(cue):
+            begin = () if self.tokenizer is None else self.tokenizer.begin or self.tokenizer.encode("\n")
+            if not len(cue := fresh.tokens(begin)):
+                raise ValueError("prompt must have at least one token: nothing is in view to go on from")
+        windows = tokens.split(self.sleep_config.window or len(tokens)) if len(tokens) else ()
+        ends = () if self.tokenizer is None else self.tokenizer.ends
+        teacher = Teacher(self.model, self.sleep_config, stream, cue, ends)
+        return distil(teacher, windows, how, show=progress)
 
     def _foresee(self, begin: Stream, tokens: Tensor) -> Iterator[Tensor]:
         """Yield the logits after `tokens`, window by window, from a row that nobody keeps."""

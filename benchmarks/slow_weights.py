@@ -1,0 +1,156 @@
+"""What is left of a text in an adapter that it was distilled into, and what else that changes."""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.table import Cell, Table
+from lmsleep import Session, SleepConfig, adapt, shipped
+from lmsleep.evaluation import wilson
+from lmsleep.evaluation.facts import CHOICES, Quiz
+from lmsleep.evaluation.slow_weights import nats
+from lmsleep.hf import insert_memory_layers, load_pretrained
+from lmsleep.hf.backbone import HFBackbone
+from lmsleep.session import Distillation
+from lmsleep.tasks.recall.filler import filler
+from lmsleep.text.tokenizers import Bytes, Tokenizer, load_tokenizer
+
+ROOT = Path(__file__).parents[1]
+MODEL = "smollm2"
+PROSE = ROOT / "CONTRIBUTING.md"
+
+
+def tables(repeats: int, tiny: bool) -> dict[str, Callable[[], Table]]:
+    """Return one table; `repeats` texts are read."""
+    return {"facts": lambda: facts(repeats, tiny)}
+
+
+def facts(texts: int, tiny: bool) -> Table:
+    """Plant facts in texts, distil each of them into an adapter of its own, and ask for the facts."""
+    model, tokenizer = _tiny() if tiny else _smollm2()
+    L, length = (256, 8) if tiny else (128, 64)
+    sleep = SleepConfig(window=L, passes=4, loop="middle")
+    ways: dict[str, Distillation | SleepConfig | None] = {
+        "nothing": None,
+        "S after a sleep (N = 4, memory layers not trained)": sleep,
+        "the text in attention": SleepConfig(),
+        "adapter, 30 steps on the text": Distillation(steps=30, batch=1, samples=0),
+        "adapter, 30 steps on text and samples": Distillation(steps=30, batch=2, samples=2, length=length),
+    }
+    if tiny:
+        ways = {name: Distillation(steps=2, samples=1, length=4) if isinstance(way, Distillation) else way
+                for name, way in ways.items()}  # fmt: skip
+    prose = torch.tensor(tokenizer.encode(PROSE.read_text()))[: 4 * L].split(L)
+    rows = [_Row(way) for way in ways]
+    for seed in range(texts):
+        piece, other = (_filler(tokenizer, L, Random(2 * seed + i)) for i in range(2))
+        quiz = Quiz.draw(tokenizer, piece, L, torch.Generator().manual_seed(seed))
+        for row, way in zip(rows, ways.values(), strict=True):
+            row.read(model, tokenizer, quiz, way, seed, {"other": [other], "prose": prose})
+    return Table(
+        rows=[row.cells() for row in rows],
+        note=f"{'A tiny model' if tiny else 'SmolLM2-135M-Instruct'} in float32; {texts} texts of {L} tokens "
+        f"with four planted facts each. Facts: the right number is the likeliest of {CHOICES} (chance "
+        f"{1 / CHOICES:.3f}; 95 % interval, Wilson, over all questions). Bits: of a right answer, and of a "
+        f"token of the text, of another text of the same kind, and of the prose of {PROSE.name}. Each text "
+        "has adapters of its own, of rank 16, at the default learning rate.",
+    )
+
+
+class _Row:
+    """One way of knowing a text, over all texts."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.right = name, list[bool]()
+        self.bits: dict[str, list[float]] = {}
+        self.cost: dict[str, int | float] = {"tokens": 0, "seconds": 0.0, "bytes": 0}
+
+    def read(
+        self,
+        model: HFBackbone,
+        tokenizer: Tokenizer,
+        quiz: Quiz,
+        way: Distillation | SleepConfig | None,
+        seed: int,
+        others: dict[str, Sequence[Tensor]],
+    ) -> None:
+        """Read one text, ask for its facts, and predict it and others."""
+        known, state, asked = model, None, way if isinstance(way, SleepConfig) else None
+        in_view = asked is not None and asked.window is None
+        if isinstance(way, Distillation):
+            begin = time.process_time()
+            made = Session(model, SleepConfig(), tokenizer).consolidate(quiz.context, replace(way, seed=seed))
+            known = made.model
+            self.cost = {
+                "tokens": made.text_tokens + made.sampled_tokens,
+                "seconds": self.cost["seconds"] + time.process_time() - begin,
+                "bytes": made.nbytes,
+            }
+        elif asked is not None and not in_view:
+            session = Session(model, asked, tokenizer)
+            session.read(quiz.context)
+            session.sleep()
+            state = session.stream.state
+        with torch.no_grad():
+            answers = quiz.answered(known, asked)
+        self.right += (answers[:, 0] > answers[:, 1:].amax(dim=1)).tolist()
+        found = {
+            "answer": -float(answers[:, 0].mean()),
+            "text": nats(known, [quiz.context], state, in_view=in_view),
+            **{name: nats(known, windows, state) for name, windows in others.items()},
+        }
+        for name, value in found.items():
+            self.bits.setdefault(name, []).append(value / math.log(2))
+
+    def cells(self) -> dict[str, Cell]:
+        """Return the row of the table."""
+        n, right = len(self.right), sum(self.right)
+        low, high = wilson(right, n)
+        texts, trained = len(self.bits["text"]), bool(self.cost["tokens"])
+        return {
+            "what is known by": self.name,
+            "facts": f"{right / n:.2f} [{low:.2f}, {high:.2f}]",
+            "bits an answer": _mean(self.bits["answer"]),
+            "bits a token: text": _mean(self.bits["text"]),
+            "other text": _mean(self.bits["other"]),
+            "prose": _mean(self.bits["prose"]),
+            "distilled on": int(self.cost["tokens"]) if trained else None,
+            "CPU seconds": self.cost["seconds"] / texts if trained else None,
+            "bytes": int(self.cost["bytes"]) if trained else None,
+        }
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _filler(tokenizer: Tokenizer, length: int, random: Random) -> Tensor:
+    """Return `[length]`: the beginning of a text that tells nothing."""
+    text = " ".join(filler(random, length))
+    return torch.tensor([*tokenizer.begin, *tokenizer.encode(text)][:length])
+
+
+def _smollm2() -> tuple[HFBackbone, Tokenizer]:
+    """Load the model with memory layers, as `lmsleep convert smollm2 OUT --insert 6` makes it."""
+    torch.manual_seed(0)
+    model = load_pretrained(MODEL)
+    insert_memory_layers(model, 6)
+    return adapt(model), load_tokenizer(str(shipped.find(MODEL)))
+
+
+def _tiny() -> tuple[HFBackbone, Tokenizer]:
+    """Make a random model of bytes."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 4}
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=256, num_attention_heads=2, **sizes)).eval()
+    insert_memory_layers(model, 2)
+    return adapt(model), Bytes()
