@@ -26,15 +26,27 @@ from lmsleep.training.held import peak_bytes
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="module")
-def tiny():
-    # The smallest run of all tables.
+QUICK = ("waking", "pause", "stream", "storage", "merge", "identity", "size")
+
+
+def measured(*options):
+    """Return the smallest run of tables of sessions."""
     with pytest.MonkeyPatch.context() as patch:
         published = {}
         patch.setattr(benchmarks, "publish", lambda name, results: published.update(results))
         patch.setattr("builtins.print", lambda *_: None)
-        benchmarks.main(["sessions", "--tiny", "--repeats", "1", "--publish"])
+        benchmarks.main(["sessions", "--tiny", "--repeats", "1", "--publish", *options])
     return published
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return measured("--only", *QUICK)
+
+
+@pytest.fixture(scope="module")
+def every_table():
+    return measured()
 
 
 def rows(result, table):
@@ -55,13 +67,15 @@ def test_a_longer_sleep_takes_longer(tiny):
         assert found[8] > 1.5 * found[1]
 
 
-def test_memory_layers_are_measured_beside_generate_with_and_without_them(tiny):
-    [row] = rows(tiny, "memory-layers")  # that all three answer alike is asserted where they are timed
+@pytest.mark.slow
+def test_memory_layers_are_measured_beside_generate_with_and_without_them(every_table):
+    [row] = rows(every_table, "memory-layers")  # that all three answer alike is asserted where they are timed
     assert all(row[column] > 0 for column in row if "ms" in column or column.startswith("of generate"))
 
 
-def test_opening_is_measured_in_processes_of_their_own(tiny):
-    theirs, ours = rows(tiny, "opening")
+@pytest.mark.slow
+def test_opening_is_measured_in_processes_of_their_own(every_table):
+    theirs, ours = rows(every_table, "opening")
     assert (theirs["opened by"], ours["opened by"]) == ("transformers", "ours")
     for row in (theirs, ours):  # the time with a first token holds that of opening; torch alone takes 100 MB
         assert row["with its first token, CPU ms"] > row["CPU ms"] > 0 and row["peak resident, MB"] > 100
@@ -152,7 +166,7 @@ def test_publishing_writes_json_and_the_tables_into_the_pages(tiny, tmp_path):
     assert as_page(tiny["merge"]) in (tmp_path / "docs/a.md").read_text()
     kept = json.loads((tmp_path / "benchmarks/results/sessions.json").read_text())
     assert kept == {**tiny, "size": tiny["merge"]}
-    assert "python -m benchmarks sessions --tiny --repeats 1`" in new
+    assert "python -m benchmarks sessions --tiny --repeats 1 --only" in new
 
 
 def test_the_documentation_shows_the_committed_results():
