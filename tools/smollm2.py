@@ -1,0 +1,84 @@
+"""SmolLM2 learns to sleep on facts in prose: the runs behind the shipped adapter `smollm2-sleeps`.
+
+    python tools/smollm2.py --out runs/smollm2                    (two cores: about an hour and a half)
+    python tools/smollm2.py --out runs/smollm2 --full             (a GPU: new texts in every step)
+
+Three steps, of which none is made twice, so the same command goes on after a kill: a folder of the base model
+(`lmsleep convert`), a first run on texts of exactly four facts, in which *which belongs to whom* is learned,
+and a second one on longer and mixed texts that fill one window or two. `--ship FOLDER` writes what was
+learned as an adapter of the base model. What it remembers: `python tools/recall.py RUNS/facts`.
+"""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from lmsleep.cli import main as lmsleep
+from lmsleep.hf import load_pretrained, save_adapter
+from lmsleep.training import RunFolder
+
+PLACES = "--insert 7 --insert-after 15 17 19 21 23 25 27"
+BOTH = (
+    "--task recall --kinds facts --train memory --passes 1 --lr 0.02 --adam-lr 2e-3 --batch-size 16 "
+    "--accumulate 1 --no-checkpoint --precision bfloat16 --eval-batches 2"
+)
+FIRST = (
+    "--facts 4 4 --filler 0 1 --length 96 --window 128 --steps 470 --decay 0 --eval-every 50 --save-every 50"
+)
+SECOND = (
+    "--facts 2 6 --filler 0 3 --length 126 --window 64 --steps 520 --decay 0.5 --seed 1 --eval-every 60 "
+    "--save-every 30"
+)
+# On a CPU few batches are read again and again, for what is frozen is then computed once.
+KEPT = {"pairs": "--batches 100 --threads 1", "facts": "--batches 260 --threads 1"}
+# Where passes are cheap, every text is new; of both the steps are many more.
+FULL = {"pairs": "--steps 4000 --batch-size 64", "facts": "--steps 20000 --batch-size 64"}
+
+
+def train(model: Path, out: Path, name: str, options: str, *, full: bool, more: Sequence[str]) -> Path:
+    """Begin a run, go on with it, or leave it where it is complete; return its model."""
+    run = out / name
+    if not (run / "report.json").is_file():
+        given = [*shlex.split(BOTH), *shlex.split(options)]
+        given += (
+            shlex.split(FULL[name]) if full else [*shlex.split(KEPT[name]), "--keep", str(out / "states")]
+        )
+        begin = [str(model), *given, *more, "--out", str(run)]
+        _say(["finetune", *(["--resume", str(run)] if run.exists() else begin)])
+    return RunFolder(run).exported
+
+
+def _say(argv: list[str]) -> None:
+    """Run a command of lmsleep, and show it."""
+    sys.stderr.write(f"lmsleep {shlex.join(argv)}\n")
+    lmsleep(argv)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Train what is not trained yet, and write the adapter."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="smollm2", help="the base model")
+    parser.add_argument("--out", type=Path, default=Path("runs/smollm2"), help="folder of the runs")
+    parser.add_argument("--full", action="store_true", help="many more steps, each on new texts")
+    parser.add_argument("--ship", type=Path, help="folder to write as an adapter of the base model")
+    parser.add_argument("--rank", type=int, help="of what is shipped; default: whole matrices")
+    options, more = parser.parse_known_args(argv)
+    base = options.out / "base"
+    if not base.exists():
+        _say(["convert", options.model, str(base)])
+    first = train(base, options.out, "pairs", f"{PLACES} {FIRST}", full=options.full, more=more)
+    second = train(first, options.out, "facts", SECOND, full=options.full, more=more)
+    if options.ship is not None:
+        about = {"recipe": f"`python tools/smollm2.py{' --full' if options.full else ''}`, seeds 0 and 1"}
+        saved = save_adapter(
+            load_pretrained(second), options.ship, base=options.model, rank=options.rank, about=about
+        )
+        sys.stdout.write(f"{options.ship}: {saved.bytes / 1e6:.1f} MB\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
