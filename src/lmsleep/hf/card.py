@@ -177,6 +177,8 @@ def _consolidates(by: Consolidator) -> str:
     """Say what happens to a window, up to "into the fast weights"."""
     if not isinstance(by, Passes):
         return f"it lets {type(by).__name__} (N = {by.passes}) write it"
+    if by.passes == by.wake_passes == 1:
+        return "it has already written what it read"
     loop = "all blocks" if by.loop is None else "the middle half of its blocks"
     if isinstance(by.loop, tuple):
         loop = f"blocks {by.loop[0]} ... {by.loop[1] - 1}"
