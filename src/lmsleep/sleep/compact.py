@@ -91,7 +91,7 @@ class Compact(Eviction):
             seen = _Seen.of(heard.calls, i, near[i], tokens.shape[1])
             worth = F.pad(x[4].mT, (0, n)).to(seen.bias.dtype)
             found = few(seen.queries, seen.keys, seen.values, seen.bias, budget, self.method, worth)
-            # Taken from where keys were, not from where they were read: turned to and fro, half precision
+            # Taken from where keys were, not from where they were read: turned back and forth, half precision
             # would wear them out.
             keys = torch.cat([x[0].transpose(1, 2), seen.keys[:, :, x[0].shape[1] :].to(x[0].dtype)], dim=2)
             newest = torch.arange(n, 0, -1, dtype=age.dtype, device=age.device)
