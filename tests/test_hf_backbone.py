@@ -88,7 +88,7 @@ def token_by_token(model, x, config):
                 logits.append(model.head(seen))
         state = steps(h, state, last, D)[1] if n > 1 else awake
         if i < len(windows) - 1:
-            state = evict(config.eviction, state, config.window)
+            state = evict(config.eviction, model, window, state, config.window)
     return torch.cat(logits, dim=1), state
 
 

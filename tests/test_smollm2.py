@@ -3,6 +3,7 @@
 import copy
 import io
 import json
+from pathlib import Path
 
 import gguf
 import pytest
@@ -94,3 +95,19 @@ def test_converted_it_computes_the_same_and_chats(model, folder, capsys, monkeyp
     monkeypatch.setattr("sys.stdin", io.StringIO("What is the capital of France?\n"))
     code, out, err = run_command(capsys, "chat", folder, "--passes", 1, "--max-new-tokens", 20)
     assert code == 0 and "The capital of France is Paris." in out, err
+
+
+def test_it_predicts_better_with_keys_that_were_kept(model):
+    # Of 768 tokens the last 256 are predicted, with 64 keys a head for the 512 before them, or without any.
+    backbone = lmsleep.adapt(model, attention_alone=True)
+    x = torch.tensor([load_tokenizer("smollm2").encode(Path(__file__).read_text())[:768]])
+    mask = torch.zeros_like(x, dtype=torch.bool)
+    mask[:, 512:] = True
+
+    def nats(eviction):
+        sleep = lmsleep.SleepConfig(window=256, eviction=eviction)
+        with torch.no_grad():
+            return float(lmsleep.sleep_forward(backbone, x, mask, sleep, return_logits=False).loss)
+
+    matched, attended, norm = (nats(lmsleep.Compact(64, m)) for m in ("attention", "attended", "norm"))
+    assert max(matched, attended) < min(norm, nats("hard"))

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lmsleep.session import BrokenSleep, Session, SessionBatch
     from lmsleep.sleep import (
         Backbone,
+        Compact,
         Consolidator,
         Eviction,
         GradientSteps,
@@ -38,6 +39,7 @@ __all__ = [
     "Backbone",
     "BrokenSleep",
     "Cache",
+    "Compact",
     "Consolidator",
     "Eviction",
     "GradMem",
@@ -75,8 +77,8 @@ _HOMES = {
     **dict.fromkeys(("Inspection", "inspect"), "microscope"),
     **dict.fromkeys(("HybridConfig", "HybridLM"), "models"),
     **dict.fromkeys(("BrokenSleep", "Session", "SessionBatch"), "session"),
-    **dict.fromkeys(("Backbone", "Consolidator", "Eviction", "GradientSteps", "GradMem", "Hard"), "sleep"),
-    **dict.fromkeys(("InPlace", "MemoryTokens", "Passes"), "sleep"),
+    **dict.fromkeys(("Backbone", "Compact", "Consolidator", "Eviction", "GradientSteps", "GradMem"), "sleep"),
+    **dict.fromkeys(("Hard", "InPlace", "MemoryTokens", "Passes"), "sleep"),
     **dict.fromkeys(("SleepConfig", "SleepOutput", "Sliding", "read_window", "sleep_forward"), "sleep"),
     **dict.fromkeys(("Cache", "Memory", "Origin", "State"), "state"),
 }

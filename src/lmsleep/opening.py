@@ -21,7 +21,12 @@ class Opened(NamedTuple):
 
 
 def open_model(
-    path: str | Path, tokenizer: str | None = None, device: str = "auto", *, trust: bool = False
+    path: str | Path,
+    tokenizer: str | None = None,
+    device: str = "auto",
+    *,
+    trust: bool = False,
+    attention_alone: bool = False,
 ) -> Opened:
     """Open a model to read, sleep and answer with: `model, sleep, tokenizer = lmsleep.open("depo-N4")`.
 
@@ -33,6 +38,8 @@ def open_model(
             A run has its own.
         device: auto (CUDA where present), cpu, cuda, ...
         trust: run the Python files that the run or model names, though you have trained no run with them.
+        attention_alone: open a model of transformers without fast weights too, for an eviction that keeps
+            something (`Compact`).
 
     Returns:
         The model in evaluation mode, the sleep that it was made with, without what only training needs, and
@@ -44,7 +51,7 @@ def open_model(
         PermissionError: if it names code that may not run.
         FileNotFoundError: if there is none.
     """
-    place = find(path, trust=trust)
+    place = find(path, trust=trust, attention_alone=attention_alone)
     read = place.tokenizer(tokenizer)  # before the weights: a wrong name should fail at once
     model, sleep = place.backbone(device)
     # Fewer tokens than the model has are fine. Published tokenizers may have more: such as no text holds, or
@@ -138,8 +145,8 @@ class Place:
             return kind_in(self.path).tokenizer(self.path)
 
 
-def find(path: str | Path, *, trust: bool = False) -> Place:
-    """Find the run or model at `path`, or the one that is shipped under that name; `trust`: see `open_model`.
+def find(path: str | Path, *, trust: bool = False, attention_alone: bool = False) -> Place:
+    """Find the run or model at `path`, or the one that is shipped under that name; options: see `open_model`.
 
     Raises:
         FileNotFoundError: if there is none.
@@ -150,6 +157,7 @@ def find(path: str | Path, *, trust: bool = False) -> Place:
     folder = RunFolder(path, trust=trust)
     if folder.is_run():
         return Place(path, folder.config(), trust)
-    with folder.naming_code():
-        kind_in(path).check_place(path)
+    if not attention_alone:
+        with folder.naming_code():
+            kind_in(path).check_place(path)
     return Place(path, None, trust)

@@ -365,6 +365,9 @@ def _layer(parts: tuple[Tensor, ...]) -> Layer:
     return parts[0] if len(parts) == 1 else parts
 
 
+ABSENT = -1e4  # added to a score it leaves no attention, in any dtype
+
+
 @dataclass(frozen=True, eq=False)
 class Cache:
     """The working memory of the current window: keys and values, and tails of short convolutions.
@@ -375,14 +378,21 @@ class Cache:
             convolution; an empty tuple where a block needs neither.
         filled: `[B]` int64, how many of the newest positions of each row are tokens; what is older is
             padding, zeros. None: all are tokens.
+        kept: what compaction kept of earlier windows, one tuple per block, empty for a block without
+            attention: keys `[B, k, H, K]` as attention sees them where the window begins at position 0,
+            values `[B, k, H, V]`, float32 `[B, k, H]` that is added to the scores (`ABSENT`: no key, but
+            padding), int32 `[B, k, H]`, how far before the window each key stands, and float32 `[B, k, H]`,
+            by which keys are chosen again. `()`: nothing.
     """
 
     layers: tuple[tuple[Tensor, ...], ...]
     filled: Tensor | None = None
+    kept: tuple[tuple[Tensor, ...], ...] = ()
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> Self:
-        """Return a cache with `fn` applied to every tensor of its layers; `filled` stays."""
-        return replace(self, layers=tuple(tuple(fn(t) for t in layer) for layer in self.layers))
+        """Return a cache with `fn` applied to every tensor of its layers and of `kept`; `filled` stays."""
+        layers, kept = (tuple(tuple(fn(t) for t in layer) for layer in x) for x in (self.layers, self.kept))
+        return replace(self, layers=layers, kept=kept)
 
     @property
     def length(self) -> int:
@@ -399,17 +409,25 @@ class Cache:
 
     def last(self, tokens: int) -> Self:
         """Return what is left after eviction down to the newest `tokens` positions (0: nothing)."""
+        return replace(self.newest(tokens), kept=())
+
+    def newest(self, tokens: int) -> Self:
+        """Return the newest `tokens` positions of the window, and all that is kept of earlier ones."""
         if tokens == 0:  # of what is evicted neither memory nor graph stays alive
-            return replace(self.map(lambda t: t.new_empty(len(t), 0, *t.shape[2:])), filled=None)
+            return self._cut(lambda t: t.new_empty(len(t), 0, *t.shape[2:]), None)
         # A tensor with fewer positions than that stays whole; padding is older, so it goes first.
         filled = None if self.filled is None else self.filled.clamp(max=tokens)
-        return replace(self.map(lambda t: t[:, max(t.shape[1] - tokens, 0) :]), filled=filled)
+        return self._cut(lambda t: t[:, max(t.shape[1] - tokens, 0) :], filled)
+
+    def _cut(self, cut: Callable[[Tensor], Tensor], filled: Tensor | None) -> Self:
+        """Return a cache with every tensor of its layers cut, and `filled`."""
+        return replace(self, layers=tuple(tuple(map(cut, layer)) for layer in self.layers), filled=filled)
 
     def keep(self, counts: Tensor) -> Self:
         """Keep the newest `counts[b]` positions of row b; older ones are padding, or go if all rows agree."""
         # No row can keep more tokens than it has: what is older in it is padding already.
         counts = counts if self.filled is None else torch.minimum(counts, self.filled)
-        kept = replace(self.last(int(counts.max())), filled=None)
+        kept = replace(self.newest(int(counts.max())), filled=None)
         if bool((counts >= kept.length).all()):
             return kept
 
@@ -419,13 +437,13 @@ class Cache:
             age = torch.arange(t.shape[1] - 1, -1, -1, device=t.device)
             return t.masked_fill((age >= counts[:, None]).view(*t.shape[:2], *[1] * (t.ndim - 2)), 0)
 
-        return replace(kept.map(blanked), filled=counts)
+        return kept._cut(blanked, counts)
 
     def holding(self, counts: Tensor) -> Self:
         """Say that row b holds `counts[b]` tokens, all older positions being padding, zeros, already."""
         longest = int(counts.max())
         # Nothing is blanked and, as a rule, nothing cut: the tensors stay what they are, uncopied.
-        cut = self if longest >= self.length else replace(self, filled=None).last(longest)
+        cut = self if longest >= self.length else replace(self, filled=None).newest(longest)
         return replace(cut, filled=None if bool((counts >= cut.length).all()) else counts)
 
     def detach(self) -> Self:
@@ -439,7 +457,7 @@ class Cache:
     @property
     def nbytes(self) -> int:
         """Count the bytes of all cached tensors, all rows, padding included."""
-        return sum(t.nbytes for layer in self.layers for t in layer)
+        return sum(t.nbytes for layer in (*self.layers, *self.kept) for t in layer)
 
 
 class State(NamedTuple):
@@ -456,7 +474,7 @@ class State(NamedTuple):
     def tensors(self) -> Iterator[Tensor]:
         """Iterate over the tensors of both, the memory first."""
         yield from self.memory.tensors()
-        for layer in self.cache.layers:
+        for layer in (*self.cache.layers, *self.cache.kept):
             yield from layer
 
     def rows(self, rows: Rows) -> "State":
@@ -474,7 +492,7 @@ class State(NamedTuple):
         memory, cache = self.memory.layers, self.cache.layers
         return State(
             Memory((*memory[:start], *(s for s, _ in blocks), *memory[stop:])),
-            Cache(cache[:start] + tuple(c for _, c in blocks) + cache[stop:], self.cache.filled),
+            replace(self.cache, layers=cache[:start] + tuple(c for _, c in blocks) + cache[stop:]),
         )
 
     def views(self) -> "list[State]":
@@ -482,7 +500,7 @@ class State(NamedTuple):
         single = [self.rows(slice(row, row + 1)) for row in range(self.batch_size)]
         counts = self.cache.counts(self.batch_size).tolist()
         return [
-            State(s.memory, replace(s.cache.last(count), filled=None))
+            State(s.memory, replace(s.cache.newest(count), filled=None))
             for s, count in zip(single, counts, strict=True)
         ]
 
@@ -519,12 +537,13 @@ class State(NamedTuple):
             rows = torch.cat(list(tensors))
             return rows if order is None else rows[order]
 
-        def aligned(tensors: Sequence[Tensor]) -> Tensor:
+        def aligned(tensors: Sequence[Tensor], fill: float = 0) -> Tensor:
             longest = max(t.shape[1] for t in tensors)
             # F.pad counts dimensions from the last; the pair that ends up last is that of time, dimension 1.
-            # Zeros go before the first position. Rows that need none are not copied for it.
+            # It goes before the first position. Rows that need none are not copied for it.
             padding = [(0, 0) * (t.ndim - 2) + (longest - t.shape[1], 0) for t in tensors]
-            return joined([F.pad(t, p) if p[-2] else t for t, p in zip(tensors, padding, strict=True)])
+            pairs = zip(tensors, padding, strict=True)
+            return joined([F.pad(t, p, value=fill) if p[-2] else t for t, p in pairs])
 
         if len(parts) == 1 and order is None:
             return parts[0]
@@ -538,7 +557,28 @@ class State(NamedTuple):
                 for layers in zip(*(p.cache.layers for p in parts), strict=True)
             )
         )
+        if any(p.cache.kept for p in parts):
+            cache = replace(cache, kept=_joined_kept([p.cache for p in parts], aligned))
         # Only then is there padding; without it `filled` stays None, and no mask of padding is needed.
         if len({p.cache.length for p in parts}) > 1 or any(p.cache.filled is not None for p in parts):
             cache = cache.holding(joined([p.cache.counts(p.batch_size) for p in parts]))
         return State(Memory(memory), cache)
+
+
+def _joined_kept(
+    caches: Sequence[Cache], aligned: Callable[[Sequence[Tensor], float], Tensor]
+) -> tuple[tuple[Tensor, ...], ...]:
+    """Return what all of `caches` keep, by `aligned`; rows that keep less get keys that nobody sees."""
+    like = next(c.kept for c in caches if c.kept)
+
+    def of(cache: Cache, i: int, j: int) -> Tensor:
+        if cache.kept:
+            return cache.kept[i][j]
+        rows = next(len(t) for layer in cache.layers for t in layer)
+        return like[i][j].new_empty(rows, 0, *like[i][j].shape[2:])
+
+    fills = 0, 0, ABSENT, 0, 0  # of keys, values, bias, age and worth
+    return tuple(
+        tuple(aligned([of(c, i, j) for c in caches], fills[j]) for j in range(len(layer)))
+        for i, layer in enumerate(like)
+    )

@@ -168,8 +168,8 @@ class WindowOptions:
     memory-tokens (RMT), gradmem (GradMem), in-place (In-Place TTT), or FILE.py:CLASS, one of your own.
     Its options stand in a group of their own below."""
     eviction: str = "hard"
-    """After a sleep attention keeps nothing of the window (hard), its last L - 1 tokens (sliding), or what
-    FILE.py:CLASS keeps."""
+    """After a sleep attention keeps nothing of the window (hard), its last L - 1 tokens (sliding), 64 keys a
+    head of all windows (compact), or what FILE.py:CLASS keeps."""
     sleep_on_loss: bool = True
     """Sleep on windows that carry loss too. False: Algorithm 1's rule, they get one ordinary pass."""
 

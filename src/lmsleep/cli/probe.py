@@ -1,7 +1,7 @@
 """`lmsleep probe`: what sleep does to a model as it is."""
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,9 +10,10 @@ from tyro.conf import Positional
 from lmsleep.cli.options import parse
 from lmsleep.evaluation.facts import CHOICES, DROPPED, KEPT, Reading, zero_shot
 from lmsleep.opening import open_model
+from lmsleep.ops.matching import Method
 from lmsleep.plain import to_json
 from lmsleep.progress import progress
-from lmsleep.sleep import SleepConfig
+from lmsleep.sleep import Compact, SleepConfig
 from lmsleep.text.files import read_text, to_tokens
 
 
@@ -39,6 +40,12 @@ class ProbeOptions:
     """Blocks first ... last - 1 that are looped, or the middle half; default all."""
     eviction: Literal["hard", "sliding"] = "hard"
     """After a sleep attention keeps nothing of the window (hard) or its last L - 1 tokens (sliding)."""
+    compact: tuple[float, ...] = ()
+    """Read with keys and values compacted too: so many times fewer than a whole piece has, such as
+    --compact 2 4 10 50. Then the model may have attention alone."""
+    method: tuple[Method, ...] = ("attention",)
+    """Of --compact, which keys a head keeps: those with the most attention, biases and values fitted
+    (attention), or as they are (attended); those of smallest norm (norm); any (random)."""
     tokenizer: str | None = None
     """Of a saved model: bytes, or the folder of a Hugging Face tokenizer; default its own, or bytes. A run
     has its own."""
@@ -55,11 +62,26 @@ class ProbeOptions:
 def probe(argv: list[str]) -> None:
     """Run `lmsleep probe MODEL --text FILE`."""
     options = parse(ProbeOptions, argv, "lmsleep probe")
-    model, _, tokenizer = open_model(options.model, options.tokenizer, options.device, trust=options.trust)
+    compacted = _compacted(options)
+    model, _, tokenizer = open_model(
+        options.model,
+        options.tokenizer,
+        options.device,
+        trust=options.trust,
+        attention_alone=bool(compacted),
+    )
+    # Without fast weights passes write nothing: what they leave is what is left when memory is dropped.
+    writes = any(model.initial_state(1).memory.writes)
+    passes = options.passes if writes or not compacted else ()
     tokens = to_tokens(read_text(options.text), tokenizer, options.text).tolist()
     sleep = SleepConfig(window=options.window, eviction=options.eviction, loop=options.loop)
     # Two more ways of reading: nothing evicted, and nothing remembered.
-    ways = 2 + len(set(options.passes))
+    others = {
+        f"N = {n}, {name}" if passes else name: replace(sleep.with_passes(n), eviction=eviction)
+        for n in passes or (1,)
+        for name, eviction in compacted.items()
+    }
+    ways = 2 + len(set(passes)) + len(others)
     with progress(total=ways * options.samples, desc="pieces", leave=False) as bar:
 
         def read(way: str) -> None:
@@ -71,7 +93,8 @@ def probe(argv: list[str]) -> None:
             tokenizer,
             tokens,
             sleep,
-            options.passes,
+            passes,
+            others=others,
             samples=options.samples,
             windows=options.windows,
             seed=options.seed,
@@ -96,6 +119,26 @@ def probe(argv: list[str]) -> None:
         sys.stdout.write(f"{chance}\n{_verdict(readings)}\n")
 
 
+def _compacted(options: ProbeOptions) -> dict[str, Compact]:
+    """Return the compactions that are asked for, by name.
+
+    Raises:
+        ValueError: for one that would keep nothing, or all.
+    """
+    length = options.windows * options.window
+    for times in options.compact:
+        if not 1 < times <= length:
+            raise ValueError(
+                f"--compact {times:g} must be more than 1 (which keeps all) and at most {length:,}, the "
+                "tokens of a piece (or no key is kept)"
+            )
+    return {
+        f"{method} 1/{times:g}": Compact(keys=round(length / times), method=method)
+        for method in options.method
+        for times in options.compact
+    }
+
+
 def _head(reading: Reading) -> str:
     """Name the columns of the table."""
     return f"{'':<22} {'perplexity':>11} {f'facts recalled, of {reading.questions}':>28}"
@@ -116,9 +159,9 @@ def _verdict(readings: list[Reading]) -> str:
     # By the lower end of the interval: a share above chance may be luck.
     known = [r.way for r in by.values() if r.recall[1] > 1 / CHOICES]
     said.append(
-        f"Facts: {', '.join(known)} remembers more than chance."
+        f"Facts: {'; '.join(known)}: more than chance."
         if known
-        else "Facts: no N remembers more than chance; fine-tune with sleep first (lmsleep finetune --help)."
+        else "Facts: none remembers more than chance; fine-tune with sleep first (lmsleep finetune --help)."
     )
     return "\n".join(said)
 

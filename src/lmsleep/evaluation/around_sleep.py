@@ -91,7 +91,7 @@ def around_sleep(
                 before, awake = state, _read(model, window, state, sleep, passes=1)
                 # Read twice from the same state, which both leave as it is: once awake, once with the sleep.
                 asleep = _read(model, window, state, sleep, passes=sleep.passes)
-                state = evict(sleep.eviction, asleep, L)
+                state = evict(sleep.eviction, model, window, asleep, L)
                 if number > 0 or segments.shape[1] == 1:
                     wanted = torch.from_numpy(task.is_predicted(ahead.cpu().numpy())).to(device)
                     # -100 is what cross_entropy leaves out.

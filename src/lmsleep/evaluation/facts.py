@@ -1,8 +1,9 @@
 """What sleep does to a model that was never trained with it: text after eviction, and planted facts."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -24,8 +25,8 @@ class Reading:
     """The figures of one way of reading.
 
     Attributes:
-        way: "N = 4", or one of the references `KEPT` (the whole text stays in attention) and `DROPPED` (the
-            fast weights are evicted with the window).
+        way: "N = 4" or another name, or one of the references `KEPT` (the whole text stays in attention) and
+            `DROPPED` (the fast weights are evicted with the window).
         nats: mean negative log-likelihood of a token after an eviction.
         right: questions about planted facts whose right answer was the likeliest of `CHOICES`.
         questions: how many were asked.
@@ -72,6 +73,7 @@ def zero_shot(
     samples: int = 16,
     windows: int = 3,
     seed: int = 0,
+    others: Mapping[str, SleepConfig] = MappingProxyType({}),
     progress: Callable[[str], None] = lambda way: None,
 ) -> Iterator[Reading]:
     """Read the same pieces of a text with each number of passes, and in the two reference ways.
@@ -91,6 +93,7 @@ def zero_shot(
         samples: pieces.
         windows: windows in a piece, at least 2.
         seed: of places, facts and numbers.
+        others: sleeps with the same window, by the name of their reading, such as those that compact.
         progress: called with the way after each piece that was read in it.
 
     Returns:
@@ -104,7 +107,7 @@ def zero_shot(
         raise ValueError(
             "window=None evicts nothing, so there is no sleep to try; give the tokens of a window"
         )
-    if windows < 2 or samples < 1 or not passes:
+    if windows < 2 or samples < 1 or not (passes or others):
         raise ValueError(
             f"nothing to measure: windows={windows} (2 at least), samples={samples}, passes={passes}"
         )
@@ -117,7 +120,7 @@ def zero_shot(
     for read in (torch.as_tensor(tokens), begin, *(quiz.tokens() for quiz in quizzes)):
         check_tokens(read, model.vocab_size, tokenizer)
     ways: dict[str, SleepConfig | None] = {KEPT: replace(sleep, window=None), DROPPED: None}
-    ways |= {f"N = {n}": sleep.with_passes(n) for n in passes}
+    ways |= {f"N = {n}": sleep.with_passes(n) for n in passes} | dict(others)
     return _readings(model, pieces, quizzes, L, ways, progress)
 
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 
 from lmsleep.hf.cache import Carried, RunCache
 from lmsleep.hf.cache_name import named
-from lmsleep.hf.positions import Positions
+from lmsleep.hf.positions import Positions, turned_back
 from lmsleep.ops import right_align
+from lmsleep.sleep.compact import Listening
 from lmsleep.state import Cache, Memory, State
 
 if TYPE_CHECKING:
@@ -207,12 +209,11 @@ class HFBackbone(nn.Module):
         carried: dict[int, Carried] = {}
         memory = state.memory.S
         for i in range(start, stop):
-            carried |= self._lend(i, memory[i], where.rebased(i), state.cache.filled)
+            carried |= self._lend(i, memory[i], where.rebased(i), state.cache)
         cache = RunCache(carried, valid, sliding=span is not None)
         with _unrecorded(h):
             for i, block in zip(range(start, stop), blocks, strict=True):
-                mask = where.mask(self._reach(i, span)) if self.layouts[i].kv else None
-                h = call_block(block, h, cache, where, mask)
+                h = call_block(block, h, cache, where, self._mask(i, where, state.cache, span))
         done = cache.finished()
         left = [self._returned(i, done, where.ordinals, valid) for i in range(start, stop)]
         return _recordable(h), state.replace(start, left)
@@ -223,12 +224,21 @@ class HFBackbone(nn.Module):
         own: int | None = self.model.get_decoder().config.sliding_window if self.layouts[i].slides else None
         return min((limit for limit in (own, span) if limit is not None), default=None)
 
+    def _mask(self, i: int, where: Positions, cache: Cache, span: int | None) -> Tensor | None:
+        """Return what tokens see in block i, or None: all before them, or no attention."""
+        if self.layouts[i].kv is None:
+            return None
+        if cache.kept:
+            return where.mask_beside(cache.kept[i][2], self.config.num_attention_heads)
+        return where.mask(self._reach(i, span))
+
     def _lend(
-        self, i: int, memory: Tensor | None, cache: tuple[Tensor, ...], filled: Tensor | None
+        self, i: int, memory: Tensor | None, cache: tuple[Tensor, ...], before: Cache
     ) -> dict[int, Carried]:
-        x, lent = self.layouts[i], {i: Carried()}
+        x, lent, filled = self.layouts[i], {i: Carried()}, before.filled
         if x.kv is not None:
             lent[i].keys, lent[i].values = cache[:2]
+            lent[i].kept = before.kept[i][:2] if before.kept else ()
         if x.memory is not None:
             # The layer that writes may have a number of its own: memory layers stand behind all blocks in a
             # cache.
@@ -258,6 +268,68 @@ class HFBackbone(nn.Module):
             cache.append(held.flatten(2).to(x.memory_dtype))
         S = None if x.memory is None or writer.S is None else _recordable(writer.S.to(x.memory_dtype))
         return S, tuple(_recordable(t) for t in cache if t is not None)
+
+    def kept_sizes(self) -> tuple[tuple[int, int, int] | None, ...]:
+        """Heads and sizes of keys and values that may be kept, for each block; None without attention.
+
+        Raises:
+            ValueError: for attention that no key may be added to or taken from: with a window of the model's
+                own, over latent keys, or eager, whose queries nobody sees.
+        """
+        kind = self.model.config.model_type
+        if self.model.config._attn_implementation != "sdpa":
+            raise ValueError(
+                f"{kind} has attn_implementation={self.model.config._attn_implementation!r}, which shows no "
+                "queries; load it with attn_implementation='sdpa'"
+            )
+        sizes: list[tuple[int, int, int] | None] = []
+        for i, x in enumerate(self.layouts):
+            if x.kv is None:
+                sizes.append(None)
+                continue
+            (heads, key), (others, value) = x.kv
+            if x.slides:
+                raise ValueError(
+                    f"{kind}: block {i} forgets by a sliding window of its own, so it keeps no key"
+                )
+            if heads != others or self.config.num_attention_heads % heads:
+                raise ValueError(
+                    f"{kind}: block {i} caches no keys and values by the head, which could be kept"
+                )
+            sizes.append((heads, key, value))
+        if any(sizes) and self._unlike is not None:
+            raise ValueError(f"{kind}: {self._unlike}")
+        return tuple(sizes)
+
+    @cached_property
+    def _unlike(self) -> str | None:
+        """Return why the cached keys are not what attention sees, turned by halves; None if they are."""
+        i, late = next(i for i, x in enumerate(self.layouts) if x.kv), 7
+        h = self.embed(torch.zeros(1, 1, dtype=torch.int64, device=self.device))
+        if h.is_meta:  # for costs, nothing has a value
+            return None
+        h = torch.linspace(-1, 1, h.shape[2], dtype=h.dtype, device=h.device).view_as(h)
+        with torch.no_grad(), Listening() as heard:
+            _, first = self.run(h, self.initial_state(1), i, i + 1)
+            keys, values, ordinals, *tail = first.cache.layers[i]
+            # The same token once more, after one that says that it is the last of a few.
+            moved = (keys, values, ordinals + late - 1, *tail)
+            _, second = self.run(h, first.replace(i, [(first.memory.S[i], moved)]), i, i + 1)
+            key = second.cache.layers[i][0][:, 1:]
+            turned = self.turned_back(i, key, torch.full(key.shape[:3], late, device=key.device))
+        if not heard.calls:
+            return f"block {i} calls another attention than scaled_dot_product_attention"
+        seen = heard.calls[0][0][1].transpose(1, 2)
+        if not torch.equal(seen, keys.repeat_interleave(seen.shape[2] // keys.shape[2], dim=2)):
+            return f"block {i} attends to other keys than those that it caches (latent attention)"
+        if (turned - keys).abs().max() > 5e-2 * keys.abs().max():
+            return f"block {i} rotates its keys in another way than by halves"
+        return None
+
+    def turned_back(self, i: int, keys: Tensor, by: Tensor) -> Tensor:
+        """Turn keys `[B, t, H, K]` of block i back by `by` `[B, t, H]` positions."""
+        rotary = getattr(self.model.get_decoder(), "rotary_emb", None)
+        return keys if rotary is None else turned_back(rotary, keys, by)
 
     def _by_length(self, valid: Tensor, start: int, stop: int) -> dict[int, Tensor]:
         """Return the numbers of the rows that run together, by the length of the longest of them."""

@@ -24,6 +24,7 @@ class Carried:
         tail: the last inputs of its short convolution, `[B, t, C]`.
         S: its fast weights, three dimensions a row.
         recalled: what a layer reads that recalls what was slept on: `S` as the window began.
+        kept: keys and values of earlier windows, as above; they are seen, and stay where they are.
     """
 
     keys: Tensor | None = None
@@ -31,6 +32,7 @@ class Carried:
     tail: Tensor | None = None
     S: Tensor | None = None
     recalled: Tensor | None = None
+    kept: tuple[Tensor, ...] = ()
 
 
 class _Lent(Tensor):
@@ -82,6 +84,8 @@ class RunCache:
         if layer.keys is not None and layer.values is not None:
             keys, values = append(layer.keys, keys), append(layer.values, values)
         left.keys, left.values = keys, values
+        if layer.kept:
+            keys, values = (torch.cat(pair, dim=1) for pair in zip(layer.kept, (keys, values), strict=True))
         return keys.transpose(1, 2), values.transpose(1, 2)
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> None:

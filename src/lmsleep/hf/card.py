@@ -8,7 +8,7 @@ from typing import Any
 
 from lmsleep import gguf_file
 from lmsleep.files import write_atomic
-from lmsleep.sleep import Consolidator, Hard, Passes, SleepConfig, Sliding
+from lmsleep.sleep import Compact, Consolidator, Hard, Passes, SleepConfig, Sliding
 from lmsleep.version import __version__
 
 NAME, MARK = "README.md", "<!-- written by lmsleep; remove this line to keep changes -->"
@@ -154,6 +154,8 @@ def method(sleep: SleepConfig) -> str:
         evicts = "clears its key-value cache (hard eviction)"
     elif isinstance(sleep.eviction, Sliding):
         evicts = f"keeps keys and values of {L - 1} tokens (sliding eviction)"
+    elif isinstance(sleep.eviction, Compact):
+        evicts = "keeps few keys and values a head of all that was read (compaction)"
     return f"""{window}. When a window is full and the text goes on, {_consolidates(by)}
 into the fast weights of its recurrent blocks, and {evicts}: the method of
 ["Do Language Models Need Sleep?"](https://arxiv.org/abs/2605.26099), implemented by lmsleep {__version__}."""

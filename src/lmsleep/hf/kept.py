@@ -66,7 +66,8 @@ class KeptBackbone(HFBackbone):
         last = self.after[0] if self.recalls else self.after[0] - 1
         if start or last < 0:
             return super()._run_blocks(h, state, start, stop, valid, span)
-        if span is not None or bool(state.cache.counts(state.batch_size).any()):
+        before = state.cache
+        if span is not None or before.kept or bool(before.counts(state.batch_size).any()):
             raise ValueError("keep: hidden states are kept of windows that begin with nothing in attention")
         # Beside rows whose text has ended, which keep their working memory, all others have padding.
         state = State(state.memory, state.cache.last(0))
@@ -86,7 +87,7 @@ class KeptBackbone(HFBackbone):
     def _remember(self, i: int, h: Tensor, state: State, valid: Tensor | None) -> tuple[Tensor, State]:
         """Run the memory layer of block i alone on `h` `[B, T, d]`, the output of the block without it."""
         cache, x = state.cache.layers[i], self.layouts[i]
-        run = RunCache(self._lend(i, state.memory.S[i], cache, state.cache.filled), valid)
+        run = RunCache(self._lend(i, state.memory.S[i], cache, state.cache), valid)
         said = through_cache(self.blocks[i].memory, h, run, x.writer, None)
         # Nothing was added to keys and values, and so nothing is to be aligned.
         left = self._returned(i, run.finished(), cache[2] if x.kv else h, None)

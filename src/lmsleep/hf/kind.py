@@ -83,12 +83,15 @@ class Pretrained(Kind):
         check_can_sleep(folder)
 
     def open(self, folder: Path, device: torch.device | str) -> tuple[Model, SleepConfig]:
-        """Return the model of a folder of `transformers`, and the sleep that it was exported with."""
+        """Return the model of a folder of `transformers`, and the sleep that it was exported with.
+
+        Whoever has no use for a model with attention alone has asked `check_place`.
+        """
         loaded = load_pretrained(folder).to(device)
         from lmsleep.hf.sleeping import saved_sleep  # which imports transformers
 
         told = saved_sleep(loaded.config, folder)
-        return adapt(loaded), told or SleepConfig(window=512, passes=4, loop="middle")
+        return adapt(loaded, attention_alone=True), told or SleepConfig(window=512, passes=4, loop="middle")
 
     def outline(self, folder: Path) -> tuple[Model, SleepConfig]:
         """Return the opened model: only a loaded one shows which of its blocks have fast weights."""

@@ -100,7 +100,7 @@ def check_can_sleep(place: Path) -> None:
     """Refuse a model that has attention alone, by its configuration or header.
 
     Raises:
-        ValueError: with the command that adds memory layers; and as `load_pretrained`.
+        ValueError: with the commands that add memory layers, or do without; and as `load_pretrained`.
         FileNotFoundError: as `load_pretrained`.
     """
     if adapter.is_adapter(place):
@@ -112,7 +112,8 @@ def check_can_sleep(place: Path) -> None:
     if alone:
         raise ValueError(
             f"{place}: its blocks have attention alone, so there are no fast weights for sleep to write to; "
-            "lmsleep convert MODEL OUT --insert 6 adds some, lmsleep finetune MODEL --insert 6 trains them"
+            "lmsleep convert MODEL OUT --insert 6 adds some, lmsleep finetune MODEL --insert 6 trains them; "
+            "lmsleep probe MODEL --compact 10 keeps keys and values instead"
         )
 
 

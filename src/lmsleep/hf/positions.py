@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmsleep.layers.attention import visible
+from lmsleep.layers.attention import beside, visible
 from lmsleep.state import State
 
 REBASE_AFTER = 1 << 15  # ordinals count from the oldest visible key again when they have grown so large
@@ -77,16 +77,7 @@ class Positions:
         cache = self.state.cache.layers[i]
         if self.shift is None or self.rotary is None or not self.attends[i]:
             return cache
-        cos, sin = (t.unsqueeze(2) for t in self.rotary(self.h, self.shift))  # [B, 1, 1, rotary size]
-        # Partial rotary positions: only the first so many numbers of a key are turned.
-        size = cos.shape[-1]
-        turned, plain = cache[0].split([size, cache[0].shape[-1] - size], dim=-1)
-        # `transformers` turns by x cos + (-b, a) sin, with x = (a, b) in halves; the minus turns back.
-        a, b = turned.chunk(2, dim=-1)
-        turned = turned * cos - torch.cat([-b, a], dim=-1) * sin
-        # YaRN scales cosines and sines; the keys were scaled when they were made, and once is enough.
-        turned = turned / getattr(self.rotary, "attention_scaling", 1.0)
-        return torch.cat([turned, plain], dim=-1), *cache[1:]
+        return turned_back(self.rotary, cache[0], self.shift[..., None]), *cache[1:]
 
     def mask(self, span: int | None) -> Tensor | None:
         """Return what each token sees, `[B, 1, T, t + T]`, or None: all before it.
@@ -98,6 +89,15 @@ class Positions:
             self._masks[span] = self._mask(span)
         return self._masks[span]
 
+    def mask_beside(self, bias: Tensor, heads: int) -> Tensor:
+        """Return what is added to the scores of `heads` heads of queries, beside kept keys with `bias`."""
+        return beside(bias, self._seen(None), heads, self.h.dtype)
+
+    def _seen(self, span: int | None) -> Tensor:
+        """Return which keys each token sees, bool."""
+        filled = self.state.cache.filled if self.past else None
+        return visible(self.h.shape[1], self.past, span, filled, self.h.device)
+
     def _mask(self, span: int | None) -> Tensor | None:
         T, past, filled = self.h.shape[1], self.past, self.state.cache.filled
         # Without a mask `transformers` reads causally if there is no past. One token sees all that is there,
@@ -105,9 +105,31 @@ class Positions:
         all_before = past == 0 or (T == 1 and filled is None)
         if all_before and (span is None or past + T <= span) and (not self.eager or T == 1):
             return None
-        seen = visible(T, past, span, filled if past else None, self.h.device)
-        seen = seen.expand(len(self.h), 1, T, past + T)
+        seen = self._seen(span).expand(len(self.h), 1, T, past + T)
         if not self.eager:
             return seen
         # The lowest number, not -inf: a row that sees nothing would become NaN.
         return torch.zeros_like(seen, dtype=self.h.dtype).masked_fill(~seen, torch.finfo(self.h.dtype).min)
+
+
+def turned_back(rotary: Any, keys: Tensor, by: Tensor) -> Tensor:
+    """Turn rotated keys back, as if they stood so many positions earlier.
+
+    Args:
+        rotary: the rotary positions of the model.
+        keys: `[B, t, H, K]`.
+        by: int64, `[B, t, H]` or of one position and head for all.
+    """
+    # Cosines and sines have the dtype of what they are asked for with.
+    exact = torch.promote_types(keys.dtype, torch.float32)
+    angles = rotary(keys.new_empty(0, dtype=exact), by.flatten(1).long())
+    cos, sin = (t.unflatten(1, by.shape[1:]) for t in angles)  # [B, t, H, rotary size]
+    # Partial rotary positions: only the first so many numbers of a key are turned.
+    size = cos.shape[-1]
+    turned, plain = keys.split([size, keys.shape[-1] - size], dim=-1)
+    # `transformers` turns by x cos + (-b, a) sin, with x = (a, b) in halves; the minus turns back.
+    a, b = turned.chunk(2, dim=-1)
+    turned = turned * cos - torch.cat([-b, a], dim=-1) * sin
+    # YaRN scales cosines and sines; the keys were scaled when they were made, and once is enough.
+    turned = turned / getattr(rotary, "attention_scaling", 1.0)
+    return torch.cat([turned.to(keys.dtype), plain], dim=-1)

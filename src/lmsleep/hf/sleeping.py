@@ -26,7 +26,7 @@ from lmsleep.hf.whole_text import (
     valid_tokens,
 )
 from lmsleep.session import Session
-from lmsleep.sleep import SleepConfig, SleepOutput
+from lmsleep.sleep import Hard, SleepConfig, SleepOutput
 from lmsleep.trust import named_by
 
 
@@ -40,7 +40,8 @@ def sleepify(model: Any, sleep: SleepConfig) -> Any:
 
     Args:
         model: what `adapt` takes, `peft` models included.
-        sleep: the `SleepConfig`. Looped wake passes are refused: they cannot read token by token.
+        sleep: the `SleepConfig`. Looped wake passes are refused: they cannot read token by token. A model
+            with attention alone needs an eviction that keeps something.
 
     Returns:
         `model`.
@@ -49,7 +50,7 @@ def sleepify(model: Any, sleep: SleepConfig) -> Any:
         ValueError: for a model that cannot sleep, with the reason, or a sleep that does not fit it.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    backbone = adapt(base)
+    backbone = adapt(base, attention_alone=not isinstance(sleep.eviction, Hard))
     Session(backbone, sleep)  # refuses what does not fit
     decoder = base.get_decoder()
     if not isinstance(base, _Sleeping):

@@ -22,7 +22,7 @@ CUTS = (TOKENS // 2, TOKENS - 1)
 REACHES, SHORT = ("sliding_window", "attention_chunk_size"), 3
 
 
-def adapt(model: Any) -> HFBackbone:
+def adapt(model: Any, *, attention_alone: bool = False) -> HFBackbone:
     """Make a causal language model of `transformers` a backbone of the sleep algorithm.
 
     The model is not changed, and its weights are shared; what `sleepify` made has its backbone already, which
@@ -34,6 +34,8 @@ def adapt(model: Any) -> HFBackbone:
         model: a hybrid (attention and fast weights) such as qwen3_5, qwen3_next, olmo_hybrid, kimi_linear,
             nemotron_h, bamba, granitemoehybrid, falcon_h1, Jet-Nemotron, or an attention-only model with
             inserted memory layers; `peft` models too.
+        attention_alone: take a model without fast weights too. Passes write nothing into it: of a window it
+            keeps what an eviction keeps (`Compact`, `Sliding`).
 
     Raises:
         ValueError: for a model that cannot sleep, with the reason.
@@ -63,7 +65,7 @@ def adapt(model: Any) -> HFBackbone:
     training = model.training
     try:
         with torch.no_grad(), _short_windows(model.get_decoder().config):
-            backbone = _tried(model.eval(), name)
+            backbone = _tried(model.eval(), name, attention_alone)
     finally:
         model.train(training)
     return backbone.train(training)
@@ -82,7 +84,7 @@ def _short_windows(config: Any) -> Iterator[None]:
             setattr(config, name, reach)
 
 
-def _tried(model: Any, name: str) -> HFBackbone:
+def _tried(model: Any, name: str, attention_alone: bool) -> HFBackbone:
     """Return the backbone of a model in evaluation mode; raise ValueError where the trial fails."""
     vocabulary: int = model.config.get_text_config().vocab_size
     tokens = torch.arange(TOKENS, device=model.get_input_embeddings().weight.device)[None] % vocabulary
@@ -93,7 +95,7 @@ def _tried(model: Any, name: str) -> HFBackbone:
             slide = _sliding(HFBackbone(model, ()), tokens)
         layouts = _layouts(model, tokens, {i for i, first in enumerate(like) if first in slide})
         with _only(shown, model.get_decoder()):
-            reason = _reason_against(HFBackbone(model, layouts[:shown]), tokens)
+            reason = _reason_against(HFBackbone(model, layouts[:shown]), tokens, attention_alone)
     except ValueError as error:
         raise ValueError(f"model: {name} cannot sleep: {error}") from error
     except torch.OutOfMemoryError:
@@ -198,11 +200,16 @@ def _layout(i: int, done: dict[int, Carried], dtype: torch.dtype, slides: bool) 
     )
 
 
-def _reason_against(backbone: HFBackbone, tokens: Tensor) -> str | None:
+def _reason_against(backbone: HFBackbone, tokens: Tensor, attention_alone: bool) -> str | None:
     """Return why the model cannot sleep, None if it can."""
-    if all(x.memory is None for x in backbone.layouts):
+    if all(x.memory is None for x in backbone.layouts) and not (
+        attention_alone and attention_only(backbone.config)
+    ):
         if attention_only(backbone.config):
-            return "no block has fast weights to write to; add some with lmsleep.hf.insert_memory_layers"
+            return (
+                "no block has fast weights to write to; add some with lmsleep.hf.insert_memory_layers, or "
+                "adapt it with attention_alone=True for an eviction that keeps keys and values (Compact)"
+            )
         return (
             "none of its recurrent blocks keeps fast weights (a matrix per head) where transformers keeps "
             "keys and values, as those of hybrids do (bamba, qwen3_5 ...)"

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lmsleep.layers.rope import rotate, rotate_on
+from lmsleep.layers.rope import rotate, rotate_on, turned_back
 from lmsleep.ops import append, right_align
 
 
@@ -56,11 +56,13 @@ class Attention(nn.Module):
         valid: Tensor | None,
         span: int | None,
         filled: Tensor | None = None,
+        kept: tuple[Tensor, ...] = (),
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
         """Map `x` `[B, T, d]` to the same shape; each token sees at most `span` positions, itself included.
 
         Of the cache it sees the newest `filled` `[B]` positions of its row. Padding in `x` follows the
-        tokens of its row, so causality hides it; in the cache that is returned it precedes them.
+        tokens of its row, so causality hides it; in the cache that is returned it precedes them. What is
+        `kept` of earlier windows (`Cache.kept`) is seen by all tokens.
         """
         q, k, v = (
             proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj)
@@ -74,16 +76,28 @@ class Attention(nn.Module):
         if self.rope_theta is not None:
             q, k = rotate(q, past, self.rope_theta), rotate_on(k, before, self.rope_theta)
         # With nothing before the window a causal flag says it all, and fused kernels need no mask in memory.
-        T, whole = q.shape[1], past == 0 and (span is None or q.shape[1] <= span)
+        T, whole = q.shape[1], past == 0 and (span is None or q.shape[1] <= span) and not kept
+        mask = None if whole else visible(T, past, span, filled, x.device)
+        if kept and mask is not None:
+            mask = beside(kept[2], mask, self.num_heads, q.dtype)
+            old = self._where_rows_begin(kept[0], past, filled), kept[1]
+            k, v = (torch.cat([x.to(new.dtype), new], dim=1) for x, new in zip(old, (k, v), strict=True))
         o = F.scaled_dot_product_attention(
             q.transpose(1, 2),
             k.transpose(1, 2),
             v.transpose(1, 2),
-            attn_mask=None if whole else visible(T, past, span, filled, x.device),
+            attn_mask=mask,
             is_causal=whole,
             enable_gqa=self.num_kv_heads != self.num_heads,
         )
         return self.o_proj(o.transpose(1, 2).flatten(2)), memory, cache
+
+    def _where_rows_begin(self, kept: Tensor, past: int, filled: Tensor | None) -> Tensor:
+        """Turn kept keys from before position 0 to before the first of the row's own in the cache."""
+        if filled is None or self.rope_theta is None:
+            return kept
+        padding = (past - filled)[:, None, None].expand(kept.shape[:3])
+        return turned_back(kept, -padding, self.rope_theta)
 
 
 def visible(T: int, past: int, span: int | None, filled: Tensor | None, device: torch.device) -> Tensor:
@@ -96,3 +110,23 @@ def visible(T: int, past: int, span: int | None, filled: Tensor | None, device: 
         seen = seen & (key > query - span)
     # The newest `filled` of the past keys are the row's own; what precedes them is padding.
     return seen if filled is None else seen & (key >= past - filled[:, None, None, None])
+
+
+def beside(bias: Tensor, seen: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
+    """Return what is added to scores where kept keys stand before those of the window.
+
+    Args:
+        bias: `[B, k, H]`, of the kept keys of each of H heads.
+        seen: `[..., T, t]` bool, which keys of the window each query sees; four dimensions or two.
+        heads: of queries, a multiple of H.
+        dtype: of the result.
+
+    Returns:
+        `[B, heads, T, k + t]`.
+    """
+    B, _, H = bias.shape
+    T, t = seen.shape[-2:]
+    old = bias.to(dtype).transpose(1, 2).repeat_interleave(heads // H, dim=1)[:, :, None]
+    # The lowest number, not -inf: a row of padding that sees nothing would become NaN.
+    new = torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+    return torch.cat([old.expand(B, heads, T, -1), new.expand(B, heads, T, t)], dim=-1)

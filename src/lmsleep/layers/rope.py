@@ -32,6 +32,15 @@ def rotate_on(x: Tensor, past: Tensor, theta: float) -> Tensor:
     return rotated
 
 
+def turned_back(x: Tensor, by: Tensor, theta: float) -> Tensor:
+    """Turn rotated `x` `[B, t, H, D]` back by `by` `[B, t, H]` positions, as if it stood so much earlier."""
+    exact = torch.promote_types(x.dtype, torch.float32)
+    angle = by[..., None].to(exact) * _frequency(x.shape[-1], theta, exact, x.device)
+    cos, sin = angle.cos(), angle.sin()
+    a, b = x.to(exact).chunk(2, dim=-1)
+    return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1).to(x.dtype)
+
+
 @lru_cache(maxsize=64)  # the passes over a window ask for the same few tables again and again
 def _table(
     first: int, T: int, D: int, theta: float, dtype: torch.dtype, device: torch.device
@@ -42,6 +51,11 @@ def _table(
     # A table that is made while generating stays in the cache and must serve training later, which refuses
     # tensors of inference mode.
     with torch.inference_mode(False):
-        frequency = theta ** (-torch.arange(0, D, 2, device=device, dtype=exact) / D)
-        angle = torch.arange(first, first + T, device=device, dtype=exact)[:, None] * frequency
+        position = torch.arange(first, first + T, device=device, dtype=exact)[:, None]
+        angle = position * _frequency(D, theta, exact, device)
         return angle.cos()[:, None].to(dtype), angle.sin()[:, None].to(dtype)
+
+
+def _frequency(D: int, theta: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return by which angle each pair of numbers turns in a position, `[D / 2]`."""
+    return theta ** (-torch.arange(0, D, 2, device=device, dtype=dtype) / D)

@@ -79,8 +79,9 @@ def watch(
         last = watched.passes[-1]
         # Blocks after the loop write in the last pass only, and after `run` has recorded it.
         passes = [*watched.passes[:-1], replace(last, memory=after.memory, writes={**last.writes, **heard})]
-        heard.clear()
-        after = after if sleep.window is None else evict(sleep.eviction, after, sleep.window)
+        if sleep.window is not None:
+            after = evict(sleep.eviction, model, window, after, sleep.window)
+        heard.clear()  # also of what an eviction read
         yield Window(window, state, passes, after)
         state = after
 

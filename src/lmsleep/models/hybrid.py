@@ -3,7 +3,7 @@
 import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Literal, Self, cast
+from typing import Any, Literal, Self, cast
 
 import torch
 from safetensors import SafetensorError
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lmsleep.files import write_atomic
 from lmsleep.layers import Attention, FastWeights, SwiGLU
 from lmsleep.layers.in_place import Lesson, NextTokens
+from lmsleep.layers.rope import turned_back
 from lmsleep.models.config import RULE_OF, HybridConfig
 from lmsleep.state import Cache, Memory, State
 from lmsleep.trust import named_by
@@ -77,13 +78,15 @@ class Block(nn.Module):
         valid: Tensor | None,
         span: int | None,
         filled: Tensor | None,
+        kept: tuple[Tensor, ...] = (),
         lesson: Lesson | None = None,
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
         """Map `h` `[B, T, d]` and the block's own fast weights and cache to the next ones.
 
         With a `lesson` the SwiGLU learns the tokens, after it has read them (`in_place_mlp`).
         """
-        mixed, memory, cache = self.mixer(self.norm(h), memory, cache, valid, span, filled)
+        more = {"kept": kept} if kept else {}
+        mixed, memory, cache = self.mixer(self.norm(h), memory, cache, valid, span, filled, **more)
         h = h + mixed
         if self.mlp is None or self.mlp_norm is None:
             return h, memory, cache
@@ -287,12 +290,14 @@ class HybridLM(nn.Module):
         span: int | None,
         lesson: Lesson | None,
     ) -> tuple[Tensor, State]:
-        new = []
+        new, before = [], state.cache
         for i in range(start, stop):
-            # A block of one's own need not know of lessons.
-            told = {} if lesson is None or not _learns(self.blocks[i]) else {"lesson": lesson}
+            # A block of one's own need not know of lessons, nor of what is kept.
+            told: dict[str, Any] = {"kept": before.kept[i]} if before.kept and before.kept[i] else {}
+            if lesson is not None and _learns(self.blocks[i]):
+                told["lesson"] = lesson
             h, memory, cache = self.blocks[i](
-                h, state.memory.layers[i], state.cache.layers[i], valid, span, state.cache.filled, **told
+                h, state.memory.layers[i], before.layers[i], valid, span, before.filled, **told
             )
             new.append((memory, cache))
         return h, state.replace(start, new)
@@ -302,6 +307,18 @@ class HybridLM(nn.Module):
         assert self.memory_scale is not None, "a model without the option memory_tokens"
         M = cast(Tensor, memory.layers[0])[:, 0]
         return (M * self.memory_scale).to(self.embedding.weight.dtype)
+
+    def kept_sizes(self) -> tuple[tuple[int, int, int] | None, ...]:
+        """Heads and sizes of keys and values that may be kept, for each block; None without attention."""
+        mixers = [cast(Block, block).mixer for block in self.blocks]
+        return tuple(
+            (m.num_kv_heads, m.head_dim, m.head_dim) if isinstance(m, Attention) else None for m in mixers
+        )
+
+    def turned_back(self, i: int, keys: Tensor, by: Tensor) -> Tensor:
+        """Turn keys `[B, t, H, K]` of block i back by `by` `[B, t, H]` positions."""
+        mixer = cast(Attention, cast(Block, self.blocks[i]).mixer)
+        return keys if mixer.rope_theta is None else turned_back(keys, by, mixer.rope_theta)
 
     def head(self, h: Tensor) -> Tensor:
         """Map hidden states `[B, T, d]` to logits `[B, T, V]`."""

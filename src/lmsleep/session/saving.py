@@ -12,7 +12,8 @@ from lmsleep import memory
 from lmsleep.memory.file import finite
 from lmsleep.plugins import in_file
 from lmsleep.session.stream import Stream
-from lmsleep.sleep import Backbone, SleepConfig
+from lmsleep.sleep import Backbone, Compact, SleepConfig
+from lmsleep.sleep.compact import no_keys
 from lmsleep.state import Cache, Origin, State, Storage
 
 
@@ -30,6 +31,8 @@ def write(path: Path, stream: Stream, origin: Origin, sleep: SleepConfig, storag
     for i, layer in enumerate(stream.start.cache.layers):
         # Where the window began; under hard eviction all of it is empty.
         tensors |= {f"cache.{i}.{j}": t for j, t in enumerate(layer) if t.shape[1]}
+    for i, layer in enumerate(stream.start.cache.kept):
+        tensors |= {f"kept.{i}.{j}": t for j, t in enumerate(layer)}
     header = {"sleep": sleep.to_dict()}
     try:  # by the rules of `read`; options of the user's own may be anything
         SleepConfig.from_dict(json.loads(json.dumps(header["sleep"], allow_nan=False)))
@@ -54,7 +57,14 @@ def read(path: Path, model: Backbone, sleep: SleepConfig | None) -> tuple[State,
             # First, for `from_dict` runs the file that a name is in.
             _check_code(saved.header["sleep"], sleep)
             sleep = SleepConfig.from_dict(saved.header["sleep"])
-        cache = _cache(saved.tensors, model.initial_state(1).cache)
+        empty = model.initial_state(1).cache
+        cache = _cache(saved.tensors, empty)
+        if any(name.startswith("kept.") for name in saved.tensors):
+            by = type(sleep.eviction).__name__ if sleep else "none"
+            if sleep is None or not isinstance(sleep.eviction, Compact):
+                raise ValueError(f"it has keys that eviction=Compact kept, and its sleep evicts by {by}")
+            kept = Cache(no_keys(model, empty))
+            cache = replace(cache, kept=_cache(saved.tensors, kept, "kept").layers)
     except (TypeError, ValueError, AttributeError, OverflowError, RuntimeError) as error:
         raise ValueError(f"{path} holds no session: {error}") from None
     if sleep is None:
@@ -77,10 +87,10 @@ def _check_code(said: Mapping[str, Any], sleep: SleepConfig | None) -> None:
             raise ValueError(f"its {choice} is code, {name}; if you trust it, give a sleep that names it too")
 
 
-def _cache(tensors: Mapping[str, Tensor], empty: Cache) -> Cache:
-    """Return the stored working memory, of the layout of `empty`, which stands where nothing was stored."""
-    names = {f"cache.{i}.{j}" for i, layer in enumerate(empty.layers) for j in range(len(layer))}
-    if strange := {name for name in tensors if name.startswith("cache.")} - names:
+def _cache(tensors: Mapping[str, Tensor], empty: Cache, called: str = "cache") -> Cache:
+    """Return what is stored under a name, of the layout of `empty`, which stands where nothing was stored."""
+    names = {f"{called}.{i}.{j}" for i, layer in enumerate(empty.layers) for j in range(len(layer))}
+    if strange := {name for name in tensors if name.startswith(f"{called}.")} - names:
         raise ValueError(f"{min(strange)!r:.80} belongs to no block")
 
     def stored(name: str, template: Tensor) -> Tensor:
@@ -94,7 +104,7 @@ def _cache(tensors: Mapping[str, Tensor], empty: Cache) -> Cache:
         return t
 
     layers: list[Any] = [
-        tuple(stored(f"cache.{i}.{j}", t) for j, t in enumerate(layer))
+        tuple(stored(f"{called}.{i}.{j}", t) for j, t in enumerate(layer))
         for i, layer in enumerate(empty.layers)
     ]
     return Cache(tuple(layers))

@@ -88,6 +88,7 @@ class Session(Owner):
         state = model.initial_state(1).detach()  # it may begin with what is trained
         # Also what passes=1 sleeps with in `sleep(n)`: found out now, and not after the reading.
         sleep.with_passes(max(sleep.passes, 2) if sleep.window else sleep.passes).check(state.memory)
+        sleep.eviction.check(model)
         if memory is not None:
             if memory.batch_size not in (0, 1):  # 0 where no block has fast weights
                 raise ValueError(
@@ -104,7 +105,7 @@ class Session(Owner):
 
     @property
     def working(self) -> Cache:
-        """Return the working memory: keys and values of the open window (and what sliding eviction kept)."""
+        """Return the working memory: keys and values of the open window (and what eviction kept)."""
         return self.stream.state.cache
 
     @property
@@ -470,7 +471,8 @@ class Session(Owner):
         session.origin = origin
         session.stream = Stream.begin(start, tokens=origin.tokens, sleeps=origin.sleeps)
         # A working memory out of a file may be one that no model leaves: one token shows it, and is not kept.
-        reads = window if len(window) or not start.cache.length else torch.zeros(1, dtype=torch.int64)
+        held = start.cache.length or start.cache.kept
+        reads = window if len(window) or not held else torch.zeros(1, dtype=torch.int64)
         if len(reads):  # in one pass, which leaves what the pieces that it came in left, up to rounding
             try:
                 [read] = stream.awake(model, sleep, [session.stream], [reads]).streams

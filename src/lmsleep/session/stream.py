@@ -194,7 +194,10 @@ def asleep(
     after, broken = [], []
     for row, (stream, share, tokens) in enumerate(zip(streams, shares, new, strict=True)):
         state = share.take()
-        begin = state if sleep.window is None else evict(sleep.eviction, state, sleep.window)
+        begin = state
+        if sleep.window is not None:
+            window = windows[row][None].to(model.device)
+            begin = evict(sleep.eviction, model, window, state, sleep.window)
         # Of what stays: NaN in keys that are evicted harms nobody.
         if not all(bool(t.isfinite().all()) for t in begin.tensors()):
             broken.append(row)

@@ -1,6 +1,7 @@
 """Sleep: Algorithm 1 of the paper, over any model that offers a few methods."""
 
-from lmsleep.sleep.backbone import Backbone
+from lmsleep.sleep.backbone import Backbone, Compactable
+from lmsleep.sleep.compact import Compact
 from lmsleep.sleep.config import SleepConfig
 from lmsleep.sleep.consolidators import (
     CONSOLIDATOR,
@@ -12,7 +13,8 @@ from lmsleep.sleep.consolidators import (
     MemoryTokens,
     Passes,
 )
-from lmsleep.sleep.eviction import EVICTION, EVICTIONS, Eviction, Hard, Sliding, evict
+from lmsleep.sleep.eviction import Eviction, Hard, Sliding, evict
+from lmsleep.sleep.evictions import EVICTION, EVICTIONS
 from lmsleep.sleep.forward import SleepOutput, read_window, sleep_forward
 from lmsleep.sleep.window import Pass, Window, speak, wake
 
@@ -22,6 +24,8 @@ __all__ = [
     "EVICTION",
     "EVICTIONS",
     "Backbone",
+    "Compact",
+    "Compactable",
     "Consolidator",
     "Eviction",
     "GradMem",

@@ -1,6 +1,6 @@
 """What a model must offer to sleep; nothing else in this package knows a model."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -94,4 +94,25 @@ class Learns(Backbone, Protocol):
         span: int | None = None,
     ) -> tuple[Tensor, State]:
         """All blocks over embedded tokens, as `run`; then each that learns adds to its `S`, times `rate`."""
+        ...
+
+
+@runtime_checkable
+class Compactable(Backbone, Protocol):
+    """What a `Backbone` offers besides, if its attention can read fewer keys than it has read tokens.
+
+    Its `run` shows all tokens what is in `state.cache.kept`; its blocks with attention call
+    `torch.nn.functional.scaled_dot_product_attention` once, which is where their queries are seen.
+    """
+
+    def kept_sizes(self) -> tuple[tuple[int, int, int] | None, ...]:
+        """For each block the heads H and the sizes K and V of keys and values; None without attention.
+
+        Raises:
+            ValueError: if attention in this model is not a softmax over keys that stay what they are.
+        """
+        ...
+
+    def turned_back(self, i: int, keys: Tensor, by: Tensor) -> Tensor:
+        """Return keys `[B, t, H, K]` of block i as if they stood `by` `[B, t, H]` positions earlier."""
         ...

@@ -7,7 +7,8 @@ from typing import Any, Self
 from lmsleep.plain import check_types
 from lmsleep.plugins import Plugin
 from lmsleep.sleep.consolidators import CONSOLIDATOR, CONSOLIDATORS, Consolidator, Passes
-from lmsleep.sleep.eviction import EVICTION, EVICTIONS, Eviction, Hard
+from lmsleep.sleep.eviction import Eviction, Hard
+from lmsleep.sleep.evictions import EVICTION, EVICTIONS
 from lmsleep.state import Memory
 
 MAX_WINDOW = 10**9  # tokens: more than anybody holds, less than an int64 does
@@ -28,7 +29,8 @@ class SleepConfig:
     consolidator: Consolidator
     """What a sleep does with a window: `Passes` (the paper), one of its rivals, or one of your own."""
     eviction: Eviction
-    """What stays in attention after a sleep: `Hard` (nothing) or `Sliding` (the last L - 1 tokens)."""
+    """What stays in attention after a sleep: `Hard` (nothing), `Sliding` (the last L - 1 tokens), `Compact`
+    (few keys and values of all windows)."""
     sleep_on_loss: bool
     """Sleep on windows that carry loss too. False: Algorithm 1's rule, they get one ordinary pass."""
 
@@ -46,7 +48,7 @@ class SleepConfig:
         Args:
             window: L, at least 1, or None.
             consolidator: one, or its name: a key of `CONSOLIDATORS`, `FILE.py:CLASS` or an entry point.
-            eviction: one, or its name: "hard", "sliding", `FILE.py:CLASS` or an entry point.
+            eviction: one, or its name: "hard", "sliding", "compact", `FILE.py:CLASS` or an entry point.
             sleep_on_loss: see above.
             options: options of the consolidator, such as `passes`; they take the place of those it has.
 

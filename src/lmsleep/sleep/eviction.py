@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lmsleep.plain import check_types
-from lmsleep.plugins import Plugin, derives_from
+from lmsleep.sleep.backbone import Backbone
 from lmsleep.state import Cache, Memory, State
 
 
@@ -29,6 +29,26 @@ class Eviction(ABC):
     @abstractmethod
     def keep(self, cache: Cache, L: int) -> Cache:
         """Return what stays of `cache`, the working memory at the end of a window of L tokens."""
+
+    def keep_by(self, model: Backbone, tokens: Tensor, state: State, L: int) -> Cache:
+        """Return what stays of `state`, where that depends on the model; else it is what `keep` says.
+
+        Args:
+            model: that read the window.
+            tokens: `[B, n]` int64, those of the window, of all rows as many; without padding unless
+                `takes_padding`.
+            state: at its end.
+            L: tokens of a full window.
+        """
+        del model, tokens
+        return self.keep(state.cache, L)
+
+    def check(self, model: Backbone) -> None:  # noqa: B027 (most fit every model)
+        """Refuse a model of which nothing could be kept so.
+
+        Raises:
+            ValueError: with the reason.
+        """
 
     def span(self, L: int) -> int | None:
         """Return how many positions a token attends to at most, itself included; None: all that are there."""
@@ -62,32 +82,38 @@ class Sliding(Eviction):
         return L
 
 
-EVICTIONS: dict[str, type[Eviction]] = {"hard": Hard, "sliding": Sliding}
-
-EVICTION = Plugin(
-    what="eviction",
-    noun="class",
-    group="lmsleep.evictions",
-    is_one=derives_from(Eviction),
-    must_be="a dataclass (of options) with all methods of lmsleep.Eviction",
-)
-
-
-def evict(eviction: Eviction, state: State, L: int, going_on: Tensor | None = None) -> State:
+def evict(
+    eviction: Eviction,
+    model: Backbone,
+    tokens: Tensor,
+    state: State,
+    L: int,
+    *,
+    valid: Tensor | None = None,
+    going_on: Tensor | None = None,
+) -> State:
     """Return `state` after a sleep: its fast weights, and of its working memory what `eviction` keeps.
 
     Args:
         eviction: what stays.
-        state: the state after a window.
+        model: that read the window.
+        tokens: `[B, n]` int64, the tokens of the window.
+        state: the state after them.
         L: tokens of a full window.
+        valid: `[B, n]` bool, False for padding behind the tokens of a row; None: there is none.
         going_on: `[B]` bool: rows whose text has ended keep their whole working memory. None: all go on.
     """
     cache = state.cache
     if cache.filled is None or eviction.takes_padding:
-        kept = eviction.keep(cache, L)
+        kept = eviction.keep_by(model, tokens, state, L)
     else:
-        alone = State(Memory(()), cache).split()
-        kept = State.join([State(Memory(()), eviction.keep(row.cache, L)) for row in alone]).cache
+        counts = [tokens.shape[1]] * len(tokens) if valid is None else valid.sum(dim=1).tolist()
+        kept = State.join(
+            [
+                State(Memory(()), eviction.keep_by(model, tokens[i : i + 1, :count], row, L))
+                for i, (row, count) in enumerate(zip(state.split(), counts, strict=True))
+            ]
+        ).cache
     if going_on is None or bool(going_on.all()):
         return State(state.memory, kept)
     rows = [going_on.nonzero()[:, 0], (~going_on).nonzero()[:, 0]]

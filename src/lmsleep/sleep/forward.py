@@ -145,6 +145,7 @@ def sleep_forward(
         T = max(T - 1, 0)
         tokens, targets, ends = tokens[:, :T], None if targets is None else targets[:, :T], ends.clamp(max=T)
     carries_loss = torch.zeros(B, T, dtype=torch.bool) if targets is None else (targets >= 0).cpu()
+    sleep.eviction.check(model)
     state = model.initial_state(B) if state is None else state
     total: Tensor | None = None
     kept_logits: list[Tensor] = []
@@ -166,7 +167,10 @@ def sleep_forward(
         if return_logits and logits is not None:
             kept_logits.append(logits)
         if sleep.window is not None and (b < T or evict_last):
-            state = evict(sleep.eviction, state, sleep.window, going_on=None if evict_last else ends > b)
+            on = None if evict_last else ends > b
+            state = evict(
+                sleep.eviction, model, tokens[:, a:b], state, sleep.window, valid=in_window, going_on=on
+            )
         sleeps += asleep
 
     return SleepOutput(

@@ -23,6 +23,7 @@ def first_model(config: RunConfig, *, bfloat16: bool = False, trust: bool = Fals
     # Only a built model shows what a sleep could write to; one row is enough.
     config.sleep.consolidator.check_model(model)
     config.sleep.check(model.initial_state(1).memory)
+    config.sleep.eviction.check(model)
     if start is not None:
         folder = RunFolder(start, trust=trust)
         # On the CPU: weights are copied from it, and the trainer moves the model later.
