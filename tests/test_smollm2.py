@@ -3,6 +3,7 @@
 import copy
 import io
 import json
+import re
 from pathlib import Path
 
 import gguf
@@ -12,7 +13,9 @@ from conftest import run_command
 
 import lmsleep
 from lmsleep import fingerprint, shipped
+from lmsleep.evaluation import evaluate
 from lmsleep.hf import load_pretrained
+from lmsleep.tasks import Recall
 from lmsleep.text.tokenizers import load_tokenizer
 
 PROSE = """The harbour was quiet when Anna came back. She had left the town eleven years earlier with one
@@ -111,3 +114,38 @@ def test_it_predicts_better_with_keys_that_were_kept(model):
 
     matched, attended, norm = (nats(lmsleep.Compact(64, m)) for m in ("attention", "attended", "norm"))
     assert max(matched, attended) < min(norm, nats("hard"))
+
+
+NOTES = "Anna has a red hat. Tom lives in Paris. The code of Mary is 4821. The river was quiet that morning."
+
+
+def test_the_shipped_adapter_answers_from_its_fast_weights(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes.txt").write_text(NOTES)
+    code, out, err = run_command(
+        capsys, "read", "smollm2-sleeps", "notes.txt", "--memory", "n.mem", "--sleep"
+    )
+    assert code == 0 and "1 sleeps" in out and "working 0 B" in out, err
+    opened = lmsleep.open("smollm2-sleeps")
+    asked = {
+        "What color is Anna's hat? It is": " red",
+        "Where does Tom live? Tom lives in": " Paris",
+        "Which code does Mary use? Mary uses": " 4821",
+    }
+    for question, answer in asked.items():
+        session = lmsleep.Session.load("n.mem", opened.model, tokenizer=opened.tokenizer)
+        session.read(f"\n{question}")
+        tokens = len(opened.tokenizer.encode(answer))
+        assert session.generate(max_new_tokens=tokens) == answer
+
+
+def test_the_shipped_adapter_is_as_good_as_its_card_says(tmp_path):
+    # Other texts than the report's: those of the test split by another seed.
+    model, sleep, _ = lmsleep.open("smollm2-sleeps")
+    lmsleep.cli.main(["convert", "smollm2", str(tmp_path / "plain")])
+    task = Recall(
+        kinds=("facts",), facts=(2, 6), filler=(0, 3), length=126, tokenizer=str(tmp_path / "plain")
+    )
+    score = evaluate(model, task, sleep, batches=8, batch_size=16, seed=5)
+    said = re.search(r"held out \| (\d\.\d+) of", (shipped.find("smollm2-sleeps") / "README.md").read_text())
+    assert said is not None and score.accuracy > float(said[1]) - 0.06

@@ -27,6 +27,8 @@ Made by `python tools/ship.py`; this page too.
 | Limits | Toys: a graph of exactly {nodes} nodes, all named, each with one way out, read from `S = 0`; more hops, more or fewer edges, a second graph on top or words of another kind give nonsense. They show what sleep is for, and serve as an example and in tests |
 | Licence | Apache-2.0, as the rest |
 
+`smollm2-sleeps` is an adapter of another model, with a card of its own.
+
 A folder here is a run (`config.json`, `report.json`, `checkpoints/`) without what only training needs: the optimizer's state
 and the metrics.
 """  # noqa: E501
