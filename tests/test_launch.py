@@ -134,6 +134,7 @@ def test_a_grid_over_slurm_is_what_it_is_here(cluster, here, expected):
     assert len([*cluster.glob("*.sh")]) == 2
 
 
+@pytest.mark.slow
 def test_a_job_whose_time_is_nearly_up_saves_its_run_and_goes_on(cluster, here):
     job = Job(here / "run", config(steps=120, save_every=1000))
     launcher = find_launcher("slurm")
@@ -210,6 +211,7 @@ def two(steps: int = 300) -> list[Job]:
     return [Job(Path("run"), config(steps=steps)), Job(Path("run2"), config(1, steps=steps))]
 
 
+@pytest.mark.slow
 def test_a_killed_submitter_leaves_jobs_that_the_same_command_finds(cluster, here, submitter, capfd):
     wait_for(lambda: steps_logged(Path("run")))
     submitter.kill()

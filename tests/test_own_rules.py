@@ -37,6 +37,7 @@ def file(tmp_path):
     sys.modules.pop(str(path), None)
 
 
+@pytest.mark.slow
 def test_a_rule_in_a_file_crosses_every_process(file, tmp_path):
     run, memory = tmp_path / "run", tmp_path / "a.mem"
     blocks = ["--blocks", "attention", "my_rule.py:mine"]

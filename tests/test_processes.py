@@ -260,6 +260,7 @@ def hanging(folder):
     command(folder, *TINY, "--out", "run", "--patience", "3")
 
 
+@pytest.mark.slow
 def test_one_that_hangs_is_waited_for_no_longer_than_was_said(tmp_path):
     first, _ = ranks.run(2, hanging, tmp_path, group=False, expect=(1, -9), patience=20)
     assert "did not answer for 3 s" in first
