@@ -262,7 +262,7 @@ def test_it_trains_is_scored_and_reads_on_the_command_line(tmp_path, capsys):
             lambda: find_kind("hf").check(FineTune(folder=Path("model")), sleeping(GradMem(2))),
             "^memory tokens are for models that have some, .*models of transformers have none",
         ),
-        (lambda: replace(CONFIG, memory_tokens=-1), "^memory_tokens must not be negative, got -1"),
+        (lambda: replace(CONFIG, memory_tokens=-1), "^memory_tokens must be finite and not negative, got -1"),
         (lambda: tiny(memory_tokens=2), "^memory_tokens=2 is for models that keep nothing else: attention"),
         (
             lambda: replace(CONFIG, overrides={1: {"trained_mlp": True}}),

@@ -62,7 +62,7 @@ class Reader:
 def stored(batches: int) -> Table:
     """Score the same memories through files of three kinds."""
     rows: list[dict[str, Cell]] = []
-    for name in shipped.names():
+    for name in shipped.runs():
         reader = Reader.shipped(name)
         right, given = ({s: list[Tensor]() for s in STORAGES} for _ in range(2))
         size, hops = {}, []
@@ -107,7 +107,7 @@ def merged(batches: int) -> Table:
         "nothing (S = 0)": lambda r, c: r.read(c).map(torch.zeros_like),
     }
     rows: list[dict[str, Cell]] = []
-    for name in reversed(shipped.names()):
+    for name in reversed(shipped.runs()):
         reader = Reader.shipped(name)
         for case, remember in cases.items():
             right, hops = [], []

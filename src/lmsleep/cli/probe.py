@@ -41,8 +41,8 @@ class ProbeOptions:
     eviction: Literal["hard", "sliding"] = "hard"
     """After a sleep attention keeps nothing of the window (hard) or its last L - 1 tokens (sliding)."""
     compact: tuple[float, ...] = ()
-    """Read with keys and values compacted too: so many times fewer than a whole piece has, such as
-    --compact 2 4 10 50. Then the model may have attention alone."""
+    """Read with keys and values compacted too, so many times fewer than a whole piece has (2 4 10 50, say).
+    Then the model may have attention alone."""
     method: tuple[Method, ...] = ("attention",)
     """Of --compact, which keys a head keeps: those with the most attention, biases and values fitted
     (attention), or as they are (attended); those of smallest norm (norm); any (random)."""

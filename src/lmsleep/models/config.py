@@ -86,8 +86,8 @@ class HybridConfig:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         for name in ("mlp_dim", "conv_size", "conv_init", "residual_init", "memory_tokens"):
             value = getattr(self, name)
-            if value is not None and value < 0:
-                raise ValueError(f"{name} must not be negative, got {value}")
+            if value is not None and not 0 <= value < float("inf"):  # so written, it refuses NaN as well
+                raise ValueError(f"{name} must be finite and not negative, got {value}")
         for name in ("norm_eps", "rope_theta"):
             value = getattr(self, name)
             if value is not None and value <= 0:
