@@ -67,6 +67,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--ship", type=Path, help="folder to write as an adapter of the base model")
     parser.add_argument("--rank", type=int, help="of what is shipped; default: whole matrices")
     options, more = parser.parse_known_args(argv)
+    options.out.mkdir(parents=True, exist_ok=True)
     base = options.out / "base"
     if not base.exists():
         _say(["convert", options.model, str(base)])
