@@ -103,7 +103,7 @@ def test_converted_it_computes_the_same_and_chats(model, folder, capsys, monkeyp
 def test_it_predicts_better_with_keys_that_were_kept(model):
     # Of 768 tokens the last 256 are predicted, with 64 keys a head for the 512 before them, or without any.
     backbone = lmsleep.adapt(model, attention_alone=True)
-    x = torch.tensor([load_tokenizer("smollm2").encode(Path(__file__).read_text())[:768]])
+    x = torch.tensor([load_tokenizer(str(packaged())).encode(Path(__file__).read_text())[:768]])
     mask = torch.zeros_like(x, dtype=torch.bool)
     mask[:, 512:] = True
 
