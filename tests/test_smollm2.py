@@ -4,7 +4,7 @@ import copy
 import io
 import json
 import re
-from pathlib import Path
+from pydoc_data.topics import topics
 
 import gguf
 import pytest
@@ -103,7 +103,7 @@ def test_converted_it_computes_the_same_and_chats(model, folder, capsys, monkeyp
 def test_it_predicts_better_with_keys_that_were_kept(model):
     # Of 768 tokens the last 256 are predicted, with 64 keys a head for the 512 before them, or without any.
     backbone = lmsleep.adapt(model, attention_alone=True)
-    x = torch.tensor([load_tokenizer(str(packaged())).encode(Path(__file__).read_text())[:768]])
+    x = torch.tensor([load_tokenizer(str(packaged())).encode(topics["assignment"])[:768]])
     mask = torch.zeros_like(x, dtype=torch.bool)
     mask[:, 512:] = True
 
@@ -112,8 +112,9 @@ def test_it_predicts_better_with_keys_that_were_kept(model):
         with torch.no_grad():
             return float(lmsleep.sleep_forward(backbone, x, mask, sleep, return_logits=False).loss)
 
-    matched, attended, norm = (nats(lmsleep.Compact(64, m)) for m in ("attention", "attended", "norm"))
-    assert max(matched, attended) < min(norm, nats("hard"))
+    # Not the fitted ones: over several windows they may predict worse than none (docs/rivals.md).
+    attended, norm = (nats(lmsleep.Compact(64, m)) for m in ("attended", "norm"))
+    assert attended < min(norm, nats("hard"))
 
 
 NOTES = "Anna has a red hat. Tom lives in Paris. The code of Mary is 4821. The river was quiet that morning."
