@@ -8,6 +8,7 @@ from by_hand import said, same_gradients, surprise, through
 from conftest import close, lively, random_tokens, run_command, same_memory, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sequences import TOKENS, goes_on, heard, reads_together, rows_do_not_meet
 from torch import Tensor
 
 from lmsleep import (
@@ -17,18 +18,15 @@ from lmsleep import (
     InPlace,
     Passes,
     Session,
-    SessionBatch,
     SleepConfig,
     sleep_forward,
 )
 from lmsleep.evaluation.cost import cost
 from lmsleep.layers.in_place import NextTokens
-from lmsleep.session.stream import next_logits
 from lmsleep.tasks import MQAR
 from lmsleep.training import RunConfig, TrainConfig
 
 CONFIG = tiny("attention", "gated_delta_net", "attention", overrides={2: {"in_place_mlp": True}})
-TOKENS, LENGTHS = random_tokens(3, 14), torch.tensor([14, 9, 4])
 WAYS = {
     "window": InPlace(2, rate=0.2),
     "chunks": InPlace(2, rate=0.2, chunk=3),
@@ -98,52 +96,21 @@ def test_it_is_what_the_equations_say_forward_and_in_its_gradients(L, T, N, chun
     same_gradients(model, out.loss, loss)
 
 
-def heard(session: Session) -> Tensor:
-    return next_logits(session.model, session.sleep_config, [session.stream])[0]
-
-
 @EACH
 def test_rows_do_not_influence_each_other(model, by):
-    together = sleep_forward(model, TOKENS, None, sleeping(by), lengths=LENGTHS)
-    for row, n in enumerate(LENGTHS.tolist()):
-        alone = sleep_forward(model, TOKENS[row : row + 1, :n], None, sleeping(by))
-        assert close(together.logits[row, :n], alone.logits[0])
-        assert same_memory(together.memory[[row]], alone.memory)
+    rows_do_not_meet(model, sleeping(by))
 
 
 @EACH
 @pytest.mark.parametrize("eviction", ["hard", "sliding"])
 def test_a_session_reads_in_any_pieces_and_goes_on_from_its_file(model, by, eviction, tmp_path):
-    tokens, sleep = TOKENS[0], replace(sleeping(by), eviction=eviction)
-    whole = sleep_forward(model, tokens[None], None, sleep)
-    for pieces in ([1] * 14, [3, 1, 6, 4], [14]):
-        session = Session(model, sleep)
-        for piece in tokens.split(pieces):
-            session.read(piece)
-        assert same_memory(session.memory, whole.memory)
-    first = Session(model, sleep)
-    first.read(tokens[:10])
-    first.save(tmp_path / "a.mem")
-    again, fork = Session.load(tmp_path / "a.mem", model), first.fork()
-    for session in (first, again, fork):
-        session.read(tokens[10:])
-        assert same_memory(session.memory, whole.memory)
-        assert close(heard(session), whole.logits[0, -1])
+    again = goes_on(model, replace(sleeping(by), eviction=eviction), tmp_path / "a.mem")
     assert again.memory.layers[2].shape == (1, 1, 24, 16)
 
 
 @EACH
 def test_sessions_that_stand_at_different_places_read_together(model, by):
-    alone = [Session(model, sleeping(by)) for _ in range(3)]
-    batch = SessionBatch([Session(model, sleeping(by)) for _ in range(3)])
-    for cuts in ([2, 4, 0], [3, 1, 5], [1, 1, 1], [4, 7, 2]):
-        texts = [random_tokens(n, seed=n) for n in cuts]
-        for session, text in zip(alone, texts, strict=True):
-            session.read(text)
-        batch.read(texts)
-    for mine, other in zip(batch.sessions, alone, strict=True):
-        assert same_memory(mine.memory, other.memory)
-        assert close(heard(mine), heard(other), 1e-11)
+    reads_together(model, sleeping(by))
 
 
 def test_a_long_stream_takes_no_more_than_a_short_one():

@@ -9,6 +9,7 @@ from by_hand import norm, said, same_gradients, surprise, through
 from conftest import close, lively, random_tokens, run_command, same_memory, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sequences import LENGTHS, TOKENS, goes_on, reads_together, rows_do_not_meet
 from torch import Tensor
 
 from lmsleep import (
@@ -18,20 +19,17 @@ from lmsleep import (
     MemoryTokens,
     Passes,
     Session,
-    SessionBatch,
     SleepConfig,
     sleep_forward,
 )
 from lmsleep.backbones import find_kind
 from lmsleep.evaluation.cost import cost
 from lmsleep.hf.finetune import FineTune
-from lmsleep.session.stream import next_logits
 from lmsleep.tasks import MQAR
 from lmsleep.training import RunConfig, TrainConfig, baseline
 
 BLOCKS, M = ("attention", "attention"), 3
 CONFIG = tiny(*BLOCKS, memory_tokens=M)
-TOKENS, LENGTHS = random_tokens(3, 14), torch.tensor([14, 9, 4])
 WAYS = {"rmt": MemoryTokens(2), "rmt-twice": MemoryTokens(3), "gradmem": GradMem(3, rate=0.4)}
 EACH = pytest.mark.parametrize("by", WAYS.values(), ids=WAYS.keys())
 
@@ -95,18 +93,9 @@ def test_it_is_what_the_equations_say_forward_and_in_its_gradients(m, L, T, N, d
     same_gradients(model, out.loss, loss)
 
 
-def heard(session: Session) -> Tensor:
-    return next_logits(session.model, session.sleep_config, [session.stream])[0]
-
-
 @EACH
 def test_rows_do_not_influence_each_other(model, by):
-    together = sleep_forward(model, TOKENS, None, sleeping(by), lengths=LENGTHS)
-    for row, n in enumerate(LENGTHS.tolist()):
-        alone = sleep_forward(model, TOKENS[row : row + 1, :n], None, sleeping(by))
-        assert close(together.logits[row, :n], alone.logits[0])
-        assert same_memory(together.memory[[row]], alone.memory)
-        assert together.sleeps[row] == alone.sleeps[0] == (n - 1) // 4
+    rows_do_not_meet(model, sleeping(by))
 
 
 @EACH
@@ -122,38 +111,12 @@ def test_a_loss_that_is_heard_alone_is_that_of_all_logits(model, by):
 
 @EACH
 def test_a_session_reads_in_any_pieces_and_goes_on_from_its_file(model, by, tmp_path):
-    tokens, sleep = TOKENS[0], sleeping(by)
-    whole = sleep_forward(model, tokens[None], None, sleep)
-    for pieces in ([1] * 14, [3, 1, 6, 4], [14]):
-        session = Session(model, sleep)
-        for piece in tokens.split(pieces):
-            session.read(piece)
-        assert same_memory(session.memory, whole.memory)
-        assert not session.memory.layers[0].requires_grad
-    first = Session(model, sleep)
-    first.read(tokens[:10])
-    first.save(tmp_path / "a.mem")
-    again, fork = Session.load(tmp_path / "a.mem", model), first.fork()
-    assert again.sleep_config == sleep
-    for session in (first, again, fork):
-        session.read(tokens[10:])
-        assert same_memory(session.memory, whole.memory)
-        assert close(heard(session), whole.logits[0, -1])
-    assert again.memory.nbytes == M * 16 * 8
+    assert goes_on(model, sleeping(by), tmp_path / "a.mem").memory.nbytes == M * 16 * 8
 
 
 @EACH
 def test_sessions_that_stand_at_different_places_read_together(model, by):
-    alone = [Session(model, sleeping(by)) for _ in range(4)]
-    batch = SessionBatch([Session(model, sleeping(by)) for _ in range(4)])
-    for cuts in ([2, 4, 0, 1], [3, 1, 5, 0], [1, 1, 1, 1], [4, 7, 2, 6]):
-        texts = [random_tokens(n, seed=n) for n in cuts]
-        for session, text in zip(alone, texts, strict=True):
-            session.read(text)
-        batch.read(texts)
-    for mine, other in zip(batch.sessions, alone, strict=True):
-        assert same_memory(mine.memory, other.memory)
-        assert close(heard(mine), heard(other), 1e-11)
+    reads_together(model, sleeping(by))
 
 
 @EACH

@@ -53,9 +53,8 @@ def by_column(score: Score, labels: Sequence[str]) -> dict[str, tuple[int, int]]
     """Return right answers and questions for each column."""
     found = dict.fromkeys(COLUMNS, (0, 0))
     for key, total in score.total.items():
-        kind, _, told = labels[key].partition("+")
-        del kind
-        for column in ("all", told or TOLD[0]):
+        told = labels[key].partition("+")[2] or TOLD[0]
+        for column in ("all", told):
             right, asked = found[column]
             found[column] = (right + round(score.per_difficulty[key] * total), asked + total)
     return found

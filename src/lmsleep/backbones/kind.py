@@ -103,15 +103,18 @@ class Kind:
         Raises:
             ValueError: if some of them would change in training, or the kind cannot.
         """
-        raise ValueError(f"keep is for memory layers of pretrained models, not for {self.name}")
+        raise ValueError(self._no_keep())
 
     def keep(self, model: Model, folder: Path, *, bfloat16: bool) -> Model:
         """Return the same model, which keeps hidden states in `folder`.
 
         Raises:
-            ValueError: if some of them would change.
+            ValueError: if some of them would change, or the kind cannot.
         """
-        raise NotImplementedError  # refused before
+        raise ValueError(self._no_keep())
+
+    def _no_keep(self) -> str:
+        return f"keep is for memory layers of pretrained models, not for {self.name}"
 
     def _no_start(self) -> str:
         return f"start is for hybrid models, not for {self.name}"

@@ -51,7 +51,9 @@ class BaseModel:
     @classmethod
     def of(cls, model: Any, name: str) -> "BaseModel":
         """Describe a model of `transformers`."""
-        return cls(name, model.config.model_type, model.num_parameters(), weights_fingerprint(model))
+        return cls(
+            name, model.config.model_type, model.num_parameters(), weights_fingerprint(model.state_dict())
+        )
 
     def __str__(self) -> str:
         return f"{self.name} ({self.model_type}, {self.parameters:,} parameters)"

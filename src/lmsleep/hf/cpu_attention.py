@@ -15,10 +15,10 @@ def attend(
 ) -> tuple[Tensor, None]:
     """Attend as "sdpa" of `transformers` does; halves on a CPU in float32.
 
-    At 14 tokens a row the backward pass takes 9 times as long in bfloat16 as in float32, and at 256 tokens
-    still longer (PyTorch 2.13; docs/pretrained.md, "Attention-only models").
+    At 14 tokens a row the backward pass takes 9 times as long in bfloat16 as in float32, at 256 tokens a
+    quarter longer (PyTorch 2.13; docs/pretrained.md, "Attention-only models").
     """
-    if query.device.type != "cpu" or query.dtype == torch.float32:
+    if query.device.type != "cpu" or query.dtype.itemsize > 2:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     whole = (t.float() for t in (query, key, value))
     with torch.autocast("cpu", enabled=False):

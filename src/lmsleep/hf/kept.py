@@ -51,10 +51,7 @@ class KeptBackbone(HFBackbone):
             raise ValueError("keep: the model has dropout, so its hidden states are others at every step")
         self.recalls = all(self.layouts[i].recalls for i in self.after)
         memory = {id(p) for layer in inserted if layer is not None for p in layer.parameters()}
-        frozen = nn.Module()
-        for name, p in backbone.model.named_parameters():
-            if id(p) not in memory:
-                frozen.register_parameter(name.replace(".", "/"), p)
+        frozen = {name: p for name, p in backbone.model.named_parameters() if id(p) not in memory}
         # Other versions of PyTorch, and blocks that are counted otherwise, round otherwise.
         made = f"{weights_fingerprint(frozen)} {self.after} {bfloat16} {torch.__version__}"
         self.folder = folder / hashlib.sha256(made.encode()).hexdigest()[:16]
@@ -72,14 +69,14 @@ class KeptBackbone(HFBackbone):
         # Beside rows whose text has ended, which keep their working memory, all others have padding.
         state = State(state.memory, state.cache.last(0))
         if stop <= last:
-            return self._kept(h, state, [stop - 1], valid)[0], state
+            return self._kept(h, [stop - 1], valid)[0], state
         nothing = not any(bool(S.any()) for S in state.memory.tensors())
         if self.recalls and stop == self.num_blocks and nothing:
-            *read, h = self._kept(h, state, [*self.after, stop - 1], valid)
+            *read, h = self._kept(h, [*self.after, stop - 1], valid)
             for i, x in zip(self.after, read, strict=True):
                 _, state = self._remember(i, x, state, valid)
             return h, state
-        h = self._kept(h, state, [last], valid)[0]
+        h = self._kept(h, [last], valid)[0]
         if self.recalls:
             h, state = self._remember(last, h, state, valid)
         return super()._run_blocks(h, state, last + 1, stop, valid, span)
@@ -93,7 +90,7 @@ class KeptBackbone(HFBackbone):
         left = self._returned(i, run.finished(), cache[2] if x.kv else h, None)
         return h if said is None else h + said, state.replace(i, [left])
 
-    def _kept(self, h: Tensor, state: State, taps: list[int], valid: Tensor | None) -> list[Tensor]:
+    def _kept(self, h: Tensor, taps: list[int], valid: Tensor | None) -> list[Tensor]:
         """Return the outputs `[B, T, d]` of some blocks without their memory layers, where nothing is said.
 
         They are of embeddings `h` and read from a file; where there is none yet, it is made.
@@ -106,16 +103,16 @@ class KeptBackbone(HFBackbone):
         try:
             found = load_file(path, device=str(h.device))
         except (FileNotFoundError, SafetensorError):  # what is damaged can be made again
-            found = self._compute(h, state, taps, valid)
+            found = self._compute(h, taps, valid)
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(path, save({name: t.cpu().contiguous() for name, t in found.items()}))
         return [found[str(i)] for i in taps]
 
     @torch.no_grad()
-    def _compute(self, h: Tensor, state: State, taps: list[int], valid: Tensor | None) -> dict[str, Tensor]:
-        found, start = {}, 0
+    def _compute(self, h: Tensor, taps: list[int], valid: Tensor | None) -> dict[str, Tensor]:
+        found, start = dict[str, Tensor](), 0
         # Nothing was slept on, so a `Recall` says nothing.
-        state = self.initial_state(state.batch_size)
+        state = self.initial_state(len(h))
         for i in taps:
             if i >= start:
                 h, _ = super()._run_blocks(h, state, start, i + 1, valid, None)

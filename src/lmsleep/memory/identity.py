@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -40,12 +40,15 @@ def fingerprint(model: Any) -> str:
     return digest
 
 
-def weights_fingerprint(model: Any) -> str:
-    """Return the SHA-256 over names, dtypes and numbers of a model's weights, as 64 hex digits.
+def weights_fingerprint(weights: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 over names, dtypes and numbers of weights, as 64 hex digits.
 
     Configurations do not count: equal weights are one model, whatever file and version they were read from.
+
+    Args:
+        weights: by name, such as a `state_dict()`.
     """
-    return _digest_of("", sorted(model.state_dict().items()))
+    return _digest_of("", sorted(weights.items()))
 
 
 def model_identity(model: Any) -> str | None:

@@ -125,8 +125,8 @@ class HybridConfig:
                 f"forget must be (slowest, fastest) with 0 < slowest <= fastest, got {self.forget}"
             )
         # What all blocks share cannot differ in one.
-        shared = {"vocab_size", "d_model", "blocks", "tie_embeddings", "residual_init", "memory_tokens"}
-        shared.add("overrides")
+        shared = {"vocab_size", "d_model", "blocks", "tie_embeddings", "residual_init"}
+        shared |= {"memory_tokens", "overrides"}
         known = {f.name for f in fields(self)} - shared
         for i, options in self.overrides.items():
             if not 0 <= i < len(self.blocks):
