@@ -27,7 +27,7 @@ TASKS = [
     MQAR(pairs=1, queries=1, keys=2, values=1),
     MQAR(pairs=6, queries=6, values=7, filler=5),
     Depo(nodes=8, hops=4, names=9, name_lengths=(1, 1), queries=3, ask="fork", pad_to=40),
-    *(WordProblem(group=group) for group in ("S5", "A5", "A4xZ5", "Z60")),
+    *(WordProblem(group=group) for group in ("S5", "A5", "A4xZ5", "Z60", "S3")),
     WordProblem(length=1, queries=1),
     Variables(),
     Variables(chains=10, hops=0, queries=1),

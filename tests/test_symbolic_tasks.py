@@ -12,11 +12,11 @@ def draw(task, size=SIZE, level=1.0, index=0):
     return task.batch(batch_rng(0, "train", index), size, "train", level)
 
 
-@pytest.mark.parametrize("group", ["S5", "A5", "A4xZ5", "Z60"])
+@pytest.mark.parametrize("group", ["S5", "A5", "A4xZ5", "Z60", "S3"])
 def test_tables_are_groups(group):
     table = multiplication_table(group)
     n = len(table)
-    assert n == (120 if group == "S5" else 60)
+    assert n == {"S5": 120, "S3": 6}.get(group, 60)
     assert (table[0] == np.arange(n)).all() and (table[:, 0] == np.arange(n)).all()
     for axis in (0, 1):
         assert (np.sort(table, axis=axis) == np.expand_dims(np.arange(n), 1 - axis)).all()  # Latin square
@@ -36,7 +36,7 @@ def commutators(table: np.ndarray, elements: set[int]) -> set[int]:
 
 @pytest.mark.parametrize(
     ("group", "series"),
-    [("S5", [120, 60, 60]), ("A5", [60, 60]), ("A4xZ5", [60, 4, 1]), ("Z60", [60, 1])],
+    [("S5", [120, 60, 60]), ("A5", [60, 60]), ("A4xZ5", [60, 4, 1]), ("Z60", [60, 1]), ("S3", [6, 3, 1])],
 )
 def test_derived_series_tell_the_solvable_groups(group, series):
     table = multiplication_table(group)

@@ -10,7 +10,7 @@ import numpy as np
 from lmsleep.tasks.base import Batch, check_literals, single_answers
 from lmsleep.text import Split
 
-Group = Literal["S5", "A5", "A4xZ5", "Z60"]
+Group = Literal["S5", "A5", "A4xZ5", "Z60", "S3"]
 
 
 @cache
@@ -18,7 +18,7 @@ def multiplication_table(group: Group) -> np.ndarray:
     """Return the table `[order, order]`: `table[a, b]` is `a`, then `b`; element 0 is the identity.
 
     S5 and A5 are not solvable (their word problems are complete for NC1); A4 x Z5 and Z60 have as many
-    elements as A5 and are.
+    elements as A5 and are. S3 is the smallest group in which order matters.
     """
     if group == "Z60":
         return np.add.outer(np.arange(60), np.arange(60)) % 60
@@ -26,6 +26,8 @@ def multiplication_table(group: Group) -> np.ndarray:
         four, five = _permutations(4, even=True), np.add.outer(np.arange(5), np.arange(5)) % 5
         table: np.ndarray = 5 * four[:, None, :, None] + five[None, :, None, :]
         return table.reshape(60, 60)
+    if group == "S3":
+        return _permutations(3, even=False)
     return _permutations(5, even=group == "A5")
 
 
@@ -50,7 +52,7 @@ class WordProblem:
     """
 
     group: Group = "A5"
-    """S5 (120 elements), A5 (60); solvable controls of 60 elements: A4xZ5, Z60."""
+    """S5 (120 elements), A5 (60); solvable controls of 60 elements: A4xZ5, Z60; and of 6: S3."""
     length: int = 16
     """Elements in a word."""
     queries: int = 8
