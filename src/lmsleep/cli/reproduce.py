@@ -1,7 +1,7 @@
 """`lmsleep reproduce`: the runs behind a figure."""
 
 from lmsleep.cli.options import parse
-from lmsleep.recipes import RECIPES
+from lmsleep.recipes import GROUPS, RECIPES
 from lmsleep.recipes import run as reproduce_command
 
 
@@ -13,4 +13,6 @@ def reproduce(argv: list[str]) -> None:
 
 
 def _figures() -> str:
-    return "\n".join(f"  {name:<10} {recipe.title}" for name, recipe in RECIPES.items())
+    groups = {name: f"All of {', '.join(names)}" for name, names in GROUPS.items()}
+    titles = {name: recipe.title for name, recipe in RECIPES.items()} | groups
+    return "\n".join(f"  {name:<20} {title}" for name, title in titles.items())

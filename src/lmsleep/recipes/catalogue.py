@@ -12,7 +12,7 @@ from typing import Any
 
 from lmsleep.hf.finetune import FineTune
 from lmsleep.models import BlockKind, HybridConfig
-from lmsleep.recipes import settings
+from lmsleep.recipes import rivals, settings
 from lmsleep.recipes.recipe import Cell, Recipe
 from lmsleep.recipes.results import TIMED_STEPS
 from lmsleep.recipes.settings import PAIR, Scale, depo, rule110
@@ -358,6 +358,19 @@ def _state_sizes(scale: Scale) -> list[Cell]:
     return cells
 
 
+def _rivals(task: str, title: str) -> Recipe:
+    return Recipe(
+        title,
+        "Not in the paper: what else could keep a window, at equal bytes and for equal training FLOPs?",
+        rivals.cells(task),
+        ("bytes", "context_flops"),
+        costs=True,
+        caution="Bytes are a quarter (1/4), all (1) or four times (4) those of `S` in a block. Each method "
+        "has the rate, and the one choice of its own, that the same search found. Keys are those of the "
+        "whole cache, which was trained with nothing compacted.",
+    )
+
+
 BOTH_BUDGETS = (
     "Not in the paper, which compares at equal tokens: N at equal tokens and at equal training FLOPs."
 )
@@ -490,4 +503,9 @@ RECIPES: dict[str, Recipe] = {
         _state_sizes,
         ("difficulty", "final"),
     ),
+    "rivals-depo": _rivals("depo", "Rivals on the pointer chase: one hop is storage, three are depth"),
+    "rivals-mqar": _rivals("mqar", "Rivals on MQAR: storage alone"),
+    "rivals-word-problem": _rivals("word-problem", "Rivals on the word problem of S3: keeping track"),
+    "rivals-variables": _rivals("variables", "Rivals on variables: assignments, shuffled"),
 }
+GROUPS = {"rivals": ("rivals-depo", "rivals-mqar", "rivals-word-problem")}  # recipes that belong together

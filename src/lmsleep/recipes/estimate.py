@@ -25,7 +25,7 @@ def estimate(cells: Sequence[Cell], seeds: int) -> Iterator[dict[str, Any]]:
     `PROBE_SECONDS`, measured once for cells of one model: in CPU time of one thread, which busy neighbours
     do not lengthen, or on the GPU.
     """
-    # As runs side by side have it; besides, the clock of `_clock` is that of one thread.
+    # As runs side by side have it; besides, the clock of `clock` is that of one thread.
     torch.set_num_threads(1)
     rates: dict[str, float] = {}
     for cell in progress(iterable=_with_starts(cells), desc="cells", leave=False):
@@ -60,6 +60,8 @@ def _with_starts(cells: Sequence[Cell]) -> list[Cell]:
     found: dict[str, Cell] = {}
     shared = {cell.shorter.folder_for(0) for cell in cells if cell.shorter is not None}
     for cell in cells:
+        if cell.reading is not None:  # which is a run of another cell
+            continue
         starts = [] if cell.start is None else _with_starts([cell.start])
         found |= {c.folder_for(0): c for c in [*starts, cell]}
     return [cell for name, cell in found.items() if name not in shared]
@@ -85,15 +87,15 @@ def _timed(config: RunConfig) -> float:
     batch = config.task.batch(batch_rng(0, "train", 0), config.train.batch_size, "train").to(device)
     # The first one also warms up; the best is the least disturbed.
     for _ in range(3):
-        started = _clock(device)
+        started = clock(device)
         loss = read_batch(model, batch, config.sleep).loss
         assert loss is not None
         loss.backward()
-        elapsed.append(_clock(device) - started)
+        elapsed.append(clock(device) - started)
     return min(elapsed)
 
 
-def _clock(device: torch.device) -> float:
+def clock(device: torch.device) -> float:
     """Return seconds: of this thread on the CPU, or by the clock when the GPU has done its work."""
     if device.type == "cpu":
         return time.thread_time()

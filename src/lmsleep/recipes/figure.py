@@ -15,18 +15,21 @@ from lmsleep.recipes.results import Result, Row
 from lmsleep.training import RunFolder
 
 AXES = {"tokens": (1e6, "training tokens (millions)"), "flops": (1e12, "training compute (TFLOP)")}
+KEPT = {"bytes": "bytes kept of a context", "context_flops": "FLOPs to read and keep a context"}
 LABELS = {"accuracy": "held-out accuracy", "tokens_per_second": "training tokens a second"}
 IN_A_ROW = 3  # panels
 
 
 def draw(result: Result) -> Figure:
-    """Draw a result, panel by panel; a "grid" takes one for every N."""
+    """Draw a result, panel by panel; a "grid" takes one for every N, a frontier for easiest and hardest."""
     recipe = result.recipe
     passes = sorted({row["passes"] for row in result.rows})
     # Results of before the loss was measured by difficulty have no such panel.
     told = bool(result.curves) and all("loss_per_difficulty" in row for row in result.curves)
     wanted = [p for p in recipe.panels if p != "loss" or told]
-    panels = [(p, n) for p in wanted for n in (passes if p == "grid" else [0])]
+    ends = sorted({*result.difficulties[:1], *result.difficulties[-1:]})
+    several = {"grid": passes, **dict.fromkeys(KEPT, ends)}
+    panels = [(p, n) for p in wanted for n in several.get(p, [0])]
     down = ceil(len(panels) / IN_A_ROW)
     right = ceil(len(panels) / down)
     # Without pyplot: no display is needed, and no global list keeps the figure alive.
@@ -44,14 +47,20 @@ def draw(result: Result) -> Figure:
             _read(ax, result)
         elif panel == "final":
             _ends(ax, result)
+        elif panel in KEPT:
+            _frontier(ax, panel, result, n)
         else:
             _lines(ax, panel, result)
         # Those three name their own lines, or have none.
         if panel not in ("final", "grid", "read"):
-            ax.legend(fontsize=8)
+            if panel not in KEPT:
+                ax.legend(fontsize=8)
             if recipe.value == "accuracy" and panel != "loss":
                 ax.axhline(result.rows[0]["chance"], color="#999999", ls=":", lw=1)
                 ax.set_ylim(-0.02, 1.02)
+    if any(panel in KEPT for panel, _ in panels):
+        # Too many lines for a panel, and the same in all.
+        figure.legend(*ax.get_legend_handles_labels(), loc="outside right center", fontsize=8)
     figure.suptitle(recipe.title)
     return figure
 
@@ -183,6 +192,28 @@ def _ends(ax: Axes, result: Result) -> None:
     ax.invert_yaxis()
     ax.axvline(result.rows[0]["chance"], color="#999999", ls=":", lw=1)
     ax.set_xlim(0, 1.02)
+
+
+def _frontier(ax: Axes, panel: str, result: Result, difficulty: int) -> None:
+    """Draw accuracy against what is kept or what that costs: sizes of a method joined, and the frontier."""
+    rows = [row for row in result.own() if row["difficulty"] == difficulty]
+    best = list[tuple[float, float]]()
+    for number, (line, mine) in enumerate(_groups(rows, "line")):
+        cells = [some for _, some in _groups(mine, "cell")]
+        points = sorted((some[0][panel], float(np.mean([r["accuracy"] for r in some]))) for some in cells)
+        style: dict[str, Any] = {"color": f"C{number % 10}", "marker": "osv^"[number // 10], "ms": 5}
+        ax.plot(*zip(*points, strict=True), lw=0.8, label=line, **style)
+        seeds = [(r[panel], r["accuracy"]) for r in mine]
+        ax.plot(*zip(*seeds, strict=True), ".", ms=3, color=style["color"])
+        best += points
+    best.sort()
+    reached = np.maximum.accumulate([y for _, y in best])
+    ax.step([x for x, _ in best], reached, where="post", color="black", ls="--", lw=1, label="frontier")
+    if panel == "bytes":  # nothing kept are 0 of them
+        ax.set_xscale("symlog", linthresh=512)
+    else:
+        ax.set_xscale("log")
+    ax.set(xlabel=KEPT[panel], ylabel=f"held-out accuracy, {result.key} = {difficulty}")
 
 
 def _groups(rows: Sequence[Row], key: str) -> list[tuple[str, list[Row]]]:

@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Literal
 
 from lmsleep.recipes.settings import Scale
+from lmsleep.sleep import SleepConfig
 from lmsleep.training import RunConfig, TrainConfig
 
 Budget = Literal["tokens", "compute", "both"]
-Panel = Literal["tokens", "flops", "loss", "difficulty", "axis", "final", "grid", "read"]
+Panel = Literal[
+    "tokens", "flops", "loss", "difficulty", "axis", "final", "grid", "read", "bytes", "context_flops"
+]
 Value = Literal["accuracy", "tokens_per_second"]
 
 
@@ -27,6 +30,7 @@ class Cell:
         shorter: the cell whose run makes the same first steps and leaves early; it is not trained by itself.
         folder: the name of its run's folder, before the seed; by default made from the label.
         once: whether one seed tells enough.
+        reading: how the trained run sleeps when it answers; by default as in training.
     """
 
     label: str
@@ -38,6 +42,7 @@ class Cell:
     shorter: "Cell | None" = None
     folder: str | None = None
     once: bool = False
+    reading: SleepConfig | None = None
 
     def with_seed(self, seed: int) -> RunConfig:
         """Return the run for another seed: other initial weights and other data, the same for every cell."""
@@ -68,10 +73,12 @@ class Recipe:
         panels: left to right: learning curves against "tokens" or "flops", of the test "loss" against steps;
             the value by "difficulty", along
             the "axis", or at the end ("final", a bar each); heat maps: the "grid" of axis by difficulty, one
-            for each N, and how the largest N answers when it is "read" with other passes.
+            for each N, and how the largest N answers when it is "read" with other passes; or against what is
+            kept ("bytes") and what keeping it costs ("context_flops"), with the frontier.
         axis: what the axis counts.
         read: the ways a trained run is read, by their place on the axis; by default its own.
         value: what is measured: accuracy after training, or the speed of a few training steps.
+        costs: whether what a run keeps and costs when it is used is measured too (`recipes.costs`).
         caution: what must be said with every result.
         fine_tuned: the runs from the pretrained weights in a folder; raises ValueError for the scale "demo".
     """
@@ -83,5 +90,6 @@ class Recipe:
     axis: str | None = None
     read: Callable[[RunConfig], dict[int, RunConfig]] | None = None
     value: Value = "accuracy"
+    costs: bool = False
     caution: str = ""
     fine_tuned: Callable[[Scale, Path], list[Cell]] | None = None

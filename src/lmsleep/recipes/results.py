@@ -4,7 +4,7 @@ import csv
 import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from math import isnan, nan
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 
 from lmsleep.evaluation import evaluate, mean_interval, wilson
 from lmsleep.files import write_atomic
+from lmsleep.recipes.costs import COLUMNS, costs
 from lmsleep.recipes.recipe import Cell, Recipe
 from lmsleep.recipes.table import as_markdown, source
 from lmsleep.tasks.base import difficulty_text
@@ -69,7 +70,8 @@ class Result:
         columns = [f"{self.key} = {key}" for key in keys] or ["tokens a second"]
         # Only where budgets are compared: elsewhere the difficulties are what the figure is about.
         whole = before and len(keys) > 1
-        lines = [[*before, "model", *axis, "steps", "TFLOP", *columns, *(["all"] if whole else [])]]
+        costly = [*COLUMNS] if recipe.costs else []
+        lines = [[*before, "model", *axis, "steps", "TFLOP", *costly, *columns, *(["all"] if whole else [])]]
         rows = self.rows if axis else self.own()
         for budget in budgets:
             due = [r for r in rows if budget is None or r["budget"] in (budget, "both")]
@@ -79,12 +81,14 @@ class Result:
                 figures = figures or [_mean([r["tokens_per_second"] for r in mine], digits=0)]
                 named = [*([budget] if budget else []), cell, *([str(at)] if axis else [])]
                 spent = [str(mine[0]["step"]), f"{mine[0]['flops'] / 1e12:.3g}"]
+                spent += [as_text(mine[0]) for as_text in COLUMNS.values()] if costly else []
                 lines.append([*named, *spent, *figures, *([interval(mine)] if whole else [])])
         for label, floors in _floors(self.rows, keys):
             # A mean of floors would need the number of answers of each difficulty.
             over_all = floors[0] if len({*floors}) == 1 else nan
             figures = ["" if isnan(f) else f"{f:.3f}" for f in (*floors, *([over_all] if whole else []))]
-            lines.append([*("" for _ in before), label, *("" for _ in axis), "", "", *figures])
+            blank = ["" for _ in [*axis, "steps", "TFLOP", *costly]]
+            lines.append([*("" for _ in before), label, *blank, *figures])
         return lines
 
     def page(self) -> str:
@@ -132,13 +136,18 @@ def _key(page: Sequence[str]) -> str:
 def collect(recipe: Recipe, jobs: Sequence[tuple[Cell, Job]]) -> Result:
     """Read the result off finished runs: reports, curves, and how they answer when read otherwise."""
     rows, curves = list[Row](), list[Row]()
+    measured: dict[str, Row] = {}
     for cell, job in jobs:
         run, config = RunFolder.open(job.path), job.config
         report = run.report()
         assert report is not None, f"{job.path} is not finished"
         who = _who(cell, config)
         spent = {key: report[key] for key in SPENT}
-        readings = {cell.at: config} if recipe.read is None else recipe.read(config)
+        as_read = config if cell.reading is None else replace(config, sleep=cell.reading)
+        readings = {cell.at: as_read} if recipe.read is None else recipe.read(config)
+        if recipe.costs and cell.label not in measured:  # seeds cost the same
+            measured[cell.label] = costs(run.model(choose_device(config.train.device)), as_read)
+        spent |= measured.get(cell.label, {})
         for at, reading in readings.items():
             # The report has the run's own reading already, on twice as many batches.
             score = report["eval"] if reading == config else _read(run, reading)
@@ -155,8 +164,8 @@ def collect(recipe: Recipe, jobs: Sequence[tuple[Cell, Job]]) -> Result:
                 named = {floor: floors.get(f"{floor} {name}", floors.get(floor)) for floor in FLOORS}
                 own = {floor: value for floor, value in named.items() if value is not None}
                 rows.append({**who, **where, **found, **own, **spent})
-        if cell.budget == "tokens":
-            continue  # its curve is the start of a longer run's, or none of the contestants'
+        if cell.budget == "tokens" or cell.reading is not None:
+            continue  # its curve is that of another run, or none of the contestants'
         for point in run.metrics():
             if "eval" in point:
                 at_step = {key: point[key] for key in SPENT}

@@ -8,10 +8,11 @@ trials are in results/rivals-search).
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from lmsleep.models import HybridConfig
-from lmsleep.recipes.settings import DEPO, PAIR
+from lmsleep.recipes.recipe import Cell
+from lmsleep.recipes.settings import DEPO, PAIR, Scale
 from lmsleep.sleep import (
     Compact,
     Eviction,
@@ -162,6 +163,8 @@ def _steps(share: str, other: bool) -> tuple[HybridConfig, SleepConfig]:
     return _attention(GradientSteps(3 if other else 2), last={"mlp_dim": hidden, "trained_mlp": True})
 
 
+# By task and method, from the committed trials; a method that is not named has the first of everything.
+FOUND: dict[str, dict[str, Found]] = {}
 METHODS: dict[str, Method] = {
     "N = 4": _sleeps(4),
     "N = 2": _sleeps(2),
@@ -175,7 +178,10 @@ METHODS: dict[str, Method] = {
     "sliding": Method(_sliding, "normalised queries and keys"),
     "whole cache": Method(lambda _, other: _attention(qk_norm=other), "normalised queries and keys"),
 }
-KEYS = {"keys, fitted": "attention", "keys, as they are": "attended"}  # of the whole cache, without training
+KEYS: dict[str, Literal["attention", "attended"]] = {
+    "keys, fitted": "attention",
+    "keys, as they are": "attended",
+}  # of the whole cache, without training
 FREE = ("whole cache",)  # whose bytes nobody sets
 TOKENS = ("memory tokens", "GradMem")
 
@@ -216,3 +222,50 @@ def _for_flops(made: RunConfig, bench: Bench, flops: int) -> RunConfig:
     steps = max(math.floor(flops / flops_per_step(made)), 1)
     curriculum = round(bench.curriculum * steps)
     return replace(made, train=replace(made.train, steps=steps, curriculum=curriculum))
+
+
+def cells(task: str) -> Callable[[Scale], list[Cell]]:
+    """Return every method on a task of the bench, at each share of the bytes."""
+
+    def made(scale: Scale) -> list[Cell]:
+        if scale != "demo":
+            raise ValueError(
+                f"rivals-{task} at scale={scale}: the rivals' rates were searched at the demo's size alone; "
+                "use scale=demo, and tools/rivals.py to search at another"
+            )
+        bench, chosen = BENCHES[task], FOUND.get(task, {})
+        flops, found = budget(bench), list[Cell]()
+        for share in HEADS:
+            for method in METHODS:
+                choice = chosen.get(method, Found())
+                config = run(bench, method, share, choice, flops)
+                if config is None or method in FREE:
+                    continue
+                at = bytes_of(share)
+                name = f"{method} ({share})"
+                found.append(Cell(name, config, at=at, line=method))
+                if share == "1" and method in TOKENS:
+                    longer = run(bench, method, share, choice, LONGER * flops)
+                    assert longer is not None
+                    label = f"{name}, {LONGER} times the training"
+                    found.append(Cell(label, longer, at=at, line=label, once=True))
+        return found + _bounds(bench, chosen, flops)
+
+    return made
+
+
+def _bounds(bench: Bench, chosen: Mapping[str, Found], flops: int) -> list[Cell]:
+    """Return the whole cache, its keys compacted when it is read, and the same model with nothing kept."""
+    choice = chosen.get("whole cache", Found())
+    whole = run(bench, "whole cache", "1", choice, flops)
+    assert whole is not None
+    forgets = replace(whole, sleep=SleepConfig(window=bench.window))
+    found = [Cell("whole cache", whole), Cell("nothing kept", forgets, once=True)]
+    for share in HEADS:
+        if bytes_of(share) < _key_bytes(blocks=2):
+            continue
+        for label, method in KEYS.items():
+            keys = Compact(bytes=bytes_of(share), method=method)
+            asleep = SleepConfig(window=bench.window, eviction=keys)
+            found.append(Cell(f"{label} ({share})", whole, line=label, folder="whole-cache", reading=asleep))
+    return found

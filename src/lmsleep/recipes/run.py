@@ -14,7 +14,7 @@ from lmsleep.files import check_folder
 from lmsleep.launched import rank, several
 from lmsleep.plain import to_json
 from lmsleep.recipes import figure
-from lmsleep.recipes.catalogue import RECIPES
+from lmsleep.recipes.catalogue import GROUPS, RECIPES
 from lmsleep.recipes.estimate import estimate, estimated
 from lmsleep.recipes.grid import GridOptions
 from lmsleep.recipes.recipe import Cell, Recipe
@@ -32,8 +32,9 @@ class ReproduceOptions(GridOptions):
     Stop it when you like: the same command goes on where it was.
     """
 
-    figure: Positional[Literal[tuple(RECIPES)]]  # type: ignore[valid-type]
-    """2a to 6: figures of the paper; the others are comparisons it left out (lmsleep reproduce --help)."""
+    figure: Positional[Literal[(*RECIPES, *GROUPS)]]  # type: ignore[valid-type]
+    """2a to 6: figures of the paper; the others are comparisons it left out (lmsleep reproduce --help). A
+    group (rivals) is its figures, one after the other."""
     scale: Scale = "demo"
     """demo: minutes a seed on two cores; small: hours; paper: the paper's own setting, for a GPU."""
     weights: Path | None = None
@@ -48,11 +49,15 @@ class ReproduceOptions(GridOptions):
     """Train every run for so many steps of few samples instead, and evaluate on little, in folders of its own
     (to try the mechanics)."""
     json: bool = False
-    """Print one JSON document instead of a table."""
+    """Print one JSON document instead of a table (of a group one for each figure)."""
 
 
 def run(options: ReproduceOptions) -> None:
-    """Train (or time) the runs of a figure, collect, write and report."""
+    """Train (or time) the runs of a figure, or of each in a group; collect, write and report."""
+    for name in GROUPS.get(options.figure, ()):
+        run(replace(options, figure=name, out=options.out and options.out / name))
+    if options.figure in GROUPS:
+        return
     seeds = default_seeds(options.scale) if options.seeds is None else options.seeds
     if seeds < 1:
         raise ValueError(f"seeds must be at least 1, got {seeds}")
