@@ -35,7 +35,7 @@ def measured(monkeypatch):
     return measure
 
 
-@pytest.mark.parametrize("method", set(METHODS) - {"whole cache"})
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in rivals.FREE])
 def test_a_method_keeps_its_share_of_the_bytes_and_no_more(method, measured):
     for share in HEADS:
         found = measured(method, share)
@@ -88,7 +88,7 @@ def train_here(jobs, workers, launcher):
 
 def test_a_group_is_its_figures_and_every_reading_stands_beside_them(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    few = {name: METHODS[name] for name in ("N = 1", "whole cache")}
+    few = {name: METHODS[name] for name in ("N = 1", *rivals.FREE)}
     monkeypatch.setattr(rivals, "METHODS", few)
     monkeypatch.setattr(rivals, "HEADS", {"1": 16})
     monkeypatch.setattr(command, "run_all", train_here)
@@ -102,7 +102,7 @@ def test_a_group_is_its_figures_and_every_reading_stands_beside_them(tmp_path, m
         rows = [json.loads(line) for line in Path(f"here/{name}/results.jsonl").read_text().splitlines()]
         by_cell = {row["cell"]: row for row in rows}
         assert set(by_cell) == {
-            "N = 1 (1)", "whole cache", "nothing kept", "keys, fitted (1)", "keys, as they are (1)",
+            "N = 1 (1)", *rivals.FREE, "nothing kept", "keys, fitted (1)", "keys, as they are (1)",
         }  # fmt: skip
         assert by_cell["nothing kept"]["bytes"] == 0 < by_cell["keys, fitted (1)"]["bytes"] <= 4096
         # Keys are read by the run of the whole cache: nothing is trained for them.

@@ -106,14 +106,15 @@ def _attention(
     consolidator: Any = None,
     eviction: Eviction | str = "hard",
     last: Mapping[str, Any] | None = None,
+    blocks: int = 2,
     **model: Any,
 ) -> tuple[HybridConfig, SleepConfig]:
-    """Return two blocks of attention; `last` are options of the second."""
+    """Return blocks of attention; `last` are options of the second."""
     overrides = {0: {"mlp_dim": MLP}, **({1: last} if last else {})}
     made = HybridConfig(
         d_model=WIDTH,
         num_heads=NUM_HEADS,
-        blocks=("attention", "attention"),
+        blocks=("attention",) * blocks,
         mlp_dim=0,
         overrides=overrides,
         **model,
@@ -177,12 +178,15 @@ METHODS: dict[str, Method] = {
     "GradMem": _tokens(GradMem),
     "sliding": Method(_sliding, "normalised queries and keys"),
     "whole cache": Method(lambda _, other: _attention(qk_norm=other), "normalised queries and keys"),
+    "whole cache, twice the blocks": Method(
+        lambda _, other: _attention(blocks=4, qk_norm=other), "normalised queries and keys"
+    ),
 }
 KEYS: dict[str, Literal["attention", "attended"]] = {
     "keys, fitted": "attention",
     "keys, as they are": "attended",
 }  # of the whole cache, without training
-FREE = ("whole cache",)  # whose bytes nobody sets
+FREE = ("whole cache", "whole cache, twice the blocks")  # whose bytes nobody sets
 TOKENS = ("memory tokens", "GradMem")
 
 
@@ -200,7 +204,7 @@ def run(bench: Bench, method: str, share: str, found: Found, flops: int | None =
     if method == "sliding":
         # A token of the cache, in two blocks.
         window = 1 + bytes_of(share) // (2 * 2 * WIDTH * NUMBER)
-    if method == "whole cache":
+    if method in FREE:
         window = None
     train = TrainConfig(
         batch_size=bench.batch_size, steps=bench.steps, lr=found.lr, adam_lr=0.02, eval_every=100, threads=1,
@@ -255,12 +259,16 @@ def cells(task: str) -> Callable[[Scale], list[Cell]]:
 
 
 def _bounds(bench: Bench, chosen: Mapping[str, Found], flops: int) -> list[Cell]:
-    """Return the whole cache, its keys compacted when it is read, and the same model with nothing kept."""
-    choice = chosen.get("whole cache", Found())
-    whole = run(bench, "whole cache", "1", choice, flops)
+    """Return whole caches, the keys of one compacted when it is read, and the same model with nothing kept."""
+    found, whole = list[Cell](), None
+    for method in FREE:
+        config = run(bench, method, "1", chosen.get(method, Found()), flops)
+        assert config is not None
+        found.append(Cell(method, config))
+        whole = whole or config
     assert whole is not None
     forgets = replace(whole, sleep=SleepConfig(window=bench.window))
-    found = [Cell("whole cache", whole), Cell("nothing kept", forgets, once=True)]
+    found.append(Cell("nothing kept", forgets, once=True))
     for share in HEADS:
         if bytes_of(share) < _key_bytes(blocks=2):
             continue
