@@ -11,14 +11,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from lmsleep.files import write_atomic
-from lmsleep.recipes import RECIPES, figure
+from lmsleep.recipes import GROUPS, RECIPES, figure
 from lmsleep.recipes.demo import committed
 from lmsleep.recipes.results import Result, interval
+from lmsleep.recipes.rivals import HEADS, bytes_of
 from lmsleep.recipes.table import as_markdown, published
 
 ROOT = Path(__file__).parents[1]
 COMMITTED = ROOT / "src/lmsleep/recipes/committed"
-PAGES = (ROOT / "README.md", ROOT / "docs/demo.md")
+PAGES = (ROOT / "README.md", ROOT / "docs/demo.md", ROOT / "docs/rivals.md")
 
 
 def blocks() -> dict[str, str]:
@@ -28,7 +29,13 @@ def blocks() -> dict[str, str]:
         name: f"{as_markdown(result.lines())}\n\n{result.seeds} seeds; {result.made_by}"
         for name, result in tables.items()
     }
-    return said | {"summary:depo": summary(tables["table:depo"])}
+    rivals = {}
+    for name in GROUPS["rivals"]:
+        folder = ROOT / f"results/{name}-demo"
+        if folder.exists():
+            result = Result.load(RECIPES[name], folder)
+            rivals[name] = f"{as_markdown(side_by_side(result))}\n\n{result.seeds} seeds; {result.made_by}"
+    return said | rivals | {"summary:depo": summary(tables["table:depo"])}
 
 
 def summary(result: Result) -> str:
@@ -48,6 +55,24 @@ def summary(result: Result) -> str:
     return as_markdown(lines)
 
 
+def side_by_side(result: Result) -> list[list[str]]:
+    """Tabulate accuracy of every rival at the easiest and the hardest, for each share of the bytes."""
+    ends = sorted({result.difficulties[0], result.difficulties[-1]})
+    lines = [["", *(f"{result.key} = {end}, {share} of the bytes" for end in ends for share in HEADS)]]
+    sized = {row["line"] for row in result.rows if row["cell"] == f"{row['line']} (4)"}
+    for line, kept in {row["line"]: row["bytes"] for row in result.rows}.items():
+        names = [f"{line} ({share})" for share in HEADS]
+        if line not in sized:  # where it would have room, or else where it has most
+            place = next((share for share in HEADS if kept <= bytes_of(share)), "4")
+            names = [line if share == place else "" for share in HEADS]
+            line = f"{line}: {kept:,} bytes"
+        found = [
+            [r for r in result.own(difficulty=end) if r["cell"] == name] for end in ends for name in names
+        ]
+        lines.append([line, *(interval(rows) if rows else "" for rows in found)])
+    return lines
+
+
 def main() -> None:
     """Copy what is named, then write everything anew."""
     for folder in map(Path, sys.argv[1:]):
@@ -60,7 +85,7 @@ def main() -> None:
     # The same result, seen through two panels for the front page.
     story = replace(depo, recipe=replace(depo.recipe, panels=("tokens", "read")))
     figure.save(story, ROOT / "docs/images/story.png")
-    for folder in sorted((ROOT / "results").iterdir()):
+    for folder in sorted(page.parent for page in (ROOT / "results").glob("*/README.md")):
         # Folders are called RECIPE-SCALE, and recipes have dashes in their names too.
         result = Result.load(RECIPES[folder.name.rpartition("-")[0]], folder)
         # Written anew from its rows, for the recipe's words may have changed since.

@@ -143,6 +143,9 @@ def collect(recipe: Recipe, jobs: Sequence[tuple[Cell, Job]]) -> Result:
         assert report is not None, f"{job.path} is not finished"
         who = _who(cell, config)
         spent = {key: report[key] for key in SPENT}
+        # By which `tools/age.py` tells whether today's code would give the same.
+        first = next((m for m in run.metrics() if "loss" in m), None)
+        spent |= {"first_loss": [first["step"], first["loss"]]} if first else {}
         as_read = config if cell.reading is None else replace(config, sleep=cell.reading)
         readings = {cell.at: as_read} if recipe.read is None else recipe.read(config)
         if recipe.costs and cell.label not in measured:  # seeds cost the same

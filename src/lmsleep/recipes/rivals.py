@@ -259,7 +259,7 @@ def cells(task: str) -> Callable[[Scale], list[Cell]]:
 
 
 def _bounds(bench: Bench, chosen: Mapping[str, Found], flops: int) -> list[Cell]:
-    """Return whole caches, the keys of one compacted when it is read, and the same model with nothing kept."""
+    """Return whole caches, the keys of one compacted when it is read, and that model with nothing kept."""
     found, whole = list[Cell](), None
     for method in FREE:
         config = run(bench, method, "1", chosen.get(method, Found()), flops)

@@ -1,0 +1,68 @@
+"""Committed results that today's code would not give are told."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from tools import age
+
+from lmsleep.models import HybridConfig
+from lmsleep.recipes import RECIPES, Cell, Recipe
+from lmsleep.recipes.results import collect
+from lmsleep.sleep import SleepConfig
+from lmsleep.tasks import MQAR
+from lmsleep.training import Job, RunConfig, RunFolder, TrainConfig, Trainer
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Return a result of a recipe of one small cell."""
+    run = RunConfig(
+        task=MQAR(pairs=4, keys=8, values=8, queries=4),
+        model=HybridConfig(d_model=16, num_heads=2, blocks=("attention", "gated_delta_net"), mlp_dim=0),
+        sleep=SleepConfig(window=4, passes=2),
+        train=TrainConfig(steps=12, batch_size=4, eval_batches=1, threads=1),
+    )
+    recipe = Recipe("tiny", "nothing", lambda scale: [Cell("N = 2", run)], ("final",))
+    monkeypatch.setitem(RECIPES, "tiny", recipe)
+    job = Job(tmp_path / "run", run)
+    Trainer(RunFolder.create(job.path, run), run).fit()
+    collect(recipe, [(recipe.cells("demo")[0], job)]).save(tmp_path / "tiny-demo")
+    return tmp_path / "tiny-demo"
+
+
+def test_a_result_that_todays_code_gives_is_no_older(folder):
+    assert [*age.changed(folder)] == []
+
+
+def test_a_run_that_begins_otherwise_is_told_with_both_losses(folder, monkeypatch):
+    recipe = RECIPES["tiny"]
+    (cell,) = recipe.cells("demo")
+    model = replace(cell.config.model, conv_init=0.5)  # stands for code that computes something else
+    other = replace(cell, config=replace(cell.config, model=model))
+    monkeypatch.setitem(RECIPES, "tiny", replace(recipe, cells=lambda scale: [other]))
+    ((label, then, now),) = age.changed(folder)
+    assert label == "N = 2" and then != now
+
+
+def test_a_result_of_before_losses_were_kept_is_unknown(folder):
+    rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    kept = [{key: value for key, value in row.items() if key != "first_loss"} for row in rows]
+    (folder / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    with pytest.raises(LookupError, match="holds no first losses"):
+        [*age.changed(folder)]
+
+
+def test_every_committed_folder_is_of_a_recipe():
+    assert len(age.results()) > 10
+    assert all(age.cells(path) for path in age.results() if path.parent == age.COMMITTED)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("folder", age.results(), ids=lambda path: path.name)
+def test_committed_results_are_those_of_todays_code(folder):
+    try:
+        found = [*age.changed(folder)]
+    except LookupError as error:
+        pytest.skip(str(error))
+    assert not found
