@@ -56,7 +56,7 @@ def test_the_cells_of_a_figure_differ_in_name_and_run(figure, scale):
             RECIPES[figure].cells(scale)
         return
     every = RECIPES[figure].cells(scale)
-    assert len({cell.label for cell in every}) == len(every)
+    assert len({(cell.label, cell.budget) for cell in every}) == len(every)
     cells = [cell for cell in every if cell.reading is None]  # the others are one of these, read otherwise
     assert {cell.folder_for(0) for cell in every} == {cell.folder_for(0) for cell in cells}
     assert len({cell.folder_for(0) for cell in cells}) == len(cells) > 1
