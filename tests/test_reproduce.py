@@ -245,6 +245,20 @@ def test_an_interval_says_what_its_seeds_can():
     assert interval([*rows(0.2), *more]).startswith("0.800 ")  # difficulties by their answers
 
 
+def test_intervals_of_seeds_and_of_answers_never_share_a_table():
+    def row(cell, seed):
+        who = {"cell": cell, "line": cell, "seed": seed, "at": None, "passes": 1, "passes_read": 1}
+        return {**who, "difficulty": 1, "accuracy": 0.5 + seed / 10, "answers": 100, "step": 1, "flops": 1e12}
+
+    recipe = RECIPES["rule"]
+    many = Result(recipe, "k", [row("N = 1", seed) for seed in range(3)] + [row("bound", 0)], [], "`x`")
+    assert [line[-1] for line in many.lines()[1:3]] == ["0.600 [0.352, 0.848]", "0.500"]
+    assert "Where there is none, one seed." in many.page()
+    alone = Result(recipe, "k", [row("N = 1", 0), row("bound", 0)], [], "`x`")
+    assert [line[-1] for line in alone.lines()[1:3]] == 2 * ["0.500 [0.404, 0.596]"]
+    assert "Where there is none" not in alone.page()
+
+
 def test_one_run_at_both_budgets_stands_in_both_blocks():
     spent = {"step": 1, "flops": 1e12, "seed": 0, "at": None, "answers": 10, "chance": 0.1, "constant": 0.1}
     rows = [

@@ -13,7 +13,7 @@ from pathlib import Path
 from lmsleep.files import write_atomic
 from lmsleep.recipes import GROUPS, RECIPES, figure
 from lmsleep.recipes.demo import committed
-from lmsleep.recipes.results import Result, interval
+from lmsleep.recipes.results import Result
 from lmsleep.recipes.rivals import HEADS, bytes_of
 from lmsleep.recipes.table import as_markdown, published
 
@@ -47,7 +47,7 @@ def summary(result: Result) -> str:
         cell = result.own(cell=f"hybrid, N = {passes}")
         hard = [row for row in cell if row["difficulty"] == hardest]
         cells = [
-            interval([row for row in rows if row["budget"] in (budget, "both")])
+            result.figure([row for row in rows if row["budget"] in (budget, "both")])
             for rows in (hard, cell)
             for budget in ("tokens", "compute")
         ]
@@ -69,7 +69,7 @@ def side_by_side(result: Result) -> list[list[str]]:
         found = [
             [r for r in result.own(difficulty=end) if r["cell"] == name] for end in ends for name in names
         ]
-        lines.append([line, *(interval(rows) if rows else "" for rows in found)])
+        lines.append([line, *(result.figure(rows) if rows else "" for rows in found)])
     return lines
 
 

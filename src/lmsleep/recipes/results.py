@@ -49,6 +49,11 @@ class Result:
         return len({row["seed"] for row in self.rows})
 
     @property
+    def _whole(self) -> int:
+        """Count the runs that there were if every cell had every seed."""
+        return self.seeds * len({row["cell"] for row in self.rows})
+
+    @property
     def difficulties(self) -> list[int]:
         """Return the difficulties that were asked for, rising; none where speed was measured."""
         return sorted({row["difficulty"] for row in self.rows if "difficulty" in row})
@@ -59,6 +64,12 @@ class Result:
             r for r in self.rows
             if r["passes_read"] == r["passes"] and all(r[key] == value for key, value in where.items())
         ]  # fmt: skip
+
+    def figure(self, rows: Sequence[Row]) -> str:
+        """Write an accuracy as `interval`; that of one seed, whose kind is another, without beside others."""
+        if self.seeds > 1 and len({row["seed"] for row in rows}) == 1:
+            return interval(rows).partition(" ")[0]
+        return interval(rows)
 
     def lines(self) -> list[list[str]]:
         """Return the table: a line for each cell and reading with its means (`interval`), then the floors."""
@@ -77,12 +88,12 @@ class Result:
             due = [r for r in rows if budget is None or r["budget"] in (budget, "both")]
             for cell, at in dict.fromkeys((r["cell"], r["at"]) for r in due):
                 mine = [r for r in due if (r["cell"], r["at"]) == (cell, at)]
-                figures = [interval([r for r in mine if r["difficulty"] == key]) for key in keys]
+                figures = [self.figure([r for r in mine if r["difficulty"] == key]) for key in keys]
                 figures = figures or [_mean([r["tokens_per_second"] for r in mine], digits=0)]
                 named = [*([budget] if budget else []), cell, *([str(at)] if axis else [])]
                 spent = [str(mine[0]["step"]), f"{mine[0]['flops'] / 1e12:.3g}"]
                 spent += [as_text(mine[0]) for as_text in COLUMNS.values()] if costly else []
-                lines.append([*named, *spent, *figures, *([interval(mine)] if whole else [])])
+                lines.append([*named, *spent, *figures, *([self.figure(mine)] if whole else [])])
         for label, floors in _floors(self.rows, keys):
             # A mean of floors would need the number of answers of each difficulty.
             over_all = floors[0] if len({*floors}) == 1 else nan
@@ -99,6 +110,8 @@ class Result:
             mean = ("One seed [95 % interval of its answers].", "Both seeds.")[self.seeds - 1]
         if self.recipe.value != "accuracy" and self.seeds < 2:
             mean = "One measurement, hence no interval."
+        if self.seeds > 2 and len({(row["cell"], row["seed"]) for row in self.rows}) < self._whole:
+            mean += " Where there is none, one seed."
         return f"# {self.recipe.title}\n\n{said}\n\n{mean}\n\n{as_markdown(self.lines())}\n\n{self.made_by}\n"
 
     def save(self, folder: Path) -> None:
