@@ -27,6 +27,7 @@ CONFIGS = {
     "gated_linear": tiny("gated_linear", "gated_linear"),
     "kda": tiny("kda", "kda"),
     "raven": tiny("raven", "raven"),
+    "jet": tiny("jet", "attention", "jet"),
     "mixed": tiny(*MIXED),
     "reference": tiny(*MIXED, backend="reference"),
     "qk_norm": tiny(*MIXED, qk_norm=True),
@@ -103,10 +104,11 @@ def test_a_forward_pass_without_gradients_leaves_nothing_behind():
     assert all(p.grad.any() for p in model.parameters())
 
 
-@pytest.mark.parametrize("kind", ["attention", "gated_delta_net", "gated_linear", "kda", "raven"])
+@pytest.mark.parametrize("kind", ["attention", "gated_delta_net", "gated_linear", "kda", "raven", "jet"])
 @pytest.mark.parametrize("conv_size", [0, 4])
 def test_every_token_sees_all_earlier_ones(kind, conv_size):
-    model, x = lively(tiny(kind, conv_size=conv_size)), random_tokens(1, 20)
+    least = int(kind == "jet")  # whose kernels are made by each token
+    model, x = lively(tiny(kind, conv_size=max(conv_size, least))), random_tokens(1, 20)
     h = model.embed(x).detach().requires_grad_()
     out, _ = model.run(h, model.initial_state(1), 0, 1)
     (gradient,) = torch.autograd.grad(out[0, -1].sum(), h)
@@ -405,6 +407,14 @@ def test_configuration_survives_json(config):
 def test_an_invalid_option_is_named(name, value):
     with pytest.raises(ValueError, match=name):
         HybridConfig(**{"blocks": MIXED, "d_model": 16, "num_heads": 4, name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("conv_size", 0), ("conv_init", 0.5), ("negative_eigenvalues", True)]
+)
+def test_an_option_that_jet_blocks_do_not_have_is_named(name, value):
+    with pytest.raises(ValueError, match=f"^{name}={value}: blocks of the kind jet"):
+        HybridConfig(blocks=("attention", "jet"), **{name: value})
 
 
 def test_an_unknown_field_is_named():

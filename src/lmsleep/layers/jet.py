@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmsleep import ops
+from lmsleep.ops import Backend
 from lmsleep.ops.rules.rule import log_spaced_forgetting
 
 
@@ -24,6 +25,8 @@ class JetBlock(nn.Module):
         conv_size: taps of the convolution.
         reduction: the generator of kernels has a hidden layer of `H V // reduction`.
         norm_eps: of the norm of the output.
+        forget: log decay a token at the start, slowest and fastest head.
+        backend: of the recurrence.
 
     Source: Gu et al., "Jet-Nemotron", arXiv 2508.15884, section 2.3.
     """
@@ -38,8 +41,11 @@ class JetBlock(nn.Module):
         conv_size: int = 4,
         reduction: int = 8,
         norm_eps: float = 1e-5,
+        forget: tuple[float, float] = (0.001, 0.1),
+        backend: Backend = "auto",
     ) -> None:
         super().__init__()
+        self.backend = backend
         self.num_heads, self.key_dim, self.value_dim = num_heads, key_dim, value_dim
         qk, vs = num_heads * key_dim, num_heads * value_dim
         self.q_proj = nn.Linear(d_model, qk, bias=False)
@@ -53,7 +59,7 @@ class JetBlock(nn.Module):
         self.dt_bias = nn.Parameter(torch.empty(num_heads))
         self.dynamic_conv1d = _DynamicConv(d_model, vs, conv_size, reduction)
         self.o_norm = GatedRMSNorm(value_dim, norm_eps)
-        log_spaced_forgetting(self.A_log, self.dt_bias)
+        log_spaced_forgetting(self.A_log, self.dt_bias, forget)
 
     @property
     def memory_shape(self) -> tuple[int, int, int]:
@@ -73,16 +79,29 @@ class JetBlock(nn.Module):
         return (torch.empty(sizes, dtype=weight.dtype, device=weight.device),)
 
     def forward(
-        self, x: Tensor, memory: Tensor | None, cache: tuple[Tensor, ...]
+        self,
+        x: Tensor,
+        memory: Tensor | None,
+        cache: tuple[Tensor, ...],
+        valid: Tensor | None = None,
+        span: int | None = None,
+        filled: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        """Map `x` `[B, T, d]`, `S` `[B, H, K, V]` (None: zeros) and tail `[B, t, H V]` to the next ones."""
+        """Map `x` `[B, T, d]`, `S` `[B, H, K, V]` (None: zeros) and tail `[B, t, H V]` to the next ones.
+
+        Tokens not `valid` (`[B, T]` bool, at the end of a row) write nothing.
+        """
+        del span, filled  # the state has no window, and convolutions read padding as the zeros it is
         q, k = (_unit(F.silu(y).unflatten(-1, (-1, self.key_dim))) for y in (self.q_proj(x), self.k_proj(x)))
-        v, tail = self.dynamic_conv1d(self.v_proj(x), x, cache[0].to(x.dtype))
+        v, tail = self.dynamic_conv1d(self.v_proj(x), x, cache[0].to(x.dtype), valid)
         v = F.silu(v).unflatten(-1, (-1, self.value_dim))
         # Log decays add up over a whole stream, so they are made in float32; half precision would drift.
         g = -_exact(self.A_log).exp() * F.softplus(_exact(self.a_proj(x)) + _exact(self.dt_bias))
         beta = _exact(self.b_proj(x)).sigmoid()
-        o, memory = ops.gated_delta_rule(q, k, v, g, beta, initial_state=memory)
+        if valid is not None:
+            # No decay and no write leave `S` as it is, bit for bit.
+            g, beta = (y * valid[..., None] for y in (g, beta))
+        o, memory = ops.gated_delta_rule(q, k, v, g, beta, initial_state=memory, backend=self.backend)
         o = self.o_norm(o, self.g_proj(x).unflatten(-1, (-1, self.value_dim)))
         return self.o_proj(o.flatten(2)), memory, (tail,)
 
@@ -107,10 +126,10 @@ class _DynamicConv(nn.Module):
     def __init__(self, d_model: int, channels: int, taps: int, reduction: int) -> None:
         super().__init__()
         self.taps = taps
-        self.kernel_generator = _Generator(d_model, channels // reduction, channels * taps)
+        self.kernel_generator = _Generator(d_model, max(channels // reduction, 1), channels * taps)
 
-    def forward(self, v: Tensor, x: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:
-        return ops.dynamic_conv(v, self.kernel_generator(x).unflatten(-1, (-1, self.taps)), tail)
+    def forward(self, v: Tensor, x: Tensor, tail: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+        return ops.dynamic_conv(v, self.kernel_generator(x).unflatten(-1, (-1, self.taps)), tail, valid)
 
 
 class _Generator(nn.Module):

@@ -8,7 +8,8 @@ from lmsleep.ops import RULES, Backend, find_rule
 from lmsleep.plain import check_values
 from lmsleep.plugins import absolute
 
-BlockKind = str  # "attention", a key of RULE_OF, or the name of an update rule (ops.find_rule)
+BlockKind = str  # one of LAYERS, a key of RULE_OF, or the name of an update rule (ops.find_rule)
+LAYERS = ("attention", "jet")  # kinds that are no update rule in the usual layer
 RULE_OF = {"gated_delta_net": "gated_delta_rule", "gated_linear": "gated_linear_rule"}
 
 
@@ -25,8 +26,8 @@ class HybridConfig:
     d_model: int = 256
     """Width of the residual stream."""
     blocks: tuple[BlockKind, ...] = ("attention", "gated_delta_net", "attention", "gated_delta_net")
-    """Kind of each block, first to last: attention, gated_delta_net, gated_linear, kda, raven or a rule of
-    your own, FILE.py:NAME."""
+    """Kind of each block, first to last: attention, gated_delta_net, jet, gated_linear, kda, raven or a rule
+    of your own, FILE.py:NAME."""
     tie_embeddings: bool = False
     """Use the embedding as output projection too."""
     norm_eps: float = 1e-6
@@ -52,7 +53,8 @@ class HybridConfig:
     """Attention blocks: each sequence adds a matrix of its own to the last one of the SwiGLU, which the
     consolidator in-place writes."""
     conv_size: int = 4
-    """Taps of the short convolution in fast-weight blocks; 0 for none."""
+    """Taps of the short convolution in fast-weight blocks; 0 for none (jet: at least 1, the kernel of which
+    each token makes for itself)."""
     conv_init: float = 0.0
     """Weight of its older taps at the start, where that of the current token is 1; 0: the identity."""
     rope_theta: float | None = 10_000.0
@@ -73,12 +75,12 @@ class HybridConfig:
             raise ValueError("blocks must name at least one block")
         # A rule in FILE.py must be found again from another folder: by a worker, after --resume.
         object.__setattr__(self, "blocks", tuple(map(absolute, self.blocks)))
-        for kind in {*self.blocks} - {"attention", *RULE_OF, *RULES}:
+        for kind in {*self.blocks} - {*LAYERS, *RULE_OF, *RULES}:
             try:
                 find_rule(kind)
             except ValueError as error:
                 raise ValueError(
-                    f"blocks: {kind!r} is unknown ({error}); or attention, {', '.join(RULE_OF)}"
+                    f"blocks: {kind!r} is unknown ({error}); or {', '.join((*LAYERS, *RULE_OF))}"
                 ) from error
         for name in ("vocab_size", "d_model", "num_heads", "head_dim", "value_dim", "num_kv_heads"):
             value = getattr(self, name)
@@ -115,6 +117,11 @@ class HybridConfig:
                 f"memory_tokens={self.memory_tokens} is for models that keep nothing else: attention blocks "
                 "alone, without trained_mlp and in_place_mlp"
             )
+        for name, usual in (("negative_eigenvalues", False), ("conv_init", 0.0)):
+            if "jet" in self.blocks and getattr(self, name) != usual and {*self.blocks} <= {*LAYERS}:
+                raise ValueError(f"{name}={getattr(self, name)}: blocks of the kind jet do not have it")
+        if "jet" in self.blocks and not self.conv_size:
+            raise ValueError("conv_size=0: blocks of the kind jet need a convolution; give at least 1")
         # Rotary positions turn pairs of numbers.
         if "attention" in self.blocks and self.rope_theta is not None and self.key_dim % 2:
             raise ValueError(

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from lmsleep.files import write_atomic
-from lmsleep.layers import Attention, FastWeights, SwiGLU
+from lmsleep.layers import Attention, FastWeights, JetBlock, SwiGLU
 from lmsleep.layers.in_place import Lesson, NextTokens
 from lmsleep.layers.rope import turned_back
 from lmsleep.models.config import RULE_OF, HybridConfig
@@ -32,7 +32,7 @@ class Block(nn.Module):
     def __init__(self, config: HybridConfig, kind: str) -> None:
         super().__init__()
         c = config
-        self.mixer: Attention | FastWeights
+        self.mixer: Attention | FastWeights | JetBlock
         if kind == "attention":
             self.mixer = Attention(
                 c.d_model,
@@ -42,6 +42,17 @@ class Block(nn.Module):
                 rope_theta=c.rope_theta,
                 qk_norm=c.qk_norm,
                 norm_eps=c.norm_eps,
+            )
+        elif kind == "jet":
+            self.mixer = JetBlock(
+                c.d_model,
+                c.num_heads,
+                c.key_dim,
+                c.value_dim or c.key_dim,
+                conv_size=c.conv_size,
+                norm_eps=c.norm_eps,
+                forget=c.forget,
+                backend=c.backend,
             )
         else:
             self.mixer = FastWeights(
