@@ -87,10 +87,13 @@ def main() -> None:
     figure.save(story, ROOT / "docs/images/story.png")
     for folder in sorted(page.parent for page in (ROOT / "results").glob("*/README.md")):
         # Folders are called RECIPE-SCALE, and recipes have dashes in their names too.
-        result = Result.load(RECIPES[folder.name.rpartition("-")[0]], folder)
+        name = folder.name.rpartition("-")[0]
+        result = Result.load(RECIPES[name], folder)
         # Written anew from its rows, for the recipe's words may have changed since.
         result.save(folder)
         figure.save(result, folder / "figure.png")
+        if name in GROUPS["rivals"]:
+            figure.save(result, ROOT / f"docs/images/{name}.png")
     for page in PAGES:
         write_atomic(page, published(page.read_text(), blocks()).encode())
 
