@@ -8,22 +8,14 @@ trials are in results/rivals-search).
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from functools import partial
+from typing import Any
 
 from lmsleep.models import HybridConfig
+from lmsleep.ops.matching import Method
 from lmsleep.recipes.recipe import Cell
 from lmsleep.recipes.settings import DEPO, PAIR, Scale
-from lmsleep.sleep import (
-    Compact,
-    Eviction,
-    GradientSteps,
-    GradMem,
-    InPlace,
-    MemoryTokens,
-    Passes,
-    SleepConfig,
-    Sliding,
-)
+from lmsleep.sleep import Compact, Eviction, GradientSteps, GradMem, Hard, InPlace, MemoryTokens, SleepConfig
 from lmsleep.tasks import MQAR, Task, Variables, WordProblem
 from lmsleep.training import RunConfig, TrainConfig, flops_per_step, training_flops
 
@@ -65,18 +57,7 @@ class Found:
     other: bool = False
 
 
-@dataclass(frozen=True)
-class Method:
-    """A way to keep a window.
-
-    Attributes:
-        make: from a share of the bytes (a key of `HEADS`) and the choice, model and sleep without its window;
-            None where so few bytes keep nothing.
-        other: what the search tries besides rates.
-    """
-
-    make: Callable[[str, bool], tuple[HybridConfig, SleepConfig] | None]
-    other: str
+Parts = tuple[HybridConfig, SleepConfig]  # of a run, but for its task and training
 
 
 def bytes_of(share: str) -> int:
@@ -84,148 +65,121 @@ def bytes_of(share: str) -> int:
     return NUM_HEADS * HEADS[share] ** 2 * NUMBER
 
 
-def _hybrid(
-    share: str, consolidator: Passes, *, opened: bool, blocks: int = 1, halves: int = 1, **sleep: Any
-) -> tuple[HybridConfig, SleepConfig]:
-    """Return pairs of blocks whose `S` take the bytes together (divided by `halves`)."""
-    size = HEADS[share]
-    fast = {"head_dim": size, "value_dim": size // (blocks * halves)}
-    model = HybridConfig(
-        d_model=WIDTH,
-        num_heads=NUM_HEADS,
-        blocks=blocks * PAIR,
-        mlp_dim=0,
-        forget=(0.001, 0.001),
-        conv_init=0.5 if opened else 0.0,
-        overrides={2 * pair + 1: fast for pair in range(blocks)},
-    )
-    return model, SleepConfig(consolidator=consolidator, **sleep)
-
-
-def _attention(
-    consolidator: Any = None,
-    eviction: Eviction | str = "hard",
-    last: Mapping[str, Any] | None = None,
-    blocks: int = 2,
-    **model: Any,
-) -> tuple[HybridConfig, SleepConfig]:
-    """Return blocks of attention; `last` are options of the second."""
-    overrides = {0: {"mlp_dim": MLP}, **({1: last} if last else {})}
-    made = HybridConfig(
-        d_model=WIDTH,
-        num_heads=NUM_HEADS,
-        blocks=("attention",) * blocks,
-        mlp_dim=0,
-        overrides=overrides,
-        **model,
-    )
-    return made, SleepConfig(consolidator=consolidator or Passes(), eviction=eviction)
-
-
-def _sleeps(passes: int, blocks: int = 1) -> Method:
-    """Make a sleep in passes, of one or more pairs of blocks."""
-    return Method(
-        lambda share, other: _hybrid(share, Passes(passes), opened=other, blocks=blocks),
-        "a short convolution that is open at the start",
-    )
-
-
-def _with_keys(share: str, other: bool) -> tuple[HybridConfig, SleepConfig] | None:
-    """Make four passes into half of the bytes, and keys for the other half."""
-    if bytes_of(share) // 2 < _key_bytes(blocks=1):
-        return None
-    keys = Compact(bytes=bytes_of(share) // 2, method="attended")
-    return _hybrid(share, Passes(4), opened=other, halves=2, eviction=keys)
-
-
 def _key_bytes(blocks: int) -> int:
     """Return the bytes of a key in every head: itself, its value, and three numbers of `Compact`."""
     return blocks * (2 * WIDTH + 3 * NUM_HEADS) * NUMBER
 
 
-def _sliding(share: str, other: bool) -> tuple[HybridConfig, SleepConfig]:
-    return _attention(eviction=Sliding(), qk_norm=other)
+def _hybrid(
+    bench: Bench, share: str, opened: bool, passes: int, *, pairs: int = 1, kept: Eviction | None = None
+) -> Parts:
+    """Make pairs of blocks whose `S`, with what is `kept` besides, take the bytes together."""
+    fast = {"head_dim": HEADS[share], "value_dim": HEADS[share] // pairs // (2 if kept else 1)}
+    model = HybridConfig(
+        d_model=WIDTH,
+        num_heads=NUM_HEADS,
+        blocks=pairs * PAIR,
+        mlp_dim=0,
+        forget=(0.001, 0.001),
+        conv_init=0.5 if opened else 0.0,
+        overrides={2 * pair + 1: fast for pair in range(pairs)},
+    )
+    return model, SleepConfig(window=bench.window, passes=passes, eviction=kept or Hard())
 
 
-def _tokens(kind: type[MemoryTokens | GradMem]) -> Method:
-    def make(share: str, other: bool) -> tuple[HybridConfig, SleepConfig]:
-        return _attention(kind(3 if other else 2), memory_tokens=bytes_of(share) // (WIDTH * NUMBER))
-
-    return Method(make, "a second write")
-
-
-def _in_place(share: str, other: bool) -> tuple[HybridConfig, SleepConfig]:
-    hidden = bytes_of(share) // (WIDTH * NUMBER)
-    return _attention(InPlace(3 if other else 2), last={"mlp_dim": hidden, "in_place_mlp": True})
+def _with_keys(bench: Bench, share: str, opened: bool) -> Parts | None:
+    """Make four passes into half of the bytes, and keys for the other half."""
+    half = bytes_of(share) // 2
+    if half < _key_bytes(blocks=1):
+        return None
+    return _hybrid(bench, share, opened, 4, kept=Compact(bytes=half, method="attended"))
 
 
-def _steps(share: str, other: bool) -> tuple[HybridConfig, SleepConfig]:
-    hidden = bytes_of(share) // (3 * WIDTH * NUMBER)  # all three matrices are trained
-    return _attention(GradientSteps(3 if other else 2), last={"mlp_dim": hidden, "trained_mlp": True})
+def _attention(
+    sleep: SleepConfig, *, blocks: int = 2, last: Mapping[str, Any] | None = None, **model: Any
+) -> Parts:
+    """Make blocks of attention; `last` are options of the second."""
+    made = HybridConfig(
+        d_model=WIDTH,
+        num_heads=NUM_HEADS,
+        blocks=("attention",) * blocks,
+        mlp_dim=0,
+        overrides={0: {"mlp_dim": MLP}, **({1: last} if last else {})},
+        **model,
+    )
+    return made, sleep
 
 
-# By task and method, from the committed trials; a method that is not named has the first of everything.
-FOUND: dict[str, dict[str, Found]] = {}
-METHODS: dict[str, Method] = {
-    "N = 4": _sleeps(4),
-    "N = 2": _sleeps(2),
-    "N = 1": _sleeps(1),
-    "N = 1, twice the blocks": _sleeps(1, blocks=2),
-    "N = 4, half of it keys": Method(_with_keys, "a short convolution that is open at the start"),
-    "gradient steps": Method(_steps, "a second step"),
-    "In-Place TTT": Method(_in_place, "a second reading"),
-    "memory tokens": _tokens(MemoryTokens),
-    "GradMem": _tokens(GradMem),
-    "sliding": Method(_sliding, "normalised queries and keys"),
-    "whole cache": Method(lambda _, other: _attention(qk_norm=other), "normalised queries and keys"),
-    "whole cache, twice the blocks": Method(
-        lambda _, other: _attention(blocks=4, qk_norm=other), "normalised queries and keys"
-    ),
+def _sliding(bench: Bench, share: str, normed: bool) -> Parts:
+    tokens = bytes_of(share) // (2 * 2 * WIDTH * NUMBER)  # key and value in two blocks
+    return _attention(SleepConfig(window=tokens + 1, eviction="sliding"), qk_norm=normed)
+
+
+def _whole(bench: Bench, share: str, normed: bool, blocks: int = 2) -> Parts:
+    return _attention(SleepConfig(), blocks=blocks, qk_norm=normed)
+
+
+def _tokens(bench: Bench, share: str, again: bool, kind: type[MemoryTokens | GradMem]) -> Parts:
+    sleep = SleepConfig(window=bench.window, consolidator=kind(3 if again else 2))
+    return _attention(sleep, memory_tokens=bytes_of(share) // (WIDTH * NUMBER))
+
+
+def _in_place(bench: Bench, share: str, again: bool) -> Parts:
+    last = {"mlp_dim": bytes_of(share) // (WIDTH * NUMBER), "in_place_mlp": True}
+    return _attention(SleepConfig(window=bench.window, consolidator=InPlace(3 if again else 2)), last=last)
+
+
+def _steps(bench: Bench, share: str, again: bool) -> Parts:
+    # All three matrices are trained.
+    last = {"mlp_dim": bytes_of(share) // (3 * WIDTH * NUMBER), "trained_mlp": True}
+    sleep = SleepConfig(window=bench.window, consolidator=GradientSteps(3 if again else 2))
+    return _attention(sleep, last=last)
+
+
+# Each makes parts from the share of the bytes and from its own choice, or None where so few bytes keep nothing.
+# The choice: a convolution that starts open, a second write or step, normed queries and keys.
+METHODS: dict[str, Callable[[Bench, str, bool], Parts | None]] = {
+    "N = 4": partial(_hybrid, passes=4),
+    "N = 2": partial(_hybrid, passes=2),
+    "N = 1": partial(_hybrid, passes=1),
+    "N = 1, twice the blocks": partial(_hybrid, passes=1, pairs=2),
+    "N = 4, half of it keys": _with_keys,
+    "gradient steps": _steps,
+    "In-Place TTT": _in_place,
+    "memory tokens": partial(_tokens, kind=MemoryTokens),
+    "GradMem": partial(_tokens, kind=GradMem),
+    "sliding": _sliding,
+    "whole cache": _whole,
+    "whole cache, twice the blocks": partial(_whole, blocks=4),
 }
-KEYS: dict[str, Literal["attention", "attended"]] = {
-    "keys, fitted": "attention",
-    "keys, as they are": "attended",
-}  # of the whole cache, without training
 FREE = ("whole cache", "whole cache, twice the blocks")  # whose bytes nobody sets
 TOKENS = ("memory tokens", "GradMem")
+# Of the whole cache, without training.
+KEYS: dict[str, Method] = {"keys, fitted": "attention", "keys, as they are": "attended"}
+# By task and method, the best of the committed trials.
+FOUND: dict[str, dict[str, Found]] = {}
 
 
-def run(bench: Bench, method: str, share: str, found: Found, flops: int | None = None) -> RunConfig | None:
-    """Return a run of a method for so many training FLOPs (None: those of the bench).
-
-    Returns:
-        None where so few bytes keep nothing.
-    """
-    made = METHODS[method].make(share, found.other)
-    if made is None:
+def run(bench: Bench, method: str, share: str, found: Found, flops: int) -> RunConfig | None:
+    """Return a run of a method for so many training FLOPs; None where so few bytes keep nothing."""
+    parts = METHODS[method](bench, share, found.other)
+    if parts is None:
         return None
-    model, sleep = made
-    window: int | None = bench.window
-    if method == "sliding":
-        # A token of the cache, in two blocks.
-        window = 1 + bytes_of(share) // (2 * 2 * WIDTH * NUMBER)
-    if method in FREE:
-        window = None
-    train = TrainConfig(
-        batch_size=bench.batch_size, steps=bench.steps, lr=found.lr, adam_lr=0.02, eval_every=100, threads=1,
-        save_every=250,
-    )  # fmt: skip
-    made_run = RunConfig(task=bench.task, model=model, sleep=replace(sleep, window=window), train=train)
-    return _for_flops(made_run, bench, budget(bench) if flops is None else flops)
+    made = _run(bench, parts, lr=found.lr, adam_lr=0.02, save_every=250, threads=1)
+    steps = max(math.floor(flops / flops_per_step(made)), 1)
+    curriculum = round(bench.curriculum * steps)
+    return replace(made, train=replace(made.train, steps=steps, curriculum=curriculum))
 
 
 def budget(bench: Bench) -> int:
     """Return the training FLOPs that every method has: those of N = 4 at the bytes of `S`."""
-    model, sleep = _hybrid("1", Passes(4), opened=False)
-    train = TrainConfig(batch_size=bench.batch_size, steps=bench.steps)
-    sleep = replace(sleep, window=bench.window)
-    return training_flops(RunConfig(task=bench.task, model=model, sleep=sleep, train=train))
+    return training_flops(_run(bench, _hybrid(bench, "1", False, 4)))
 
 
-def _for_flops(made: RunConfig, bench: Bench, flops: int) -> RunConfig:
-    steps = max(math.floor(flops / flops_per_step(made)), 1)
-    curriculum = round(bench.curriculum * steps)
-    return replace(made, train=replace(made.train, steps=steps, curriculum=curriculum))
+def _run(bench: Bench, parts: Parts, **train: Any) -> RunConfig:
+    model, sleep = parts
+    options = TrainConfig(batch_size=bench.batch_size, steps=bench.steps, **train)
+    return RunConfig(task=bench.task, model=model, sleep=sleep, train=options)
 
 
 def cells(task: str) -> Callable[[Scale], list[Cell]]:
