@@ -136,7 +136,7 @@ def _steps(bench: Bench, share: str, again: bool) -> Parts:
     return _attention(sleep, last=last)
 
 
-# Each makes parts from the share of the bytes and from its own choice, or None where so few bytes keep nothing.
+# Each makes parts from a share of the bytes and a choice of its own, or None where so few bytes keep nothing.
 # The choice: a convolution that starts open, a second write or step, normed queries and keys.
 METHODS: dict[str, Callable[[Bench, str, bool], Parts | None]] = {
     "N = 4": partial(_hybrid, passes=4),
