@@ -6,22 +6,22 @@
 A depth is a number of (attention, Gated DeltaNet) pairs, the size of a head, and N. Each gets one seed, none
 of those that are reported, and in this order: three of Muon's rates; at the best, a short convolution that is
 open at the start; with the better start, a longer curriculum. A finished trial is a line of
-`benchmarks/results/depth-search/TASK.jsonl`, which is all that the search goes on from.
+`results/depth-search/TASK.jsonl`, which is all that the search goes on from.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+
+from search import Row, Trial, read, search, table
 
 from lmsleep.recipes import settings
-from lmsleep.training import Job, RunConfig, RunFolder, equal_compute, run_all
+from lmsleep.training import RunConfig, equal_compute
 
 SEED = 100
-FOUND = Path("benchmarks/results/depth-search")
+FOUND = Path("results/depth-search")
 RATES = (0.015, 0.0075, 0.03)
 
 
@@ -87,58 +87,21 @@ def run(problem: Problem, depth: Depth, options: Options, seed: int) -> RunConfi
     return replace(made, train=train)
 
 
-def trials(found: list[dict[str, Any]]) -> Iterator[list[tuple[Depth, Options]]]:
-    """Yield rounds of what is to be tried, each of which is chosen by what was found before."""
+def rounds(problem: Problem, found: list[Row]) -> Iterator[list[Trial]]:
+    """Yield the rates for every depth, at the best the open convolution, then a longer curriculum."""
+
+    def trial(depth: Depth, options: Options) -> Trial:
+        what = {"depth": asdict(depth), "options": asdict(options)}
+        return Trial(what, run(problem, depth, options, SEED))
 
     def best(depth: Depth) -> Options:
         mine = [row for row in found if Depth(**row["depth"]) == depth]
         return Options(**max(mine, key=lambda row: row["accuracy"])["options"])
 
     for rate in RATES:
-        yield [(depth, Options(lr=rate)) for depth in DEPTHS]
-    yield [(depth, replace(best(depth), conv_init=0.5)) for depth in DEPTHS]
-    yield [(depth, replace(best(depth), curriculum=0.6)) for depth in DEPTHS]
-
-
-def search(name: str, workers: int) -> None:
-    """Run what is missing."""
-    problem, path = PROBLEMS[name], FOUND / f"{name}.jsonl"
-    found = read(path)
-    for due in trials(found):
-        done = [(Depth(**row["depth"]), Options(**row["options"])) for row in found]
-        missing = [trial for trial in due if trial not in done]
-        for several in (missing[i : i + workers] for i in range(0, len(missing), workers)):
-            jobs = [Job(_folder(name, depth, how), run(problem, depth, how, SEED)) for depth, how in several]
-            run_all(jobs, workers)
-            for job, (depth, how) in zip(jobs, several, strict=True):
-                folder = RunFolder.open(job.path)
-                report = folder.report()
-                assert report is not None
-                row = {"depth": asdict(depth), "options": asdict(how), "seed": SEED}
-                row |= {key: report[key] for key in ("step", "tokens", "flops", "seconds")}
-                row |= {key: report["eval"][key] for key in ("accuracy", "per_difficulty")}
-                found.append({**row, "commit": folder.made_by()["commit"]})
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with path.open("a") as file:
-                    file.write(json.dumps(found[-1]) + "\n")
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """Return the finished trials."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def table(name: str) -> None:
-    """Print the finished trials, best first."""
-    for row in sorted(read(FOUND / f"{name}.jsonl"), key=lambda row: -row["accuracy"]):
-        hops = " ".join(f"{k}: {accuracy:.3f}" for k, accuracy in row["per_difficulty"].items())
-        what = " ".join(f"{key}={value}" for part in ("depth", "options") for key, value in row[part].items())
-        sys.stdout.write(f"{row['accuracy']:.3f}  {what}  steps={row['step']}  {hops}\n")
-
-
-def _folder(name: str, depth: Depth, options: Options) -> Path:
-    values = [*asdict(depth).values(), *asdict(options).values()]
-    return Path("runs/depth") / name / "-".join(map(str, values))
+        yield [trial(depth, Options(lr=rate)) for depth in DEPTHS]
+    yield [trial(depth, replace(best(depth), conv_init=0.5)) for depth in DEPTHS]
+    yield [trial(depth, replace(best(depth), curriculum=0.6)) for depth in DEPTHS]
 
 
 def main() -> None:
@@ -148,9 +111,11 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1, help="runs at a time")
     parser.add_argument("--table", action="store_true", help="print what is there")
     options = parser.parse_args()
+    name, file = options.problem, FOUND / f"{options.problem}.jsonl"
     if not options.table:
-        search(options.problem, options.workers)
-    table(options.problem)
+        runs = Path("runs/depth") / name
+        search(file, runs, lambda found: rounds(PROBLEMS[name], found), options.workers)
+    sys.stdout.write(f"{table(read(file))}\n")
 
 
 if __name__ == "__main__":
