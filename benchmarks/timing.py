@@ -7,7 +7,8 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+
+from lmsleep.flops import flop_counter
 
 Case = TypeVar("Case", bound=Hashable)
 
@@ -59,6 +60,6 @@ def ratio(times: list[float], base: list[float]) -> str:
 
 def flops(call: Callable[[], object]) -> int:
     """Count the FLOPs of the matrix products of a call."""
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as counter:
         call()
     return counter.get_total_flops()

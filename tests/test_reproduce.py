@@ -51,7 +51,7 @@ def test_the_cells_of_a_figure_differ_in_name_and_run(figure, scale):
         with pytest.raises(ValueError, match=rf"^figure {figure} at scale={scale} needs pretrained weights"):
             RECIPES[figure].cells(scale)
         return
-    if scale != "demo" and figure.startswith("rivals-"):
+    if scale != "demo" and figure.startswith(("rivals-", "depth")):
         with pytest.raises(ValueError, match=rf"^{figure} at scale={scale}: .* use scale=demo"):
             RECIPES[figure].cells(scale)
         return

@@ -10,10 +10,9 @@ import torch
 from benchmarks.processes import Sent
 from conftest import random_tokens, run_command, tiny
 from tools import scale
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from lmsleep import HybridConfig, HybridLM, SleepConfig
+from lmsleep.flops import flop_counter
 from lmsleep.recipes.settings import depo, rule110
 from lmsleep.recipes.table import published
 from lmsleep.training import Objective, TrainConfig, Trainer
@@ -59,11 +58,6 @@ def flops(*given, **options):
     return simulated(*given, held=False, **options).flops
 
 
-# Where the counter meets PyTorch's attention on a CPU, it counts none of its products; in matrices it does.
-def in_matrices():
-    return sdpa_kernel(SDPBackend.MATH)
-
-
 TRAIN = TrainConfig()
 
 
@@ -85,8 +79,7 @@ TRAIN = TrainConfig()
 )
 def test_flops_of_a_step_are_those_that_are_counted_on_real_passes(blocks, asked, sleep, train):
     config, batch = HybridConfig(blocks=blocks, **SMALL), drawn(asked=asked)
-    with in_matrices():
-        counted = count_flops(Objective(HybridLM(config), train), batch, sleep)
+    counted = count_flops(Objective(HybridLM(config), train), batch, sleep)
     assert flops(config, batch, sleep, train) == counted
 
 
@@ -98,8 +91,7 @@ def test_flops_of_a_step_are_those_that_are_counted_on_real_passes(blocks, asked
 )
 def test_flops_that_are_not_exact_are_hardly_more(kinds, train, within):
     config, batch, sleep = HybridConfig(blocks=kinds, **SMALL), drawn(), SleepConfig(window=8, passes=3)
-    with in_matrices():
-        counted = count_flops(Objective(HybridLM(config), train), batch, sleep)
+    counted = count_flops(Objective(HybridLM(config), train), batch, sleep)
     assert 1 <= flops(config, batch, sleep, train) / counted < 1 + within
 
 
@@ -107,8 +99,7 @@ def test_flops_that_are_not_exact_are_hardly_more(kinds, train, within):
 def test_the_batch_of_a_run_is_played_as_it_is(run):
     # Contexts that several rows fork; windows of other lengths; no loss where the context is.
     batch = draw(run, 0)
-    with in_matrices():
-        counted = count_flops(Objective(HybridLM(run.model), run.train), batch, run.sleep)
+    counted = count_flops(Objective(HybridLM(run.model), run.train), batch, run.sleep)
     assert flops(run.model, batch, run.sleep, run.train) == counted
 
 
@@ -178,7 +169,7 @@ def test_bytes_of_weights_and_optimizers_are_those_of_real_ones(config):
         optimizer.step()
     states = [t for o in groups for state in o.state.values() for t in state.values()]
     assert weights.optimizer_bytes == sum(t.nbytes for t in states)
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as counter:
         groups[0].step()
     assert weights.muon_flops == counter.get_total_flops()
 
@@ -196,9 +187,8 @@ def test_what_is_frozen_has_no_gradients_and_no_states():
     ]
     found = [*collectives(weights, Layout(4))]
     assert [(c.kind, c.nbytes) for c in found] == [("all-reduce", block)]
-    with in_matrices():
-        objective = Objective(trained_weights(HybridLM(config), train), train)
-        counted = count_flops(objective, drawn(), SleepConfig(window=8, passes=2))
+    objective = Objective(trained_weights(HybridLM(config), train), train)
+    counted = count_flops(objective, drawn(), SleepConfig(window=8, passes=2))
     found, whole = (flops(config, drawn(), SleepConfig(window=8, passes=2), train, m) for m in (model, None))
     assert found == counted < whole  # that of a model which trains all
 

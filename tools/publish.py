@@ -81,6 +81,8 @@ def main() -> None:
             shutil.copy(folder / name, COMMITTED / folder.name / name)
     for name in ("depo", "rule110"):
         figure.save(committed(name), ROOT / f"docs/images/{name}.png")
+        # Anew, for what is said with a table may have changed since; its figure is that of the docs.
+        write_atomic(COMMITTED / name / "README.md", committed(name).page().encode())
     depo = committed("depo")
     # The same result, seen through two panels for the front page.
     story = replace(depo, recipe=replace(depo.recipe, panels=("tokens", "read")))

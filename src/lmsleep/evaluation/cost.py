@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from lmsleep.backbones import build
+from lmsleep.flops import flop_counter
 from lmsleep.sleep import SleepConfig, read_window
 
 
@@ -90,6 +90,6 @@ def share(model: nn.Module, names: Iterable[str], parameter: nn.Parameter) -> No
 
 
 def _flops(call: Any) -> int:
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as counter:
         call()
     return counter.get_total_flops()

@@ -12,7 +12,7 @@ from typing import Any
 
 from lmsleep.hf.finetune import FineTune
 from lmsleep.models import BlockKind, HybridConfig
-from lmsleep.recipes import rivals, settings
+from lmsleep.recipes import depth, rivals, settings
 from lmsleep.recipes.recipe import Cell, Recipe
 from lmsleep.recipes.results import TIMED_STEPS
 from lmsleep.recipes.settings import PAIR, Scale, depo, rule110
@@ -371,6 +371,20 @@ def _rivals(task: str, title: str) -> Recipe:
     )
 
 
+def _depth(name: str) -> Recipe:
+    problem = depth.PROBLEMS[name]
+    return Recipe(
+        f"Blocks against passes: {problem.nodes // 2} hops among {problem.nodes} nodes",
+        "Not in the paper, which varies N at one model: is accuracy a function of blocks times passes?",
+        depth.cells(name),
+        ("axis", "flops", "tokens", "token_flops", "token_seconds", "parameters", "bytes"),
+        axis="blocks by passes",
+        costs=True,
+        caution="Each depth has the training FLOPs of two blocks in four passes, and the rate, the "
+        "convolution and the curriculum that the same search found for it.",
+    )
+
+
 BOTH_BUDGETS = (
     "Not in the paper, which compares at equal tokens: N at equal tokens and at equal training FLOPs."
 )
@@ -503,6 +517,7 @@ RECIPES: dict[str, Recipe] = {
         _state_sizes,
         ("difficulty", "final"),
     ),
+    **{name: _depth(name) for name in depth.PROBLEMS},
     "rivals-depo": _rivals("depo", "Rivals on the pointer chase: one hop is storage, three are depth"),
     "rivals-mqar": _rivals("mqar", "Rivals on MQAR: storage alone"),
     "rivals-word-problem": _rivals("word-problem", "Rivals on the word problem of S3: keeping track"),

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
+from lmsleep.flops import flop_counter
 from lmsleep.recipes.estimate import clock
 from lmsleep.sleep import Backbone, read_window, sleep_forward
 from lmsleep.state import State
@@ -19,6 +19,7 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "bytes kept": lambda row: f"{row['bytes']:,}",
     "MFLOP a context": lambda row: f"{row['context_flops'] / 1e6:.3g}",
     "ms a context": lambda row: f"{row['context_seconds'] * 1e3:.3g}",
+    "MFLOP a token": lambda row: f"{row['token_flops'] / 1e6:.3g}",
     "ms a token": lambda row: f"{row['token_seconds'] * 1e3:.3g}",
 }
 
@@ -28,8 +29,8 @@ def costs(model: Any, run: RunConfig) -> dict[str, Any]:
 
     Returns:
         `parameters`; `bytes` that are kept of the context (fast weights, keys and values); `context_flops` of
-        matrix products and `context_seconds` for all of its windows; `token_seconds` of the second token
-        after them. Seconds are those of one thread.
+        matrix products and `context_seconds` for all of its windows; `token_flops` and `token_seconds` of the
+        second token after them. Seconds are those of one thread.
 
     Raises:
         ValueError: for a task without a context.
@@ -43,7 +44,7 @@ def costs(model: Any, run: RunConfig) -> dict[str, Any]:
     def read() -> State:
         return sleep_forward(model, context, None, run.sleep, evict_last=True, return_logits=False).state
 
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as counter:
         state = read()
     device = context.device
     return {
@@ -51,16 +52,22 @@ def costs(model: Any, run: RunConfig) -> dict[str, Any]:
         "bytes": sum(t.nbytes for t in state.tensors()),
         "context_flops": counter.get_total_flops(),
         "context_seconds": _seconds(read, device),
-        "token_seconds": _answering(model, run, state, device),
+        **_answering(model, run, state, device),
     }
 
 
 @torch.no_grad()
-def _answering(model: Backbone, run: RunConfig, state: State, device: torch.device) -> float:
+def _answering(model: Backbone, run: RunConfig, state: State, device: torch.device) -> dict[str, Any]:
     token = torch.zeros(1, 1, dtype=torch.int64, device=device)
     # The first token may have to read what is kept; those after it are the many.
     _, state = read_window(model, token, state, run.sleep, passes=1)
-    return _seconds(lambda: read_window(model, token, state, run.sleep, passes=1), device)
+
+    def answer() -> None:
+        read_window(model, token, state, run.sleep, passes=1)
+
+    with flop_counter() as counter:
+        answer()
+    return {"token_flops": counter.get_total_flops(), "token_seconds": _seconds(answer, device)}
 
 
 def _seconds(what: Callable[[], Any], device: torch.device) -> float:

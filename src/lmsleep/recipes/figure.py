@@ -15,7 +15,13 @@ from lmsleep.recipes.results import Result, Row
 from lmsleep.training import RunFolder
 
 AXES = {"tokens": (1e6, "training tokens (millions)"), "flops": (1e12, "training compute (TFLOP)")}
-KEPT = {"bytes": "bytes kept of a context", "context_flops": "FLOPs to read and keep a context"}
+KEPT = {
+    "bytes": "bytes kept of a context",
+    "context_flops": "FLOPs to read and keep a context",
+    "token_flops": "FLOPs of an answered token",
+    "token_seconds": "seconds of an answered token",
+    "parameters": "parameters",
+}
 LABELS = {"accuracy": "held-out accuracy", "tokens_per_second": "training tokens a second"}
 IN_A_ROW = 3  # panels
 

@@ -11,8 +11,9 @@ from lmsleep.training import RunConfig, TrainConfig
 
 Budget = Literal["tokens", "compute", "both"]
 Panel = Literal[
-    "tokens", "flops", "loss", "difficulty", "axis", "final", "grid", "read", "bytes", "context_flops"
-]
+    "tokens", "flops", "loss", "difficulty", "axis", "final", "grid", "read",
+    "bytes", "context_flops", "token_flops", "token_seconds", "parameters",
+]  # fmt: skip
 Value = Literal["accuracy", "tokens_per_second"]
 
 
@@ -73,8 +74,8 @@ class Recipe:
         panels: left to right: learning curves against "tokens" or "flops", of the test "loss" against steps;
             the value by "difficulty", along
             the "axis", or at the end ("final", a bar each); heat maps: the "grid" of axis by difficulty, one
-            for each N, and how the largest N answers when it is "read" with other passes; or against what is
-            kept ("bytes") and what keeping it costs ("context_flops"), with the frontier.
+            for each N, and how the largest N answers when it is "read" with other passes; or against
+            what a run keeps and costs when it is used (of `recipes.costs`), with the frontier.
         axis: what the axis counts.
         read: the ways a trained run is read, by their place on the axis; by default its own.
         value: what is measured: accuracy after training, or the speed of a few training steps.

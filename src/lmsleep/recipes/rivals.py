@@ -157,7 +157,22 @@ TOKENS = ("memory tokens", "GradMem")
 # Of the whole cache, without training.
 KEYS: dict[str, Method] = {"keys, fitted": "attention", "keys, as they are": "attended"}
 # By task and method, the best of the committed trials.
-FOUND: dict[str, dict[str, Found]] = {}
+FOUND: dict[str, dict[str, Found]] = {
+    "depo": {
+        "N = 4": Found(0.03),
+        "N = 2": Found(0.015),
+        "N = 1": Found(0.015),
+        "N = 1, twice the blocks": Found(0.015),
+        "N = 4, half of it keys": Found(0.015),
+        "gradient steps": Found(0.0075),
+        "In-Place TTT": Found(0.015, other=True),
+        "memory tokens": Found(0.015),
+        "GradMem": Found(0.015, other=True),
+        "sliding": Found(0.0075, other=True),
+        "whole cache": Found(0.015),
+        "whole cache, twice the blocks": Found(0.015),
+    },
+}
 
 
 def run(bench: Bench, method: str, share: str, found: Found, flops: int) -> RunConfig | None:

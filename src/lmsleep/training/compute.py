@@ -4,9 +4,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from torch.utils.flop_counter import FlopCounterMode
-
 from lmsleep.backbones import build
+from lmsleep.flops import flop_counter
 from lmsleep.sleep import SleepConfig
 from lmsleep.tasks import Batch
 from lmsleep.training.batches import draw
@@ -18,7 +17,7 @@ COUNTED = 3  # shapes of a run, for each N; a count costs as much as several ste
 
 def count_flops(objective: Objective, batch: Batch, sleep: SleepConfig) -> int:
     """Return the FLOPs of a forward and backward pass over a batch; gradients are dropped."""
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as counter:
         loss = objective(batch, sleep)
         # A batch that predicts nothing has a loss without a graph.
         if loss.requires_grad:

@@ -19,10 +19,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from lmsleep.backbones import Model
 from lmsleep.evaluation.cost import on_meta, parameter_names, share
+from lmsleep.flops import flop_counter
 from lmsleep.sleep import (
     CONSOLIDATOR,
     CONSOLIDATORS,
@@ -146,11 +146,11 @@ class Parts:
         """
         with _apart():
             given = _given(self.meta, part, 1, h, "meta")
-            with FlopCounterMode(display=False) as counter:
+            with flop_counter() as counter:
                 outputs = _call(self.meta, part, *given)
             if asked is None:
                 return counter.get_total_flops()
-            with FlopCounterMode(display=False) as counter:
+            with flop_counter() as counter:
                 _backward([t for some, on in zip(outputs, asked, strict=True) if on for t in some])
         self.meta.zero_grad()
         return counter.get_total_flops()
