@@ -73,6 +73,14 @@ def test_in_a_hybrid_all_keys_are_those_that_an_eviction_of_nothing_leaves(hybri
     assert close(out.logits, expected.logits) and same_memory(out.memory, expected.memory)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_keys_that_are_all_the_same_leave_a_fit_nothing_to_choose(method):
+    # One token, and no positions: the least squares are of rank one. Any key does what all of them do.
+    model, x = lively(tiny("attention", rope_theta=None, **HEADS)), torch.ones(1, 3 * L, dtype=torch.int64)
+    with torch.no_grad():
+        assert close(read(model, x, compacting(2, method=method)).logits, model(x))
+
+
 def turned(x, position, theta=10_000.0):
     # Rotary positions as complex numbers: the first half of a head is real, the second imaginary.
     D = x.shape[-1]

@@ -310,7 +310,7 @@ def first_model(out: Path) -> Path:
     [
         (["--task", "mqar", "--loop", "1", "2"], "loop=(1, 2) has no block with fast weights"),
         (["--task", "mqar", "--loop", "0", "9"], "loop=(0, 9) reaches outside the model"),
-        (["--task", "mqar", "--wake-passes", "2"], "wake_passes"),
+        (["--task", "mqar", "--sleep", "passes,wake_passes=2"], "wake_passes=2: a pretrained"),
         (["--task", "mqar", "--keys", "900"], "alone; use its own tokenizer"),
         ([], "--task: name what is learned"),
         (["--task", "mqar", "--preset", "none"], "preset='none' is unknown; choose one of lora, full, two-"),
@@ -318,7 +318,7 @@ def first_model(out: Path) -> Path:
         (["--task", "mqar", "--insert", "2"], "has more than attention already"),
         (["--task", "mqar", "--start", "x"], "--start"),
         (
-            ["--task", "mqar", "--consolidator", "gradient-steps", "--no-checkpoint"],
+            ["--task", "mqar", "--sleep", "gradient-steps", "--no-checkpoint"],
             "gradient-steps train layers",
         ),
     ],

@@ -147,7 +147,18 @@ def test_probe_takes_a_model_with_attention_alone_where_it_compacts(tmp_path, ca
     )  # fmt: skip
     code, _, err = run_command(capsys, *given)
     assert code == 2 and err.count("\n") == 1 and "its blocks have attention alone" in err
-    assert "--compact" in err
+    assert "--eviction compact" in err
     code, out, err = run_command(capsys, *given, "--compact", 10)
     assert code == 0, err
     assert out.splitlines()[3].startswith("attention 1/10")
+    # Sessions do too, and a file that says so need not be told again.
+    llama, text, memory = tmp_path / "llama", tmp_path / "text.txt", tmp_path / "a.mem"
+    argv = ["read", llama, text, "--memory", memory, "--tokenizer", "bytes", "--window", 150]
+    code, _, err = run_command(capsys, *argv)
+    assert code == 2 and "its blocks have attention alone" in err and not memory.exists()
+    code, _, err = run_command(capsys, *argv, "--eviction", "compact,keys=9")
+    assert code == 0, err
+    code, _, err = run_command(capsys, "ask", llama, "A text", "--memory", memory, "--tokenizer", "bytes")
+    assert code == 0, err
+    _, out, _ = run_command(capsys, "memory", "show", memory)
+    assert "9 keys a head" in out and "N = 1" in out  # further passes would write nothing

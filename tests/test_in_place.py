@@ -188,7 +188,7 @@ def test_it_trains_is_scored_and_reads_on_the_command_line(tmp_path, capsys):
     trained = "--steps 2 --eval-every 2 --eval-batches 1 --batch-size 4 --device cpu --checkpoint"
     shape = "--d-model 16 --num-heads 2 --mlp-dim 24 --window 8 --blocks attention --in-place-mlp --passes 2"
     run, memory = tmp_path / "run", tmp_path / "a.mem"
-    by = ["--consolidator", "in-place", "--rate", "0.1", "--chunk", "4"]
+    by = ["--sleep", "in-place,rate=0.1,chunk=4"]
     argv = ["train", "mqar", *trained.split(), *shape.split(), *by, "--out", run]
     assert run_command(capsys, *argv)[0] == 0
     assert run_command(capsys, "eval", run, "--batches", "1", "--passes", "1", "2", "3")[0] == 0

@@ -184,6 +184,28 @@ def test_who_wrote_a_memory_survives_a_fork_and_a_merge(written, tmp_path):
     assert Session(model, sleep, memory=again).stats.sleeps == loaded.origin.sleeps + grown.origin.sleeps
 
 
+def test_a_method_is_handed_on_and_is_unknown_of_old_files(model, session, tmp_path):
+    session.sleep()
+    memory, other = session.memory, SleepConfig(window=L, consolidator=Own(2))
+    assert memory.fork().merge([memory]).origin.method == memory.clone().origin.method == "passes"
+    unknown = replace(memory, origin=replace(memory.origin, method=None))
+    assert memory.merge([unknown]).origin.method == unknown.merge([memory]).origin.method == "passes"
+    with pytest.raises(ValueError, match=r"^memory was written by passes, and would be slept on by Own"):
+        Session(model, other, memory=memory)
+    theirs = replace(memory, origin=replace(memory.origin, method="Own"))
+    with pytest.raises(ValueError, match=r"^memories that Own and passes wrote cannot be merged"):
+        memory.merge([unknown, theirs])
+    # What no sleep has written is any method's, and so is what does not say it.
+    for free in (Session(model, session.sleep_config).memory, unknown):
+        assert Session(model, other, memory=free).memory.origin.method == "Own"
+    old = Memory.load(Path(__file__).parent / "golden" / "depo-N4-S.mem")
+    assert old.origin.method is None and old.origin.sleeps > 0
+    with pytest.raises(
+        ValueError, match="id, parents, model, method and rule of a memory must be text, got 1"
+    ):
+        replace(old.origin, method=1)
+
+
 def test_what_was_read_on_is_no_copy(model, session):
     state = State(session.memory, model.initial_state(1).cache)
     assert state.memory.origin is not None

@@ -204,9 +204,9 @@ def test_the_cost_of_a_window_counts_the_vectors():
 def test_it_trains_is_scored_and_reads_on_the_command_line(tmp_path, capsys):
     trained = "--steps 2 --eval-every 2 --eval-batches 1 --batch-size 4 --device cpu"
     shape = "--d-model 16 --num-heads 2 --window 8 --blocks attention --memory-tokens 2 --passes 2"
-    for name, more in (("memory-tokens", ["--checkpoint"]), ("gradmem", ["--rate", "0.5"])):
+    for name, by in (("memory-tokens", ["memory-tokens", "--checkpoint"]), ("gradmem", ["gradmem,rate=0.5"])):
         run = tmp_path / name
-        argv = ["train", "mqar", *trained.split(), *shape.split(), "--consolidator", name, *more]
+        argv = ["train", "mqar", *trained.split(), *shape.split(), "--sleep", *by]
         assert run_command(capsys, *argv, "--out", run)[0] == 0
         assert run_command(capsys, "eval", run, "--batches", "1", "--passes", "1", "2", "3")[0] == 0
         code, out, _ = run_command(capsys, "info", run)

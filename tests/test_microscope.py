@@ -12,7 +12,7 @@ import torch
 from conftest import close, lively, random_tokens, run_command, same_memory, tiny
 
 import lmsleep
-from lmsleep import HybridLM, Memory, Session, SleepConfig, State, fingerprint, sleep_forward
+from lmsleep import Compact, HybridLM, Memory, Session, SleepConfig, State, fingerprint, sleep_forward
 from lmsleep.cli import main
 from lmsleep.evaluation import evaluate
 from lmsleep.microscope import watch, words
@@ -589,9 +589,34 @@ def test_the_command_answers_the_two_questions_and_writes_the_page(tmp_path, cap
     page = tmp_path / "page.html"
     code, out, err = command(capsys, run, "--samples", 8, "--html", page)
     assert (code, err) == (0, "") and page.exists()
-    assert out.startswith("What does sleep change?\n  Not the slow weights") and "Can one rely on it?" in out
+    assert out.startswith("Three layers of memory\n  Working memory, keys and values of a window of ")
+    assert "What does sleep change?\n  Not the slow weights" in out and "Can one rely on it?" in out
+    assert "<h2>Three layers of memory</h2>" in page.read_text()
     code, out, _ = command(capsys, run, "--samples", 8, "--json")
     assert code == 0 and json.loads(out)["about"]["passes"] == 3
+
+
+@pytest.mark.parametrize(
+    ("eviction", "kept", "said"),
+    [
+        ("hard", 0, "none of which stay (hard)."),
+        ("sliding", 3 * 2 * 16 * 8, "of which 768 stay (sliding: 3 tokens)."),
+        # 2 heads of 2 keys: of 8 numbers in float64 with their values, two of float32 and an age of 4 bytes
+        (Compact(keys=2), 2 * 2 * (2 * 8 * 8 + 3 * 4), "of which 560 stay (compact: 2 keys a head)."),
+    ],
+)
+def test_the_layers_of_memory_are_counted(eviction, kept, said):
+    model = lively(tiny("attention", "gated_delta_net", conv_size=0))
+    seen = lmsleep.inspect(Session(model, SleepConfig(window=4, passes=2, eviction=eviction)), [1, 2, 3] * 4)
+    working, fast, slow = seen.layers
+    assert working["kept_bytes"] == kept
+    # A window of 4 tokens, each with keys and values of 16 numbers in float64, beside what was kept.
+    assert working["bytes"] == 4 * 2 * 16 * 8 + kept
+    assert (fast["bytes"], fast["blocks"], fast["method"]) == (2 * 8 * 8 * 8, [1], "passes")
+    assert slow["bytes"] == sum(w.nbytes for w in model.state_dict().values()) and not slow["adapter_bytes"]
+    sentences = words.layers(seen)
+    assert sentences[0].endswith(said)
+    assert sentences[1] == "Fast weights, S of block 1, written by passes with N = 2: 1,024 bytes a sequence."
 
 
 def test_the_command_reads_a_text_after_a_memory_file(tmp_path, capsys):
@@ -599,7 +624,7 @@ def test_the_command_reads_a_text_after_a_memory_file(tmp_path, capsys):
     code, out, _ = command(capsys, run, "--text", "n1 n2 n3 n4 n1 n5 n2 n1", "--json")
     fresh = json.loads(out)
     assert code == 0 and (fresh["about"]["tokens_before"], fresh["about"]["tokens"]) == (0, 8)
-    main(["read", str(run), str(words_file(tmp_path)), "--memory", str(tmp_path / "m.mem"), "--sleep"])
+    main(["read", str(run), str(words_file(tmp_path)), "--memory", str(tmp_path / "m.mem"), "--sleep-at-end"])
     before = (tmp_path / "m.mem").read_bytes()
     capsys.readouterr()
     (tmp_path / "question.txt").write_text("HOP_2 n1 n3")

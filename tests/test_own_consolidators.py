@@ -80,7 +80,7 @@ def files(tmp_path):
 def test_a_rule_a_consolidator_and_a_task_of_ones_own_cross_every_process(files, tmp_path):
     run, memory, elsewhere = tmp_path / "run", tmp_path / "a.mem", tmp_path / "elsewhere"
     elsewhere.mkdir()
-    by = ["--consolidator", "own.py:Backwards", "--strength", "0.25", "--passes", "3"]
+    by = ["--sleep", "own.py:Backwards,strength=0.25", "--passes", "3"]
     rule = ["--blocks", "attention", "my_rule.py:mine"]
     options = [*OPTIONS, "--data-workers", "1", "--out", run]
     in_a_process_of_its_own(tmp_path, "train", "my_task.py:Mine", *by, *rule, *options)
@@ -166,7 +166,7 @@ def test_ones_own_eviction_chooses_what_stays_row_by_row(files):
 )
 def test_what_is_no_consolidator_is_said_in_one_line(files, name, said, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    code, out, err = run_command(capsys, "train", "mqar", "--consolidator", name)
+    code, out, err = run_command(capsys, "train", "mqar", "--sleep", name)
     assert code == 2 and said in " ".join(err.split()) and not out
 
 

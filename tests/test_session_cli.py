@@ -62,7 +62,7 @@ def test_reading_on_forking_and_sleeping(graphs, capsys, here):
     code, out, _ = run_command(capsys, "read", run_folder, graph, "--memory", "g.mem")  # read already
     assert code == 0 and "16 tokens" in out and same_memory(Memory.load("g.mem"), before, 0.0)
     _, out, _ = run_command(
-        capsys, "read", run_folder, "more.txt", "--memory", "h.mem", "--parent", "g.mem", "--sleep"
+        capsys, "read", run_folder, "more.txt", "--memory", "h.mem", "--parent", "g.mem", "--sleep-at-end"
     )
     assert "window 0/8 · 18 tokens · 3 sleeps" in out
     assert Memory.load("h.mem").origin.parents == (before.origin.id,)
@@ -74,10 +74,10 @@ def test_memories_are_shown_compared_merged_and_traced(graphs, capsys, here):
     run_command(capsys, "read", graphs / "run", graphs / "graph.txt", "--memory", "g.mem")
     code, _, err = run_command(capsys, "memory", "merge", "g.mem", "g.mem", "--out", "m.mem")
     assert code == 2 and "8 tokens in its open window" in err
-    run_command(capsys, "read", graphs / "run", graphs / "graph.txt", "--memory", "g.mem", "--sleep")
+    run_command(capsys, "read", graphs / "run", graphs / "graph.txt", "--memory", "g.mem", "--sleep-at-end")
     (here / "more.txt").write_text("n1 n3")
     run_command(
-        capsys, "read", graphs / "run", "more.txt", "--memory", "h.mem", "--parent", "g.mem", "--sleep"
+        capsys, "read", graphs / "run", "more.txt", "--memory", "h.mem", "--parent", "g.mem", "--sleep-at-end"
     )
     code, out, _ = run_command(capsys, "memory", "show", "g.mem", "h.mem", "--json")
     shown = json.loads(out)
@@ -201,7 +201,7 @@ def test_show_says_what_is_in_an_open_window(graphs, capsys, here):
     assert "open window  8 tokens, not in S" in out and "16 tokens, 1 sleeps" in out
     _, out, _ = run_command(capsys, "memory", "show", "g.mem", "--json")
     assert json.loads(out)[0]["open_window"] == 8 and Memory.load("g.mem").origin.tokens == 8
-    run_command(capsys, "read", graphs / "run", graphs / "graph.txt", "--memory", "g.mem", "--sleep")
+    run_command(capsys, "read", graphs / "run", graphs / "graph.txt", "--memory", "g.mem", "--sleep-at-end")
     _, out, _ = run_command(capsys, "memory", "show", "g.mem")
     assert "open window  0 tokens" in out and Memory.load("g.mem").origin.tokens == 16
 

@@ -13,6 +13,7 @@ import torch
 from benchmarks import __main__ as benchmarks
 from conftest import close, lively, run_command, tiny
 from hf_models import VOCAB, family, with_memory
+from safetensors.torch import load_file
 from test_hf_loading import tokenizer
 
 from lmsleep import Session, SleepConfig, adapt, fingerprint
@@ -322,6 +323,14 @@ def test_a_memory_is_consolidated_and_merged_on_the_command_line(folder, capsys,
     assert said["bits"]["adapter"]["text"] == pytest.approx(nats(saved, windows) / math.log(2))
     state = Session.load("m.mem", backbone).stream.state
     assert said["bits"]["memory"]["text"] == pytest.approx(nats(backbone, windows, state) / math.log(2))
+    # The third layer of memory is shown beside the other two.
+    code, out, _ = run_command(capsys, "memory", "show", "m.mem", "b")
+    size = sum(t.nbytes for t in load_file("b/adapter_model.safetensors").values())
+    assert code == 0 and "method       passes, eviction hard" in out
+    assert f"b\n  slow weights {size:,} bytes, an adapter of rank 2\n  beside       " in out
+    code, out, _ = run_command(capsys, "memory", "show", "b", "--json")
+    (shown,) = json.loads(out)
+    assert (shown["rank"], shown["bytes"]) == (2, size) and "q_proj" in shown["targets"]
     # A memory alone, with what the tokenizer can begin with.
     code, out, err = run_command(capsys, *argv, "--prompt", "w3", "--out", "c")
     assert code == 0 and "0 tokens of text and 4 that were sampled" in out and "known by" not in out, err

@@ -124,7 +124,7 @@ def test_the_shipped_adapter_answers_from_its_fast_weights(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     (tmp_path / "notes.txt").write_text(NOTES)
     code, out, err = run_command(
-        capsys, "read", "smollm2-sleeps", "notes.txt", "--memory", "n.mem", "--sleep"
+        capsys, "read", "smollm2-sleeps", "notes.txt", "--memory", "n.mem", "--sleep-at-end"
     )
     assert code == 0 and "1 sleeps" in out and "working 0 B" in out, err
     opened = lmsleep.open("smollm2-sleeps")

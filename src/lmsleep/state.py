@@ -42,6 +42,8 @@ class Origin:
     """Sleeps."""
     passes: int | None = None
     """Passes N of a sleep."""
+    method: str | None = None
+    """Name of the consolidator that wrote it (`SleepConfig.method`); None: unknown."""
     rule: tuple[str | None, ...] = ()
     """Kind of each block with fast weights (gated_delta_net, ...), None for one without; empty: unknown."""
     tags: Mapping[str, str] = field(default_factory=dict)
@@ -57,12 +59,15 @@ class Origin:
         for name in ("parents", "rule"):
             if not isinstance(getattr(self, name), tuple):
                 raise ValueError(f"{name} of a memory must be a tuple, got {getattr(self, name)!r:.80}")
-        texts = [self.id, *self.parents, *(t for t in (self.model, *self.rule) if t is not None)]
+        known = (self.model, self.method, *self.rule)
+        texts = [self.id, *self.parents, *(t for t in known if t is not None)]
         counts = {"tokens": self.tokens, "sleeps": self.sleeps}
         if self.passes is not None:
             counts["passes"] = self.passes
         if strange := [text for text in texts if not _is_text(text)]:
-            raise ValueError(f"id, parents, model and rule of a memory must be text, got {strange[0]!r:.80}")
+            raise ValueError(
+                f"id, parents, model, method and rule of a memory must be text, got {strange[0]!r:.80}"
+            )
         for name, number in counts.items():
             # By its type, since True is an int to isinstance.
             if type(number) is not int or number < 0:
@@ -252,7 +257,7 @@ class Memory:
         Whether the sum remembers what its parts did depends on the task: see docs/sessions.md.
 
         Raises:
-            ValueError: if layouts, models or the number of weights do not agree.
+            ValueError: if layouts, models, methods or the number of weights do not agree.
         """
         weights = [1 / (1 + len(others))] * (1 + len(others)) if weights is None else weights
         if len(weights) != 1 + len(others):
@@ -262,6 +267,12 @@ class Memory:
         # An unknown model (None) may be any other one, so it is not merged with a known one.
         if len({origin.model for origin in origins}) > 1:
             raise ValueError("memories of different models cannot be merged")
+        # What no sleep has written is any method's.
+        methods = sorted({o.method for o in origins if o.sleeps and o.method is not None})
+        if len(methods) > 1:
+            raise ValueError(
+                f"memories that {' and '.join(methods)} wrote cannot be merged: name those of one method"
+            )
         merged = self._combined(others, weights)
         # With one parent unknown the counts and parents of the sum would be wrong: it gets no origin.
         if self.origin is None or len(origins) <= len(others):
@@ -270,6 +281,7 @@ class Memory:
             self.origin.child(*origins[1:]),
             tokens=sum(o.tokens for o in origins),
             sleeps=sum(o.sleeps for o in origins),
+            method=next(iter(methods), self.origin.method),
         )
         return replace(merged, origin=origin)
 

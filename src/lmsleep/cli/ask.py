@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
-from lmsleep.cli.opening import SleepOptions, new_session, take_up
+from lmsleep.cli.opening import SleepOptions, open_session
 from lmsleep.cli.options import parse
 from lmsleep.plain import to_json
 from lmsleep.session import Session
@@ -54,7 +54,7 @@ class AskOptions(WriteOptions, SleepOptions):
 def ask(argv: list[str]) -> None:
     """Run `lmsleep ask MODEL QUESTION --memory MEMORY`."""
     options = parse(AskOptions, argv, "lmsleep ask")
-    session = take_up(options.memory, new_session(options.model, options), options).fork()
+    session = open_session(options.model, options, options.memory).fork()
     # The session is a fork of what the file holds and is never saved: the file stays as it is.
     answer = session.generate(
         options.question,

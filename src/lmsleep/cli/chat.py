@@ -13,9 +13,10 @@ from tyro.conf import Positional
 
 from lmsleep.cli.ask import WriteOptions
 from lmsleep.cli.memory import table
-from lmsleep.cli.opening import SleepOptions, new_session, status, take_up
+from lmsleep.cli.opening import SleepOptions, open_session, status, take_up
 from lmsleep.cli.options import parse
 from lmsleep.files import locked
+from lmsleep.opening import Opened
 from lmsleep.session import Session
 from lmsleep.text.chat import Chat, Message, Templated, chat_of
 from lmsleep.text.tokenizers import Spelled
@@ -97,9 +98,7 @@ def chat(argv: list[str]) -> None:
     """Run `lmsleep chat MODEL`."""
     options = parse(ChatOptions, argv, "lmsleep chat")
     # With a history: /undo goes back through it.
-    session = new_session(options.model, options, history=UNDO)
-    if options.memory is not None:
-        session = take_up(options.memory, session, options)
+    session = open_session(options.model, options, options.memory, history=UNDO)
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")  # a stray byte must not cost the session
     assert session.tokenizer is not None
@@ -144,7 +143,10 @@ def _respond(session: Session, line: str, turns: Turns, options: ChatOptions) ->
         with locked(path):
             session.save(path)
     elif command == "/load":
-        loaded = take_up(_file(rest), session, options)
+        assert session.tokenizer is not None
+        model: Any = session.model  # of an opened one
+        on = Opened(model, session.sleep_config, session.tokenizer)
+        loaded = take_up(_file(rest), on, options, history=UNDO)
         turns.answers.clear()
         return loaded
     # A mistyped command must not be read as text: the memory would keep it.

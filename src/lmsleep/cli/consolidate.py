@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tyro.conf import Positional
 
-from lmsleep.cli.opening import SleepOptions, new_session, take_up
+from lmsleep.cli.opening import SleepOptions, open_session
 from lmsleep.cli.options import as_type
 from lmsleep.evaluation.slow_weights import nats
 from lmsleep.files import check_place, locked
@@ -62,8 +62,8 @@ def consolidate(options: ConsolidateOptions) -> None:
     if options.out.exists():
         raise FileExistsError(f"--out {options.out} exists; name a folder that does not")
     check_place(options.out)
-    new = new_session(options.model, options)
-    session = new if options.memory is None else take_up(options.memory, new, options)
+    # Slow weights need no fast ones.
+    session = open_session(options.model, options, options.memory, attention_alone=True)
     text, plain = (_windows(path, session) for path in (options.text, options.plain))
     with locked(options.out):
         made = session.consolidate(

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from tyro.conf import Positional
 
+from lmsleep.cli.methods import MethodOptions
 from lmsleep.cli.options import parse, say_rows
 from lmsleep.cli.scores import bits_text, floor_text, floors_text
 from lmsleep.evaluation import Score, evaluate, wilson
@@ -23,7 +24,7 @@ from lmsleep.training.sources import software
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalOptions:
+class EvalOptions(MethodOptions):
     """Evaluate the newest checkpoint of a run on held-out samples, at one or several numbers of passes.
 
     A saved model or a Hugging Face model is evaluated on --data.
@@ -35,8 +36,6 @@ class EvalOptions:
     """Numbers of passes to read with; default the run's own."""
     batches: int = 32
     """Test batches of the run's batch size (4 for a model that is no run)."""
-    window: int | None = None
-    """L to read with; default the run's own."""
     length: int | None = None
     """Tokens in a sequence of text; default the run's own, or four windows."""
     after: int | None = None
@@ -56,7 +55,7 @@ def evaluate_run(argv: list[str]) -> None:
     options = parse(EvalOptions, argv, "lmsleep eval")
     processes = Processes.join(options.device)
     with processes.together():
-        place = find(options.run, trust=options.trust)
+        place = find(options.run, trust=options.trust, attention_alone=options.leaves_some)
         model, task, own, size, parts = _evaluated(place, options)
     if processes.joined:
         with processes.together():
@@ -112,7 +111,7 @@ def _evaluated(place: Place, options: EvalOptions) -> _Evaluated:
                     f"{flag} is for runs on text; {options.run} was trained on {place.run.task_name}"
                 )
     model, sleep = place.backbone(options.device)
-    sleep = sleep if options.window is None else replace(sleep, window=options.window)
+    sleep = options.over(sleep)
     if place.run is None:
         # Four windows, so that most of what is predicted comes after an eviction.
         length, name = 4 * (sleep.window or 512), place.tokenizer_name()

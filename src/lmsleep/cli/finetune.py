@@ -15,7 +15,7 @@ from lmsleep.cli.options import (
     listed_tasks,
     parse,
     say_rows,
-    sleep_fields,
+    sleep_field,
     task_field,
 )
 from lmsleep.cli.several import ProcessOptions
@@ -147,7 +147,7 @@ def _new_run(folder: Path, argv: list[str]) -> tuple[RunFolder, Processes, Train
         [
             task_field(name, {}),
             ("model", ModelOptions, ModelOptions(train=preset.train)),  # type: ignore[arg-type]
-            *sleep_fields(preset.sleep, argv),
+            sleep_field(preset.sleep, argv),
             ("train", TrainOptions, as_type(TrainOptions, _train(preset, given.get("batch-size", "")))),
             ("run", RunOptions),
             ("processes", ProcessOptions),
@@ -163,7 +163,7 @@ def _new_run(folder: Path, argv: list[str]) -> tuple[RunFolder, Processes, Train
     # Absolute: the run is gone on with from other folders too.
     model = replace(as_type(FineTune, options.model), folder=folder.resolve())
     train = as_type(TrainConfig, options.train)
-    config = RunConfig(task=options.task, model=model, sleep=chosen_sleep(options), train=train)
+    config = RunConfig(task=options.task, model=model, sleep=chosen_sleep(options, preset.sleep), train=train)
     # Of FILE.py:CLASS the class alone, for a folder's name must hold no slashes.
     kind = name.rpartition(":")[2]
     model_name = folder.stem if is_gguf(folder) else folder.resolve().name

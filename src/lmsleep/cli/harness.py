@@ -1,16 +1,13 @@
 """`lmsleep lm-eval`: tasks of EleutherAI's evaluation harness, read with sleep."""
 
-import ast
-import json
 import os
 import random
-import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +15,7 @@ from tyro.conf import Positional
 
 from lmsleep.cli.opening import SleepOptions, new_session
 from lmsleep.cli.options import parse
+from lmsleep.cli.values import pairs
 from lmsleep.files import write_atomic
 from lmsleep.foreign import read_json
 from lmsleep.integrations.batches import Batches
@@ -41,9 +39,6 @@ class HarnessOptions(SleepOptions):
     """Names of tasks or groups, with * for any letters, or YAML files."""
     passes: tuple[int, ...] = ()  # type: ignore[assignment]
     """Each N to read with; default that of the run or folder."""
-    eviction: Literal["hard", "sliding"] | None = None
-    """After a sleep attention keeps nothing of the window (hard) or its last L - 1 tokens (sliding); default
-    that of the run or folder."""
     include_path: Path | None = None
     """Folder with tasks of your own (YAML)."""
     metadata: tuple[str, ...] = ()
@@ -111,8 +106,6 @@ def harness(argv: list[str]) -> None:
         # `passes` here is a list of what to evaluate, which no session takes.
         session = new_session(options.model, replace(options, passes=None))
         configured = session.sleep_config
-        if options.eviction is not None:
-            configured = replace(configured, eviction=options.eviction)
         for n in options.passes or (configured.passes,):
             sleep = configured.with_passes(n)
             # The model is shared; a session for each N costs only its state.
@@ -176,12 +169,12 @@ def _checked(options: HarnessOptions) -> tuple[list[str], dict[str, Any], dict[s
     names = [name for names in options.tasks for name in names.split(",")]
     if not all(names):
         raise ValueError("tasks: a name is empty; lm-eval ls tasks lists all names")
-    generation = _pairs("gen_kwargs", options.gen_kwargs)
+    generation = pairs("gen_kwargs", options.gen_kwargs)
     # lm-eval takes the task's max_gen_toks before any other name of it.
     for alias in ("max_new_tokens", "max_tokens", "max_completion_tokens"):
         if alias in generation:
             generation["max_gen_toks"] = generation.pop(alias)
-    return names, generation, _pairs("metadata", options.metadata)
+    return names, generation, pairs("metadata", options.metadata)
 
 
 def _check_writable(flag: str, path: Path | None) -> None:
@@ -193,35 +186,6 @@ def _check_writable(flag: str, path: Path | None) -> None:
         raise FileNotFoundError(f"{flag}={path}: there is no folder {path.parent}")
     if not os.access(path.parent, os.W_OK):
         raise PermissionError(f"{flag}={path}: the folder {path.parent} cannot be written")
-
-
-def _pairs(flag: str, words: Sequence[str]) -> dict[str, Any]:
-    """Read `KEY=VALUE`, also several with commas between them, or JSON objects."""
-    found: dict[str, Any] = {}
-    for word in words:
-        if word.lstrip().startswith("{"):
-            try:
-                found.update(json.loads(word))
-            except ValueError as error:
-                raise ValueError(f"{flag}={word}: no JSON ({error})") from None
-            continue
-        # A comma within a list has no KEY= after it.
-        for pair in re.split(r",(?=\w+=)", word):
-            name, sign, text = pair.partition("=")
-            if not (name and sign):
-                raise ValueError(f"{flag}={pair!r} is neither KEY=VALUE nor a JSON object")
-            found[name] = _value(text)
-    return found
-
-
-def _value(text: str) -> Any:
-    """Read a value as JSON or Python has it; what is neither is a text."""
-    for read in (json.loads, ast.literal_eval):
-        try:
-            return read(text)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            continue
-    return text
 
 
 def _told(tokenizer: Tokenizer) -> Mapping[str, Any]:

@@ -1,12 +1,13 @@
 """`lmsleep info`: what a run or a model costs."""
 
 import sys
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from tyro.conf import Positional
 
+from lmsleep.cli.methods import MethodOptions
 from lmsleep.cli.options import parse
 from lmsleep.cli.scale import CLUSTER, TRAINING, as_page, training_plan
 from lmsleep.evaluation.capacity import Speed, Traffic, plan
@@ -22,7 +23,7 @@ PLANS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class InfoOptions:
+class InfoOptions(MethodOptions):
     """Cost of a run's or model's architecture, before anyone pays it.
 
     --users N plans to serve so many users, --gpus K a step of training on so many GPUs.
@@ -30,8 +31,6 @@ class InfoOptions:
 
     path: Positional[Path]
     """A run, saved model or Hugging Face folder, a GGUF file, or a shipped model: depo-N1, depo-N4."""
-    window: int | None = None
-    """L; default the run's, or 64."""
     passes: int | None = None
     """N; default the run's, or 4."""
     users: int | None = None
@@ -80,6 +79,7 @@ class InfoOptions:
     """Print one JSON document instead of text."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.users is not None and self.gpus is not None:
             raise ValueError("--users plans serving, --gpus training; give one of them")
         for f in fields(self):
@@ -96,16 +96,10 @@ class InfoOptions:
 def info(argv: list[str]) -> None:
     """Run `lmsleep info RUN|MODEL`."""
     options = parse(InfoOptions, argv, "lmsleep info")
-    place = find(options.path, trust=options.trust)
+    place = find(options.path, trust=options.trust, attention_alone=options.leaves_some)
     # Shapes are enough, so that a model of any size costs no time.
     model, sleep = place.outline()
-    sleep = replace(
-        sleep,
-        window=sleep.window if options.window is None else options.window,
-        consolidator=sleep.with_passes(
-            sleep.passes if options.passes is None else options.passes
-        ).consolidator,
-    )
+    sleep = options.over(sleep, options.passes)
     figures = cost(on_meta(model), sleep)
     if options.users is not None:
         said = options.said("users")
@@ -131,6 +125,7 @@ INFO = """parameters               {parameters:,}
 blocks                   {blocks}
 fast weights             {fast_weight_bytes:,} bytes a sequence (float32), whatever its length
 keys and values          {kv_bytes_per_token:,} bytes a token (float32)
+kept by the eviction     {kept_bytes:,} bytes a sequence
 {break_even}
 a wake token             {flops_wake_token:,} FLOP (the last of a window of {window})
 a sleep, N = {passes}           {flops_sleep:,} FLOP, {flops_sleep_per_token:,.0f} a token of the window

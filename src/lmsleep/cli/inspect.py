@@ -7,7 +7,7 @@ from pathlib import Path
 from tyro.conf import Positional
 
 from lmsleep import shipped
-from lmsleep.cli.opening import GIVEN, SleepOptions, new_session, take_up
+from lmsleep.cli.opening import SleepOptions, open_session
 from lmsleep.cli.options import parse
 from lmsleep.microscope import Inspection, inspect, words
 from lmsleep.plain import to_json
@@ -54,6 +54,7 @@ def inspect_command(argv: list[str]) -> None:
         sys.stdout.write(to_json(seen.to_dict()) + "\n")
         return
     for title, sentences in (
+        ("Three layers of memory", words.layers(seen)),
         ("What does sleep change?", words.changes(seen)),
         ("Can one rely on it?", words.reliability(seen)),
         ("Not looked at", seen.notes),
@@ -68,7 +69,7 @@ def _look(options: InspectOptions) -> Inspection:
     if options.text is None and options.file is None:
         if options.memory is not None:
             raise ValueError("--memory needs --text or --file: what the memory is asked for")
-        for name in (*GIVEN, "tokenizer"):
+        for name in ("sleep", "eviction", "window", "passes", "loop", "tokenizer"):
             if getattr(options, name) is not None:
                 raise ValueError(f"--{name} is for --text or --file; a run has its own")
         if options.device not in ("auto", "cpu"):
@@ -80,9 +81,7 @@ def _look(options: InspectOptions) -> Inspection:
         raise ValueError("--samples is for a run, without --text and --file")
     if options.text is not None and options.file is not None:
         raise ValueError("--text and --file exclude each other")
-    session = new_session(options.model, options)
-    if options.memory is not None:
-        session = take_up(options.memory, session, options)
+    session = open_session(options.model, options, options.memory)
     if options.file is None:
         return inspect(session, options.text, progress=True)
     assert session.tokenizer is not None, "an opened model has one"

@@ -1,28 +1,35 @@
 """`lmsleep memory`: look at memory files, compare, merge, trace them back, and make slow weights of them."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
 from tyro.conf import Positional
 
 from lmsleep.cli.consolidate import ConsolidateOptions, consolidate
 from lmsleep.cli.options import parse
 from lmsleep.files import locked
-from lmsleep.memory import read
+from lmsleep.foreign import PEFT, read_json, reading
+from lmsleep.memory import Saved, read
 from lmsleep.memory.figures import diff_rows, head_rows, other_rows
 from lmsleep.plain import to_json
+from lmsleep.sleep import SleepConfig
 from lmsleep.state import Memory
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShowOptions:
-    """What memory files hold: origin, and norm and effective rank of the fast weights of every head."""
+    """What memory files hold: method, origin, norm and effective rank of S by head; or slow weights.
+
+    Of a memory file also its open window and what an eviction kept (working memory); of an adapter that
+    `lmsleep memory consolidate` wrote its rank and size (slow weights).
+    """
 
     files: Positional[tuple[Path, ...]]
-    """Memory files."""
+    """Memory files, and folders of adapters of peft."""
     json: bool = False
     """Print one JSON document instead of text."""
 
@@ -78,35 +85,82 @@ def _show(options: ShowOptions) -> None:
         raise ValueError("files must name at least one memory file")
     shown, said = [], []
     for path in options.files:
+        if (path / PEFT).is_file():
+            shown.append({"file": str(path), **_adapter(path)})
+            said.append(f"{path}\n{_lines(_slow(shown[-1]))}")
+            continue
         saved = read(path)
         found, others = saved.memory, other_rows(saved.memory)
-        header = {**saved.header, "open_window": len(saved.window)}
-        shown.append(
-            {"file": str(path), **header, "bytes": found.nbytes, "heads": head_rows(found), "others": others}
-        )
-        if not options.json:
-            beside = f"  beside S:\n{_table(others)}" if others else ""
-            said.append(f"{path}\n{_origin(header, found.nbytes)}{table(found)}{beside}")
+        header = {**saved.header, **_layers(saved)}
+        shown.append({"file": str(path), **header, "heads": head_rows(found), "others": others})
+        beside = f"  beside S:\n{_table(others)}" if others else ""
+        said.append(f"{path}\n{_lines(_origin(header))}{table(found)}{beside}")
     # Only now: a file that is none must not be found behind half of an answer.
-    sys.stdout.write("".join(said))
-    if options.json:
-        sys.stdout.write(to_json(shown) + "\n")
+    sys.stdout.write(to_json(shown) + "\n" if options.json else "".join(said))
 
 
-def _origin(header: dict[str, Any], nbytes: int) -> str:
-    """Write who wrote a memory, from what, and what is in its three layers."""
-    lines = {
+def _layers(saved: Saved) -> dict[str, Any]:
+    """Return what wrote a memory, and what its layers hold."""
+    sleep = saved.header.get("sleep")
+    by = SleepConfig.names(sleep) if isinstance(sleep, Mapping) else {}
+    kept = [t for name, t in saved.tensors.items() if name.startswith(("cache.", "kept."))]
+    return {
+        # Files were once written without it; those of sessions say it all the same.
+        "method": saved.origin.method or by.get("consolidator"),
+        "eviction": by.get("eviction"),
+        "open_window": len(saved.window),
+        "kept": max((t.shape[1] for t in kept), default=0),
+        "kept_bytes": sum(t.nbytes for t in kept),
+        "bytes": saved.memory.nbytes,
+    }
+
+
+def _origin(header: Mapping[str, Any]) -> dict[str, object]:
+    """Say who wrote a memory, how and from what, and what is in its three layers."""
+    slept = "" if header["eviction"] is None else f", eviction {header['eviction']}"
+    kept = f"{header['kept']:,} {'keys a head' if header['eviction'] == 'compact' else 'tokens'}"
+    return {
         "id": header["id"],
         "parents": " ".join(header["parents"]) or "none",
+        "method": f"{header['method'] or 'unknown'}{slept}",
         "read": f"{header['tokens']:,} tokens, {header['sleeps']:,} sleeps, N = {header['passes']}",
         # These tokens are saved beside S, and no sleep has written them into it.
         "open window": f"{header['open_window']:,} tokens, not in S",
-        "fast weights": f"{nbytes:,} bytes, S",
+        **({"kept": f"{header['kept_bytes']:,} bytes, {kept}"} if header["kept_bytes"] else {}),
+        "fast weights": f"{header['bytes']:,} bytes, S",
         "slow weights": f"the model {header['model']}",
         "written": header["time"],
         **{f"tag {key}": value for key, value in header["tags"].items()},
     }
-    return "".join(f"  {_printable(name):<12} {_printable(value)}\n" for name, value in lines.items())
+
+
+def _adapter(folder: Path) -> dict[str, Any]:
+    """Return what an adapter of peft is; raises ValueError for a damaged one, OSError without weights."""
+    config, file = read_json(folder / PEFT), folder / "adapter_model.safetensors"
+    with reading(f"{file} is damaged"):
+        nbytes = sum(t.nbytes for t in load_file(file).values())
+    targets = config.get("target_modules")
+    # Of every block the same ones, mostly: what they are called in it says enough.
+    names = targets if isinstance(targets, list) else [targets]
+    return {
+        "rank": config.get("r"),
+        "targets": sorted({str(name).rpartition(".")[2] for name in names}),
+        "base": config.get("base_model_name_or_path"),
+        "bytes": nbytes,
+    }
+
+
+def _slow(found: Mapping[str, Any]) -> dict[str, object]:
+    """Say what an adapter is."""
+    return {
+        "slow weights": f"{found['bytes']:,} bytes, an adapter of rank {found['rank']}",
+        "beside": " ".join(found["targets"]),
+        "model": found["base"] or "unknown",
+    }
+
+
+def _lines(said: Mapping[str, object]) -> str:
+    return "".join(f"  {_printable(name):<12} {_printable(value)}\n" for name, value in said.items())
 
 
 def _printable(value: object) -> str:
@@ -159,7 +213,7 @@ def _merged(options: MergeOptions) -> Memory:
         if len(saved.window):
             raise ValueError(
                 f"{path} has {len(saved.window)} tokens in its open window, which a merge would lose; "
-                "finish it with lmsleep read ... --sleep"
+                "finish it with lmsleep read ... --sleep-at-end"
             )
     first, *others = [files[path].memory for path in options.files]
     return first.merge(others, options.weights or None)

@@ -8,16 +8,17 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
 from io import StringIO
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 
 from lmsleep.backbones import Kind
+from lmsleep.cli.methods import BY, KEPT, remedy
 from lmsleep.environment import changed
 from lmsleep.models import HybridConfig
-from lmsleep.sleep import CONSOLIDATOR, CONSOLIDATORS, EVICTION, EVICTIONS, SleepConfig
+from lmsleep.sleep import SleepConfig
 from lmsleep.tasks import TASKS, Task, Text, find_task
 
 NARROWEST, ENDLESS = 60, 100_000  # columns: of help, and of errors, which are one line
@@ -99,6 +100,7 @@ def _one_line(box: str, argv: Sequence[str]) -> str:
     if unknown:
         first += _after_which(unknown.removeprefix("Unrecognized options: "), argv)
         first += "".join(f"; {words}" for words in told[:1] if words.startswith("Missing "))
+    first = first.rstrip(".") + remedy(first)
     meant = re.search(r"Perhaps you meant:?\n(--[\w-]+)", "\n".join(paragraphs))
     return f"{first}; perhaps you meant {meant[1]}" if meant else first
 
@@ -107,7 +109,7 @@ def _after_which(unknown: str, argv: Sequence[str]) -> str:
     """Name the flag that a value too many stands behind."""
     if unknown.startswith("-"):
         return ""
-    words = [word for argument in argv for word in argument.split("=", 1)]
+    words = _words(argv)
     pairs = [(flag, " ".join(value.split())) for flag, value in itertools.pairwise(words)]
     flags = [flag for flag, value in pairs if flag.startswith("--") and unknown.startswith(value)]
     return f" (after {flags[0]})" if flags else ""
@@ -150,11 +152,14 @@ def model_field(kind: Kind, sections: dict[str, Any]) -> Any:
 
 def given_options(argv: Sequence[str]) -> dict[str, str]:
     """Return options with one value as they stand on the command line: --preset NAME, --preset=NAME."""
-    # --preset=NAME becomes two words, as --preset NAME is already.
-    words = [word for argument in argv for word in argument.split("=", 1)]
     # The last one of a name wins.
-    pairs = itertools.pairwise(words)
+    pairs = itertools.pairwise(_words(argv))
     return {a.removeprefix("--").replace("_", "-"): b for a, b in pairs if a.startswith("--")}
+
+
+def _words(argv: Sequence[str]) -> list[str]:
+    """Return the words of a command line, --flag=VALUE as two, as --flag VALUE is already."""
+    return [word for a in argv for word in (a.split("=", 1) if a.startswith("--") else [a])]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,47 +168,55 @@ class WindowOptions:
 
     window: int | None = None
     """L: tokens of attention context; a sleep happens every L tokens. None: nothing is ever evicted."""
-    consolidator: str = "passes"
-    """What a sleep does with a window: passes (the paper), gradient-steps (test-time training),
-    memory-tokens (RMT), gradmem (GradMem), in-place (In-Place TTT), or FILE.py:CLASS, one of your own.
-    Its options stand in a group of their own below."""
+    passes: int = 1
+    """N: how long a sleep is. 1 is the plain model, whose windows are only read."""
+    sleep: str = "passes"
+    """What a sleep does with a window: passes (the paper), gradient-steps (test-time training), memory-tokens
+    (RMT), gradmem (GradMem), in-place (In-Place TTT), or FILE.py:CLASS, one of your own; its options behind
+    commas: in-place,rate=0.1,chunk=16 (lmsleep train --help lists them)."""
+    loop: tuple[int, int] | Literal["middle"] | None = None
+    """Blocks first ... last - 1 that the passes loop, or the middle half; those before and after run once.
+    None: all blocks."""
     eviction: str = "hard"
-    """After a sleep attention keeps nothing of the window (hard), its last L - 1 tokens (sliding), 64 keys a
-    head of all windows (compact), or what FILE.py:CLASS keeps."""
+    """What stays in attention after a sleep: nothing of the window (hard), its last L - 1 tokens (sliding),
+    few keys a head of all windows (compact,keys=64,method=attention), or what FILE.py:CLASS keeps."""
     sleep_on_loss: bool = True
     """Sleep on windows that carry loss too. False: Algorithm 1's rule, they get one ordinary pass."""
 
 
-def sleep_fields(default: SleepConfig, argv: Sequence[str]) -> list[Any]:
-    """Return the fields of an options class that hold a sleep: windows, and the consolidator `argv` names.
+def sleep_field(default: SleepConfig, argv: Sequence[str]) -> Any:
+    """Return the field of an options class that holds a sleep.
 
     Raises:
-        ValueError: for a consolidator that is not known.
+        ValueError: for a sleep that is not known.
     """
-    own = CONSOLIDATOR.name_of(type(default.consolidator), CONSOLIDATORS)
-    name = given_options(argv).get("consolidator", own)
-    # Decided before parsing: the flags there are depend on the class.
-    by: Any = default.consolidator
-    # Another consolidator begins with its own defaults and the default's N; options are those of its class.
-    if name != own:
-        by = replace(CONSOLIDATOR.find(name, CONSOLIDATORS)(), passes=by.passes)
+    # Decided before parsing: a loop is the default of the method that has it alone.
+    name = given_options(argv).get("sleep", "--")
+    by = BY.over(None if name.startswith("--") else name, default.consolidator)
     windows = WindowOptions(
         window=default.window,
-        consolidator=name,
-        eviction=EVICTION.name_of(type(default.eviction), EVICTIONS),
+        passes=default.passes,
+        sleep=BY.spelled(by),
+        loop=getattr(by, "loop", None) if type(by) is type(default.consolidator) else None,
+        eviction=KEPT.spelled(default.eviction),
         sleep_on_loss=default.sleep_on_loss,
     )
-    return [("windows", WindowOptions, windows), ("by", type(by), by)]
+    return ("windows", WindowOptions, windows)
 
 
-def chosen_sleep(options: Any) -> SleepConfig:
-    """Return the sleep in options that have the fields of `sleep_fields`."""
+def chosen_sleep(options: Any, default: SleepConfig) -> SleepConfig:
+    """Return the sleep in options that have the field of `sleep_field`."""
     windows = options.windows
+    by = BY.over(windows.sleep, default.consolidator)
+    # None is a value of it too, of those that have it.
+    loop = {"loop": windows.loop} if windows.loop is not None or hasattr(by, "loop") else {}
     return SleepConfig(
         window=windows.window,
-        consolidator=options.by,
-        eviction=windows.eviction,
+        consolidator=by,
+        eviction=KEPT.over(windows.eviction, default.eviction),
         sleep_on_loss=windows.sleep_on_loss,
+        passes=windows.passes,
+        **loop,
     )
 
 

@@ -7,18 +7,19 @@ from typing import Any, Literal
 
 from tyro.conf import Positional
 
+from lmsleep.cli.methods import MethodOptions
 from lmsleep.cli.options import parse
 from lmsleep.evaluation.facts import CHOICES, DROPPED, KEPT, Reading, zero_shot
 from lmsleep.opening import open_model
 from lmsleep.ops.matching import Method
 from lmsleep.plain import to_json
 from lmsleep.progress import progress
-from lmsleep.sleep import Compact, SleepConfig
+from lmsleep.sleep import Compact, Passes
 from lmsleep.text.files import read_text, to_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProbeOptions:
+class ProbeOptions(MethodOptions):
     """Let an untrained model sleep: does it still predict its text, and does it remember planted facts?
 
     Each piece of the text is read with every N, and to compare with nothing evicted and nothing remembered.
@@ -36,10 +37,11 @@ class ProbeOptions:
     """Windows in a piece."""
     samples: int = 16
     """Pieces; four facts are planted in each."""
+    eviction: str | None = "hard"
+    """What stays in attention after a sleep: nothing of the window (hard), its last L - 1 tokens (sliding),
+    few keys a head of all windows (compact,keys=64,method=attention), or what FILE.py:CLASS keeps."""
     loop: tuple[int, int] | Literal["middle"] | None = None
-    """Blocks first ... last - 1 that are looped, or the middle half; default all."""
-    eviction: Literal["hard", "sliding"] = "hard"
-    """After a sleep attention keeps nothing of the window (hard) or its last L - 1 tokens (sliding)."""
+    """Blocks first ... last - 1 that the passes loop, or the middle half; default all."""
     compact: tuple[float, ...] = ()
     """Read with keys and values compacted too, so many times fewer than a whole piece has (2 4 10 50, say).
     Then the model may have attention alone."""
@@ -63,18 +65,19 @@ def probe(argv: list[str]) -> None:
     """Run `lmsleep probe MODEL --text FILE`."""
     options = parse(ProbeOptions, argv, "lmsleep probe")
     compacted = _compacted(options)
-    model, _, tokenizer = open_model(
+    model, own, tokenizer = open_model(
         options.model,
         options.tokenizer,
         options.device,
         trust=options.trust,
-        attention_alone=bool(compacted),
+        attention_alone=bool(compacted) or options.leaves_some,
     )
     # Without fast weights passes write nothing: what they leave is what is left when memory is dropped.
     writes = any(model.initial_state(1).memory.writes)
-    passes = options.passes if writes or not compacted else ()
+    passes = options.passes if writes else () if compacted else (1,)
     tokens = to_tokens(read_text(options.text), tokenizer, options.text).tolist()
-    sleep = SleepConfig(window=options.window, eviction=options.eviction, loop=options.loop)
+    everywhere: dict[str, Any] = {"loop": None} if isinstance(own.consolidator, Passes) else {}
+    sleep = options.over(replace(own, **everywhere))
     # Two more ways of reading: nothing evicted, and nothing remembered.
     others = {
         f"N = {n}, {name}" if passes else name: replace(sleep.with_passes(n), eviction=eviction)

@@ -6,9 +6,10 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
-from lmsleep.cli.opening import SleepOptions, new_session, status, take_up
+from lmsleep.cli.opening import SleepOptions, opened, status, take_up
 from lmsleep.cli.options import parse
 from lmsleep.files import locked
+from lmsleep.opening import Opened
 from lmsleep.session import Session, read_files
 
 
@@ -28,7 +29,7 @@ class ReadOptions(SleepOptions):
     """Memory file to write."""
     parent: Path | None = None
     """Memory to fork a new one from."""
-    sleep: bool = False
+    sleep_at_end: bool = False
     """Sleep on the open window at the end, as on the context of a task before its questions."""
     tag: tuple[str, ...] = ()
     """KEY=VALUE to remember in the file."""
@@ -41,10 +42,11 @@ def read(argv: list[str]) -> None:
     options = parse(ReadOptions, argv, "lmsleep read")
     # Before the model is loaded, so that a mistyped tag costs no time.
     tags = dict(_tag(tag) for tag in options.tag)
-    new = new_session(options.model, options)
+    began = options.memory if options.memory.exists() else options.parent
+    on = opened(options.model, options, memory=began)
     # From before the file is read until the last save: of two readings into it one would be lost.
     with locked(options.memory):
-        session = _begin(options, new)
+        session = _begin(options, on)
         read_files(
             session,
             options.files,
@@ -53,7 +55,7 @@ def read(argv: list[str]) -> None:
             tags=tags,
             progress=True,
         )
-        if options.sleep:
+        if options.sleep_at_end:
             session.sleep()
             session.save(options.memory)
     sys.stdout.write(f"{options.memory}: {status(session)}\n")
@@ -67,14 +69,14 @@ def _tag(text: str) -> tuple[str, str]:
     return key, value
 
 
-def _begin(options: ReadOptions, new: Session) -> Session:
+def _begin(options: ReadOptions, on: Opened) -> Session:
     """Return the session that reads: what the memory file holds, a fork of the parent, or a new one."""
     # The file goes before --parent: after a kill the same command, which names both, must go on.
     if options.memory.exists():
-        session = take_up(options.memory, new, options)
-        if options.parent is not None and take_up(options.parent, new, options).origin.id not in (
+        session = take_up(options.memory, on, options)
+        if options.parent is not None and take_up(options.parent, on, options).origin.id not in (
             session.origin.parents
         ):
             raise ValueError(f"--parent {options.parent}: {options.memory} exists and is no fork of it")
         return session
-    return new if options.parent is None else take_up(options.parent, new, options).fork()
+    return Session(*on, history=0) if options.parent is None else take_up(options.parent, on, options).fork()

@@ -69,6 +69,7 @@ class ServeOptions(SleepOptions):
     """On disk, of each owner; default without limit."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.port < 2**16:
             raise ValueError(f"port must lie in 0 ... 65535, got {self.port}")
         for name in ("max_tokens", "portion", "max_waiting", "max_rows", "memory_bytes", "disk_bytes"):

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from tyro.conf import Positional, Suppress
 
 from lmsleep.backbones import find_kind
+from lmsleep.cli.methods import BY, KEPT
 from lmsleep.cli.options import (
     as_type,
     chosen_sleep,
@@ -20,7 +21,7 @@ from lmsleep.cli.options import (
     model_field,
     parse,
     say_rows,
-    sleep_fields,
+    sleep_field,
     task_field,
 )
 from lmsleep.cli.scores import bits_text, floor_text
@@ -149,6 +150,12 @@ each on its own rows (docs/scale.md).
 Presets: {"; ".join(f"{task}: {', '.join(names)}" for task, names in PRESETS.items())}
 All options, with their defaults: lmsleep train TASK --help
 
+Sleeps (--sleep NAME,OPTION=VALUE,...; FILE.py:CLASS), beside --passes N and --loop:
+{BY.page()}
+
+Evictions (--eviction NAME,OPTION=VALUE,...; FILE.py:CLASS):
+{KEPT.page()}
+
 Baselines (--baseline NAME) of a run with N passes:
 {listed({name: make.__doc__ for name, make in BASELINES.items()})}
 """
@@ -167,7 +174,7 @@ def _new_run(task: str, argv: list[str]) -> tuple[RunFolder, Processes, Trainer]
         [
             task_field(task, sections),
             model_field(kind, sections),
-            *sleep_fields(sections["sleep"], argv),
+            sleep_field(sections["sleep"], argv),
             ("train", TrainOptions, as_type(TrainOptions, sections["train"])),
             ("run", RunOptions, RunOptions(preset=chosen, backbone=kind.name)),
             ("processes", ProcessOptions, ProcessOptions()),
@@ -177,9 +184,8 @@ def _new_run(task: str, argv: list[str]) -> tuple[RunFolder, Processes, Trainer]
     )
     options = parse(Options, argv, f"lmsleep train {task}", cls.__doc__)
     model = as_type(kind.options, options.model)
-    config = RunConfig(
-        task=options.task, model=model, sleep=chosen_sleep(options), train=as_type(TrainConfig, options.train)
-    )
+    sleep, train = chosen_sleep(options, sections["sleep"]), as_type(TrainConfig, options.train)
+    config = RunConfig(task=options.task, model=model, sleep=sleep, train=train)
     name = f"N{config.sleep.passes}"
     if options.run.baseline is not None:
         # Of the run that all other options describe, hence after parsing.

@@ -58,6 +58,7 @@ def cost(model: Any, sleep: SleepConfig, *, dtype_bytes: int = 4) -> dict[str, A
         "passes": sleep.passes,
         "fast_weight_bytes": memory_bytes,
         "kv_bytes_per_token": kv_bytes,
+        "kept_bytes": sleep.eviction.kept_bytes(model, full.cache, L) if sleep.window else 0,
         "break_even_tokens": memory_bytes // kv_bytes + 1 if kv_bytes else None,
         "flops_wake_token": wake_flops,
         "flops_sleep": sleep_flops,

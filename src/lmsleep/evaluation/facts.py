@@ -119,9 +119,10 @@ def zero_shot(
     # Before anything is read: a tokenizer may know tokens that its model does not.
     for read in (torch.as_tensor(tokens), begin, *(quiz.tokens() for quiz in quizzes)):
         check_tokens(read, model.vocab_size, tokenizer)
-    ways: dict[str, SleepConfig | None] = {KEPT: replace(sleep, window=None), DROPPED: None}
+    awake = replace(sleep, window=None)
+    ways: dict[str, SleepConfig | None] = {KEPT: awake, DROPPED: None}
     ways |= {f"N = {n}": sleep.with_passes(n) for n in passes} | dict(others)
-    return _readings(model, pieces, quizzes, L, ways, progress)
+    return _readings(model, pieces, quizzes, L, ways, awake, progress)
 
 
 @torch.no_grad()
@@ -131,14 +132,15 @@ def _readings(
     quizzes: list["Quiz"],
     L: int,
     ways: dict[str, SleepConfig | None],
+    awake: SleepConfig,
     progress: Callable[[str], None],
 ) -> Iterator[Reading]:
     """Read the pieces, and ask the quizzes, in one way after the other."""
     for way, config in ways.items():
         nats, answered = [], []
         for piece, quiz in zip(pieces, quizzes, strict=True):
-            nats.append(_nats(model, piece, L, config))
-            answered.append(quiz.answered(model, config))
+            nats.append(_nats(model, piece, L, config, awake))
+            answered.append(quiz.answered(model, config, awake))
             progress(way)
         answers = torch.cat(answered)
         yield Reading(
@@ -164,7 +166,7 @@ def _pieces(
     return [torch.cat([begin, tokens[a : a + length]]) for a in starts.tolist()]
 
 
-def _nats(model: Backbone, piece: Tensor, L: int, sleep: SleepConfig | None) -> float:
+def _nats(model: Backbone, piece: Tensor, L: int, sleep: SleepConfig | None, awake: SleepConfig) -> float:
     """Return the mean nats per counted token of the piece; with `sleep=None` every window is read alone."""
     counted = torch.ones_like(piece, dtype=torch.bool)
     # The first window has nothing before it; the first token of each has nothing to be predicted from in
@@ -173,7 +175,7 @@ def _nats(model: Backbone, piece: Tensor, L: int, sleep: SleepConfig | None) -> 
     rows, mask = (piece[None], counted[None]) if sleep else (piece.view(-1, L)[1:], counted.view(-1, L)[1:])
     device = model.device
     loss = sleep_forward(
-        model, rows.to(device), mask.to(device), sleep or SleepConfig(), read_last=False, return_logits=False
+        model, rows.to(device), mask.to(device), sleep or awake, read_last=False, return_logits=False
     ).loss
     assert loss is not None
     return float(loss)
@@ -228,8 +230,13 @@ class Quiz:
         asked = [*self.questions, *(choice for choices in self.choices for choice in choices)]
         return torch.cat([self.context, *map(torch.tensor, asked)])
 
-    def answered(self, model: Backbone, sleep: SleepConfig | None) -> Tensor:
-        """Return log-likelihoods `[FACTS, CHOICES]` in nats, the right first; None: without a context."""
+    def answered(
+        self, model: Backbone, sleep: SleepConfig | None, awake: SleepConfig | None = None
+    ) -> Tensor:
+        """Return log-likelihoods `[FACTS, CHOICES]` in nats, the right first.
+
+        Without `sleep` nothing is read before, and the questions are read as `awake` says (in passes).
+        """
         device = model.device
         state = model.initial_state(1)
         if sleep is not None:
@@ -248,7 +255,7 @@ class Quiz:
             model,
             padded.to(device),
             None,
-            SleepConfig() if sleep is None else sleep.with_passes(1),
+            (sleep or awake or SleepConfig()).with_passes(1),
             # Every pair of a question and a choice forks the one memory.
             state=state.rows([0] * len(rows)),
             lengths=lengths.to(device),

@@ -91,7 +91,10 @@ class Pretrained(Kind):
         from lmsleep.hf.sleeping import saved_sleep  # which imports transformers
 
         told = saved_sleep(loaded.config, folder)
-        return adapt(loaded, attention_alone=True), told or SleepConfig(window=512, passes=4, loop="middle")
+        model = adapt(loaded, attention_alone=True)
+        if told is None and not any(model.initial_state(1).memory.writes):
+            return model, SleepConfig(window=512)  # further passes would write nothing
+        return model, told or SleepConfig(window=512, passes=4, loop="middle")
 
     def outline(self, folder: Path) -> tuple[Model, SleepConfig]:
         """Return the opened model: only a loaded one shows which of its blocks have fast weights."""

@@ -113,7 +113,7 @@ def check_can_sleep(place: Path) -> None:
         raise ValueError(
             f"{place}: its blocks have attention alone, so there are no fast weights for sleep to write to; "
             "lmsleep convert MODEL OUT --insert 6 adds some, lmsleep finetune MODEL --insert 6 trains them; "
-            "lmsleep probe MODEL --compact 10 keeps keys and values instead"
+            "lmsleep read MODEL --eviction compact keeps keys and values instead"
         )
 
 

@@ -158,7 +158,8 @@ def origin_from(header: Mapping[str, Any]) -> Origin:
         ValueError: for a field that is missing or of another type.
     """
     try:
-        known = {f.name: header[f.name] for f in fields(Origin)}
+        # Files were once written without a method.
+        known = {f.name: {"method": None, **header}[f.name] for f in fields(Origin)}
         # JSON made lists of the tuples.
         lists = {name: tuple(known[name]) for name in ("parents", "rule")}
     except (KeyError, TypeError) as error:

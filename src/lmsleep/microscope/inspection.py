@@ -20,6 +20,7 @@ from lmsleep.microscope.trace import Window, fast_weight_layers, watch
 from lmsleep.progress import progress as bar_of
 from lmsleep.session import Session
 from lmsleep.session.session import Readable
+from lmsleep.state import State
 from lmsleep.tasks import batch_rng
 from lmsleep.training import RunFolder
 
@@ -89,6 +90,7 @@ def inspect(
         "subject": seen.name,
         "model": type(seen.model).__name__,
         "window": seen.sleep.window,
+        "method": seen.sleep.method,
         "passes": seen.sleep.passes,
         "eviction": type(seen.sleep.eviction).__name__.lower(),
         "sequences": len(seen.windows),
@@ -122,12 +124,14 @@ def _watched(seen: Subject, bar: Bar) -> dict[str, list[Row]]:
     """Watch the stream window by window, and return the tables that come of it."""
     layers, read = fast_weight_layers(seen.model), seen.read
     change, heads, hypnogram = list[Row](), list[Row](), list[Row]()
+    most = 0
     recent: deque[tuple[int, Window]] = deque(maxlen=READ_BACK)
     assert seen.sleep.window is not None
     total = -(-seen.windows.shape[1] // seen.sleep.window)
     windows = watch(seen.model, seen.windows, seen.sleep, seen.state)
     for number, window in enumerate(bar(windows, "windows", total)):
         # Windows are dropped as they come, but for the last READ_BACK: a long stream must fit into memory.
+        most = max(most, window.working_bytes)
         change.append(change_row(number, window))
         heads += head_rows(number, window)
         hypnogram += hypnogram_rows(read, window, layers)
@@ -136,7 +140,40 @@ def _watched(seen: Subject, bar: Bar) -> dict[str, list[Row]]:
     end = recent[-1][1].after
     hypnogram.append(moment(read, end))
     readback = list(readback_rows(recent, end.memory, seen.spell))
-    return {"change": change, "heads": heads, "hypnogram": hypnogram, "readback": readback}
+    return {
+        "layers": _layers(seen, most, end),
+        "change": change,
+        "heads": heads,
+        "hypnogram": hypnogram,
+        "readback": readback,
+    }
+
+
+def _layers(seen: Subject, working_bytes: int, end: State) -> list[Row]:
+    """Say what the layers of memory are, and how many bytes of a sequence each takes."""
+    model, rows = seen.model, len(seen.windows)
+    weights: list[tuple[str, Tensor]] = [*getattr(model, "state_dict", dict)().items()]
+    kept = end.cache.kept or end.cache.layers
+    return [
+        {
+            "layer": "working",
+            "bytes": working_bytes // rows,
+            "kept_bytes": end.cache.nbytes // rows,
+            "kept": max((t.shape[1] for layer in kept for t in layer), default=0),
+        },
+        {
+            "layer": "fast",
+            "bytes": end.memory.nbytes // rows,
+            "blocks": [i for i, writes in enumerate(end.memory.writes) if writes],
+            "method": seen.sleep.method,
+        },
+        {
+            "layer": "slow",
+            "bytes": sum(w.nbytes for _, w in weights),
+            # By the names that peft gives to what it adds.
+            "adapter_bytes": sum(w.nbytes for name, w in weights if ".lora_" in name),
+        },
+    ]
 
 
 def change_row(number: int, window: Window) -> Row:

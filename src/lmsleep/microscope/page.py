@@ -44,6 +44,7 @@ SECTIONS = {
 def page(seen: Seen) -> str:
     """Return the whole page as HTML."""
     parts = [
+        _words("Three layers of memory", words.layers(seen)),
         _words("What does sleep change?", words.changes(seen)),
         _words("Can one rely on it?", words.reliability(seen) or ["Nothing was asked of the memory."]),
         *([_words("Not looked at", seen.notes)] if seen.notes else []),
@@ -67,7 +68,7 @@ def page(seen: Seen) -> str:
             parts.append(f"<h2>{title}</h2>\n{_table(rows)}")
     about = ", ".join(
         f"{name.replace('_', ' ')} {seen.about[name]}"
-        for name in ("model", "window", "passes", "eviction", "sequences", "tokens")
+        for name in ("model", "window", "method", "passes", "eviction", "sequences", "tokens")
     )
     subject = html.escape(str(seen.about["subject"]))
     top = f"<h1>Under the microscope: {subject}</h1>\n<p>{html.escape(about)}</p>"

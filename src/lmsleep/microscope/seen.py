@@ -11,7 +11,9 @@ class Seen:
     """The tables of an inspection. Each is a list of flat rows, ready for a data frame."""
 
     about: dict[str, Any]
-    """What was looked at: model, window, passes, tokens, hash of the slow weights before and after."""
+    """What was looked at: model, window, method, passes, tokens, hashes of the slow weights before, after."""
+    layers: list[Row]
+    """Working, fast and slow memory: bytes of each a sequence, what an eviction keeps, what writes."""
     change: list[Row]
     """What each sleep did to all fast weights together: see `change_row`."""
     heads: list[Row]

@@ -37,12 +37,14 @@ class Window:
         tokens: `[B, L]`.
         before: the state it began with.
         passes: in order; the first is the wake pass.
+        working_bytes: of the working memory at its end, before anything was evicted, of all rows.
         after: the state it left, evicted.
     """
 
     tokens: Tensor
     before: State
     passes: list[Pass]
+    working_bytes: int
     after: State
 
 
@@ -78,11 +80,12 @@ def watch(
         _, after = read_window(watched, window, state, sleep, passes=sleep.passes, logits=False)
         last = watched.passes[-1]
         # Blocks after the loop write in the last pass only, and after `run` has recorded it.
+        working_bytes = after.cache.nbytes
         passes = [*watched.passes[:-1], replace(last, memory=after.memory, writes={**last.writes, **heard})]
         if sleep.window is not None:
             after = evict(sleep.eviction, model, window, after, sleep.window)
         heard.clear()  # also of what an eviction read
-        yield Window(window, state, passes, after)
+        yield Window(window, state, passes, working_bytes, after)
         state = after
 
 

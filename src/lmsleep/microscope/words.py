@@ -37,6 +37,23 @@ def changes(seen: Seen) -> list[str]:
     ]
 
 
+def layers(seen: Seen) -> list[str]:
+    """Say what the three layers of memory are, and what each takes, in sentences."""
+    working, fast, slow = seen.layers
+    eviction = seen.about["eviction"]
+    kept = f"{working['kept']:,} {'keys a head' if eviction == 'compact' else 'tokens'}"
+    rest = f", of which {working['kept_bytes']:,} stay ({eviction}: {kept})" if working["kept_bytes"] else ""
+    adapter = f", {slow['adapter_bytes']:,} of them an adapter" if slow["adapter_bytes"] else ""
+    blocks = ", ".join(map(str, fast["blocks"]))
+    return [
+        f"Working memory, keys and values of a window of {seen.about['window']:,} tokens: at most "
+        f"{working['bytes']:,} bytes a sequence{rest or f', none of which stay ({eviction})'}.",
+        f"Fast weights, S of block {blocks}, written by {fast['method']} with N = {seen.about['passes']}: "
+        f"{fast['bytes']:,} bytes a sequence.",
+        f"Slow weights, the model: {slow['bytes']:,} bytes{adapter}.",
+    ]
+
+
 def reliability(seen: Seen) -> list[str]:
     """Say how far one can rely on it, in sentences."""
     said = []

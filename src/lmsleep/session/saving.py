@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from lmsleep import memory
-from lmsleep.memory.file import finite
+from lmsleep.memory.file import finite, glance
 from lmsleep.plugins import in_file
 from lmsleep.session.stream import Stream
 from lmsleep.sleep import Backbone, Compact, SleepConfig
@@ -33,7 +33,7 @@ def write(path: Path, stream: Stream, origin: Origin, sleep: SleepConfig, storag
         tensors |= {f"cache.{i}.{j}": t for j, t in enumerate(layer) if t.shape[1]}
     for i, layer in enumerate(stream.start.cache.kept):
         tensors |= {f"kept.{i}.{j}": t for j, t in enumerate(layer)}
-    header = {"sleep": sleep.to_dict()}
+    header, origin = {"sleep": sleep.to_dict()}, replace(origin, method=sleep.method)
     try:  # by the rules of `read`; options of the user's own may be anything
         SleepConfig.from_dict(json.loads(json.dumps(header["sleep"], allow_nan=False)))
     except (TypeError, ValueError) as error:
@@ -45,13 +45,16 @@ def read(path: Path, model: Backbone, sleep: SleepConfig | None) -> tuple[State,
     """Read the state where the window began, its origin, its sleep (else `sleep`), and the window's tokens.
 
     Raises:
-        ValueError: as `Memory.load`, if the file holds a memory and no session, or if its sleep names a
-            Python file that `sleep` does not name.
+        ValueError: as `Memory.load`, if the file holds a memory and no session, if `sleep` is of another
+            method than what wrote it, or if its sleep names a Python file that `sleep` does not name.
         OSError: if there is no such file.
     """
     saved = memory.read(path, model)
     if saved.memory.batch_size > 1:
         raise ValueError(f"{path} holds {saved.memory.batch_size} rows; a session has one")
+    if sleep is not None and "sleep" not in saved.header:
+        sleep.check_origin(saved.origin, path)
+    given = sleep
     try:
         if "sleep" in saved.header:
             # First, for `from_dict` runs the file that a name is in.
@@ -69,6 +72,8 @@ def read(path: Path, model: Backbone, sleep: SleepConfig | None) -> tuple[State,
         raise ValueError(f"{path} holds no session: {error}") from None
     if sleep is None:
         raise ValueError(f"{path} holds a memory alone; pass the sleep to go on with")
+    if given is not None:
+        _check_method(path, sleep, given)
     window = saved.window
     # A window of more than L tokens would have been slept on. Without L it has any length.
     if len(window) > (sleep.window or len(window)):
@@ -78,13 +83,30 @@ def read(path: Path, model: Backbone, sleep: SleepConfig | None) -> tuple[State,
     return State(replace(saved.memory, origin=None), cache), saved.memory.origin, sleep, window
 
 
+def methods(path: Path) -> dict[str, str]:
+    """Return the names of the consolidator and the eviction that a session was read with.
+
+    There are none in another file. Nothing is checked, and no code that the file names runs.
+    """
+    said = (glance(path) or {}).get("sleep")
+    return SleepConfig.names(said) if isinstance(said, Mapping) else {}
+
+
 def _check_code(said: Mapping[str, Any], sleep: SleepConfig | None) -> None:
     """Refuse a sleep in a file that names code which the caller's `sleep` does not: data runs nothing."""
     known = {} if sleep is None else sleep.to_dict()
-    for choice in ("consolidator", "eviction"):
-        name = said[choice].get("name", "") if isinstance(said.get(choice), Mapping) else said.get(choice)
-        if in_file(str(name)) and name != known.get(choice, {}).get("name"):
+    for choice, name in SleepConfig.names(said).items():
+        if in_file(name) and name != known.get(choice, {}).get("name"):
             raise ValueError(f"its {choice} is code, {name}; if you trust it, give a sleep that names it too")
+
+
+def _check_method(path: Path, sleep: SleepConfig, given: SleepConfig) -> None:
+    """Refuse the caller's sleep where the file's is of another method."""
+    wrote, wanted = sleep.to_dict(), given.to_dict()
+    for choice in ("consolidator", "eviction"):
+        was, now = wrote[choice]["name"], wanted[choice]["name"]
+        if was != now:
+            raise ValueError(f"{path} was written with {choice}={was}, and {now} is asked for: choose {was}")
 
 
 def _cache(tensors: Mapping[str, Tensor], empty: Cache, called: str = "cache") -> Cache:

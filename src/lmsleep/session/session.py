@@ -68,8 +68,8 @@ class Session(Owner):
             state before it: at most the fast weights and one window of working memory, both twice.
 
     Raises:
-        ValueError: for a memory that does not fit the model, a loop that could write nothing into it, more
-            than one wake pass, or a negative history.
+        ValueError: for a memory that does not fit the model or that another method wrote, a loop that could
+            write nothing into it, more than one wake pass, or a negative history.
     """
 
     def __init__(
@@ -94,6 +94,7 @@ class Session(Owner):
                 raise ValueError(
                     f"memory must have one row, got {memory.batch_size}; take one with memory[[0]]"
                 )
+            sleep.check_origin(memory.origin)
             # Without the origin, which the session keeps and brings up to date.
             state = State(Memory(memory.like(state.memory).layers), state.cache)
             self.origin = memory.origin or self.origin
@@ -123,6 +124,7 @@ class Session(Owner):
             tokens=stream.tokens,
             sleeps=stream.sleeps,
             passes=self.sleep_config.passes,
+            method=self.sleep_config.method,
             rule=tuple(k if has else None for has, k in zip(writes, self.model.kinds, strict=True)),
         )
 
@@ -454,12 +456,14 @@ class Session(Owner):
             path: the file.
             model: the model that wrote it.
             tokenizer: for text.
-            sleep: window and passes for a file of `Memory.save`, which has none; else those of the file hold.
-                Python files that the file's sleep names are run only if this one names them too.
+            sleep: for a file of `Memory.save`, which has none; else that of the file holds, and this one must
+                have the same consolidator and eviction, of whatever options. Python files that the file's
+                sleep names are run only if this one names them too.
             history: as of a new session; nothing that was read before can be taken back.
 
         Raises:
-            ValueError: as `Memory.load`, or if the file holds a memory alone and there is no `sleep`.
+            ValueError: as `Memory.load`, if the file holds a memory alone and there is no `sleep`, or if
+                `sleep` is of another method than what wrote the file.
             OSError: if there is no such file.
         """
         start, origin, sleep, window = saving.read(Path(path), model, sleep)

@@ -103,13 +103,16 @@ class Compact(Eviction):
             after.append((model.turned_back(i, keys, by), values, bias, ages, worth))
         return replace(state.cache.last(0), kept=tuple(after))
 
+    def kept_bytes(self, model: Backbone, cache: Cache, L: int) -> int:
+        """Return how many bytes the keys of a row take in all blocks."""
+        return self._budget(model) * _bytes_of_a_key(_served(model))
+
     def _budget(self, model: Backbone) -> int:
         """Return how many keys a head keeps; raise ValueError as `check`."""
         model = _served(model)
         if self.bytes is None:
             return self.keys
-        none = no_keys(model, model.initial_state(1).cache)
-        each = sum(t.element_size() * math.prod(t.shape[2:]) for kept in none for t in kept)
+        each = _bytes_of_a_key(model)
         if self.bytes < each:
             raise ValueError(
                 f"bytes={self.bytes:,} keeps no key: one key a head takes {each:,} bytes in all blocks"
@@ -189,6 +192,12 @@ def _served(model: Backbone) -> Compactable:
     if not any(sizes):
         raise ValueError("eviction=Compact: the model has no attention, so there are no keys to keep")
     return model
+
+
+def _bytes_of_a_key(model: Compactable) -> int:
+    """Return what one key a head takes in all blocks of a row, with its value and what stands beside it."""
+    none = no_keys(model, model.initial_state(1).cache)
+    return sum(t.element_size() * math.prod(t.shape[2:]) for kept in none for t in kept)
 
 
 def no_keys(model: Backbone, cache: Cache) -> tuple[tuple[Tensor, ...], ...]:

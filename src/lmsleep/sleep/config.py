@@ -9,7 +9,7 @@ from lmsleep.plugins import Plugin
 from lmsleep.sleep.consolidators import CONSOLIDATOR, CONSOLIDATORS, Consolidator, Passes
 from lmsleep.sleep.eviction import Eviction, Hard
 from lmsleep.sleep.evictions import EVICTION, EVICTIONS
-from lmsleep.state import Memory
+from lmsleep.state import Memory, Origin
 
 MAX_WINDOW = 10**9  # tokens: more than anybody holds, less than an int64 does
 TRAINING = ("backprop_passes", "checkpoint")  # once options of a sleep, now of the training
@@ -100,6 +100,25 @@ class SleepConfig:
         """Return the same sleep with N = `passes`."""
         return replace(self, consolidator=replace(self.consolidator, passes=passes))
 
+    @property
+    def method(self) -> str:
+        """Name of the consolidator, by which memories tell what wrote them; of one's own its class."""
+        kind = type(self.consolidator)
+        return next((name for name, one in CONSOLIDATORS.items() if one is kind), kind.__name__)
+
+    def check_origin(self, origin: Origin | None, name: object = "memory") -> None:
+        """Refuse a memory that another method slept on, whatever its N and its options; None: unknown.
+
+        Raises:
+            ValueError: naming both methods.
+        """
+        wrote = origin.method if origin is not None and origin.sleeps else None
+        if wrote not in (None, self.method):
+            raise ValueError(
+                f"{name} was written by {wrote}, and would be slept on by {self.method}: choose {wrote} "
+                "(consolidator=..., --sleep)"
+            )
+
     def check(self, memory: Memory) -> None:
         """Refuse a model whose memory, `memory`, this sleep could write nothing into.
 
@@ -126,15 +145,23 @@ class SleepConfig:
         Raises:
             ValueError: for an unknown field, or a value of another type.
         """
-        return cls(**_checked(cls, data if isinstance(data.get("consolidator"), Mapping) else _unflat(data)))
+        return cls(**_checked(cls, _unflat(data)))
+
+    @staticmethod
+    def names(data: Mapping[str, Any]) -> dict[str, str]:
+        """Return the names of consolidator and eviction in what `to_dict` made; no code runs for it."""
+        choices = {name: said for name, said in _unflat(data).items() if isinstance(said, Mapping)}
+        return {name: str(said.get("name")) for name, said in choices.items()}
 
 
 def _named(choice: Any, plugin: Plugin, listed: Mapping[str, type]) -> dict[str, Any]:
     return {"name": plugin.name_of(type(choice), listed), **asdict(choice)}
 
 
-def _unflat(data: Mapping[str, Any]) -> dict[str, Any]:
+def _unflat(data: Mapping[str, Any]) -> Mapping[str, Any]:
     """Bring the flat form into that of `to_dict`. What it said of the training is no part of a sleep."""
+    if isinstance(data.get("consolidator"), Mapping):
+        return data
     flat = {name: value for name, value in data.items() if name not in TRAINING}
     rate = flat.pop("inner_rate", None)
     when: dict[str, Any] = {name: flat.pop(name) for name in ("window", "sleep_on_loss") if name in flat}

@@ -43,6 +43,11 @@ class Eviction(ABC):
         del model, tokens
         return self.keep(state.cache, L)
 
+    def kept_bytes(self, model: Backbone, cache: Cache, L: int) -> int:
+        """Return how many bytes of a row stay at most of `cache`, what it holds at the end of a window."""
+        del model
+        return self.keep(cache, L).nbytes
+
     def check(self, model: Backbone) -> None:  # noqa: B027 (most fit every model)
         """Refuse a model of which nothing could be kept so.
 

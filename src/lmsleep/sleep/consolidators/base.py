@@ -21,7 +21,7 @@ class Consolidator(ABC):
 
     One of your own is a frozen dataclass that derives from this one and has `sleep_on`; its fields are its
     options. `SleepConfig(consolidator=...)` takes an instance or the name `FILE.py:CLASS`, and so does
-    `lmsleep train --consolidator`; the name goes wherever the configuration goes.
+    `--sleep` of every command; the name goes wherever the configuration goes.
     """
 
     takes_rest: ClassVar[bool] = True
