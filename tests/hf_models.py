@@ -207,6 +207,17 @@ def remembering(model: Any) -> Any:
     return model
 
 
+class TurnsUnknown(torch.nn.Module):
+    """Rotary positions that do not say by which angles they turn."""
+
+    def __init__(self, rotary: Any) -> None:
+        super().__init__()
+        self.own = rotary
+
+    def forward(self, *args: Any, **options: Any) -> Any:
+        return self.own(*args, **options)
+
+
 def held(out):
     """The cache in an output of transformers, under the name of its version."""
     return getattr(out, cache_name())
@@ -238,3 +249,24 @@ def windowed(kind: str) -> Any:
             if p.ndim == 2:
                 p.mul_(3.0)
     return with_memory(model, 2, "gated_delta_net")
+
+
+NO_TOKENS: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None}
+YARN: dict[str, Any] = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}
+# Models with attention alone by how their positions turn keys, in which of the four blocks.
+_TURNING: dict[str, tuple[tuple[str | None, ...], dict[str, Any]]] = {
+    "Llama": (4 * ("halves",), {"rope_parameters": YARN}),
+    "Phi": (4 * ("halves",), {}),  # half of a head
+    "Glm": (4 * ("pairs",), {**NO_TOKENS, "head_dim": 8}),  # half of a head
+    "Cohere": (4 * ("pairs",), NO_TOKENS),
+    "SmolLM3": ((*3 * ("halves",), None), NO_TOKENS),
+    "GptOss": (4 * ("halves",), {**MOE, "head_dim": 8}),  # its tables are half as wide; attends eagerly
+}  # fmt: skip
+TURNING = {kind: way for kind, (way, _) in _TURNING.items()}
+
+
+def turning(kind: str) -> Any:
+    """A tiny model of `TURNING`."""
+    torch.manual_seed(0)
+    config = getattr(t, f"{kind}Config")(**SMALL, **HEADS, **FOUR, **_TURNING[kind][1])
+    return remembering(getattr(t, f"{kind}ForCausalLM")(config).eval())

@@ -4,7 +4,7 @@ import sys
 import pytest
 import torch
 from conftest import close, random_tokens, same_memory
-from hf_models import FAMILIES, VOCAB, WINDOWED, family, windowed
+from hf_models import FAMILIES, TURNING, VOCAB, WINDOWED, TurnsUnknown, family, turning, windowed
 from transformers import MambaConfig, MambaForCausalLM
 
 from lmsleep import Cache, Memory, Session, SessionBatch, SleepConfig, State, adapt, sleep_forward
@@ -281,6 +281,33 @@ def test_positions_may_start_again_on_a_long_stream(doubled, monkeypatch, evicti
     assert close(found.logits, wanted, 1e-9)
     if eviction == "sliding":
         assert found.state.cache.layers[1][2].max() < 3 * L
+
+
+@pytest.mark.parametrize("kind", [*TURNING, "unknown"])
+def test_keys_that_stay_are_turned_as_the_model_turned_them(kind, monkeypatch):
+    model, x = turning("Llama" if kind == "unknown" else kind), text(2, 6 * L)
+    if kind == "unknown":  # such keys stay where they are
+        model.model.rotary_emb = TurnsUnknown(model.model.rotary_emb)
+    backbone, sleep = adapt(model, attention_alone=True), SleepConfig(window=L, eviction="sliding")
+    with torch.no_grad():
+        wanted = sleep_forward(backbone, x, None, sleep).logits
+        monkeypatch.setattr(positions, "REBASE_AFTER", 2)
+        found = sleep_forward(backbone, x, None, sleep)
+    assert close(found.logits, wanted, 1e-5)
+    ends = found.state.cache.layers[0][2].max()
+    assert ends == 6 * L if kind == "unknown" else ends < 3 * L
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("kind", "way"), TURNING.items())
+def test_a_trial_sees_how_keys_turn_though_a_few_numbers_are_large_and_hardly_do(kind, way, dtype):
+    model = turning(kind)
+    with torch.no_grad():
+        for block in model.model.layers:
+            wide = block.self_attn.k_proj
+            wide.bias = torch.nn.Parameter(torch.zeros(wide.out_features))
+            wide.bias.view(2, -1)[:, -1] = 300.0
+    assert tuple(x.turns for x in adapt(model.to(dtype), attention_alone=True).layouts) == way
 
 
 def test_the_model_is_left_as_it_was():

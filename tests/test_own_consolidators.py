@@ -2,16 +2,19 @@ import json
 import re
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import close, lively, random_tokens, run_command, same_memory, tiny
-from hf_models import family
+from hf_models import HEADS, SMALL, VOCAB, family, with_memory
 from processes import in_a_process_of_its_own
+from sequences import heard
 from test_own_rules import RULE
+from transformers import GlmConfig, GlmForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from lmsleep import Passes, Session, SleepConfig, sleep_forward
+from lmsleep import Passes, Session, SessionBatch, SleepConfig, adapt, sleep_forward
 from lmsleep.hf import from_pretrained, sleepify
 from lmsleep.opening import open_backbone
 from lmsleep.training import RunFolder
@@ -183,11 +186,93 @@ def test_a_sleep_says_which_options_it_has():
         )
 
 
-def test_the_example_of_the_docs_strengthens_what_a_window_wrote(tmp_path):
+def from_the_docs(name, folder):
+    # Writes the example of the class into a file, and returns what configurations call it.
     page = (Path(__file__).parents[1] / "docs" / "carry-on.md").read_text()
-    (example,) = (text for text in re.findall(r"```python\n(.*?)```", page, re.S) if "class Nap" in text)
-    (tmp_path / "nap.py").write_text(textwrap.dedent(example))
+    (example,) = (text for text in re.findall(r"```python\n(.*?)```", page, re.S) if f"class {name}" in text)
+    (folder / "example.py").write_text(textwrap.dedent(example))
+    return f"{folder / 'example.py'}:{name}"
+
+
+def test_the_example_of_the_docs_strengthens_what_a_window_wrote(tmp_path):
     model, tokens = lively(tiny("attention", "gated_delta_net")), random_tokens(2, 4)
-    nap = SleepConfig(window=4, consolidator=f"{tmp_path / 'nap.py'}:Nap", passes=3, share=0.5)
+    nap = SleepConfig(window=4, consolidator=from_the_docs("Nap", tmp_path), passes=3, share=0.5)
     once = sleep_forward(model, tokens, None, SleepConfig(window=4)).memory.layers[1]
     assert close(sleep_forward(model, tokens, None, nap, evict_last=True).memory.layers[1], 2 * once)
+
+
+@pytest.fixture
+def sinks(tmp_path):
+    sleep = SleepConfig(window=6, passes=2, eviction=from_the_docs("Sinks", tmp_path))
+    return replace(sleep, eviction=replace(sleep.eviction, first=2, newest=3))
+
+
+@pytest.mark.parametrize("kind", ["hybrid", "llama", "glm"])
+def test_what_stays_by_the_example_of_the_docs_stands_as_if_nothing_had_been_between(kind, sinks):
+    # The keys of a single block of attention depend on their tokens alone.
+    one = {**SMALL, **HEADS, "num_hidden_layers": 1, "bos_token_id": None, "eos_token_id": None}
+    torch.manual_seed(0)
+    model = {
+        "hybrid": lambda: lively(tiny("attention", vocab_size=VOCAB), dtype=torch.float32),
+        "llama": lambda: adapt(LlamaForCausalLM(LlamaConfig(**one)).eval(), attention_alone=True),
+        "glm": lambda: adapt(GlmForCausalLM(GlmConfig(**one, head_dim=8)).eval(), attention_alone=True),
+    }[kind]()
+    tokens = 1 + random_tokens(23, vocab=VOCAB - 1)
+    session, end = Session(model, replace(sinks, passes=1)), slice(18, 23)
+    session.read(tokens[: end.start])
+    session.sleep()
+    in_view = torch.cat([tokens[:2], tokens[end.start - 3 : end.stop]])
+    said = Session(model, SleepConfig()).logits(in_view)[5:]
+    assert close(session.logits(tokens[end]), said, 1e-5)
+    assert session.working.layers[0][0].shape[1] == 5
+
+
+@pytest.mark.parametrize("kind", ["hybrid", "llama"])
+def test_a_session_by_the_example_of_the_docs_goes_on_from_its_file(kind, sinks, tmp_path):
+    model, tokens = lively(tiny("attention", "gated_delta_net")), 1 + random_tokens(23, vocab=10)[None]
+    if kind == "llama":  # with layers that recall what S was when the window began
+        model = adapt(with_memory(family("llama"), 2, "gated_delta_net"))
+    near = 1e-9 if kind == "hybrid" else 1e-4
+    whole = sleep_forward(model, tokens, None, sinks)
+    for pieces in ([1] * 23, [5, 11, 7]):
+        session = Session(model, sinks)
+        for piece in tokens[0].split(pieces):
+            session.read(piece)
+        assert same_memory(session.memory, whole.memory, near)
+    session.save(tmp_path / "a.mem")
+    with pytest.raises(ValueError, match=r"its eviction is code, .*example.py:Sinks; if you trust it, give"):
+        Session.load(tmp_path / "a.mem", model)
+    again = Session.load(tmp_path / "a.mem", model, sleep=sinks)
+    assert torch.equal(again.logits(tokens[0, :9]), session.logits(tokens[0, :9]))
+    texts = tokens[0, :8], tokens[0, :9]  # the first begins, the other stands within a window
+    batch = SessionBatch([Session(model, sinks), session.fork()])
+    batch.read(texts)
+    for one, before, text in zip(batch.sessions, (tokens[0, :0], tokens[0]), texts, strict=True):
+        alone = sleep_forward(model, torch.cat([before, text])[None], None, sinks)
+        assert same_memory(one.memory, alone.memory, near)
+        assert close(heard(one), alone.logits[0, -1], near)
+
+
+def test_what_is_recalled_is_what_was_known_when_a_window_began_whatever_stays(sinks):
+    model, x = adapt(with_memory(family("llama"), 2, "gated_delta_net")), 1 + random_tokens(2, 20, vocab=10)
+    with torch.no_grad():
+        begun = sleep_forward(model, x[:, :18], None, sinks, evict_last=True).memory
+        held = sleep_forward(model, x, None, sinks).state.cache.layers
+    for i, layout in enumerate(model.layouts):
+        assert layout.recalls == (begun.layers[i] is not None)
+        assert not layout.recalls or close(held[i][-1][:, 0], begun.layers[i].flatten(1), 1e-6)
+
+
+def test_an_eviction_in_a_file_is_named_to_commands(sinks, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    argv = ["train", "mqar", "--eviction", "example.py:Sinks", *OPTIONS, "--out", "run"]
+    assert run_command(capsys, *argv)[0] == 0
+    saved = json.loads(Path("run/config.json").read_text())["sleep"]["eviction"]
+    assert saved == {"name": f"{tmp_path / 'example.py'}:Sinks", "first": 4, "newest": 32}
+    Path("text.txt").write_text("k1 v1 k2 v2 k3 v3 k1 v1 k2 v2 k3 v3")
+    for command in ("read run text.txt --memory a.mem", "ask run --memory a.mem k1"):
+        code, out, err = run_command(capsys, *command.split())
+        assert code == 0, err
+    for wrong in ("example.py:Nosuch", "nobody"):
+        code, out, err = run_command(capsys, "train", "mqar", "--eviction", wrong)
+        assert code == 2 and err.count("\n") == 1 and wrong.split(":")[-1] in err and not out

@@ -5,14 +5,14 @@ from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from lmsleep.hf.cache import Carried, RunCache
 from lmsleep.hf.cache_name import named
-from lmsleep.hf.positions import Positions, turned_back
+from lmsleep.hf.positions import Positions, Turns, turned_back
 from lmsleep.ops import right_align
 from lmsleep.sleep.compact import Listening
 from lmsleep.state import Cache, Memory, State
@@ -37,6 +37,8 @@ class Layout:
         dtype: of keys, values and convolution.
         memory_dtype: of `S`.
         slides: whether its tokens look back no further than the model's own `sliding_window`.
+        turns: which numbers of a key its position turns together; None: positions do not show in keys;
+            "otherwise": nobody knows, so keys stand where they were read.
         recalls: whether its fast weights are read as they were when the window began (`layers.Recall`). They
             are then a part of the working memory too, behind all else: `[B, 1, H K V]`, or `[B, 0, H K V]`
             while nothing is in the window.
@@ -49,6 +51,7 @@ class Layout:
     dtype: torch.dtype
     memory_dtype: torch.dtype
     slides: bool
+    turns: Turns | Literal["otherwise"] | None = None
     recalls: bool = False
 
 
@@ -205,7 +208,7 @@ class HFBackbone(nn.Module):
                 "the model's own checkpointing of activations (gradients) drops what every block carries, "
                 "so nothing would be remembered; switch it off and use checkpoint=True of sleep_forward"
             )
-        where = Positions(self.model, h, state, [x.kv is not None for x in self.layouts], start, stop)
+        where = Positions(self.model, h, state, self.layouts, start, stop)
         carried: dict[int, Carried] = {}
         memory = state.memory.S
         for i in range(start, stop):
@@ -269,6 +272,15 @@ class HFBackbone(nn.Module):
         S = None if x.memory is None or writer.S is None else _recordable(writer.S.to(x.memory_dtype))
         return S, tuple(_recordable(t) for t in cache if t is not None)
 
+    def opened(self, state: State) -> State:
+        """Return the state with which a window begins: what is recalled in it are the fast weights of now."""
+        layers = list(state.cache.layers)
+        for i, x in enumerate(self.layouts):
+            S = state.memory.S[i]
+            if x.recalls and S is not None and layers[i][-1].shape[1]:
+                layers[i] = (*layers[i][:-1], S.flatten(1)[:, None])
+        return State(state.memory, replace(state.cache, layers=tuple(layers)))
+
     def kept_sizes(self) -> tuple[tuple[int, int, int] | None, ...]:
         """Heads and sizes of keys and values that may be kept, for each block; None without attention.
 
@@ -296,6 +308,8 @@ class HFBackbone(nn.Module):
                 raise ValueError(
                     f"{kind}: block {i} caches no keys and values by the head, which could be kept"
                 )
+            if x.turns == "otherwise":
+                raise ValueError(f"{kind}: block {i} rotates its keys neither by halves nor in pairs")
             sizes.append((heads, key, value))
         if any(sizes) and self._unlike is not None:
             raise ValueError(f"{kind}: {self._unlike}")
@@ -303,33 +317,27 @@ class HFBackbone(nn.Module):
 
     @cached_property
     def _unlike(self) -> str | None:
-        """Return why the cached keys are not what attention sees, turned by halves; None if they are."""
-        i, late = next(i for i, x in enumerate(self.layouts) if x.kv), 7
+        """Return why the cached keys are not what attention sees; None if they are."""
+        i = next(i for i, x in enumerate(self.layouts) if x.kv)
         h = self.embed(torch.zeros(1, 1, dtype=torch.int64, device=self.device))
         if h.is_meta:  # for costs, nothing has a value
             return None
         h = torch.linspace(-1, 1, h.shape[2], dtype=h.dtype, device=h.device).view_as(h)
         with torch.no_grad(), Listening() as heard:
             _, first = self.run(h, self.initial_state(1), i, i + 1)
-            keys, values, ordinals, *tail = first.cache.layers[i]
-            # The same token once more, after one that says that it is the last of a few.
-            moved = (keys, values, ordinals + late - 1, *tail)
-            _, second = self.run(h, first.replace(i, [(first.memory.S[i], moved)]), i, i + 1)
-            key = second.cache.layers[i][0][:, 1:]
-            turned = self.turned_back(i, key, torch.full(key.shape[:3], late, device=key.device))
         if not heard.calls:
             return f"block {i} calls another attention than scaled_dot_product_attention"
-        seen = heard.calls[0][0][1].transpose(1, 2)
+        keys, seen = first.cache.layers[i][0], heard.calls[0][0][1].transpose(1, 2)
         if not torch.equal(seen, keys.repeat_interleave(seen.shape[2] // keys.shape[2], dim=2)):
             return f"block {i} attends to other keys than those that it caches (latent attention)"
-        if (turned - keys).abs().max() > 5e-2 * keys.abs().max():
-            return f"block {i} rotates its keys in another way than by halves"
         return None
 
     def turned_back(self, i: int, keys: Tensor, by: Tensor) -> Tensor:
         """Turn keys `[B, t, H, K]` of block i back by `by` `[B, t, H]` positions."""
-        rotary = getattr(self.model.get_decoder(), "rotary_emb", None)
-        return keys if rotary is None else turned_back(rotary, keys, by)
+        turns = self.layouts[i].turns
+        if turns is None or turns == "otherwise":
+            return keys
+        return turned_back(self.model.get_decoder().rotary_emb, turns, keys, by)
 
     def _by_length(self, valid: Tensor, start: int, stop: int) -> dict[int, Tensor]:
         """Return the numbers of the rows that run together, by the length of the longest of them."""

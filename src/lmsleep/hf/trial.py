@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from lmsleep import foreign
 from lmsleep.hf.backbone import HFBackbone, Layout, call_block
 from lmsleep.hf.cache import Carried, RunCache
 from lmsleep.hf.insertion import attention_only
-from lmsleep.hf.positions import Positions
+from lmsleep.hf.positions import Positions, Turns, turned_back
 from lmsleep.state import Cache, Memory, State
 
 TOKENS = 8  # of the trial: enough to be cut into several tokens, several more, and one
@@ -147,10 +148,33 @@ def _layouts(model: Any, tokens: Tensor, slide: set[int]) -> list[Layout]:
     h, found = scout.embed(tokens), []
     where = Positions(model, h, State(Memory(()), Cache(())), (), 0, 0)
     for i, block in enumerate(scout.blocks):
-        cache = RunCache({})
-        h = call_block(block, h, cache, where, None)
-        found.append(_layout(i, cache.finished(), model.dtype, i in slide))
+        cache, later = RunCache({}), RunCache({})
+        after = call_block(block, h, cache, where, None)
+        layout = _layout(i, cache.finished(), model.dtype, i in slide)
+        if layout.kv is not None:
+            call_block(block, h, later, where.later(TOKENS), None)
+            keys = (c.finished()[i].keys for c in (cache, later))
+            layout = replace(layout, turns=_turns(where.rotary, *keys))
+        found.append(layout)
+        h = after
     return found
+
+
+def _turns(rotary: Any, keys: Tensor, later: Tensor) -> Turns | Literal["otherwise"] | None:
+    """Return how a block turned its keys `[1, T, H, K]`, given those of the same tokens `TOKENS` later."""
+    by = torch.full((1, 1, 1), TOKENS, device=keys.device)
+    frequencies = getattr(rotary, "inv_freq", keys.new_empty(0))
+    fits = 0 < 2 * len(frequencies) <= keys.shape[3]
+    backs: dict[Turns | None, Tensor] = {None: later}
+    backs |= {way: turned_back(rotary, way, later, by) for way in get_args(Turns) if fits}
+
+    def miss(way: Turns | None) -> float:
+        # Number by number: a few are far larger in some models, and those hardly turn.
+        error, size = ((t.abs().amax(dim=(0, 1, 2)).float()) for t in (backs[way] - keys, keys))
+        return float((error / size.clamp(min=1e-20)).mean())
+
+    best = min(backs, key=miss)
+    return best if _close(backs[best], keys) else "otherwise"
 
 
 def _sliding(scout: HFBackbone, tokens: Tensor) -> set[int]:

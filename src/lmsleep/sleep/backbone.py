@@ -60,6 +60,15 @@ class Backbone(Protocol):
         ...
 
 
+@runtime_checkable
+class Opens(Backbone, Protocol):
+    """A backbone whose working memory holds how its window began, which no eviction knows."""
+
+    def opened(self, state: State) -> State:
+        """Return the state with which a window begins, of what an eviction has left."""
+        ...
+
+
 class Recalls(Backbone, Protocol):
     """A backbone with memory tokens, for `MemoryTokens` and `GradMem`.
 

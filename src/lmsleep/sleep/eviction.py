@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lmsleep.plain import check_types
-from lmsleep.sleep.backbone import Backbone
+from lmsleep.sleep.backbone import Backbone, Opens
 from lmsleep.state import Cache, Memory, State
 
 
@@ -119,6 +119,8 @@ def evict(
                 for i, (row, count) in enumerate(zip(state.split(), counts, strict=True))
             ]
         ).cache
+    if isinstance(model, Opens):
+        kept = model.opened(State(state.memory, kept)).cache
     if going_on is None or bool(going_on.all()):
         return State(state.memory, kept)
     rows = [going_on.nonzero()[:, 0], (~going_on).nonzero()[:, 0]]
