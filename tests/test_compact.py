@@ -129,18 +129,6 @@ def test_fewer_keys_say_less_and_any_say_more_than_none(attentive):
     assert errors == sorted(errors) and errors[-1] < error(SleepConfig(window=L))
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_rows_of_any_length_compact_as_each_does_alone(hybrid, method):
-    x, sleep = random_tokens(4, 4 * L), compacting(4, passes=2, method=method)
-    lengths = torch.tensor([4 * L, 2, 2 * L + 1, 3 * L])
-    for last in (False, True):
-        together = read(hybrid, x, sleep, lengths=lengths, evict_last=last)
-        for row, n in enumerate(lengths.tolist()):
-            alone = read(hybrid, x[row : row + 1, :n], sleep, evict_last=last)
-            assert close(together.logits[row, :n], alone.logits[0], 1e-9)
-            assert same_memory(together.memory[[row]], alone.memory, 1e-9)
-
-
 def test_sessions_compact_at_their_own_places_however_they_read(hybrid):
     texts, sleep = (
         [random_tokens(n, seed=n) for n in (3 * L + 1, 2 * L, 5, 4 * L + 3)],
@@ -206,24 +194,6 @@ def test_a_damaged_file_is_refused(hybrid, tmp_path):
         saving.write(tmp_path / "a.mem", stream, origin, compacting(4), None)
         with pytest.raises(ValueError, match=said):
             Session.load(tmp_path / "a.mem", hybrid)
-
-
-@pytest.mark.parametrize("tokens", [40 * L, pytest.param(100_000, marks=pytest.mark.slow)])
-def test_a_stream_is_read_at_flat_memory(tokens):
-    model = lively(tiny(*HYBRID, **HEADS), dtype=torch.float32)
-    # Long windows for the long stream: it is about what is kept, not about how often.
-    window = L if tokens < 1000 else 128
-    session = Session(model, compacting(4, passes=2, window=window, reach=3 * window), history=0)
-    held, peaks = set(), []
-    for text in random_tokens(tokens).split(10 * window):
-        session.read(text)
-        session.sleep()
-        held.add(session.stats.working_bytes)
-        peaks.append(session.stats.peak_bytes)
-        ages = torch.cat([kept[3].flatten() for kept in session.working.kept if kept])
-        assert ages.min() >= 1 and ages.max() <= 3 * window
-    assert held == {sum(t.nbytes for t in session.working.kept[1]) * 2} and max(peaks[1:]) == peaks[1]
-    assert bool(session.logits(random_tokens(L)).isfinite().all())
 
 
 def test_keys_stand_no_further_back_than_they_reach(attentive):

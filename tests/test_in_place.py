@@ -1,14 +1,12 @@
 """In-Place TTT: existing feed-forward layers as fast weights."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from by_hand import said, same_gradients, surprise, through
 from conftest import close, lively, random_tokens, run_command, same_memory, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sequences import TOKENS, goes_on, heard, reads_together, rows_do_not_meet
+from sequences import TOKENS, heard
 from torch import Tensor
 
 from lmsleep import (
@@ -27,12 +25,6 @@ from lmsleep.tasks import MQAR
 from lmsleep.training import RunConfig, TrainConfig
 
 CONFIG = tiny("attention", "gated_delta_net", "attention", overrides={2: {"in_place_mlp": True}})
-WAYS = {
-    "window": InPlace(2, rate=0.2),
-    "chunks": InPlace(2, rate=0.2, chunk=3),
-    "twice": InPlace(3, rate=0.1),
-}
-EACH = pytest.mark.parametrize("by", WAYS.values(), ids=WAYS.keys())
 
 
 def sleeping(by, window: int = 4) -> SleepConfig:
@@ -96,33 +88,6 @@ def test_it_is_what_the_equations_say_forward_and_in_its_gradients(L, T, N, chun
     same_gradients(model, out.loss, loss)
 
 
-@EACH
-def test_rows_do_not_influence_each_other(model, by):
-    rows_do_not_meet(model, sleeping(by))
-
-
-@EACH
-@pytest.mark.parametrize("eviction", ["hard", "sliding"])
-def test_a_session_reads_in_any_pieces_and_goes_on_from_its_file(model, by, eviction, tmp_path):
-    again = goes_on(model, replace(sleeping(by), eviction=eviction), tmp_path / "a.mem")
-    assert again.memory.layers[2].shape == (1, 1, 24, 16)
-
-
-@EACH
-def test_sessions_that_stand_at_different_places_read_together(model, by):
-    reads_together(model, sleeping(by))
-
-
-def test_a_long_stream_takes_no_more_than_a_short_one():
-    config = tiny("attention", d_model=4, num_heads=1, mlp_dim=6, in_place_mlp=True)
-    session, sizes = Session(lively(config, dtype=torch.float32), sleeping(InPlace(2), 100), history=0), set()
-    for _ in range(30):
-        session.read(random_tokens(100))
-        sizes.add((session.stats.memory_bytes, session.stats.working_bytes))
-    assert sizes == {(6 * 4 * 4, 2 * 100 * 4 * 4)}
-    assert session.memory.layers[0].isfinite().all()
-
-
 def test_what_followed_what_in_a_window_is_said_of_it_afterwards():
     # Every token has a unit of its own that it alone switches on, and learns the embedding of its successor.
     V = 6
@@ -163,7 +128,9 @@ def test_what_is_read_awake_teaches_nothing(model):
 def test_recomputed_activations_change_no_gradient(model):
     mask, gradients = torch.ones(3, 14, dtype=torch.bool), []
     for checkpoint in (False, True):
-        loss = sleep_forward(model, TOKENS, mask, sleeping(WAYS["chunks"]), checkpoint=checkpoint).loss
+        loss = sleep_forward(
+            model, TOKENS, mask, sleeping(InPlace(2, rate=0.2, chunk=3)), checkpoint=checkpoint
+        ).loss
         gradients.append(torch.autograd.grad(loss, [*model.parameters()]))
     assert all(close(a, b) for a, b in zip(*gradients, strict=True))
 

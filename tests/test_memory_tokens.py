@@ -9,7 +9,7 @@ from by_hand import norm, said, same_gradients, surprise, through
 from conftest import close, lively, random_tokens, run_command, same_memory, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sequences import LENGTHS, TOKENS, goes_on, reads_together, rows_do_not_meet
+from sequences import TOKENS
 from torch import Tensor
 
 from lmsleep import (
@@ -30,8 +30,6 @@ from lmsleep.training import RunConfig, TrainConfig, baseline
 
 BLOCKS, M = ("attention", "attention"), 3
 CONFIG = tiny(*BLOCKS, memory_tokens=M)
-WAYS = {"rmt": MemoryTokens(2), "rmt-twice": MemoryTokens(3), "gradmem": GradMem(3, rate=0.4)}
-EACH = pytest.mark.parametrize("by", WAYS.values(), ids=WAYS.keys())
 
 
 def sleeping(by, window: int = 4) -> SleepConfig:
@@ -93,43 +91,6 @@ def test_it_is_what_the_equations_say_forward_and_in_its_gradients(m, L, T, N, d
     same_gradients(model, out.loss, loss)
 
 
-@EACH
-def test_rows_do_not_influence_each_other(model, by):
-    rows_do_not_meet(model, sleeping(by))
-
-
-@EACH
-def test_a_loss_that_is_heard_alone_is_that_of_all_logits(model, by):
-    mask = torch.rand(3, 14, generator=torch.Generator().manual_seed(0)) < 0.4
-    for lengths in (None, LENGTHS):
-        losses = [
-            sleep_forward(model, TOKENS, mask, sleeping(by), lengths=lengths, return_logits=all_logits).loss
-            for all_logits in (True, False)
-        ]
-        assert close(*losses)
-
-
-@EACH
-def test_a_session_reads_in_any_pieces_and_goes_on_from_its_file(model, by, tmp_path):
-    assert goes_on(model, sleeping(by), tmp_path / "a.mem").memory.nbytes == M * 16 * 8
-
-
-@EACH
-def test_sessions_that_stand_at_different_places_read_together(model, by):
-    reads_together(model, sleeping(by))
-
-
-@EACH
-def test_a_long_stream_takes_no_more_than_a_short_one(by):
-    model = lively(tiny("attention", d_model=4, num_heads=1, mlp_dim=4, memory_tokens=2), dtype=torch.float32)
-    session, sizes = Session(model, sleeping(by, 100), history=0), set()
-    for _ in range(30):
-        session.read(random_tokens(100))
-        sizes.add((session.stats.memory_bytes, session.stats.working_bytes))
-    assert sizes == {(2 * 4 * 4, 2 * (100 + 2) * 4 * 4)}
-    assert session.memory.layers[0].isfinite().all()
-
-
 def test_where_blocks_add_nothing_vectors_stay_what_they_are():
     model = lively(CONFIG)
     with torch.no_grad():
@@ -155,15 +116,6 @@ def test_at_rate_zero_nothing_is_written_and_steps_lower_the_loss_of_the_window(
 def _loss(model: HybridLM, vectors: Tensor, window: Tensor) -> float:
     h, _ = through(model, torch.cat([vectors * model.memory_scale, model.embedding.weight[window]]))
     return float(surprise(said(model, h[M - 1 : -1]), window).mean())
-
-
-@EACH
-def test_evaluation_writes_the_same_and_leaves_no_graph(model, by):
-    training = sleep_forward(model, TOKENS, None, sleeping(by))
-    with torch.no_grad():
-        reading = sleep_forward(model, TOKENS, None, sleeping(by))
-    assert close(training.logits, reading.logits) and same_memory(training.memory, reading.memory)
-    assert training.logits.requires_grad and not reading.memory.layers[0].requires_grad
 
 
 def test_recomputed_activations_change_no_gradient(model):

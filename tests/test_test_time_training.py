@@ -47,18 +47,6 @@ def test_it_is_gradient_descent_on_a_copy_of_the_weights():
         assert close(out.logits[row], by_hand(model, TOKENS[row], 0.3, scale.detach()))
 
 
-def test_rows_do_not_influence_each_other():
-    model = lively(CONFIG)
-    lengths = torch.tensor([14, 9, 6])
-    together = sleep_forward(model, TOKENS, None, SLEEP, lengths=lengths)
-    for row, length in enumerate(lengths.tolist()):
-        alone = sleep_forward(model, TOKENS[row : row + 1, :length], None, SLEEP)
-        assert together.logits is not None and alone.logits is not None
-        assert close(together.logits[row, :length], alone.logits[0])
-        assert same_memory(together.memory[[row]], alone.memory)
-        assert together.sleeps[row] == alone.sleeps[0]
-
-
 def test_gradients_of_gradients_agree_with_finite_differences():
     model = lively(CONFIG)
     parameters = dict(model.named_parameters())
@@ -107,17 +95,6 @@ def test_at_rate_zero_it_is_the_evicted_transformer():
         moved = sleep_forward(trained, TOKENS, None, SLEEP).logits
     assert expected is not None and actual is not None and moved is not None
     assert torch.equal(actual, expected) and not torch.equal(moved, expected)
-
-
-def test_evaluation_takes_the_same_steps_and_leaves_no_graph():
-    model = lively(CONFIG)
-    training = sleep_forward(model, TOKENS, MASK, SLEEP)
-    with torch.no_grad():
-        reading = sleep_forward(model, TOKENS, MASK, SLEEP)
-    assert close(training.logits, reading.logits) and same_memory(training.memory, reading.memory)
-    assert training.loss.requires_grad and not reading.loss.requires_grad
-    assert not any(S.requires_grad for S in reading.memory.layers if S is not None)
-    assert all(p.grad is None for p in model.parameters())
 
 
 def test_rows_that_sleep_beside_rows_that_do_not_may_have_no_loss_in_a_window():
