@@ -22,7 +22,7 @@ class Positions:
     """Where the tokens of one call stand, and what each of them sees.
 
     A row counts its tokens from 1, in the order in which they came; ordinal 0 is padding. Keys are cached
-    after rotation, so a key keeps its ordinal, whatever was evicted before it, as long as it is visible.
+    after rotation, so a key keeps its ordinal, whatever was evicted before it, until it is turned back.
 
     Args:
         model: the causal language model of `transformers`.

@@ -153,8 +153,9 @@ def _layouts(model: Any, tokens: Tensor, slide: set[int]) -> list[Layout]:
         layout = _layout(i, cache.finished(), model.dtype, i in slide)
         if layout.kv is not None:
             call_block(block, h, later, where.later(TOKENS), None)
-            keys = (c.finished()[i].keys for c in (cache, later))
-            layout = replace(layout, turns=_turns(where.rotary, *keys))
+            keys, moved = cache.finished()[i].keys, later.finished()[i].keys
+            assert keys is not None and moved is not None
+            layout = replace(layout, turns=_turns(where.rotary, keys, moved))
         found.append(layout)
         h = after
     return found
@@ -170,7 +171,7 @@ def _turns(rotary: Any, keys: Tensor, later: Tensor) -> Turns | Literal["otherwi
 
     def miss(way: Turns | None) -> float:
         # Number by number: a few are far larger in some models, and those hardly turn.
-        error, size = ((t.abs().amax(dim=(0, 1, 2)).float()) for t in (backs[way] - keys, keys))
+        error, size = (t.abs().amax(dim=(0, 1, 2)).float() for t in (backs[way] - keys, keys))
         return float((error / size.clamp(min=1e-20)).mean())
 
     best = min(backs, key=miss)
