@@ -172,6 +172,20 @@ FOUND: dict[str, dict[str, Found]] = {
         "whole cache": Found(0.015),
         "whole cache, twice the blocks": Found(0.015),
     },
+    "mqar": {
+        "N = 4": Found(0.015),
+        "N = 2": Found(0.015),
+        "N = 1": Found(0.015),
+        "N = 1, twice the blocks": Found(0.0075),
+        "N = 4, half of it keys": Found(0.03, other=True),
+        "gradient steps": Found(0.015),
+        "In-Place TTT": Found(0.015),
+        "memory tokens": Found(0.03),
+        "GradMem": Found(0.03, other=True),
+        "sliding": Found(0.0075),
+        "whole cache": Found(0.015),
+        "whole cache, twice the blocks": Found(0.015),
+    },
 }
 
 
