@@ -58,7 +58,7 @@ def summary(result: Result) -> str:
 def side_by_side(result: Result) -> list[list[str]]:
     """Tabulate accuracy of every rival at the easiest and the hardest, for each share of the bytes."""
     ends = sorted({result.difficulties[0], result.difficulties[-1]})
-    lines = [["", *(f"{result.key} = {end}, {share} of the bytes" for end in ends for share in HEADS)]]
+    lines = [["", *(f"{result.key} = {end}, {bytes_of(share):,} bytes" for end in ends for share in HEADS)]]
     sized = {row["line"] for row in result.rows if row["cell"] == f"{row['line']} (4)"}
     for line, kept in {row["line"]: row["bytes"] for row in result.rows}.items():
         names = [f"{line} ({share})" for share in HEADS]
