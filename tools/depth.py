@@ -4,33 +4,23 @@
     python tools/depth.py depth-8 --table            (prints what is there, best first)
 
 Each depth of `lmsleep.recipes.depth` gets one seed, none of those that are reported, and in this order: three
-of Muon's rates; at the best, a short convolution that is open at the start; with the better start, a longer
-curriculum. A finished trial is a line of `results/depth-search/PROBLEM.jsonl`, which is all that the search
-goes on from; the best are in `lmsleep.recipes.depth.FOUND`.
+of Muon's rates, and one more beyond the end where the best of them is; at the best, a short convolution
+that is open at the start; with the better start, a longer curriculum. The best has the lowest loss. Trials
+are lines of results/depth-search/PROBLEM.jsonl; the best are in `lmsleep.recipes.depth.FOUND`.
 """
 
-import argparse
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
-from pathlib import Path
 
-from search import Row, Trial, read, search, table
+from search import Row, Trial, best, beyond, main
 
 from lmsleep.recipes.depth import DEPTHS, PROBLEMS, RATES, Depth, Found, budget, run
 
 SEED = 100
-FOLDER = Path("results/depth-search")
-
-
-def best(found: list[Row], depth: Depth) -> Found:
-    """Return the options of a depth with the best trial."""
-    mine = [row for row in found if Depth(**row["depth"]) == depth]
-    return Found(**max(mine, key=lambda row: row["accuracy"])["options"])
 
 
 def rounds(name: str, found: list[Row]) -> Iterator[list[Trial]]:
-    """Yield the rates for every depth, at the best the open convolution, then a longer curriculum."""
+    """Yield the rates for every depth, rates beyond them, the open convolution, then a longer curriculum."""
     problem, flops = PROBLEMS[name], budget(PROBLEMS[name])
 
     def trial(depth: Depth, options: Found) -> Trial:
@@ -38,24 +28,18 @@ def rounds(name: str, found: list[Row]) -> Iterator[list[Trial]]:
         seeded = replace(config, train=replace(config.train, seed=SEED))
         return Trial({"depth": asdict(depth), "options": asdict(options)}, seeded)
 
-    for rate in RATES:
-        yield [trial(depth, Found(lr=rate)) for depth in DEPTHS]
-    yield [trial(depth, replace(best(found, depth), conv_init=0.5)) for depth in DEPTHS]
-    yield [trial(depth, replace(best(found, depth), curriculum=0.6)) for depth in DEPTHS]
+    def so_far(depth: Depth, *, opened: bool) -> Found:
+        """Return the best with the usual curriculum, and unless `opened` the usual start."""
+        tried = [row for row in found if row["options"]["curriculum"] == Found.curriculum]
+        tried = [row for row in tried if opened or row["options"]["conv_init"] == Found.conv_init]
+        return Found(**best(tried, depth=asdict(depth))["options"])
 
-
-def main() -> None:
-    """Search, or print what was found."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("problem", choices=PROBLEMS)
-    parser.add_argument("--workers", type=int, default=1, help="runs at a time")
-    parser.add_argument("--table", action="store_true", help="print what is there")
-    options = parser.parse_args()
-    name, file = options.problem, FOLDER / f"{options.problem}.jsonl"
-    if not options.table:
-        search(file, Path("runs/depth-search") / name, lambda found: rounds(name, found), options.workers)
-    sys.stdout.write(f"{table(read(file))}\n")
+    yield [trial(depth, Found(lr)) for lr in RATES for depth in DEPTHS]
+    further = {depth: beyond(RATES, so_far(depth, opened=False).lr) for depth in DEPTHS}
+    yield [trial(depth, Found(lr)) for depth, lr in further.items() if lr is not None]
+    yield [trial(depth, replace(so_far(depth, opened=False), conv_init=0.5)) for depth in DEPTHS]
+    yield [trial(depth, replace(so_far(depth, opened=True), curriculum=0.6)) for depth in DEPTHS]
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, "depth", PROBLEMS, rounds)

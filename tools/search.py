@@ -1,7 +1,9 @@
 """A search in rounds, each chosen by what was found before; a finished trial is a line of a file."""
 
+import argparse
 import json
-from collections.abc import Callable, Iterable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,8 @@ from typing import Any
 from lmsleep.training import Job, RunConfig, RunFolder, run_all
 
 Row = dict[str, Any]
+Rounds = Callable[[str, list[Row]], Iterable[list["Trial"]]]
+FOLDER = Path("results")
 
 
 @dataclass(frozen=True)
@@ -17,6 +21,27 @@ class Trial:
 
     what: Mapping[str, Any]
     config: RunConfig
+
+
+def main(doc: str | None, kind: str, problems: Iterable[str], rounds: Rounds) -> None:
+    """Search on the problem that the command line names, or print what was found.
+
+    Args:
+        doc: what `--help` says.
+        kind: lines are in results/KIND-search, runs in runs/KIND-search.
+        problems: that may be named.
+        rounds: yields the trials of each round, from the problem and the list of what was found, which grows.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("problem", choices=problems)
+    parser.add_argument("--workers", type=int, default=1, help="runs at a time")
+    parser.add_argument("--table", action="store_true", help="print what is there")
+    options = parser.parse_args()
+    file = FOLDER / f"{kind}-search" / f"{options.problem}.jsonl"
+    if not options.table:
+        runs = Path("runs") / f"{kind}-search" / options.problem
+        search(file, runs, lambda found: rounds(options.problem, found), options.workers)
+    sys.stdout.write(f"{table(read(file))}\n")
 
 
 def search(
@@ -29,6 +54,9 @@ def search(
         runs: folder of the runs.
         rounds: yields the trials of each round; the list that it is given grows between them.
         workers: runs at a time.
+
+    Raises:
+        ValueError: if a line has other steps than its trial would have today.
     """
     found = read(file)
     for due in rounds(found):
@@ -42,10 +70,19 @@ def search(
             row = {**trial.what, "seed": trial.config.train.seed}
             row |= {key: report[key] for key in ("step", "tokens", "flops", "seconds")}
             row |= {key: report["eval"][key] for key in ("accuracy", "per_difficulty")}
+            row["loss"] = _mean(report["eval"]["loss_per_difficulty"], report["eval"]["answers"])
             found.append({**row, "commit": folder.made_by()["commit"]})
             file.parent.mkdir(parents=True, exist_ok=True)
             with file.open("a") as lines:
                 lines.write(json.dumps(found[-1]) + "\n")
+
+
+def best(rows: Iterable[Row], **what: Any) -> Row:
+    """Return the row with the lowest loss among those with these values: accuracies may all be 1."""
+    return min(
+        (row for row in rows if all(row[key] == value for key, value in what.items())),
+        key=lambda row: float(row["loss"]),
+    )
 
 
 def read(file: Path) -> list[Row]:
@@ -56,20 +93,38 @@ def read(file: Path) -> list[Row]:
 def table(rows: Iterable[Row]) -> str:
     """Return the trials as text, best first."""
     lines = []
-    for row in sorted(rows, key=lambda row: -row["accuracy"]):
+    for row in sorted(rows, key=lambda row: float(row["loss"])):
         by_difficulty = " ".join(f"{k}: {accuracy:.3f}" for k, accuracy in row["per_difficulty"].items())
         what = json.dumps(dict(list(row.items())[: list(row).index("seed")]))
-        lines.append(f"{row['accuracy']:.3f}  {what}  steps={row['step']}  {by_difficulty}")
+        lines.append(f"{row['loss']:.4f} nats  {what}  steps={row['step']}  {by_difficulty}")
     return "\n".join(lines)
 
 
+def beyond(rates: Sequence[float], rate: float) -> float | None:
+    """Return a rate beyond the end of those tried if `rate` is there, else None."""
+    if rate == max(rates):
+        return 2 * rate
+    return rate / 2 if rate == min(rates) else None
+
+
 def _is_of(row: Row, trial: Trial) -> bool:
-    return all(row[key] == value for key, value in trial.what.items())
+    same = all(row[key] == value for key, value in trial.what.items())
+    steps = trial.config.train.steps
+    if same and row["step"] != steps:
+        raise ValueError(
+            f"{dict(trial.what)} was tried with {row['step']} steps and has {steps} today: remove its line "
+            "and its run to try it again"
+        )
+    return same
+
+
+def _mean(losses: Mapping[str, float], answers: Mapping[str, int]) -> float:
+    return sum(losses[key] * answers[key] for key in losses) / sum(answers[key] for key in losses)
 
 
 def _folder(what: Mapping[str, Any]) -> str:
     """Return a name that a file system takes."""
-    said = "-".join(
-        str(v) for value in what.values() for v in (value.values() if isinstance(value, dict) else [value])
+    values = [value.values() if isinstance(value, dict) else [value] for value in what.values()]
+    return "".join(
+        c if c.isalnum() or c in ".-" else "_" for c in "-".join(str(v) for some in values for v in some)
     )
-    return "".join(c if c.isalnum() or c in ".-" else "_" for c in said)

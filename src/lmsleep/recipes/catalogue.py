@@ -358,9 +358,9 @@ def _state_sizes(scale: Scale) -> list[Cell]:
     return cells
 
 
-def _rivals(task: str, title: str) -> Recipe:
+def _rivals(task: str) -> Recipe:
     return Recipe(
-        title,
+        f"Rivals on {rivals.BENCHES[task].title}",
         "Not in the paper: what else could keep a window, at equal bytes and for equal training FLOPs?",
         rivals.cells(task),
         ("bytes", "context_flops"),
@@ -517,10 +517,7 @@ RECIPES: dict[str, Recipe] = {
         _state_sizes,
         ("difficulty", "final"),
     ),
-    **{name: _depth(name) for name in depth.PROBLEMS},
-    "rivals-depo": _rivals("depo", "Rivals on the pointer chase: one hop is storage, three are depth"),
-    "rivals-mqar": _rivals("mqar", "Rivals on MQAR: storage alone"),
-    "rivals-word-problem": _rivals("word-problem", "Rivals on the word problem of S3: keeping track"),
-    "rivals-variables": _rivals("variables", "Rivals on variables: assignments, shuffled"),
+    **{name: _depth(name) for name in depth.FOUND},
+    **{f"rivals-{task}": _rivals(task) for task in rivals.FOUND},
 }
-GROUPS = {"rivals": ("rivals-depo", "rivals-mqar", "rivals-word-problem")}  # recipes that belong together
+GROUPS = {"rivals": tuple(f"rivals-{task}" for task in rivals.FOUND)}  # recipes that belong together

@@ -5,15 +5,14 @@ rate, the start of its convolution and the curriculum that the same small search
 (`tools/depth.py`; the trials are in results/depth-search).
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from lmsleep.models import HybridConfig
 from lmsleep.recipes.recipe import Cell
-from lmsleep.recipes.settings import DEPO, PAIR, Scale
+from lmsleep.recipes.settings import DEPO, PAIR, Scale, in_proportion
 from lmsleep.sleep import SleepConfig
-from lmsleep.training import RunConfig, TrainConfig, flops_per_step, training_flops
+from lmsleep.training import RunConfig, TrainConfig, for_flops, training_flops
 
 RATES = (0.015, 0.0075, 0.03)  # Muon's, in the order of the search
 LONGER = 3  # times the training, for those with one pass: later, or not at all?
@@ -61,16 +60,13 @@ DEPTHS = (
     Depth(1, 32, 4),
     Depth(4, 8, 1),
 )
-# By problem and depth, the best of the committed trials.
+# By problem and depth, the best of the committed trials; a problem without them has no recipe.
 FOUND: dict[str, dict[Depth, Found]] = {}
 
 
 def run(problem: Problem, depth: Depth, found: Found, flops: int) -> RunConfig:
     """Return a run of a depth for so many training FLOPs."""
-    made = _run(problem, depth, found)
-    steps = max(math.floor(flops / flops_per_step(made)), 1)
-    curriculum = round(found.curriculum * steps)
-    return replace(made, train=replace(made.train, steps=steps, curriculum=curriculum))
+    return in_proportion(for_flops(_run(problem, depth, found), flops), found.curriculum)
 
 
 def budget(problem: Problem) -> int:
@@ -107,10 +103,10 @@ def cells(name: str) -> Callable[[Scale], list[Cell]]:
                 f"{name} at scale={scale}: the rates were searched at the demo's size alone; use scale=demo, "
                 "and tools/depth.py to search at another"
             )
-        problem, chosen = PROBLEMS[name], FOUND.get(name, {})
+        problem, chosen = PROBLEMS[name], FOUND[name]
         flops, found = budget(problem), list[Cell]()
         for depth in DEPTHS:
-            choice, at = chosen.get(depth, Found()), 2 * depth.pairs * depth.passes
+            choice, at = chosen[depth], 2 * depth.pairs * depth.passes
             line = f"{2 * depth.pairs} blocks, heads of {depth.head_dim}"
             found.append(Cell(depth.label, run(problem, depth, choice, flops), at=at, line=line))
             if depth.passes == 1 and depth.pairs > 1:

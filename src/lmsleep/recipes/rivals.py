@@ -5,7 +5,6 @@ learning rate, and the one choice of its own, that the same small search found f
 trials are in results/rivals-search).
 """
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,14 +13,14 @@ from typing import Any
 from lmsleep.models import HybridConfig
 from lmsleep.ops.matching import Method
 from lmsleep.recipes.recipe import Cell
-from lmsleep.recipes.settings import DEPO, PAIR, Scale
+from lmsleep.recipes.settings import DEPO, PAIR, Scale, in_proportion
 from lmsleep.sleep import Compact, Eviction, GradientSteps, GradMem, Hard, InPlace, MemoryTokens, SleepConfig
-from lmsleep.tasks import MQAR, Task, Variables, WordProblem
-from lmsleep.training import RunConfig, TrainConfig, flops_per_step, training_flops
+from lmsleep.tasks import MQAR, Task, WordProblem
+from lmsleep.training import RunConfig, TrainConfig, for_flops, training_flops
 
 HEADS = {"1/4": 8, "1": 16, "4": 32}  # size of a head of S, by its share of the bytes
 WIDTH, NUM_HEADS = 64, 4
-MLP = 32  # of attention models, which then have the parameters of the hybrid
+MLP = 32  # of attention models, which then have about the parameters of the hybrid at its own bytes
 NUMBER = 4  # bytes of a float32
 RATES = (0.015, 0.0075, 0.03)  # Muon's, in the order of the search
 LONGER = 3  # times the training, for those that learned nothing: later, or not at all?
@@ -31,6 +30,7 @@ LONGER = 3  # times the training, for those that learned nothing: later, or not 
 class Bench:
     """A task of the bench: how it is read, and for how long N = 4 is trained, which is everyone's budget."""
 
+    title: str
     task: Task
     window: int
     steps: int
@@ -40,11 +40,26 @@ class Bench:
 
 # Contexts of 8 to 36 tokens: what a model of 40,000 parameters learns in a minute of one core.
 BENCHES = {
-    "depo": Bench(replace(DEPO, nodes=6, names=6, hops=3, queries=6), window=6, steps=500, curriculum=0.35),
-    "mqar": Bench(MQAR(pairs=8, keys=16, values=16, queries=8), window=8, steps=200, curriculum=0),
-    "word-problem": Bench(WordProblem(group="S3", length=4, queries=4), window=2, steps=700, curriculum=0.35),
-    "variables": Bench(
-        Variables(chains=3, hops=2, names=9, queries=9), window=18, steps=400, curriculum=0.35
+    "depo": Bench(
+        "the pointer chase: one hop is storage, three are depth",
+        replace(DEPO, nodes=6, names=6, hops=3, queries=6),
+        window=6,
+        steps=500,
+        curriculum=0.35,
+    ),
+    "mqar": Bench(
+        "MQAR: storage alone",
+        MQAR(pairs=8, keys=16, values=16, queries=8),
+        window=8,
+        steps=200,
+        curriculum=0,
+    ),
+    "word-problem": Bench(
+        "the word problem of S3: keeping track",
+        WordProblem(group="S3", length=6, queries=6),
+        window=3,
+        steps=600,
+        curriculum=0.35,
     ),
 }
 
@@ -156,7 +171,7 @@ FREE = ("whole cache", "whole cache, twice the blocks")  # whose bytes nobody se
 TOKENS = ("memory tokens", "GradMem")
 # Of the whole cache, without training.
 KEYS: dict[str, Method] = {"keys, fitted": "attention", "keys, as they are": "attended"}
-# By task and method, the best of the committed trials.
+# By task and method, the best of the committed trials; a task without them has no recipe.
 FOUND: dict[str, dict[str, Found]] = {
     "depo": {
         "N = 4": Found(0.03),
@@ -195,9 +210,7 @@ def run(bench: Bench, method: str, share: str, found: Found, flops: int) -> RunC
     if parts is None:
         return None
     made = _run(bench, parts, lr=found.lr, adam_lr=0.02, save_every=250, threads=1)
-    steps = max(math.floor(flops / flops_per_step(made)), 1)
-    curriculum = round(bench.curriculum * steps)
-    return replace(made, train=replace(made.train, steps=steps, curriculum=curriculum))
+    return in_proportion(for_flops(made, flops), bench.curriculum)
 
 
 def budget(bench: Bench) -> int:
@@ -220,22 +233,21 @@ def cells(task: str) -> Callable[[Scale], list[Cell]]:
                 f"rivals-{task} at scale={scale}: the rivals' rates were searched at the demo's size alone; "
                 "use scale=demo, and tools/rivals.py to search at another"
             )
-        bench, chosen = BENCHES[task], FOUND.get(task, {})
+        bench, chosen = BENCHES[task], FOUND[task]
         flops, found = budget(bench), list[Cell]()
         for share in HEADS:
             for method in METHODS:
-                choice = chosen.get(method, Found())
+                choice = chosen[method]
                 config = run(bench, method, share, choice, flops)
                 if config is None or method in FREE:
                     continue
-                at = bytes_of(share)
                 name = f"{method} ({share})"
-                found.append(Cell(name, config, at=at, line=method))
+                found.append(Cell(name, config, line=method))
                 if share == "1" and method in TOKENS:
                     longer = run(bench, method, share, choice, LONGER * flops)
                     assert longer is not None
                     label = f"{name}, {LONGER} times the training"
-                    found.append(Cell(label, longer, at=at, line=label, once=True))
+                    found.append(Cell(label, longer, line=label, once=True))
         return found + _bounds(bench, chosen, flops)
 
     return made
@@ -245,7 +257,7 @@ def _bounds(bench: Bench, chosen: Mapping[str, Found], flops: int) -> list[Cell]
     """Return whole caches, the keys of one compacted when it is read, and that model with nothing kept."""
     found, whole = list[Cell](), None
     for method in FREE:
-        config = run(bench, method, "1", chosen.get(method, Found()), flops)
+        config = run(bench, method, "1", chosen[method], flops)
         assert config is not None
         found.append(Cell(method, config))
         whole = whole or config

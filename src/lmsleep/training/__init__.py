@@ -1,6 +1,6 @@
 """Training: configuration, optimizers, run folders, the loop."""
 
-from lmsleep.training.baselines import BASELINES, baseline, equal_compute
+from lmsleep.training.baselines import BASELINES, baseline, equal_compute, for_flops
 from lmsleep.training.compute import flops_per_step, training_flops
 from lmsleep.training.config import RunConfig, TrainConfig
 from lmsleep.training.device import choose_device
@@ -32,6 +32,7 @@ __all__ = [
     "equal_compute",
     "find_launcher",
     "flops_per_step",
+    "for_flops",
     "provenance",
     "run_all",
     "take_step",

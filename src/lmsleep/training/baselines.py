@@ -148,8 +148,13 @@ BASELINES: dict[str, Callable[[RunConfig], RunConfig]] = {
 
 def equal_compute(run: RunConfig, other: RunConfig) -> RunConfig:
     """Give `run` as many steps as cost the training FLOPs of `other` (rounded down, at least 1)."""
+    return for_flops(run, training_flops(other))
+
+
+def for_flops(run: RunConfig, flops: int) -> RunConfig:
+    """Give `run` as many steps as so many training FLOPs pay (rounded down, at least 1)."""
     # Rounded down, so that a baseline never spends more than the run that it is compared with.
-    steps = math.floor(training_flops(other) / flops_per_step(run))
+    steps = math.floor(flops / flops_per_step(run))
     return replace(run, train=replace(run.train, steps=max(steps, 1)))
 
 
