@@ -41,8 +41,19 @@ def test_a_run_that_begins_otherwise_is_told_with_both_losses(folder, monkeypatc
     model = replace(cell.config.model, conv_init=0.5)  # stands for code that computes something else
     other = replace(cell, config=replace(cell.config, model=model))
     monkeypatch.setitem(RECIPES, "tiny", replace(recipe, cells=lambda scale: [other]))
-    ((label, then, now),) = age.changed(folder)
-    assert label == "N = 2" and then != now
+    (line,) = age.changed(folder)
+    assert line.startswith("N = 2: loss ") and "at step 10 then" in line
+
+
+def test_other_steps_and_other_cells_are_told(folder, monkeypatch):
+    recipe = RECIPES["tiny"]
+    (cell,) = recipe.cells("demo")
+    longer = replace(cell, config=replace(cell.config, train=replace(cell.config.train, steps=13)))
+    monkeypatch.setitem(RECIPES, "tiny", replace(recipe, cells=lambda scale: [longer]))
+    assert [*age.changed(folder)] == ["N = 2: 12 steps then, 13 now"]
+    renamed = replace(cell, label="other")
+    monkeypatch.setitem(RECIPES, "tiny", replace(recipe, cells=lambda scale: [renamed]))
+    assert [*age.changed(folder)] == ["N = 2: no cell of today", "other: not in the result"]
 
 
 def test_a_result_of_before_losses_were_kept_is_unknown(folder):

@@ -413,8 +413,14 @@ def test_an_invalid_option_is_named(name, value):
     ("name", "value"), [("conv_size", 0), ("conv_init", 0.5), ("negative_eigenvalues", True)]
 )
 def test_an_option_that_jet_blocks_do_not_have_is_named(name, value):
-    with pytest.raises(ValueError, match=f"^{name}={value}: blocks of the kind jet"):
+    with pytest.raises(ValueError, match=f"^{name}={value}: blocks of the kind jet .*; block 1 is one"):
         HybridConfig(blocks=("attention", "jet"), **{name: value})
+    with pytest.raises(ValueError, match=f"^overrides of block 1: {name}={value}: blocks of the kind jet"):
+        HybridConfig(blocks=("attention", "jet"), overrides={1: {name: value}})
+    # What is said of another block, or taken back for this one, is no matter of it.
+    HybridConfig(blocks=("gated_delta_net", "jet"), overrides={0: {name: value}})
+    usual = {"conv_size": 4, "conv_init": 0.0, "negative_eigenvalues": False}[name]
+    HybridConfig(blocks=("gated_delta_net", "jet"), overrides={1: {name: usual}}, **{name: value})
 
 
 def test_an_unknown_field_is_named():

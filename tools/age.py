@@ -3,9 +3,10 @@
     python tools/age.py                                   (all in results/, and those in the package)
     python tools/age.py results/rivals-mqar-demo
 
-Of every cell the run of seed 0 is trained to its first record, a second or so, and its loss compared with the
-one that the result holds. Results of before losses were kept are told as such. It ends with status 1 if a
-loss differs by more than rounding does on another machine.
+Cells and their steps are compared, and of every cell the run of seed 0 is trained to its first record, a
+second or so, and its loss compared with the one that the result holds. What comes later in a run is not seen.
+Results of before losses were kept are told as such. It ends with status 1 if anything differs, a loss by more
+than rounding does on another machine.
 """
 
 import json
@@ -32,22 +33,30 @@ def results() -> list[Path]:
     return sorted(page.parent for page in pages)
 
 
-def changed(folder: Path) -> Iterator[tuple[str, float, float]]:
-    """Yield cell, loss then and loss now, where a run of seed 0 begins otherwise today.
+def changed(folder: Path) -> Iterator[str]:
+    """Yield in words what is otherwise today: cells, their steps, the first losses of seed 0.
 
     Raises:
         LookupError: if the result holds no first losses.
     """
     rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
-    then = {row["cell"]: row["first_loss"] for row in rows if "first_loss" in row and row["seed"] == 0}
-    if not then:
+    # Cells of two budgets share a name.
+    then = {(row["cell"], row.get("budget")): row for row in rows if row["seed"] == 0}
+    if not any("first_loss" in row for row in rows):
         raise LookupError(f"{folder} holds no first losses")
-    for cell in cells(folder):
-        if cell.label in then and cell.start is None and cell.reading is None:
-            step, loss = then[cell.label]
+    today = {(cell.label, cell.budget): cell for cell in cells(folder)}
+    yield from (f"{name[0]}: no cell of today" for name in then if name not in today)
+    yield from (f"{name[0]}: not in the result" for name in today if name not in then)
+    for name in [name for name in today if name in then]:
+        cell, row = today[name], then[name]
+        if row["step"] != cell.config.train.steps:
+            yield f"{cell.label}: {row['step']} steps then, {cell.config.train.steps} now"
+        # A run that starts from another, or is one of another cell, is not trained.
+        if cell.start is None and cell.reading is None:
+            step, loss = row["first_loss"]
             now = first_loss(cell, step)
             if not math.isclose(loss, now, rel_tol=ROUNDING):
-                yield cell.label, loss, now
+                yield f"{cell.label}: loss {loss:.6f} at step {step} then, {now:.6f} now"
 
 
 def cells(folder: Path) -> list[Cell]:
@@ -80,8 +89,7 @@ def main() -> None:
             continue
         differ |= bool(found)
         sys.stdout.write(f"{folder.name}: {'older than the code' if found else 'as today'}\n")
-        for label, loss, now in found:
-            sys.stdout.write(f"  {label}: {loss:.6f} then, {now:.6f} now\n")
+        sys.stdout.write("".join(f"  {line}\n" for line in found))
     sys.exit(1 if differ else 0)
 
 

@@ -117,11 +117,6 @@ class HybridConfig:
                 f"memory_tokens={self.memory_tokens} is for models that keep nothing else: attention blocks "
                 "alone, without trained_mlp and in_place_mlp"
             )
-        for name, usual in (("negative_eigenvalues", False), ("conv_init", 0.0)):
-            if "jet" in self.blocks and getattr(self, name) != usual and {*self.blocks} <= {*LAYERS}:
-                raise ValueError(f"{name}={getattr(self, name)}: blocks of the kind jet do not have it")
-        if "jet" in self.blocks and not self.conv_size:
-            raise ValueError("conv_size=0: blocks of the kind jet need a convolution; give at least 1")
         # Rotary positions turn pairs of numbers.
         if "attention" in self.blocks and self.rope_theta is not None and self.key_dim % 2:
             raise ValueError(
@@ -145,11 +140,28 @@ class HybridConfig:
                 self.for_block(i)
             except ValueError as error:
                 raise ValueError(f"overrides of block {i}: {error}") from error
+        if self.blocks == ("jet",) and not self.overrides:
+            self._check_jet()
+            return
+        for i, kind in enumerate(self.blocks):
+            if kind == "jet":
+                try:
+                    self.for_block(i)
+                except ValueError as error:
+                    raise ValueError(f"{error}; block {i} is one, and overrides say it for others") from error
+
+    def _check_jet(self) -> None:
+        """Refuse what a Jet block does not have."""
+        if not self.conv_size:
+            raise ValueError("conv_size=0: blocks of the kind jet need a convolution, 1 at least")
+        for name, usual in (("negative_eigenvalues", False), ("conv_init", 0.0)):
+            if getattr(self, name) != usual:
+                raise ValueError(f"{name}={getattr(self, name)}: blocks of the kind jet do not have it")
 
     def for_block(self, i: int) -> "HybridConfig":
         """Return the options in force in block `i`."""
         # Without the overrides, which would be checked again for every block of every block.
-        return replace(self, overrides={}, **self.overrides.get(i, {}))
+        return replace(self, blocks=(self.blocks[i],), overrides={}, **self.overrides.get(i, {}))
 
     @property
     def learns(self) -> bool:

@@ -112,7 +112,7 @@ def cells(name: str) -> Callable[[Scale], list[Cell]]:
             if depth.passes == 1 and depth.pairs > 1:
                 label = f"{depth.label}, {LONGER} times the training"
                 longer = run(problem, depth, choice, LONGER * flops)
-                found.append(Cell(label, longer, at=at, line=label, once=True))
+                found.append(Cell(label, longer, at=at, line=label, once=True, aside=True))
         return found
 
     return made

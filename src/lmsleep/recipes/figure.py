@@ -208,10 +208,13 @@ def _frontier(ax: Axes, panel: str, result: Result, difficulty: int) -> None:
         cells = [some for _, some in _groups(mine, "cell")]
         points = sorted((some[0][panel], float(np.mean([r["accuracy"] for r in some]))) for some in cells)
         style: dict[str, Any] = {"color": f"C{number % 10}", "marker": "osv^"[number // 10], "ms": 5}
-        ax.plot(*zip(*points, strict=True), lw=0.8, label=line, **style)
+        aside = "aside" in mine[0]
+        ax.plot(
+            *zip(*points, strict=True), lw=0.8, label=line, fillstyle="none" if aside else "full", **style
+        )
         seeds = [(r[panel], r["accuracy"]) for r in mine]
         ax.plot(*zip(*seeds, strict=True), ".", ms=3, color=style["color"])
-        best += points
+        best += [] if aside else points  # of another budget
     best.sort()
     reached = np.maximum.accumulate([y for _, y in best])
     ax.step([x for x, _ in best], reached, where="post", color="black", ls="--", lw=1, label="frontier")

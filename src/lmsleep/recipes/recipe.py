@@ -32,6 +32,7 @@ class Cell:
         folder: the name of its run's folder, before the seed; by default made from the label.
         once: whether one seed tells enough.
         reading: how the trained run sleeps when it answers; by default as in training.
+        aside: whether it had another budget than all others, and stands beside the frontier.
     """
 
     label: str
@@ -44,6 +45,7 @@ class Cell:
     folder: str | None = None
     once: bool = False
     reading: SleepConfig | None = None
+    aside: bool = False
 
     def with_seed(self, seed: int) -> RunConfig:
         """Return the run for another seed: other initial weights and other data, the same for every cell."""

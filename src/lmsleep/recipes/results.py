@@ -204,6 +204,7 @@ def _who(cell: Cell, config: RunConfig) -> Row:
         "seed": config.train.seed,
         "passes": config.sleep.passes,
         **({"budget": cell.budget} if cell.budget else {}),
+        **({"aside": True} if cell.aside else {}),
     }
 
 

@@ -55,6 +55,7 @@ class ReproduceOptions(GridOptions):
 def run(options: ReproduceOptions) -> None:
     """Train (or time) the runs of a figure, or of each in a group; collect, write and report."""
     for name in GROUPS.get(options.figure, ()):
+        check_folder(options.out or Path("results"), "out")  # before the hours of the first
         run(replace(options, figure=name, out=options.out and options.out / name))
     if options.figure in GROUPS:
         return
