@@ -48,6 +48,9 @@ def test_a_method_named_again_keeps_what_is_not_said_and_another_begins_anew():
     other = MethodOptions(sleep="gradmem", eviction="hard", window=9).over(own, passes=5)
     assert other == SleepConfig(window=9, consolidator=GradMem(5))
     assert MethodOptions().over(own) == own
+    looped = SleepConfig(passes=2, consolidator=Passes(2, loop=(1, 3)))
+    said = MethodOptions(sleep="passes,normalize=True").over(looped)
+    assert said == replace(looped, consolidator=Passes(2, loop=(1, 3), normalize=True))
     assert MethodOptions(loop="middle").over(SleepConfig(passes=2)) == SleepConfig(passes=2, loop="middle")
 
 
@@ -75,7 +78,7 @@ def test_a_default_loop_is_that_of_its_method_alone():
         (["--sleep", "gradmem,rate=x"], "rate must be float, got 'x'"),
         (["--sleep=passes,reset=T"], "reset must be 'S' | 'h' | None, got 'T'"),
         (["--sleep", "gradmem,passes=4"], "passes has a flag of its own, --passes"),
-        (["--sleep", "gradmem,rate"], "--sleep gradmem,rate: unknown consolidator 'gradmem,rate'"),
+        (["--sleep", "gradmem,rate"], "--sleep gradmem,rate: 'rate' is no OPTION=VALUE"),
         (["--sleep", "nobody"], "--sleep nobody: unknown consolidator 'nobody'; choose one of passes, grad"),
         (["--sleep"], "Missing value for argument '--sleep'. Expected 1 values; name one of passes, "),
         (

@@ -39,6 +39,8 @@ class Choice:
             return has
         name, _, rest = re.sub(r",(?=\w+=)", "\n", text, count=1).partition("\n")
         try:
+            if (first := name.partition(","))[0] in self.listed and first[1]:
+                raise ValueError(f"{first[2]!r} is no OPTION=VALUE")
             kind = self.plugin.find(name, self.listed)
             said = pairs(self.flag, [rest] if rest else [])
             for option in self.apart:
@@ -47,9 +49,9 @@ class Choice:
             if unknown := said.keys() - (known := self.options(kind)).keys():
                 has_some = f"it has {_spelled(known)}" if known else "it has none"
                 raise ValueError(f"{min(unknown)} is no option of {name}; {has_some}")
-            made = from_plain(kind, said)
-            same = type(has) is kind
-            return replace(has, **{option: getattr(made, option) for option in said}) if same else made
+            # The model's own method keeps what is not said; another begins with its defaults.
+            kept = {f.name: getattr(has, f.name) for f in fields(kind)} if type(has) is kind else {}
+            return from_plain(kind, {**kept, **said})
         except (TypeError, ValueError) as error:  # TypeError: an option without a default is missing
             raise ValueError(f"--{self.flag} {text}: {error}") from None
 

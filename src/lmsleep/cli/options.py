@@ -44,7 +44,10 @@ def parse(options: Any, argv: Sequence[str], prog: str, description: str | None 
         if not leaving.code:
             raise
         # `from None`: the box that tyro printed is all in the message.
-        raise ValueError(f"{_one_line(said.getvalue(), argv)} (see {prog} --help)") from None
+        wrong = _one_line(said.getvalue(), argv)
+        if {"sleep", "windows"} & {f.name for f in fields(options)}:
+            wrong += remedy(wrong)
+        raise ValueError(f"{wrong} (see {prog} --help)") from None
     _check_numbers(found)
     return found
 
@@ -100,7 +103,7 @@ def _one_line(box: str, argv: Sequence[str]) -> str:
     if unknown:
         first += _after_which(unknown.removeprefix("Unrecognized options: "), argv)
         first += "".join(f"; {words}" for words in told[:1] if words.startswith("Missing "))
-    first = first.rstrip(".") + remedy(first)
+    first = first.rstrip(".")
     meant = re.search(r"Perhaps you meant:?\n(--[\w-]+)", "\n".join(paragraphs))
     return f"{first}; perhaps you meant {meant[1]}" if meant else first
 

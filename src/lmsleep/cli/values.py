@@ -26,6 +26,8 @@ def pairs(flag: str, words: Sequence[str]) -> dict[str, Any]:
             name, sign, text = pair.partition("=")
             if not (name and sign):
                 raise ValueError(f"{flag}={pair!r} is neither KEY=VALUE nor a JSON object")
+            if name in found:
+                raise ValueError(f"{flag}: {name} is given twice; give it once")
             found[name] = _value(text)
     return found
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lmsleep.files import write_atomic
 from lmsleep.memory import model_identity
@@ -152,7 +152,8 @@ def _watched(seen: Subject, bar: Bar) -> dict[str, list[Row]]:
 def _layers(seen: Subject, working_bytes: int, end: State) -> list[Row]:
     """Say what the layers of memory are, and how many bytes of a sequence each takes."""
     model, rows = seen.model, len(seen.windows)
-    weights: list[tuple[str, Tensor]] = [*getattr(model, "state_dict", dict)().items()]
+    # Embeddings that serve as head too stand in memory once.
+    weights = [*model.named_parameters(), *model.named_buffers()] if isinstance(model, nn.Module) else []
     kept = end.cache.kept or end.cache.layers
     return [
         {
