@@ -282,7 +282,9 @@ def test_one_run_at_both_budgets_stands_in_both_blocks():
 
 
 @pytest.mark.parametrize(
-    "folder", sorted((Path(__file__).parents[1] / "results").iterdir()), ids=lambda p: p.name
+    "folder",
+    sorted(page.parent for page in (Path(__file__).parents[1] / "results").glob("*/README.md")),
+    ids=lambda p: p.name,
 )
 def test_committed_results_are_those_of_their_rows(folder, tmp_path):
     result = Result.load(RECIPES[folder.name.rpartition("-")[0]], folder)
