@@ -10,8 +10,9 @@ from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated
 
 from benchmarks.processor import Processor, has_kernels
 from benchmarks.table import Cell, Table
-from benchmarks.timing import flops, ms, ratio, take_turns
+from benchmarks.timing import ms, ratio, take_turns
 from lmsleep import ops
+from lmsleep.flops import flops_of
 
 HEADS = 4
 BATCH = {24: 64, 75: 16, 512: 4, 2000: 1}  # sequences: 1,200 to 2,048 tokens in all
@@ -103,5 +104,5 @@ def _row(
         "with backward, ms": ms(spent["both", "ours"]),
         f"{name} with backward, ms": ms(spent["both", "peer"]),
         "times as fast with backward": ratio(spent["both", "peer"], spent["both", "ours"]),
-        "% of the limit": 100 * flops(calls["both", "ours"]) / peak / (ms(spent["both", "ours"]) / 1e3),
+        "% of the limit": 100 * flops_of(calls["both", "ours"]) / peak / (ms(spent["both", "ours"]) / 1e3),
     }

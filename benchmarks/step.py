@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from benchmarks.peer import Composed
 from benchmarks.processor import Processor
 from benchmarks.table import Cell, Table
-from benchmarks.timing import Times, flops, ms, ratio, take_turns
+from benchmarks.timing import Times, ms, ratio, take_turns
 from lmsleep import HybridConfig, HybridLM, SleepConfig
+from lmsleep.flops import flops_of
 from lmsleep.recipes.settings import PAIR, depo, rule110
 from lmsleep.tasks import Batch, Rule110, Task, batch_rng
 from lmsleep.tasks.reading import read_batch
@@ -88,7 +89,7 @@ def steps(processor: Processor, setting: Setting, repeats: int) -> Table:
             one = processor.within(partial(loss, model, batch, setting.window, n))
             gradients[name, n] = Times()
             calls[name, n] = _step(model, one, muon, gradients[name, n])
-    counted = {n: flops(calls["ours", n]) for n in PASSES}
+    counted = {n: flops_of(calls["ours", n]) for n in PASSES}
     spent = {case: processor.seconds(times) for case, times in take_turns(calls, repeats).items()}
     alone = {case: processor.seconds(times)[-repeats:] for case, times in gradients.items()}
     peak = max(peak, processor.matmul_peak())  # neighbours come and go in these minutes

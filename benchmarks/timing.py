@@ -8,8 +8,6 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from lmsleep.flops import flop_counter
-
 Case = TypeVar("Case", bound=Hashable)
 
 
@@ -56,10 +54,3 @@ def ratio(times: list[float], base: list[float]) -> str:
     """Compare times that took turns: median [10th ... 90th percentile] of the ratio."""
     low, median, high = np.percentile(np.array(times) / np.array(base), (10, 50, 90))
     return f"{median:.2f} [{low:.2f} ... {high:.2f}]"
-
-
-def flops(call: Callable[[], object]) -> int:
-    """Count the FLOPs of the matrix products of a call."""
-    with flop_counter() as counter:
-        call()
-    return counter.get_total_flops()

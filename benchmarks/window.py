@@ -10,8 +10,9 @@ from torch import Tensor
 from benchmarks.processor import Processor
 from benchmarks.sessions import SMALL
 from benchmarks.table import Cell, Table
-from benchmarks.timing import flops, ms, ratio, take_turns
+from benchmarks.timing import ms, ratio, take_turns
 from lmsleep import HybridConfig, HybridLM, SleepConfig, sleep_forward
+from lmsleep.flops import flops_of
 from lmsleep.recipes.catalogue import RECIPES
 from lmsleep.training.held import peak_bytes
 
@@ -72,7 +73,7 @@ def lengths(
             "throughput to N = 1": ratio(spent[L, 1], spent[L, n]),
             "to all in parallel": ratio(spent[whole], spent[L, n]) if whole in spent else None,
             "peak, MB": peak_bytes(calls[L, n]) / 1e6,
-            "% of the matrix product's rate": 100 * flops(calls[L, n]) / peak / (ms(spent[L, n]) / 1e3),
+            "% of the matrix product's rate": 100 * flops_of(calls[L, n]) / peak / (ms(spent[L, n]) / 1e3),
         }
         for L, n in calls
     ]

@@ -13,6 +13,7 @@ from lmsleep.recipes import run as command
 from lmsleep.recipes.costs import costs
 from lmsleep.recipes.rivals import BENCHES, HEADS, METHODS, Found, budget, bytes_of, run
 from lmsleep.recipes.run import ReproduceOptions
+from lmsleep.recipes.searched import RATES
 from lmsleep.sleep import Compact, SleepConfig
 from lmsleep.training import RunFolder, Trainer, training_flops
 
@@ -78,8 +79,8 @@ def test_choices_are_the_best_of_the_same_search(task):
         mine = [row for row in rows if row["method"] == method]
         rates = [row["choice"]["lr"] for row in mine if not row["choice"]["other"]]
         best = min((row for row in mine if not row["choice"]["other"]), key=lambda row: row["loss"])
-        inside = min(rates) < best["choice"]["lr"] < max(rates) or len(rates) == len(rivals.RATES) + 1
-        assert {*rates} >= {*rivals.RATES} and inside and len(mine) == len(rates) + 1
+        inside = min(rates) < best["choice"]["lr"] < max(rates) or len(rates) == len(RATES) + 1
+        assert {*rates} >= {*RATES} and inside and len(mine) == len(rates) + 1
         assert Found(**min(mine, key=lambda row: row["loss"])["choice"]) == chosen
 
 

@@ -14,7 +14,8 @@ from dataclasses import asdict, replace
 
 from search import Row, Trial, best, beyond, main
 
-from lmsleep.recipes.depth import DEPTHS, PROBLEMS, RATES, Depth, Found, budget, run
+from lmsleep.recipes.depth import DEPTHS, PROBLEMS, Depth, Found, budget, run
+from lmsleep.recipes.searched import RATES
 
 SEED = 100
 

@@ -13,7 +13,8 @@ from dataclasses import asdict, replace
 
 from search import Row, Trial, best, beyond, main
 
-from lmsleep.recipes.rivals import BENCHES, METHODS, RATES, Found, budget, run
+from lmsleep.recipes.rivals import BENCHES, METHODS, Found, budget, run
+from lmsleep.recipes.searched import RATES
 
 SEED = 100
 

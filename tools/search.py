@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lmsleep.files import write_atomic
 from lmsleep.training import Job, RunConfig, RunFolder, run_all
 
 Row = dict[str, Any]
@@ -73,8 +74,8 @@ def search(
             row["loss"] = _mean(report["eval"]["loss_per_difficulty"], report["eval"]["answers"])
             found.append({**row, "commit": folder.made_by()["commit"]})
             file.parent.mkdir(parents=True, exist_ok=True)
-            with file.open("a") as lines:
-                lines.write(json.dumps(found[-1]) + "\n")
+            # The whole file: a kill must not leave half a line.
+            write_atomic(file, "".join(json.dumps(row) + "\n" for row in found).encode())
 
 
 def best(rows: Iterable[Row], **what: Any) -> Row:
@@ -124,7 +125,6 @@ def _mean(losses: Mapping[str, float], answers: Mapping[str, int]) -> float:
 
 def _folder(what: Mapping[str, Any]) -> str:
     """Return a name that a file system takes."""
-    values = [value.values() if isinstance(value, dict) else [value] for value in what.values()]
-    return "".join(
-        c if c.isalnum() or c in ".-" else "_" for c in "-".join(str(v) for some in values for v in some)
-    )
+    parts = [value.values() if isinstance(value, dict) else [value] for value in what.values()]
+    said = "-".join(str(value) for part in parts for value in part)
+    return "".join(c if c.isalnum() or c in ".-" else "_" for c in said)

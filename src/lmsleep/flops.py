@@ -1,5 +1,6 @@
 """FLOPs of matrix products, counted on real passes."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,6 +25,13 @@ def flop_counter() -> FlopCounterMode:
         aten._scaled_dot_product_cudnn_attention_backward: _attention_backward,
     }
     return FlopCounterMode(display=False, custom_mapping=kernels)
+
+
+def flops_of(call: Callable[[], object]) -> int:
+    """Count the FLOPs of a call."""
+    with flop_counter() as counter:
+        call()
+    return counter.get_total_flops()
 
 
 def _attention(query: Shape, key: Shape, value: Shape, *args: Any, **kwargs: Any) -> int:

@@ -39,8 +39,9 @@ class Choice:
             return has
         name, _, rest = re.sub(r",(?=\w+=)", "\n", text, count=1).partition("\n")
         try:
-            if (first := name.partition(","))[0] in self.listed and first[1]:
-                raise ValueError(f"{first[2]!r} is no OPTION=VALUE")
+            listed, comma, word = name.partition(",")
+            if comma and listed in self.listed:
+                raise ValueError(f"{word!r} is no OPTION=VALUE")
             kind = self.plugin.find(name, self.listed)
             said = pairs(self.flag, [rest] if rest else [])
             for option in self.apart:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lmsleep.backbones import build
-from lmsleep.flops import flop_counter
+from lmsleep.flops import flops_of
 from lmsleep.sleep import SleepConfig, read_window
 
 
@@ -41,9 +41,9 @@ def cost(model: Any, sleep: SleepConfig, *, dtype_bytes: int = 4) -> dict[str, A
         def read(passes: int) -> None:
             read_window(model, tokens, empty, sleep, passes=passes, logits=False)
 
-        wake_flops = _flops(wake)
+        wake_flops = flops_of(wake)
         # The difference leaves the passes 2 ... N, with everything that surrounds a window counted in both.
-        sleep_flops = _flops(lambda: read(sleep.passes)) - _flops(lambda: read(1))
+        sleep_flops = flops_of(lambda: read(sleep.passes)) - flops_of(lambda: read(1))
     kv_bytes = sum(
         c[0, 0].numel() * dtype_bytes
         for kind, layer in zip(model.kinds, full.cache.layers, strict=True)
@@ -88,9 +88,3 @@ def share(model: nn.Module, names: Iterable[str], parameter: nn.Parameter) -> No
     for name in names:
         owner, _, own = name.rpartition(".")
         setattr(model.get_submodule(owner), own, parameter)
-
-
-def _flops(call: Any) -> int:
-    with flop_counter() as counter:
-        call()
-    return counter.get_total_flops()

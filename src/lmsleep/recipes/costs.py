@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from lmsleep.flops import flop_counter
-from lmsleep.recipes.estimate import clock
+from lmsleep.flops import flops_of
+from lmsleep.recipes.estimate import fastest
 from lmsleep.sleep import Backbone, read_window, sleep_forward
 from lmsleep.state import State
 from lmsleep.tasks import batch_rng
@@ -45,15 +45,13 @@ def costs(model: Any, run: RunConfig) -> dict[str, Any]:
     def read() -> State:
         return sleep_forward(model, context, None, run.sleep, evict_last=True, return_logits=False).state
 
-    with flop_counter() as counter:
-        state = read()
-    device = context.device
+    state = read()
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "bytes": sum(t.nbytes for t in state.tensors()),
-        "context_flops": counter.get_total_flops(),
-        "context_seconds": _seconds(read, device),
-        **_answering(model, run, state, device),
+        "context_flops": flops_of(read),
+        "context_seconds": fastest(read, context.device, REPEATS),
+        **_answering(model, run, state, context.device),
     }
 
 
@@ -66,15 +64,4 @@ def _answering(model: Backbone, run: RunConfig, state: State, device: torch.devi
     def answer() -> None:
         read_window(model, token, state, run.sleep, passes=1)
 
-    with flop_counter() as counter:
-        answer()
-    return {"token_flops": counter.get_total_flops(), "token_seconds": _seconds(answer, device)}
-
-
-def _seconds(what: Callable[[], Any], device: torch.device) -> float:
-    taken = []
-    for _ in range(REPEATS):
-        started = clock(device)
-        what()
-        taken.append(clock(device) - started)
-    return min(taken)
+    return {"token_flops": flops_of(answer), "token_seconds": fastest(answer, device, REPEATS)}

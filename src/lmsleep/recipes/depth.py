@@ -10,12 +10,10 @@ from dataclasses import dataclass, replace
 
 from lmsleep.models import HybridConfig
 from lmsleep.recipes.recipe import Cell
-from lmsleep.recipes.settings import DEPO, PAIR, Scale, in_proportion
+from lmsleep.recipes.searched import LONGER, RATES, check_scale, paid, trained_longer
+from lmsleep.recipes.settings import DEPO, PAIR, Scale
 from lmsleep.sleep import SleepConfig
-from lmsleep.training import RunConfig, TrainConfig, for_flops, training_flops
-
-RATES = (0.015, 0.0075, 0.03)  # Muon's, in the order of the search
-LONGER = 3  # times the training, for those with one pass: later, or not at all?
+from lmsleep.training import RunConfig, TrainConfig, training_flops
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,7 @@ FOUND: dict[str, dict[Depth, Found]] = {}
 
 def run(problem: Problem, depth: Depth, found: Found, flops: int) -> RunConfig:
     """Return a run of a depth for so many training FLOPs."""
-    return in_proportion(for_flops(_run(problem, depth, found), flops), found.curriculum)
+    return paid(_run(problem, depth, found), flops, found.curriculum)
 
 
 def budget(problem: Problem) -> int:
@@ -98,11 +96,7 @@ def cells(name: str) -> Callable[[Scale], list[Cell]]:
     """Return every depth on a problem, and those of one pass for longer."""
 
     def made(scale: Scale) -> list[Cell]:
-        if scale != "demo":
-            raise ValueError(
-                f"{name} at scale={scale}: the rates were searched at the demo's size alone; use scale=demo, "
-                "and tools/depth.py to search at another"
-            )
+        check_scale(scale, name, "tools/depth.py")
         problem, chosen = PROBLEMS[name], FOUND[name]
         flops, found = budget(problem), list[Cell]()
         for depth in DEPTHS:
@@ -110,9 +104,8 @@ def cells(name: str) -> Callable[[Scale], list[Cell]]:
             line = f"{2 * depth.pairs} blocks, heads of {depth.head_dim}"
             found.append(Cell(depth.label, run(problem, depth, choice, flops), at=at, line=line))
             if depth.passes == 1 and depth.pairs > 1:
-                label = f"{depth.label}, {LONGER} times the training"
                 longer = run(problem, depth, choice, LONGER * flops)
-                found.append(Cell(label, longer, at=at, line=label, once=True, aside=True))
+                found.append(trained_longer(depth.label, longer, at))
         return found
 
     return made

@@ -1,7 +1,7 @@
 """What a recipe would cost on this machine, before anyone pays it."""
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,7 +25,7 @@ def estimate(cells: Sequence[Cell], seeds: int) -> Iterator[dict[str, Any]]:
     `PROBE_SECONDS`, measured once for cells of one model: in CPU time of one thread, which busy neighbours
     do not lengthen, or on the GPU.
     """
-    # As runs side by side have it; besides, the clock of `clock` is that of one thread.
+    # As runs side by side have it; besides, the clock of `_clock` is that of one thread.
     torch.set_num_threads(1)
     rates: dict[str, float] = {}
     for cell in progress(iterable=_with_starts(cells), desc="cells", leave=False):
@@ -82,20 +82,29 @@ def _probe(config: RunConfig) -> tuple[RunConfig, float]:
 
 def _timed(config: RunConfig) -> float:
     """Return the seconds of one forward and backward pass: the best of three."""
-    device, elapsed = choose_device(config.train.device), []
+    device = choose_device(config.train.device)
     model = build(config.model).to(device)
     batch = config.task.batch(batch_rng(0, "train", 0), config.train.batch_size, "train").to(device)
-    # The first one also warms up; the best is the least disturbed.
-    for _ in range(3):
-        started = clock(device)
+
+    def step() -> None:
         loss = read_batch(model, batch, config.sleep).loss
         assert loss is not None
         loss.backward()
-        elapsed.append(clock(device) - started)
+
+    return fastest(step, device, 3)
+
+
+def fastest(call: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """Return the seconds of a call: the best of so many, of which the first also warms up."""
+    elapsed = []
+    for _ in range(repeats):
+        started = _clock(device)
+        call()
+        elapsed.append(_clock(device) - started)
     return min(elapsed)
 
 
-def clock(device: torch.device) -> float:
+def _clock(device: torch.device) -> float:
     """Return seconds: of this thread on the CPU, or by the clock when the GPU has done its work."""
     if device.type == "cpu":
         return time.thread_time()

@@ -49,11 +49,6 @@ class Result:
         return len({row["seed"] for row in self.rows})
 
     @property
-    def _whole(self) -> int:
-        """Count the runs that there were if every cell had every seed."""
-        return self.seeds * len({row["cell"] for row in self.rows})
-
-    @property
     def difficulties(self) -> list[int]:
         """Return the difficulties that were asked for, rising; none where speed was measured."""
         return sorted({row["difficulty"] for row in self.rows if "difficulty" in row})
@@ -66,10 +61,8 @@ class Result:
         ]  # fmt: skip
 
     def figure(self, rows: Sequence[Row]) -> str:
-        """Write an accuracy as `interval`; that of one seed, whose kind is another, without beside others."""
-        if self.seeds > 1 and len({row["seed"] for row in rows}) == 1:
-            return interval(rows).partition(" ")[0]
-        return interval(rows)
+        """Write the mean of an accuracy as `interval`, in the table of this result."""
+        return interval(rows, among=self.seeds)
 
     def lines(self) -> list[list[str]]:
         """Return the table: a line for each cell and reading with its means (`interval`), then the floors."""
@@ -110,7 +103,8 @@ class Result:
             mean = ("One seed [95 % interval of its answers].", "Both seeds.")[self.seeds - 1]
         if self.recipe.value != "accuracy" and self.seeds < 2:
             mean = "One measurement, hence no interval."
-        if self.seeds > 2 and len({(row["cell"], row["seed"]) for row in self.rows}) < self._whole:
+        cells, runs = ({tuple(r[k] for k in key) for r in self.rows} for key in (("cell",), ("cell", "seed")))
+        if self.seeds > 2 and len(runs) < self.seeds * len(cells):
             mean += " Where there is none, one seed."
         return f"# {self.recipe.title}\n\n{said}\n\n{mean}\n\n{as_markdown(self.lines())}\n\n{self.made_by}\n"
 
@@ -236,11 +230,12 @@ def time_steps(recipe: Recipe, cells: Sequence[Cell], repeats: int) -> Result:
     return Result(recipe, "", rows, [], made_by([provenance()]))
 
 
-def interval(rows: Sequence[Row]) -> str:
+def interval(rows: Sequence[Row], *, among: int = 1) -> str:
     """Write the mean of an accuracy over seeds, with a 95 % interval that says what it can.
 
     Three seeds or more have an interval over seeds (Student's t); two are shown as they are, since an
-    interval of two says nothing; one has that of its own answers (Wilson). Difficulties are taken together.
+    interval of two says nothing; one has that of its own answers (Wilson), but none in a table `among` more
+    seeds, whose intervals are of another kind. Difficulties are taken together.
     """
     right: dict[int, float] = {}
     answers: dict[int, int] = {}
@@ -250,7 +245,7 @@ def interval(rows: Sequence[Row]) -> str:
         answers[seed] = answers.get(seed, 0) + count
     # Weighted by answers: difficulties need not be asked equally often.
     values = [right[seed] / answers[seed] for seed in right]
-    if len(values) == 1:
+    if len(values) == among == 1:
         (seed,) = right
         low, high = wilson(round(right[seed]), answers[seed])
         return f"{values[0]:.3f} [{low:.3f}, {high:.3f}]"

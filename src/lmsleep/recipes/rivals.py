@@ -13,17 +13,16 @@ from typing import Any
 from lmsleep.models import HybridConfig
 from lmsleep.ops.matching import Method
 from lmsleep.recipes.recipe import Cell
-from lmsleep.recipes.settings import DEPO, PAIR, Scale, in_proportion
+from lmsleep.recipes.searched import LONGER, RATES, check_scale, paid, trained_longer
+from lmsleep.recipes.settings import DEPO, PAIR, Scale
 from lmsleep.sleep import Compact, Eviction, GradientSteps, GradMem, Hard, InPlace, MemoryTokens, SleepConfig
 from lmsleep.tasks import MQAR, Task, WordProblem
-from lmsleep.training import RunConfig, TrainConfig, for_flops, training_flops
+from lmsleep.training import RunConfig, TrainConfig, training_flops
 
 HEADS = {"1/4": 8, "1": 16, "4": 32}  # size of a head of S, by its share of the bytes
 WIDTH, NUM_HEADS = 64, 4
 MLP = 32  # of attention models, which then have about the parameters of the hybrid at its own bytes
 NUMBER = 4  # bytes of a float32
-RATES = (0.015, 0.0075, 0.03)  # Muon's, in the order of the search
-LONGER = 3  # times the training, for those that learned nothing: later, or not at all?
 
 
 @dataclass(frozen=True)
@@ -196,7 +195,7 @@ def run(bench: Bench, method: str, share: str, found: Found, flops: int) -> RunC
     if parts is None:
         return None
     made = _run(bench, parts, lr=found.lr, adam_lr=0.02, save_every=250, threads=1)
-    return in_proportion(for_flops(made, flops), bench.curriculum)
+    return paid(made, flops, bench.curriculum)
 
 
 def budget(bench: Bench) -> int:
@@ -214,11 +213,7 @@ def cells(task: str) -> Callable[[Scale], list[Cell]]:
     """Return every method on a task of the bench, at each share of the bytes."""
 
     def made(scale: Scale) -> list[Cell]:
-        if scale != "demo":
-            raise ValueError(
-                f"rivals-{task} at scale={scale}: the rivals' rates were searched at the demo's size alone; "
-                "use scale=demo, and tools/rivals.py to search at another"
-            )
+        check_scale(scale, f"rivals-{task}", "tools/rivals.py")
         bench, chosen = BENCHES[task], FOUND[task]
         flops, found = budget(bench), list[Cell]()
         for share in HEADS:
@@ -232,8 +227,7 @@ def cells(task: str) -> Callable[[Scale], list[Cell]]:
                 if share == "1" and method in TOKENS:
                     longer = run(bench, method, share, choice, LONGER * flops)
                     assert longer is not None
-                    label = f"{name}, {LONGER} times the training"
-                    found.append(Cell(label, longer, line=label, once=True, aside=True))
+                    found.append(trained_longer(name, longer))
         return found + _bounds(bench, chosen, flops)
 
     return made

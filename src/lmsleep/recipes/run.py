@@ -54,10 +54,15 @@ class ReproduceOptions(GridOptions):
 
 def run(options: ReproduceOptions) -> None:
     """Train (or time) the runs of a figure, or of each in a group; collect, write and report."""
-    for name in GROUPS.get(options.figure, ()):
-        check_folder(options.out or Path("results"), "out")  # before the hours of the first
-        run(replace(options, figure=name, out=options.out and options.out / name))
     if options.figure in GROUPS:
+        each = [
+            replace(options, figure=name, out=options.out and options.out / name)
+            for name in GROUPS[options.figure]
+        ]
+        for one in each:
+            check_folder(one.out or Path("results"), "out")  # of all, before the hours of the first
+        for one in each:
+            run(one)
         return
     seeds = default_seeds(options.scale) if options.seeds is None else options.seeds
     if seeds < 1:

@@ -96,13 +96,6 @@ def rule110(scale: Scale, passes: int, t: int | None = None, **train: Any) -> Ru
     return _run(task, model, RULE110.width, passes, {**DEMO_TRAIN, **given, **train})
 
 
-def in_proportion(run: RunConfig, curriculum: float) -> RunConfig:
-    """Let the difficulty rise over a share of the steps, and the rates over a tenth of them, 20 at most."""
-    steps = run.train.steps
-    train = replace(run.train, curriculum=round(curriculum * steps), warmup=min(20, steps // 10))
-    return replace(run, train=train)
-
-
 def _run(task: Task, model: HybridConfig, window: int, passes: int, train: dict[str, Any]) -> RunConfig:
     """Put a run together from its parts, under hard eviction."""
     sleep = SleepConfig(window=window, passes=passes)
