@@ -211,10 +211,10 @@ def test_bytes_are_as_many_keys_as_fit(hybrid):
     each = 2 * 2 * ((8 + 8) * 8 + 12)  # two blocks of two heads: key and value in float64, bias, age, worth
     x, S = random_tokens(1, 3 * L), hybrid.initial_state(1).memory.nbytes
     for given in (each, 3 * each - 1, S):
-        out = read(hybrid, x, compacting(bytes=given), evict_last=True)
+        out = read(hybrid, x, compacting(None, bytes=given), evict_last=True)
         assert out.state.cache.nbytes == min(given // each, 3 * L) * each
     with pytest.raises(ValueError, match=f"bytes={each - 1} keeps no key: one key a head takes {each} bytes"):
-        Session(hybrid, compacting(bytes=each - 1))
+        Session(hybrid, compacting(None, bytes=each - 1))
 
 
 def test_it_goes_along_with_any_sleep_and_with_training():
@@ -257,6 +257,8 @@ def test_what_it_cannot_serve_is_refused_in_one_line():
     for name in ("keys", "bytes", "reach"):
         with pytest.raises(ValueError, match=f"{name}=0 of Compact keeps nothing"):
             Compact(**{name: 0})
+    with pytest.raises(ValueError, match="keys=4 and bytes=4096 of Compact say the same in two ways"):
+        Compact(keys=4, bytes=4096)
     with pytest.raises(ValueError, match="method"):
         Compact(method="best")
     with pytest.raises(ValueError, match="with the model"):
@@ -265,7 +267,7 @@ def test_what_it_cannot_serve_is_refused_in_one_line():
 
 def test_it_is_named_in_configurations():
     assert EVICTIONS["compact"] is Compact and SleepConfig(eviction="compact").eviction == Compact()
-    sleep = compacting(7, method="norm", bytes=4096, reach=100)
+    sleep = compacting(None, method="norm", bytes=4096, reach=100)
     assert SleepConfig.from_dict(json.loads(json.dumps(sleep.to_dict()))) == sleep
 
 

@@ -48,6 +48,9 @@ def test_a_method_named_again_keeps_what_is_not_said_and_another_begins_anew():
     other = MethodOptions(sleep="gradmem", eviction="hard", window=9).over(own, passes=5)
     assert other == SleepConfig(window=9, consolidator=GradMem(5))
     assert MethodOptions().over(own) == own
+    counted = SleepConfig(window=8, eviction=Compact(keys=9, reach=20))
+    said = MethodOptions(eviction="compact,bytes=4096,keys=None").over(counted)
+    assert said == replace(counted, eviction=Compact(bytes=4096, reach=20))
     looped = SleepConfig(passes=2, consolidator=Passes(2, loop=(1, 3)))
     said = MethodOptions(sleep="passes,normalize=True").over(looped)
     assert said == replace(looped, consolidator=Passes(2, loop=(1, 3), normalize=True))
@@ -72,6 +75,7 @@ def test_a_default_loop_is_that_of_its_method_alone():
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
+        (["--eviction", "compact,keys=4,bytes=4096"], "keys=4 and bytes=4096 of Compact say the same"),
         (["--sleep", "gradmem,foo=1"], "--sleep gradmem,foo=1: foo is no option of gradmem; it has rate=1.0"),
         (["--sleep", "memory-tokens,rate=1"], "rate is no option of memory-tokens; it has none"),
         (["--sleep", "gradmem,rate=-1"], "--sleep gradmem,rate=-1: rate must be finite and not negative"),
@@ -108,7 +112,7 @@ def test_a_method_that_cannot_be_is_one_line(argv, said, capsys, tmp_path):
 def test_help_lists_the_methods_with_their_options(capsys):
     _, out, _ = run_command(capsys, "train", "--help")
     assert "\n  in-place,rate=1.0,chunk=None\n" in out
-    assert "\n  compact,keys=64,method=attention,bytes=None,reach=4096\n" in out
+    assert "\n  compact,keys=None,method=attention,bytes=None,reach=4096\n" in out
 
 
 def test_a_memory_goes_on_by_its_own_method_and_another_is_refused_by_name(models, capsys, tmp_path):

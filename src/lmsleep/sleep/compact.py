@@ -16,11 +16,12 @@ from lmsleep.sleep.eviction import Eviction
 from lmsleep.state import Cache, State
 
 MOST_QUERIES = 2048  # that a head is matched for: of more, so many at equal distances
+KEYS = 64  # of a head, where nothing is said
 
 
 @dataclass(frozen=True)
 class Compact(Eviction):
-    """So many keys and values of all windows stay, in every head of every attention block.
+    """So many keys and values of all windows stay, in every head of every attention block (64 by default).
 
     At its end a window is read once more, with itself in view, as if the text went on with it: what its
     tokens ask then is what is matched (attention matching, arXiv 2602.16284, by `lmsleep.ops.matching`). What
@@ -29,13 +30,14 @@ class Compact(Eviction):
     gradient goes through. Any consolidator may write fast weights beside it.
     """
 
-    keys: int = 64
-    """How many keys a head keeps, of all that it ever read; fewer before it has read as many."""
+    keys: int | None = None
+    """How many keys a head keeps, of all that it ever read; fewer before it has read as many. Without `keys`
+    and `bytes`: 64."""
     method: Method = "attention"
     """Which keys: those with the most attention, biases and values fitted (attention), or as they are
     (attended); those of smallest norm (norm); any (random)."""
     bytes: int | None = None
-    """Instead of keys: how many bytes those of a row may take in all blocks together."""
+    """Instead of `keys`: how many bytes those of a row may take in all blocks together."""
     reach: int = 4096
     """How many tokens before the window a key may stand; what is older stands there too. Not more than the
     model was trained to look back."""
@@ -46,6 +48,11 @@ class Compact(Eviction):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} of Compact keeps nothing: give at least 1, or evict hard")
+        if self.keys is not None and self.bytes is not None:
+            raise ValueError(
+                f"keys={self.keys} and bytes={self.bytes} of Compact say the same in two ways: give one of "
+                "them, and None for the other if it was given before"
+            )
 
     def check(self, model: Backbone) -> None:
         """Refuse a model without attention, or whose attention cannot read what is kept.
@@ -111,7 +118,7 @@ class Compact(Eviction):
         """Return how many keys a head keeps; raise ValueError as `check`."""
         model = _served(model)
         if self.bytes is None:
-            return self.keys
+            return KEYS if self.keys is None else self.keys
         each = _bytes_of_a_key(model)
         if self.bytes < each:
             raise ValueError(
