@@ -105,7 +105,7 @@ ROOT = Path(__file__).parents[2]
 
 # In a process of its own: what it takes to have a model, and then its first token.
 OPENED = """
-import json, sys, time, torch, lmsleep.hf
+import json, sys, time, torch, lmsleep.hf, lmsleep.hf.jet_nemotron, lmsleep.hf.kind, lmsleep.hf.sleeping
 import transformers.models.llama.modeling_llama
 from benchmarks.sessions.stream import peak_resident
 from lmsleep.opening import open_backbone

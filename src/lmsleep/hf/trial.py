@@ -94,7 +94,7 @@ def _tried(model: Any, name: str, attention_alone: bool) -> HFBackbone:
         shown = max(like) + 1  # blocks that have one of each kind among them
         with _only(shown, model.get_decoder()):
             slide = _sliding(HFBackbone(model, ()), tokens)
-        layouts = _layouts(model, tokens, {i for i, first in enumerate(like) if first in slide})
+        layouts = _layouts(model, tokens, like, slide)
         with _only(shown, model.get_decoder()):
             reason = _reason_against(HFBackbone(model, layouts[:shown]), tokens, attention_alone)
     except ValueError as error:
@@ -142,15 +142,23 @@ def _only(count: int, decoder: Any) -> Iterator[None]:
         decoder.layers = blocks
 
 
-def _layouts(model: Any, tokens: Tensor, slide: set[int]) -> list[Layout]:
-    """Run the blocks on nothing before and see what each leaves: so no family has to be known by name."""
+def _layouts(model: Any, tokens: Tensor, like: list[int], slide: set[int]) -> list[Layout]:
+    """Run blocks on nothing before and see what each leaves: so no family has to be known by name.
+
+    A block leaves what the first that is like it does, whose weights alone have to be read; but where fast
+    weights have a number of their own in a cache, only a run tells it.
+    """
     scout = HFBackbone(model, ())
-    h, found = scout.embed(tokens), []
+    h, found = scout.embed(tokens), list[Layout]()
     where = Positions(model, h, State(Memory(()), Cache(())), (), 0, 0)
     for i, block in enumerate(scout.blocks):
+        first = like[i]
+        if first < i and found[first].writer in (first, -1):
+            found.append(replace(found[first], writer=-1 if found[first].memory is None else i))
+            continue
         cache, later = RunCache({}), RunCache({})
         after = call_block(block, h, cache, where, None)
-        layout = _layout(i, cache.finished(), model.dtype, i in slide)
+        layout = _layout(i, cache.finished(), model.dtype, first in slide)
         if layout.kv is not None:
             call_block(block, h, later, where.later(TOKENS), None)
             keys, moved = cache.finished()[i].keys, later.finished()[i].keys
@@ -194,7 +202,7 @@ def _sliding(scout: HFBackbone, tokens: Tensor) -> set[int]:
         for i, block in enumerate(scout.blocks)
     ]
     try:
-        scout.model(tokens, use_cache=False)
+        scout.model.get_decoder()(tokens, use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
