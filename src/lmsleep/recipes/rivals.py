@@ -186,6 +186,20 @@ FOUND: dict[str, dict[str, Found]] = {
         "whole cache": Found(0.00375, other=True),
         "whole cache, twice the blocks": Found(0.00375, other=True),
     },
+    "depo": {
+        "N = 4": Found(0.03),
+        "N = 2": Found(0.03),
+        "N = 1": Found(0.00375),
+        "N = 1, twice the blocks": Found(0.015),
+        "N = 4, half of it keys": Found(0.015),
+        "gradient steps": Found(0.0075),
+        "In-Place TTT": Found(0.0075),
+        "memory tokens": Found(0.015),
+        "GradMem": Found(0.015),
+        "sliding": Found(0.015, other=True),
+        "whole cache": Found(0.03, other=True),
+        "whole cache, twice the blocks": Found(0.015),
+    },
 }
 
 
