@@ -2,7 +2,7 @@
 
 Pairs of (attention, Gated DeltaNet) blocks, read in N passes, at equal training FLOPs; every depth has the
 rate, the start of its convolution and the curriculum that the same small search found for it
-(`tools/depth.py`; the trials are in results/depth-search).
+(`tools/depth.py` writes the trials to results/depth-search).
 """
 
 from collections.abc import Callable
