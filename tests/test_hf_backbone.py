@@ -8,7 +8,7 @@ from hf_models import FAMILIES, TURNING, VOCAB, WINDOWED, TurnsUnknown, family, 
 from transformers import MambaConfig, MambaForCausalLM
 
 from lmsleep import Cache, Memory, Session, SessionBatch, SleepConfig, State, adapt, sleep_forward
-from lmsleep.hf import positions
+from lmsleep.hf import positions, trial
 from lmsleep.sleep import evict
 
 EACH = pytest.mark.parametrize("name", FAMILIES)
@@ -308,6 +308,17 @@ def test_a_trial_sees_how_keys_turn_though_a_few_numbers_are_large_and_hardly_do
             wide.bias = torch.nn.Parameter(torch.zeros(wide.out_features))
             wide.bias.view(2, -1)[:, -1] = 300.0
     assert tuple(x.turns for x in adapt(model.to(dtype), attention_alone=True).layouts) == way
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [(family, n) for n in FAMILIES] + [(turning, n) for n in TURNING] + [(windowed, n) for n in WINDOWED],
+)
+def test_a_block_like_an_earlier_one_has_the_layout_that_a_run_of_its_own_shows(make, name, monkeypatch):
+    model = make(name)
+    tried = adapt(model, attention_alone=True).layouts
+    monkeypatch.setattr(trial, "_alike", lambda model: [*range(len(model.get_decoder().layers))])
+    assert adapt(model, attention_alone=True).layouts == tried
 
 
 def test_the_model_is_left_as_it_was():
