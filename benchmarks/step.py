@@ -59,7 +59,8 @@ def of_the_paper(run: RunConfig, batch: int) -> Setting:
 AUTOMATON = of_the_paper(rule110("paper", 4), batch=64)
 DEPO = of_the_paper(depo("paper", 4), batch=8)
 TINY = Setting(Rule110(width=4, states=2), HybridConfig(d_model=16, num_heads=2, blocks=PAIR), 4, 4)
-ON_A_GPU = replace(AUTOMATON, batch=512), replace(DEPO, batch=32)  # 128 of Depo would take 77 GB (docs/scale.md)
+# 128 of Depo would take 77 GB (docs/scale.md).
+ON_A_GPU = replace(AUTOMATON, batch=512), replace(DEPO, batch=32)
 
 
 def tables(repeats: int, tiny: bool, processor: Processor) -> dict[str, Callable[[], Table]]:

@@ -394,7 +394,7 @@ LIVE = Recipe(
     _live,
     ("flops", "difficulty"),
     caution="Seven tenths of the training behind the committed result, and seeds differ. N is compared at "
-    "one model: a model with twice the blocks does as well in one pass at four hops.",
+    "one model: that says nothing of deeper ones (docs/rivals.md).",
 )
 RECIPES: dict[str, Recipe] = {
     "depo": Recipe(
