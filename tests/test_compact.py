@@ -267,6 +267,7 @@ def test_what_it_cannot_serve_is_refused_in_one_line():
 
 def test_it_is_named_in_configurations():
     assert EVICTIONS["compact"] is Compact and SleepConfig(eviction="compact").eviction == Compact()
+    assert Compact() == Compact(keys=64)
     sleep = compacting(None, method="norm", bytes=4096, reach=100)
     assert SleepConfig.from_dict(json.loads(json.dumps(sleep.to_dict()))) == sleep
 

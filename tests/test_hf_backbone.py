@@ -321,6 +321,14 @@ def test_a_block_like_an_earlier_one_has_the_layout_that_a_run_of_its_own_shows(
     assert adapt(model, attention_alone=True).layouts == tried
 
 
+def test_fast_weights_that_are_numbered_apart_from_blocks_are_found():
+    model, wanted = family("qwen3_5"), adapt(family("qwen3_5")).layouts
+    writers = [i for i, x in enumerate(wanted) if x.memory is not None]
+    for number, i in enumerate(writers):
+        model.model.layers[i].linear_attn.layer_idx = number
+    assert [x.writer for x in adapt(model).layouts if x.memory is not None] == [*range(len(writers))]
+
+
 def test_the_model_is_left_as_it_was():
     model, x = family("falcon_h1").train(), text(1, 9)
     before = {k: v.clone() for k, v in model.state_dict().items()}

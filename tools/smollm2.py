@@ -81,8 +81,9 @@ def main(argv: Sequence[str]) -> None:
         about = {
             "recipe": f"`{command}`: two runs, seeds 0 and 1",
             "trained on": "task recall: planted facts in prose, drawn by a program; no personal data",
-            "held out": f"{score['accuracy']:.3f} of {sum(score['answers'].values())} answers, "
-            f"{score['bits']:.3f} bits a token; guessing among what the text said: {floor:.3f}",
+            "held out": f"{score['accuracy']:.3f} of {sum(score['answers'].values())} answers at the end of "
+            f"training, {score['bits']:.3f} bits a token; N = 1; guessing among what the text said: "
+            f"{floor:.3f}",
         }
         saved = save_adapter(
             load_pretrained(second), options.ship, base=options.model, rank=options.rank,

@@ -145,15 +145,16 @@ def _only(count: int, decoder: Any) -> Iterator[None]:
 def _layouts(model: Any, tokens: Tensor, like: list[int], slide: set[int]) -> list[Layout]:
     """Run blocks on nothing before and see what each leaves: so no family has to be known by name.
 
-    A block leaves what the first that is like it does, whose weights alone have to be read; but where fast
-    weights have a number of their own in a cache, only a run tells it.
+    A block leaves what the first that is like it does, whose weights alone have to be read; but where a cache
+    does not number what it leaves by the block, only a run tells the number.
     """
     scout = HFBackbone(model, ())
     h, found = scout.embed(tokens), list[Layout]()
     where = Positions(model, h, State(Memory(()), Cache(())), (), 0, 0)
     for i, block in enumerate(scout.blocks):
         first = like[i]
-        if first < i and found[first].writer in (first, -1):
+        by_block = _numbers(block) == [number + i - first for number in _numbers(scout.blocks[first])]
+        if first < i and by_block and found[first].writer in (first, -1):
             found.append(replace(found[first], writer=-1 if found[first].memory is None else i))
             continue
         cache, later = RunCache({}), RunCache({})
@@ -167,6 +168,11 @@ def _layouts(model: Any, tokens: Tensor, like: list[int], slide: set[int]) -> li
         found.append(layout)
         h = after
     return found
+
+
+def _numbers(block: Any) -> list[int]:
+    """Return the numbers by which the parts of a block know themselves in a cache."""
+    return [part.layer_idx for part in block.modules() if isinstance(getattr(part, "layer_idx", None), int)]
 
 
 def _turns(rotary: Any, keys: Tensor, later: Tensor) -> Turns | Literal["otherwise"] | None:

@@ -53,6 +53,8 @@ class Compact(Eviction):
                 f"keys={self.keys} and bytes={self.bytes} of Compact say the same in two ways: give one of "
                 "them, and None for the other if it was given before"
             )
+        if self.keys is None and self.bytes is None:
+            object.__setattr__(self, "keys", KEYS)
 
     def check(self, model: Backbone) -> None:
         """Refuse a model without attention, or whose attention cannot read what is kept.
@@ -118,7 +120,8 @@ class Compact(Eviction):
         """Return how many keys a head keeps; raise ValueError as `check`."""
         model = _served(model)
         if self.bytes is None:
-            return KEYS if self.keys is None else self.keys
+            assert self.keys is not None
+            return self.keys
         each = _bytes_of_a_key(model)
         if self.bytes < each:
             raise ValueError(
