@@ -153,9 +153,8 @@ def _layouts(model: Any, tokens: Tensor, like: list[int], slide: set[int]) -> li
     where = Positions(model, h, State(Memory(()), Cache(())), (), 0, 0)
     for i, block in enumerate(scout.blocks):
         first = like[i]
-        by_block = _numbers(block) == [number + i - first for number in _numbers(scout.blocks[first])]
-        if first < i and by_block and found[first].writer in (first, -1):
-            found.append(replace(found[first], writer=-1 if found[first].memory is None else i))
+        if first < i and found[first].writer in (first, -1) and _numbered_by_block(scout.blocks, first, i):
+            found.append(replace(found[first], writer=-1 if found[first].writer == -1 else i))
             continue
         cache, later = RunCache({}), RunCache({})
         after = call_block(block, h, cache, where, None)
@@ -170,9 +169,13 @@ def _layouts(model: Any, tokens: Tensor, like: list[int], slide: set[int]) -> li
     return found
 
 
-def _numbers(block: Any) -> list[int]:
-    """Return the numbers by which the parts of a block know themselves in a cache."""
-    return [part.layer_idx for part in block.modules() if isinstance(getattr(part, "layer_idx", None), int)]
+def _numbered_by_block(blocks: Any, first: int, i: int) -> bool:
+    """Say whether a cache numbers the parts of two like blocks as far apart as the blocks are."""
+    before, own = (
+        [n for part in blocks[j].modules() if isinstance(n := getattr(part, "layer_idx", None), int)]
+        for j in (first, i)
+    )
+    return own == [number + i - first for number in before]
 
 
 def _turns(rotary: Any, keys: Tensor, later: Tensor) -> Turns | Literal["otherwise"] | None:
