@@ -90,7 +90,7 @@ def test_a_text_without_cache_is_that_of_sleep_forward_with_gradients():
     assert torch.equal(loss, out.loss) and torch.equal(logits, out.logits[:, -2:])
     model.gradient_checkpointing_enable()
     frugal = model(x, labels=x)
-    assert frugal.logits is None and torch.equal(frugal.loss, out.loss)
+    assert frugal.logits is None and close(frugal.loss, out.loss, 1e-6)
     model.gradient_checkpointing_disable()
     assert model(x, labels=x).logits is not None
 

@@ -112,7 +112,14 @@ def tolerance(x: Inputs) -> dict[str, float]:
     return FLOAT32_REFLECTING if (x.beta > 1).any() else FLOAT32
 
 
-def assert_agree(actual: dict[str, Tensor], expected: dict[str, Tensor], limits: dict[str, float]) -> None:
+def assert_agree(
+    actual: dict[str, Tensor],
+    expected: dict[str, Tensor],
+    limits: dict[str, float],
+    rounded: dict[str, Tensor] | None = None,
+) -> None:
+    # With the definition's own results in the dtype of what is tested (`rounded`), nobody is asked for more
+    # digits than the definition keeps there: an error is within a limit, or within twice its error.
     # A gate that forgets all has a gradient of e^-60 in exact arithmetic and rounding noise in ours:
     # no gradient is held to more than a hundredth of the size of all of them.
     gradients = [y for name, y in expected.items() if name.startswith("d")]
@@ -122,8 +129,11 @@ def assert_agree(actual: dict[str, Tensor], expected: dict[str, Tensor], limits:
         got = actual[name].cpu()
         assert got.isfinite().all(), name
         # A state that forgot all is compared as zero: float32 cannot hold e^-120.
-        error = relative_error(got, wanted, floor if kind == "gradient" else 1e-20)
-        assert error <= limits[kind], f"{name}: {error:.1e} > {limits[kind]:.0e}"
+        least = floor if kind == "gradient" else 1e-20
+        error, limit = relative_error(got, wanted, least), limits[kind]
+        if rounded is not None:
+            limit = max(limit, 2 * relative_error(rounded[name], wanted, least))
+        assert error <= limit, f"{name}: {error:.1e} > {limit:.1e}"
 
 
 def slots_by_hand(q, k, v, g, beta, S):
@@ -230,8 +240,11 @@ def test_chunked_agrees_in_float32(rule, x):
     ids=str,
 )
 def test_chunked_agrees_in_float32_on_large_batches_states_and_long_products(rule, size):
+    # Raven is the one whose definition loses digits here: 700 keys nearly alike that never fade make scores of
+    # some hundreds, whose rounding its softmax turns into relative errors of 1.5e-5, on one processor or another.
     x = inputs(rule, **size).to(torch.float32)
-    assert_agree(run(rule, "chunked", x), run(rule, "reference", x.to(torch.float64)), tolerance(x))
+    exact, rounded = run(rule, "reference", x.to(torch.float64)), run(rule, "reference", x)
+    assert_agree(run(rule, "chunked", x), exact, tolerance(x), rounded)
 
 
 @pytest.mark.parametrize("T", [1, 24, 75, 512, 2000])

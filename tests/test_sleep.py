@@ -426,7 +426,8 @@ def test_loss_counts_each_marked_token_once_from_the_position_before(model, toke
     out = sleep_forward(model, tokens, mask, sleeping(eviction=eviction))
     assert close(out.loss, cross_entropy(out.logits, tokens, mask))
     quiet = sleep_forward(model, tokens, mask, sleeping(eviction=eviction), return_logits=False)
-    assert torch.equal(quiet.loss, out.loss)
+    # Only marked rows go through the head here; how a product rounds a row depends on how many there are.
+    assert quiet.logits is None and close(quiet.loss, out.loss)
 
 
 def test_a_mask_that_marks_nothing_gives_no_loss(model, tokens):
