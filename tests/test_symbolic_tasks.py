@@ -8,8 +8,8 @@ from lmsleep.tasks.word_problem import multiplication_table
 SIZE = 400
 
 
-def draw(task, size=SIZE, level=1.0, index=0):
-    return task.batch(batch_rng(0, "train", index), size, "train", level)
+def draw(task, size=SIZE, level=1.0, index=0, split="train"):
+    return task.batch(batch_rng(0, split, index), size, split, level)
 
 
 @pytest.mark.parametrize("group", ["S5", "A5", "A4xZ5", "Z60", "S3"])
@@ -82,6 +82,18 @@ def test_words_are_uniform_and_so_are_their_products():
         assert ((counts - expected) ** 2 / expected).sum() < 110  # chi-square, 59 degrees of freedom
 
 
+def test_held_out_words_are_never_trained_on():
+    task = WordProblem(group="S3", length=4, queries=4, held_out_words=True)
+    of = {
+        split: {tuple(word) for word in draw(task, size=4000, split=split).context.tolist()}
+        for split in ("train", "test")
+    }
+    assert not of["train"] & of["test"]
+    assert len(of["train"] | of["test"]) > 1200 and 120 < len(of["test"]) < 210  # of 1,296
+    # By the whole word: what is held out has every element at every place.
+    assert {e for word in of["test"] for e in enumerate(word)} == {(i, e) for i in range(4) for e in range(6)}
+
+
 def test_every_hop_is_asked_for_and_values_are_distinct():
     task = Variables(chains=5, hops=4, queries=5)
     batch = draw(task)
@@ -140,6 +152,10 @@ def test_floors_by_simulation(task):
         (lambda: WordProblem(group="S4"), r"^group must be one of 'S5', "),
         (lambda: WordProblem(length=0), r"^length must be at least 1, got 0"),
         (lambda: WordProblem(queries=17), r"^queries must lie in 1 ... length=16, got 17"),
+        (
+            lambda: WordProblem(group="S3", length=2, queries=1, held_out_words=True),
+            r"^held_out_words: S3 has 36 words of length=2, too few to keep some for testing",
+        ),
         (lambda: Variables(chains=11), r"^chains must lie in 1 ... 10"),
         (lambda: Variables(hops=-1), r"^hops must not be negative, got -1"),
         (lambda: Variables(hops=9), r"^names=26 cannot name chains x \(hops \+ 1\) = 40 variables"),

@@ -12,6 +12,8 @@ from lmsleep.text import Split
 
 Group = Literal["S5", "A5", "A4xZ5", "Z60", "S3"]
 
+HELD_OUT = 8  # one word in 8 is kept for testing
+
 
 @cache
 def multiplication_table(group: Group) -> np.ndarray:
@@ -57,6 +59,8 @@ class WordProblem:
     """Elements in a word."""
     queries: int = 8
     """Prefixes asked for, of one word; each alone, on its own fork of the memory."""
+    held_out_words: bool = False
+    """Keep one word in 8 (by hash) out of training and test on those only; for words that few spell."""
 
     def __post_init__(self) -> None:
         check_literals(self, ("group",))
@@ -64,6 +68,12 @@ class WordProblem:
             raise ValueError(f"length must be at least 1, got {self.length}")
         if not 1 <= self.queries <= self.length:
             raise ValueError(f"queries must lie in 1 ... length={self.length}, got {self.queries}")
+        # Of 200 words about 25 are held out; of a few there may be none.
+        if self.held_out_words and self.order**self.length < 200:
+            raise ValueError(
+                f"held_out_words: {self.group} has {self.order**self.length} words of length={self.length}, "
+                "too few to keep some for testing; use a greater length"
+            )
 
     @property
     def order(self) -> int:
@@ -86,9 +96,8 @@ class WordProblem:
 
     def batch(self, rng: np.random.Generator, size: int, split: Split, level: float = 1.0) -> Batch:
         """Draw `size` words with their questions; `level` caps the prefixes at `ceil(level length)`."""
-        del split  # order^length words: train and test never meet by chance
         table, order = multiplication_table(self.group), self.order
-        word = rng.integers(0, order, (size, self.length))
+        word = self._words(rng, size, split)
         product = word.copy()
         for j in range(1, self.length):
             product[:, j] = table[product[:, j - 1], word[:, j]]
@@ -98,6 +107,16 @@ class WordProblem:
         answer = np.take_along_axis(product, asked, axis=1)
         rows = np.stack([order + asked.ravel(), answer.ravel()], axis=1)
         return single_answers(word, rows, asked.ravel() + 1)
+
+    def _words(self, rng: np.random.Generator, size: int, split: Split) -> np.ndarray:
+        """Draw words `[size, length]`, of those of a split if any are held out."""
+        if not self.held_out_words:  # there are so many that train and test never meet by chance
+            return rng.integers(0, self.order, (size, self.length))
+        found = np.empty((0, self.length), dtype=np.int64)
+        while len(found) < size:
+            some = rng.integers(0, self.order, (HELD_OUT * size if split == "test" else 2 * size, self.length))
+            found = np.concatenate([found, some[_held_out(some) == (split == "test")]])
+        return found[:size]
 
     def solve(self, tokens: list[int]) -> list[list[int]]:
         """See `Task.solve`."""
@@ -111,3 +130,16 @@ class WordProblem:
     def spell(self, tokens: list[int]) -> str:
         """Spell elements by number, the lengths asked for as FIRST_1 ...."""
         return " ".join(str(t) if t < self.order else f"FIRST_{t - self.order + 1}" for t in tokens)
+
+
+def _held_out(words: np.ndarray) -> np.ndarray:
+    """Say of words `[B, T]` which are for testing `[B]`: by a hash, which must never change."""
+    code = np.zeros(len(words), dtype=np.uint64)
+    for element in words.T.astype(np.uint64):
+        # Mixed in the manner of splitmix64 (Steele et al., 2014): an odd factor loses nothing mod 2^64.
+        code = (code + element + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+        code ^= code >> np.uint64(29)
+        code *= np.uint64(0xBF58476D1CE4E5B9)
+        code ^= code >> np.uint64(32)
+    held: np.ndarray = code % HELD_OUT == 0
+    return held
