@@ -240,8 +240,8 @@ def test_chunked_agrees_in_float32(rule, x):
     ids=str,
 )
 def test_chunked_agrees_in_float32_on_large_batches_states_and_long_products(rule, size):
-    # Raven is the one whose definition loses digits here: 700 keys nearly alike that never fade make scores of
-    # some hundreds, whose rounding its softmax turns into relative errors of 1.5e-5, on one processor or another.
+    # Raven is the one whose definition loses digits here: 700 keys nearly alike that never fade make scores
+    # of some hundreds, whose rounding its softmax turns into errors of 1.5e-5, on some processors.
     x = inputs(rule, **size).to(torch.float32)
     exact, rounded = run(rule, "reference", x.to(torch.float64)), run(rule, "reference", x)
     assert_agree(run(rule, "chunked", x), exact, tolerance(x), rounded)

@@ -113,8 +113,9 @@ class WordProblem:
         if not self.held_out_words:  # there are so many that train and test never meet by chance
             return rng.integers(0, self.order, (size, self.length))
         found = np.empty((0, self.length), dtype=np.int64)
+        at_once = (HELD_OUT if split == "test" else 2) * size
         while len(found) < size:
-            some = rng.integers(0, self.order, (HELD_OUT * size if split == "test" else 2 * size, self.length))
+            some = rng.integers(0, self.order, (at_once, self.length))
             found = np.concatenate([found, some[_held_out(some) == (split == "test")]])
         return found[:size]
 
