@@ -9,7 +9,9 @@ from torch import Tensor
 from lmsleep import HybridConfig, HybridLM
 from lmsleep.cli import main
 
+# As many processes as cores test already: one thread for each, and for whatever they start.
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # What tests train with may run here; nothing of it is remembered for the user who runs them.
 os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp()
 settings.register_profile("suite", deadline=None, derandomize=True, max_examples=30)

@@ -61,8 +61,8 @@ def test_the_live_runs_are_the_demo_s_cut_short_alike():
 
 
 def test_a_shorter_run_that_shares_its_start_equals_one_trained_alone(tmp_path):
-    config = settings.depo("demo", 2, steps=20, curriculum=10, eval_every=5)
-    short = replace(config, train=replace(config.train, steps=10))
+    config = settings.depo("demo", 2, steps=8, curriculum=4, eval_every=4)
+    short = replace(config, train=replace(config.train, steps=4))
     run_all([Job(tmp_path / "long", config, Job(tmp_path / "short", short))], workers=1)
     alone = Trainer(RunFolder.create(tmp_path / "alone", short), short)
     alone.fit()
@@ -71,7 +71,7 @@ def test_a_shorter_run_that_shares_its_start_equals_one_trained_alone(tmp_path):
         return [{k: v for k, v in m.items() if k != "seconds"} for m in RunFolder.open(path).metrics()]
 
     assert exact(tmp_path / "short") == exact(tmp_path / "alone")
-    assert RunFolder.open(tmp_path / "long").report()["step"] == 20
+    assert RunFolder.open(tmp_path / "long").report()["step"] == 8
 
 
 def test_a_branch_of_another_configuration_is_refused(tmp_path):

@@ -62,7 +62,7 @@ def config(name, folder):
     make = partial(RunConfig, task=FORKED, model=tiny(*BLOCKS), sleep=sleep)
     match name:
         case "forked":  # rows that share contexts, of different length
-            return make(train=replace(train, steps=50))
+            return make(train=replace(train, steps=12))
         case "accumulate":
             return make(train=replace(train, accumulate=3))
         case "random passes":

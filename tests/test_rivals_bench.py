@@ -62,9 +62,13 @@ def test_what_is_measured_is_what_a_hand_counts(measured):
     assert all(row["context_seconds"] > 0 < row["token_seconds"] for row in (one, four, whole, keys))
 
 
+@pytest.fixture(scope="module")
+def flops():
+    return budget(MQAR)
+
+
 @pytest.mark.parametrize("method", METHODS)
-def test_no_method_is_trained_for_more_flops_than_four_passes_are(method):
-    flops = budget(MQAR)
+def test_no_method_is_trained_for_more_flops_than_four_passes_are(method, flops):
     config = run(MQAR, method, "1", Found(), flops)
     assert config is not None
     spent = training_flops(config)
