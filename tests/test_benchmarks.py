@@ -56,9 +56,8 @@ def rows(result, table):
 @pytest.mark.slow
 def test_awake_every_n_does_the_same_work(every_table):
     assert [row["N"] for row in rows(every_table, "waking")] == [1, 2, 4, 8]
-    for row in rows(
-        every_table, "waking"
-    ):  # one repeat on a busy machine: that it is no multiple of N is enough
+    # One repeat on a busy machine: that it is no multiple of N is enough.
+    for row in rows(every_table, "waking"):
         for column in ("first token, ms", "a further token, ms"):
             assert row[column] > 0
         assert float(row["further token to N = 1"].split()[0]) < 3

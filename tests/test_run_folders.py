@@ -86,8 +86,6 @@ ALL = "0:1000:1"
     ("command", "numbers"),
     [
         ("train", "2:1000:30"),
-        # While the two folders are made.
-        pytest.param("two stages", "2:8:2", marks=pytest.mark.slow),
         pytest.param("train", ALL, marks=[pytest.mark.slow, pytest.mark.timeout(1800)]),
         pytest.param("two stages", ALL, marks=[pytest.mark.slow, pytest.mark.timeout(1800)]),
     ],
