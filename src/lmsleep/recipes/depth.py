@@ -74,8 +74,10 @@ def budget(problem: Problem) -> int:
 
 def _run(problem: Problem, depth: Depth, found: Found) -> RunConfig:
     nodes = problem.nodes
+    # Six nodes of six names make 120 cycles, few enough to be learned by heart; of eight names 3,360.
+    names = max(nodes, 8)
     return RunConfig(
-        task=replace(DEPO, nodes=nodes, names=nodes, queries=nodes, hops=nodes // 2),
+        task=replace(DEPO, nodes=nodes, names=names, queries=nodes, hops=nodes // 2),
         model=HybridConfig(
             d_model=64,
             num_heads=4,
