@@ -313,6 +313,8 @@ def test_probe_reads_compacted(folder, capsys):
     for bad in (1, 0, 301):
         code, _, err = run_command(capsys, *given, "--compact", bad)
         assert code == 2 and err.count("\n") == 1 and f"--compact {bad} must be more than 1" in err
+    code, _, err = run_command(capsys, *given, "--method", "norm")
+    assert code == 2 and err.count("\n") == 1 and "--method norm goes with --compact" in err
     code, _, err = run_command(capsys, *given, "--compact", 2, "--method", "best")
     assert code == 2 and err.count("\n") == 1 and "best" in err
 

@@ -319,7 +319,7 @@ def first_model(out: Path) -> Path:
         (["--task", "mqar", "--start", "x"], "--start"),
         (
             ["--task", "mqar", "--sleep", "gradient-steps", "--no-checkpoint"],
-            "gradient-steps train layers",
+            "gradient-steps are for models of attention alone with feed-forward layers",
         ),
     ],
 )

@@ -16,7 +16,7 @@ from hf_models import VOCAB, family, with_memory
 from safetensors.torch import load_file
 from test_hf_loading import tokenizer
 
-from lmsleep import Session, SleepConfig, adapt, fingerprint
+from lmsleep import Compact, Session, SleepConfig, adapt, fingerprint
 from lmsleep.evaluation.slow_weights import nats
 from lmsleep.hf import load_pretrained, sleepify
 from lmsleep.progress import progress
@@ -256,6 +256,16 @@ def test_a_save_is_whole_or_nothing(made, tmp_path, monkeypatch):
 def test_options_that_cannot_be_are_refused(options, message):
     with pytest.raises(ValueError, match=f"^{message}$"):
         Distillation(**options)
+
+
+def test_keys_that_compaction_kept_are_something_to_distil(plain):
+    # All that an attention-only model holds after a sleep: no window is open, and there is no S.
+    read = Session(adapt(plain, attention_alone=True), SleepConfig(window=6, eviction=Compact(keys=3)))
+    read.read(list(range(1, 7)))
+    read.sleep()
+    assert not read.working.length
+    made = read.consolidate(None, FEW, prompt=[5])
+    assert made.sampled_tokens == 4  # with the prompt
 
 
 def test_what_cannot_be_distilled_says_why(session, model, monkeypatch):

@@ -7,7 +7,7 @@ from conftest import VOCAB, close, lively, random_tokens, same_memory, tiny
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lmsleep import GradientSteps, HybridLM, SleepConfig, sleep_forward
+from lmsleep import GradientSteps, HybridLM, Session, SleepConfig, sleep_forward
 from lmsleep.evaluation.cost import cost
 from lmsleep.state import State
 from lmsleep.tasks import MQAR
@@ -140,7 +140,7 @@ def test_the_cost_of_a_step_is_counted():
         (lambda: replace(CONFIG, trained_mlp=True, mlp_dim=0), r"^trained_mlp needs a feed-forward layer"),
         (
             lambda: sleep_forward(HybridLM(tiny("attention")), TOKENS, None, SLEEP),
-            r"^gradient steps need a model with something to train",
+            r"^gradient-steps are for models of attention alone with feed-forward layers that each sequence",
         ),
         (
             lambda: sleep_forward(HybridLM(CONFIG), TOKENS, None, SLEEP, checkpoint=True),
@@ -157,6 +157,14 @@ def test_bad_options_are_named(make, message):
         make()
 
 
-def test_recurrences_have_no_second_derivative():
-    with pytest.raises(ValueError, match=r"^gradient-steps train S by gradients of gradients"):
-        RunConfig(task=MQAR(), model=tiny(vocab_size=VOCAB), sleep=SLEEP, train=TrainConfig())
+def test_recurrences_are_refused_wherever_a_model_meets_a_sleep():
+    # They have no second derivative, and what they write while a window is read would be lost.
+    config = tiny(vocab_size=VOCAB)
+    model, text = HybridLM(config), TOKENS
+    for meet in (
+        lambda: RunConfig(task=MQAR(), model=config, sleep=SLEEP, train=TrainConfig()),
+        lambda: Session(model, SLEEP),
+        lambda: sleep_forward(model, text, None, SLEEP),
+    ):
+        with pytest.raises(ValueError, match="gradient-steps are for models of attention alone"):
+            meet()

@@ -8,7 +8,7 @@ import torch
 
 from lmsleep.backbones.kind import KEY, SLEEP, Kind, Model
 from lmsleep.models import HybridConfig, HybridLM
-from lmsleep.sleep import GradientSteps, SleepConfig
+from lmsleep.sleep import SleepConfig
 
 
 class Hybrid(Kind):
@@ -27,7 +27,7 @@ class Hybrid(Kind):
         return HybridConfig.from_dict({k: v for k, v in data.items() if k != KEY})
 
     def check(self, options: HybridConfig, sleep: SleepConfig) -> None:
-        """Refuse a sleep that writes nothing, and gradient steps on blocks that have no second derivative."""
+        """Refuse a sleep that writes nothing, or that needs what these blocks do not have."""
         by = sleep.consolidator
         by.check_model(options)
         own = [options.for_block(i) for i in range(len(options.blocks))]
@@ -37,12 +37,6 @@ class Hybrid(Kind):
                 for kind, block in zip(options.blocks, own, strict=True)
             ]
         )
-        if isinstance(by, GradientSteps) and set(options.blocks) != {"attention"}:
-            raise ValueError(
-                "gradient-steps train S by gradients of gradients, which the recurrences of fast-weight "
-                "blocks do not have: use attention blocks, some with trained_mlp (see --baseline "
-                "test-time-training)"
-            )
 
     def check_start(self, options: HybridConfig, inserted: tuple[int, ...]) -> None:
         """Refuse inserted blocks that are none of the model."""

@@ -129,6 +129,8 @@ def _compacted(options: ProbeOptions) -> dict[str, Compact]:
         ValueError: for one that would keep nothing, or all.
     """
     length = options.windows * options.window
+    if not options.compact and options.method != ProbeOptions.method:
+        raise ValueError(f"--method {' '.join(options.method)} goes with --compact: add --compact 2 4, say")
     for times in options.compact:
         if not 1 < times <= length:
             raise ValueError(

@@ -14,7 +14,7 @@ from lmsleep.hf.finetune import FineTune, export, load_trained, pretrained_backb
 from lmsleep.hf.kept import KeptBackbone
 from lmsleep.hf.loading import check_can_sleep, has_tokenizer, load_pretrained
 from lmsleep.hf.trial import adapt
-from lmsleep.sleep import GradientSteps, Hard, SleepConfig
+from lmsleep.sleep import Hard, SleepConfig
 
 
 class Pretrained(Kind):
@@ -23,8 +23,6 @@ class Pretrained(Kind):
     def check(self, options: FineTune, sleep: SleepConfig) -> None:
         """Refuse sleeps that these models cannot have, and those that no session could go on with."""
         sleep.consolidator.check_model(options)
-        if isinstance(sleep.consolidator, GradientSteps):
-            raise ValueError("gradient-steps train layers of models trained from scratch (trained_mlp)")
         if sleep.wake_passes != 1:
             raise ValueError(f"wake_passes={sleep.wake_passes}: a pretrained model wakes in one pass only")
 

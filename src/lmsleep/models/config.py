@@ -171,6 +171,12 @@ class HybridConfig:
         )
 
     @property
+    def trains(self) -> bool:
+        """Whether all that a sequence writes are weights of feed-forward layers (of `trained_mlp`, say)."""
+        own = map(self.for_block, range(len(self.blocks)))
+        return {*self.blocks} == {"attention"} and any(one.trained_mlp or one.in_place_mlp for one in own)
+
+    @property
     def key_dim(self) -> int:
         """The size of a query or key head."""
         return self.head_dim or self.d_model // self.num_heads

@@ -222,6 +222,11 @@ class HybridLM(nn.Module):
         return any(map(_learns, self.blocks))
 
     @property
+    def trains(self) -> bool:
+        """Whether gradient steps can train what a sequence writes: weights of feed-forward layers alone."""
+        return self.config.trains
+
+    @property
     def memory_tokens(self) -> int:
         """The number of vectors that are read before each window (`recall`)."""
         return self.config.memory_tokens

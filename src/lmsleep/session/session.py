@@ -376,7 +376,8 @@ class Session(Owner):
         if text is not None and not len(tokens):
             raise ValueError("text must have at least one token")
         held = stream.state
-        known = held.cache.length or any(bool(S.any()) for S in held.memory.tensors())
+        kept = any(t.numel() for keys in held.cache.kept for t in keys)
+        known = kept or held.cache.length or any(bool(S.any()) for S in held.memory.tensors())
         if not len(tokens) and not known:
             raise ValueError("there is nothing to distil: no text is given, and the session has read nothing")
         if not len(tokens) and not len(stream.window) and not len(cue):

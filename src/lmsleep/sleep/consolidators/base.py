@@ -66,7 +66,7 @@ class Consolidator(ABC):
         """Refuse a model that lacks what this sleep needs beyond `Backbone`, or has what it would never use.
 
         Args:
-            model: the model, or options that say `memory_tokens` and `learns` as it will.
+            model: the model, or options that say `memory_tokens`, `learns` and `trains` as it will.
 
         Raises:
             ValueError: if it does not fit.

@@ -1,6 +1,5 @@
 """Test-time training, the neighbour of sleep: gradient descent on a window before it is evicted."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,7 +17,8 @@ from lmsleep.state import Memory, State
 class GradientSteps(Consolidator):
     """N - 1 steps of gradient descent on `S`, for the window's own next-token loss.
 
-    `S` are the weights that a sequence trains for itself (model option `trained_mlp`). The wake pass serves
+    `S` are the weights that a sequence trains for itself (model option `trained_mlp`; a backbone of your own
+    that has such says so by an attribute, `trains = True`). The wake pass serves
     the first step. Each row descends on the mean loss of its own tokens, so rows do not meet. Gradients with
     respect to all else flow through the steps (Finn et al., arXiv 1703.03400), where they are wanted at all.
     """
@@ -36,7 +36,6 @@ class GradientSteps(Consolidator):
     ) -> tuple[Tensor | None, State]:
         """Read the window N - 1 times, and take a step after each; the wake logits come for nothing."""
         del logits
-        self.check(window.began.memory.writes)
         meta, awake = torch.is_grad_enabled(), None
         # The fused attention kernels have no second derivative.
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
@@ -66,11 +65,17 @@ class GradientSteps(Consolidator):
         if checkpoint or backprop_passes is not None:
             raise ValueError("gradient steps are no passes: leave out backprop_passes and checkpoint")
 
-    def check(self, writes: Sequence[bool]) -> None:
-        """Refuse a model that has nothing to train."""
-        if not any(writes):
+    def check_model(self, model: object) -> None:
+        """Refuse a model that does not say that it `trains`: it writes nothing, or by recurrences.
+
+        Those have no gradients of gradients, and what they wrote while the window was read would be lost.
+        """
+        super().check_model(model)
+        if not getattr(model, "trains", False):
             raise ValueError(
-                "gradient steps need a model with something to train: set its option trained_mlp"
+                "gradient-steps are for models of attention alone with feed-forward layers that each "
+                "sequence trains, HybridConfig(trained_mlp=True) or --baseline test-time-training; models "
+                "of transformers have none"
             )
 
 
