@@ -12,7 +12,7 @@ from lmsleep.state import State
 from lmsleep.tasks import batch_rng
 from lmsleep.training import RunConfig
 
-REPEATS = 20  # the best of them is the least disturbed
+REPEATS = 100  # the best of them is the least disturbed
 # Of a table: how each figure is written.
 COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "parameters": lambda row: f"{row['parameters']:,}",

@@ -257,7 +257,7 @@ def _bounds(bench: Bench, chosen: Mapping[str, Found], flops: int) -> list[Cell]
         whole = whole or config
     assert whole is not None
     forgets = replace(whole, sleep=SleepConfig(window=bench.window))
-    found.append(Cell("nothing kept", forgets, once=True))
+    found.append(Cell("nothing kept", paid(forgets, flops, bench.curriculum), once=True))
     for share in HEADS:
         if bytes_of(share) < _key_bytes(blocks=2):
             continue
