@@ -146,11 +146,16 @@ def _smollm2() -> tuple[HFBackbone, Tokenizer]:
 
 
 def _tiny() -> tuple[HFBackbone, Tokenizer]:
+    """Make a random model of bytes, with memory layers."""
+    model = tiny_llama()
+    insert_memory_layers(model, 2)
+    return adapt(model), Bytes()
+
+
+def tiny_llama() -> Any:
     """Make a random model of bytes."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 4}
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=256, num_attention_heads=2, **sizes)).eval()
-    insert_memory_layers(model, 2)
-    return adapt(model), Bytes()
+    return LlamaForCausalLM(LlamaConfig(vocab_size=256, num_attention_heads=2, **sizes)).eval()

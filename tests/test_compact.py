@@ -3,6 +3,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from benchmarks import __main__ as benchmarks
 from conftest import close, lively, random_tokens, run_command, same_memory, tiny
 
 from lmsleep import (
@@ -317,6 +318,13 @@ def test_probe_reads_compacted(folder, capsys):
     assert code == 2 and err.count("\n") == 1 and "--method norm goes with --compact" in err
     code, _, err = run_command(capsys, *given, "--compact", 2, "--method", "best")
     assert code == 2 and err.count("\n") == 1 and "best" in err
+
+
+def test_the_benchmark_reads_with_every_method(capsys):
+    benchmarks.main(["compaction", "--tiny", "--repeats", "2", "--json"])
+    found = json.loads(capsys.readouterr().out)["attention-alone"]
+    assert [[*row] for row in found["rows"]] == [["keys kept", *METHODS]] and "8 planted" in found["note"]
+    assert all(0 < float(cell.split()[0]) < 1000 for cell in [*found["rows"][0].values()][1:])
 
 
 def test_a_saved_hybrid_is_probed_with_passes_and_compacted(tmp_path, folder, capsys):
