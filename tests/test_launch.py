@@ -121,6 +121,7 @@ def here(tmp_path, monkeypatch):
 # Slurm
 
 
+@pytest.mark.slow
 def test_a_grid_over_slurm_is_what_it_is_here(cluster, here, expected):
     launcher = find_launcher("slurm", ["partition=tests", "gpus_per_node=0", "time=7", "comment=two words"])
     stages(Path("runs"), launcher, workers=2)  # relative, while jobs run anywhere

@@ -64,6 +64,7 @@ def test_the_folder_of_a_run_is_called_after_the_class(file, capsys, tmp_path, m
     assert (tmp_path / "runs" / "Recall-N2-seed0" / "report.json").is_file()
 
 
+@pytest.mark.slow
 def test_a_run_of_it_can_be_one_of_many(file, tmp_path):
     config = RunConfig(
         task=find_task(f"{file}:Recall")(),

@@ -99,6 +99,8 @@ def test_a_group_is_its_figures_and_every_reading_stands_beside_them(tmp_path, m
     few = {name: METHODS[name] for name in ("N = 1", *rivals.FREE)}
     monkeypatch.setattr(rivals, "METHODS", few)
     monkeypatch.setattr(rivals, "HEADS", {"1": 16})
+    monkeypatch.setattr(measuring, "REPEATS", 1)
+    monkeypatch.setitem(GROUPS, "rivals", GROUPS["rivals"][:2])
     monkeypatch.setattr(command, "run_all", train_here)
     command.run(ReproduceOptions(figure="rivals", steps=1, seeds=1, workers=1, out=Path("here")))
     said = capsys.readouterr().out
