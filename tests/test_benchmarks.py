@@ -249,7 +249,11 @@ class _AsOnAGPU(Processor):
         return 2**37
 
 
-@pytest.fixture(params=["cpu", "as on a GPU", pytest.param("cuda", marks=pytest.mark.gpu)])
+# `-m slow` takes the slow ones of all of these.
+CUDA = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
+
+
+@pytest.fixture(params=["cpu", "as on a GPU", pytest.param("cuda", marks=CUDA)])
 def processor(request, monkeypatch):
     if request.param == "as on a GPU":
         monkeypatch.setattr(recurrence, "kernels", recurrence.peer)
