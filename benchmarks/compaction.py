@@ -30,7 +30,6 @@ def compacted(pieces: int, tiny: bool) -> Table:
     )
     L, fewer = (256, (4,)) if tiny else (128, (2, 4, 10, 50))
     kept = {f"1/{times}": round(WINDOWS * L / times) for times in fewer}
-    ways = {(share, method): f"{share} {method}" for share in kept for method in METHODS}
     found = {
         reading.way: reading
         for reading in zero_shot(
@@ -40,8 +39,9 @@ def compacted(pieces: int, tiny: bool) -> Table:
             SleepConfig(window=L),
             (),
             others={
-                name: SleepConfig(window=L, eviction=Compact(keys=kept[share], method=method))
-                for (share, method), name in ways.items()
+                f"{share} {method}": SleepConfig(window=L, eviction=Compact(keys=keys, method=method))
+                for share, keys in kept.items()
+                for method in METHODS
             },
             samples=pieces,
             windows=WINDOWS,
@@ -53,7 +53,7 @@ def compacted(pieces: int, tiny: bool) -> Table:
         return f"{found[way].perplexity:.4g} · {share:.2f} [{low:.2f}, {high:.2f}]"
 
     rows: list[dict[str, Cell]] = [
-        {"keys kept": f"{share}, {keys} of {WINDOWS * L}", **{m: said(ways[share, m]) for m in METHODS}}
+        {"keys kept": f"{share}, {keys} of {WINDOWS * L}", **{m: said(f"{share} {m}") for m in METHODS}}
         for share, keys in kept.items()
     ]
     return Table(

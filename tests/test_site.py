@@ -51,7 +51,8 @@ def test_the_site_is_built_strictly_and_names_every_public_name(tmp_path):
 def test_a_broken_link_in_the_readme_fails(tmp_path):
     links = {
         "docs/nothing.md": "a link 'docs/nothing.md', but the target is not found",
-        "docs/demo.md#nothing": "but the doc 'docs/demo.md' does not contain an anchor",
+        "docs/demo.md#nothing": "'docs/demo.md#nothing', "
+        "but the doc 'docs/demo.md' does not contain an anchor",
     }
     root = tmp_path / "repository"
     shutil.copytree(ROOT / "docs", root / "docs")

@@ -624,7 +624,11 @@ def test_gradient_of_the_initial_memory_matches_finite_differences(model, tokens
 
 
 @EVICTIONS
-@pytest.mark.parametrize(("options", "k"), [({}, None), ({}, 1), ({"loop": (1, 3)}, None)], ids=str)
+@pytest.mark.parametrize(
+    ("options", "k"),
+    [({}, None), ({}, 1), ({"loop": (1, 3)}, None), ({"normalize": True, "reinject": True}, None)],
+    ids=str,
+)
 @pytest.mark.parametrize("lengths", [None, torch.tensor([15, 4, 9])], ids=["full", "padded"])
 def test_checkpointing_is_bit_equal(model, tokens, eviction, options, k, lengths):
     mask, config = everything(tokens), sleeping(eviction=eviction, **options)

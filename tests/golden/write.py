@@ -27,7 +27,7 @@ from lmsleep.training import RunConfig, RunFolder, Trainer
 
 HERE = Path(__file__).parent
 STEPS = 20
-# Training of four passes amplifies what is last in a float64 about threefold a step, up to past any bound.
+# Training of four passes amplifies the last digit of a float64 about tenfold a step, past any bound.
 SURE = 6
 GRAPH = "n8 n4 n7 n8 n2 n5 n5 n1 n1 n6 n4 n3 n3 n2 n6 n7"
 DEPO = {
@@ -65,7 +65,7 @@ def run_config(task: dict[str, Any], sleep: dict[str, Any]) -> RunConfig:
 def losses(trainer: Trainer) -> list[float]:
     """The losses of the next steps, in float64: processors differ in the last digits, and training amplifies.
 
-    `STEPS` in all with one pass, the next `SURE` with four.
+    The next `STEPS` with one pass, the next `SURE` with four.
     """
     trainer.model.double()
     for optimizer in trainer.optimizers:

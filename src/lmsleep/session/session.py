@@ -376,8 +376,7 @@ class Session(Owner):
         if text is not None and not len(tokens):
             raise ValueError("text must have at least one token")
         held = stream.state
-        kept = any(t.numel() for keys in held.cache.kept for t in keys)
-        known = kept or held.cache.length or any(bool(S.any()) for S in held.memory.tensors())
+        known = held.cache.nbytes or any(bool(S.any()) for S in held.memory.tensors())
         if not len(tokens) and not known:
             raise ValueError("there is nothing to distil: no text is given, and the session has read nothing")
         if not len(tokens) and not len(stream.window) and not len(cue):

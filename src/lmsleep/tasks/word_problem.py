@@ -60,7 +60,7 @@ class WordProblem:
     queries: int = 8
     """Prefixes asked for, of one word; each alone, on its own fork of the memory."""
     held_out_words: bool = False
-    """Keep one word in 8 (by hash) out of training and test on those only; for words that few spell."""
+    """Keep one word in 8 (by hash) out of training and test on those only; where there are few words."""
 
     def __post_init__(self) -> None:
         check_literals(self, ("group",))
