@@ -16,7 +16,7 @@ from lmsleep.recipes.recipe import Cell
 from lmsleep.recipes.searched import LONGER, RATES, check_scale, paid, trained_longer
 from lmsleep.recipes.settings import DEPO, PAIR, Scale
 from lmsleep.sleep import Compact, Eviction, GradientSteps, GradMem, Hard, InPlace, MemoryTokens, SleepConfig
-from lmsleep.tasks import MQAR, Task, WordProblem
+from lmsleep.tasks import MQAR, Task, Variables, WordProblem
 from lmsleep.training import RunConfig, TrainConfig, training_flops
 
 HEADS = {"1/4": 8, "1": 16, "4": 32}  # size of a head of S, by its share of the bytes
@@ -59,6 +59,13 @@ BENCHES = {
         window=2,
         steps=500,
         curriculum=0,
+    ),
+    "variables": Bench(
+        "variables: a chain of names is depth, its first one storage",
+        Variables(chains=2, hops=2, names=12, queries=6),
+        window=12,
+        steps=400,
+        curriculum=0.35,
     ),
 }
 
