@@ -3,16 +3,13 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.slow_weights import tiny_llama
+from benchmarks.models import language_model
 from benchmarks.table import Cell, Table
-from lmsleep import Compact, SleepConfig, adapt, shipped
+from lmsleep import Compact, SleepConfig, adapt
 from lmsleep.evaluation.facts import CHOICES, DROPPED, KEPT, zero_shot
-from lmsleep.hf import load_pretrained
 from lmsleep.ops.matching import METHODS
-from lmsleep.text.tokenizers import Bytes, load_tokenizer
 
 TEXT = Path(__file__).parents[1] / "docs/tasks.md"
-MODEL = "smollm2"
 WINDOWS = 3
 
 
@@ -23,11 +20,7 @@ def tables(repeats: int, tiny: bool) -> dict[str, Callable[[], Table]]:
 
 def compacted(pieces: int, tiny: bool) -> Table:
     """Read pieces of a text with so many times fewer keys than it has tokens; ask for planted facts."""
-    model, tokenizer = (
-        (tiny_llama(), Bytes())
-        if tiny
-        else (load_pretrained(MODEL), load_tokenizer(str(shipped.find(MODEL))))
-    )
+    model, tokenizer, name = language_model(tiny=tiny)
     L, fewer = (256, (4,)) if tiny else (128, (2, 4, 10, 50))
     kept = {f"1/{times}": round(WINDOWS * L / times) for times in fewer}
     found = {
@@ -58,7 +51,7 @@ def compacted(pieces: int, tiny: bool) -> Table:
     ]
     return Table(
         rows=rows,
-        note=f"{'A tiny model' if tiny else 'SmolLM2-135M-Instruct'} in float32; {pieces} pieces of "
+        note=f"{name} in float32; {pieces} pieces of "
         f"{TEXT.name}, of {WINDOWS} windows of {L} tokens. Perplexity after an eviction · share of "
         f"{found[KEPT].questions} planted facts recalled (95 % interval, Wilson), of which chance gives "
         f"{1 / CHOICES:.3f}. Nothing evicted: {said(KEPT)}; all evicted: {said(DROPPED)}.",

@@ -11,6 +11,7 @@ import peft
 import pytest
 import torch
 from benchmarks import __main__ as benchmarks
+from benchmarks.slow_weights.memory import answered
 from conftest import close, lively, run_command, tiny
 from hf_models import VOCAB, family, with_memory
 from safetensors.torch import load_file
@@ -397,8 +398,26 @@ def test_the_card_says_what_it_is_and_was_made_of(made, tmp_path):
 
 def test_the_benchmark_says_who_knows_what_at_what_cost(capsys):
     benchmarks.main(["slow_weights", "--tiny", "--repeats", "1", "--json"])
-    rows = json.loads(capsys.readouterr().out)["facts"]["rows"]
-    nothing, memory, attention, *adapters = (list(row.values()) for row in rows)
+    tables = json.loads(capsys.readouterr().out)
+    nothing, memory, attention, *adapters = (list(row.values()) for row in tables["facts"]["rows"])
     # Memory layers that were not trained say nothing; adapters alone cost anything.
     assert nothing[1:] == memory[1:] and nothing[1:] != attention[1:] and len(adapters) == 2
     assert nothing[-3:] == [None] * 3 and all(row[-3] and row[-1] for row in adapters)
+    nothing, memory, *adapters, both = (list(row.values()) for row in tables["memory"]["rows"])
+    assert nothing[1:] == memory[1:] and all(row[2] != nothing[2] and row[-1] for row in adapters)
+    assert both[2] == adapters[-1][2] and both[-3:] == [None] * 3  # S says nothing, whoever asks it
+    text, alone = adapters[-1][4], adapters[0][4]
+    assert 0 < alone <= 16 * 5 and text > 100  # bytes of the text itself are among them
+
+
+@torch.no_grad()
+def test_an_answer_is_right_when_each_of_its_tokens_is_the_likeliest(model):
+    tokens = torch.tensor([3, 1, 4, 1, 5])
+    state = model.initial_state(1)
+    h, _ = model.run(model.embed(tokens[None]), state, 0, model.num_blocks)
+    said = model.head(h)[0]
+    likeliest, places = said.argmax(-1), torch.arange(5)
+    right, bits = answered(model, state, torch.cat([tokens[:4], likeliest[3:4]]), places == 4)
+    assert right and bits == pytest.approx(-float(said[3].log_softmax(-1).max()) / math.log(2))
+    wrong = (likeliest[3:4] + 1) % model.vocab_size
+    assert not answered(model, state, torch.cat([tokens[:4], wrong]), places == 4)[0]

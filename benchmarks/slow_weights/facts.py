@@ -2,39 +2,35 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.models import language_model
 from benchmarks.table import Cell, Table
-from lmsleep import Session, SleepConfig, adapt, shipped
+from lmsleep import Session, SleepConfig, adapt
 from lmsleep.evaluation import wilson
 from lmsleep.evaluation.facts import CHOICES, Quiz
 from lmsleep.evaluation.slow_weights import nats
-from lmsleep.hf import insert_memory_layers, load_pretrained
+from lmsleep.hf import insert_memory_layers
 from lmsleep.hf.backbone import HFBackbone
 from lmsleep.session import Distillation
 from lmsleep.tasks.recall.filler import filler
-from lmsleep.text.tokenizers import Bytes, Tokenizer, load_tokenizer
+from lmsleep.text.tokenizers import Tokenizer
 
-ROOT = Path(__file__).parents[1]
-MODEL = "smollm2"
-PROSE = ROOT / "CONTRIBUTING.md"
-
-
-def tables(repeats: int, tiny: bool) -> dict[str, Callable[[], Table]]:
-    """Return one table; `repeats` texts are read."""
-    return {"facts": lambda: facts(repeats, tiny)}
+PROSE = Path(__file__).parents[2] / "CONTRIBUTING.md"
 
 
 def facts(texts: int, tiny: bool) -> Table:
     """Plant facts in texts, distil each of them into an adapter of its own, and ask for the facts."""
-    model, tokenizer = _tiny() if tiny else _smollm2()
+    torch.manual_seed(0)
+    known, tokenizer, name = language_model(tiny=tiny)
+    insert_memory_layers(known, 2 if tiny else 6)
+    model = adapt(known)
     L, length = (256, 8) if tiny else (128, 64)
     sleep = SleepConfig(window=L, passes=4, loop="middle")
     ways: dict[str, Distillation | SleepConfig | None] = {
@@ -45,8 +41,8 @@ def facts(texts: int, tiny: bool) -> Table:
         "adapter, 30 steps on text and samples": Distillation(steps=30, batch=2, samples=2, length=length),
     }
     if tiny:
-        ways = {name: Distillation(steps=2, samples=1, length=4) if isinstance(way, Distillation) else way
-                for name, way in ways.items()}  # fmt: skip
+        ways = {what: Distillation(steps=2, samples=1, length=4) if isinstance(way, Distillation) else way
+                for what, way in ways.items()}  # fmt: skip
     prose = torch.tensor(tokenizer.encode(PROSE.read_text()))[: 4 * L].split(L)
     rows = [_Row(way) for way in ways]
     for seed in range(texts):
@@ -56,11 +52,11 @@ def facts(texts: int, tiny: bool) -> Table:
             row.read(model, tokenizer, quiz, way, seed, {"other": [other], "prose": prose})
     return Table(
         rows=[row.cells() for row in rows],
-        note=f"{'A tiny model' if tiny else 'SmolLM2-135M-Instruct'} in float32; {texts} texts of {L} tokens "
-        f"with four planted facts each. Facts: the right number is the likeliest of {CHOICES} (chance "
-        f"{1 / CHOICES:.3f}; 95 % interval, Wilson, over all questions). Bits: of a right answer, and of a "
-        f"token of the text, of another text of the same kind, and of the prose of {PROSE.name}. Each text "
-        "has adapters of its own, of rank 16, at the default learning rate.",
+        note=f"{name} in float32; {texts} texts of {L} tokens with four planted facts each. Facts: the right "
+        f"number is the likeliest of {CHOICES} (chance {1 / CHOICES:.3f}; 95 % interval, Wilson, over all "
+        "questions). Bits: of a right answer, and of a token of the text, of another text of the same kind, "
+        f"and of the prose of {PROSE.name}. Each text has adapters of its own, of rank 16, at the default "
+        "learning rate.",
     )
 
 
@@ -135,27 +131,3 @@ def _filler(tokenizer: Tokenizer, length: int, random: Random) -> Tensor:
     """Return `[length]`: the beginning of a text that tells nothing."""
     text = " ".join(filler(random, length))
     return torch.tensor([*tokenizer.begin, *tokenizer.encode(text)][:length])
-
-
-def _smollm2() -> tuple[HFBackbone, Tokenizer]:
-    """Load the model with memory layers, as `lmsleep convert smollm2 OUT --insert 6` makes it."""
-    torch.manual_seed(0)
-    model = load_pretrained(MODEL)
-    insert_memory_layers(model, 6)
-    return adapt(model), load_tokenizer(str(shipped.find(MODEL)))
-
-
-def _tiny() -> tuple[HFBackbone, Tokenizer]:
-    """Make a random model of bytes, with memory layers."""
-    model = tiny_llama()
-    insert_memory_layers(model, 2)
-    return adapt(model), Bytes()
-
-
-def tiny_llama() -> Any:
-    """Make a random model of bytes."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 4}
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(vocab_size=256, num_attention_heads=2, **sizes)).eval()

@@ -1,0 +1,136 @@
+"""What is left of a trained memory when S is cleared, and an adapter has what it was distilled into."""
+
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import lmsleep
+from benchmarks.models import tiny_llama
+from benchmarks.table import Cell, Table
+from lmsleep import Session, SleepConfig, adapt, shipped
+from lmsleep.evaluation import wilson
+from lmsleep.evaluation.slow_weights import nats
+from lmsleep.hf import insert_memory_layers
+from lmsleep.session import Distillation
+from lmsleep.sleep import Backbone
+from lmsleep.state import State
+from lmsleep.tasks import Recall, batch_rng
+from lmsleep.text.tokenizers import Bytes, Tokenizer
+
+MODEL, BASE = "smollm2-sleeps", "smollm2"
+PROSE = Path(__file__).parents[2] / "CONTRIBUTING.md"
+FACTS = 4
+NOTHING, MEMORY, SPOKEN, TEXT, BOTH = (
+    "nothing",
+    "S",
+    "adapter of S, S cleared",
+    "adapter of S and the text, S cleared",
+    "adapter of S and the text, with S",
+)
+
+Asked = tuple[list[int], list[int]]  # tokens of a question with its answer; -1 where none is answered
+
+
+def memory(texts: int, tiny: bool) -> Table:
+    """Sleep on texts of four facts, distil what the memory says into an adapter, clear S, and ask."""
+    model, sleep, tokenizer = _tiny() if tiny else lmsleep.open(MODEL)
+    length = 200 if tiny else 64
+    task = Recall(
+        kinds=("facts",),
+        facts=(FACTS, FACTS),
+        filler=(0, 1),
+        length=length,
+        tokenizer="bytes" if tiny else str(shipped.find(BASE)),
+    )
+    steps, written = (2, 4) if tiny else (40, 16)
+    how = {
+        SPOKEN: Distillation(steps=steps, samples=16, length=written),
+        TEXT: Distillation(steps=steps, samples=8, length=written),
+    }
+    prose = torch.tensor(tokenizer.encode(PROSE.read_text()))[: 4 * length].split(length)
+    rows = {name: _Row(name) for name in (NOTHING, MEMORY, SPOKEN, TEXT, BOTH)}
+    for seed in range(texts):
+        batch = task.batch(batch_rng(0, "test", seed), 1, "test")
+        text, asked = batch.row(0)[0], [batch.row(i)[1:] for i in range(len(batch.tokens))]
+        session = Session(model, sleep, tokenizer)
+        session.read(text)
+        session.sleep()
+        cleared, slept = model.initial_state(1), session.stream.state
+        rows[NOTHING].ask(model, cleared, asked, prose)
+        rows[MEMORY].ask(model, slept, asked, prose)
+        for name, distillation in how.items():
+            begin = time.process_time()
+            made = session.consolidate(text if name == TEXT else None, distillation)
+            rows[name].seconds += time.process_time() - begin
+            rows[name].tokens, rows[name].bytes = made.text_tokens + made.sampled_tokens, made.nbytes
+            rows[name].ask(made.model, cleared, asked, prose)
+            if name == TEXT:
+                rows[BOTH].ask(made.model, slept, asked, prose)
+    return Table(
+        rows=[row.cells(texts) for row in rows.values()],
+        note=f"{'A tiny model' if tiny else MODEL} in float32, N = {sleep.passes}; {texts} texts of {FACTS} "
+        f"facts, slept on and evicted (task recall, its test). Answers: all their tokens are the likeliest "
+        f"(95 % interval, Wilson; guessing among the answers of its kind in the text "
+        f"{task.floors()['chance']:.3f}). Bits: of a right answer, and of a token of the prose of "
+        f"{PROSE.name}. Each text has adapters of its own, of rank {how[TEXT].rank}, {steps} steps of "
+        f"{how[TEXT].batch} rows.",
+    )
+
+
+class _Row:
+    """One way of knowing a text, over all texts."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.right = name, list[bool]()
+        self.answer, self.prose = list[float](), list[float]()
+        self.tokens, self.bytes, self.seconds = 0, 0, 0.0
+
+    def ask(self, model: Backbone, state: State, asked: Sequence[Asked], prose: Sequence[Tensor]) -> None:
+        """Ask all questions of one text, each for itself, and predict prose."""
+        for tokens, answers in asked:
+            right, bits = answered(model, state, torch.tensor(tokens), torch.tensor(answers) >= 0)
+            self.right.append(right)
+            self.answer.append(bits)
+        self.prose.append(nats(model, prose, state) / math.log(2))
+
+    def cells(self, texts: int) -> dict[str, Cell]:
+        """Return the row of the table."""
+        n, right, trained = len(self.right), sum(self.right), self.tokens > 0
+        low, high = wilson(right, n)
+        return {
+            "what is known by": self.name,
+            "answers": f"{right / n:.2f} [{low:.2f}, {high:.2f}]",
+            "bits an answer": sum(self.answer) / n,
+            "bits a token of prose": sum(self.prose) / texts,
+            "distilled on": self.tokens if trained else None,
+            "CPU seconds": self.seconds / texts if trained else None,
+            "bytes": self.bytes if trained else None,
+        }
+
+
+@torch.no_grad()
+def answered(model: Backbone, state: State, tokens: Tensor, answer: Tensor) -> tuple[bool, float]:
+    """Return whether the model says the answer, and the bits that it takes.
+
+    Args:
+        model: any `Backbone`.
+        state: what was read before, one row.
+        tokens: `[t]` int64, a question and its answer.
+        answer: `[t]` bool, what of them is the answer.
+    """
+    h = model.embed(tokens[None].to(model.device))
+    logits = model.head(model.run(h, state, 0, model.num_blocks)[0])[0, :-1].cpu()
+    wanted, asked = tokens[1:], answer[1:]
+    bits = -logits.log_softmax(-1).gather(1, wanted[:, None])[:, 0] / math.log(2)
+    return bool((logits.argmax(-1) == wanted)[asked].all()), float(bits[asked].sum())
+
+
+def _tiny() -> tuple[Backbone, SleepConfig, Tokenizer]:
+    """Make a random model of bytes, with memory layers."""
+    model = tiny_llama()
+    insert_memory_layers(model, 2)
+    return adapt(model), SleepConfig(window=200), Bytes()
