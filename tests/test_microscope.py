@@ -23,6 +23,7 @@ from lmsleep.microscope.probe import probe_rows, probed, ridge
 from lmsleep.microscope.readback import readback, readback_rows
 from lmsleep.microscope.subject import Subject, cut, from_session
 from lmsleep.ops import RULES
+from lmsleep.sleep import GradientSteps, GradMem, InPlace, MemoryTokens
 from lmsleep.tasks import MQAR, TASKS, Depo, GSMInfinite, Rule110, Text, batch_rng
 from lmsleep.tasks.base import Batch
 from lmsleep.tasks.reading import read_batch
@@ -57,6 +58,42 @@ def test_watching_a_stream_is_reading_it(eviction, loop):
             for mine, its in zip(window.after.cache.layers, read.state.cache.layers, strict=True)
             for a, b in zip(mine, its, strict=True)
         )
+
+
+OTHERS = {
+    "memory-tokens": (MemoryTokens(3), {"memory_tokens": 2}),
+    "gradmem": (GradMem(3), {"memory_tokens": 2}),
+    "in-place": (InPlace(3), {"mlp_dim": 8, "in_place_mlp": True}),
+    "gradient-steps": (GradientSteps(3), {"mlp_dim": 8, "trained_mlp": True}),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", OTHERS)
+def test_a_sleep_of_another_kind_is_watched_at_its_ends(method):
+    by, options = OTHERS[method]
+    model, sleep = lively(tiny("attention", "attention", **options)), SleepConfig(window=6, consolidator=by)
+    state = None
+    for window in windows(model, sleep):
+        read, slept = (
+            sleep_forward(
+                model, window.tokens, None, sleep.with_passes(n), state=state, evict_last=True
+            ).state
+            for n in (1, 3)
+        )
+        awake, asleep = window.passes
+        assert same_memory(awake.memory, read.memory, 0) and same_memory(asleep.memory, slept.memory, 0)
+        assert not same_memory(awake.memory, asleep.memory, 1e-6) and awake.writes == {} == asleep.writes
+        state = window.after
+        assert same_memory(state.memory, slept.memory, 0) and not state.cache.length
+
+
+def test_a_looped_model_is_watched_at_the_ends_of_its_sleep():
+    model, sleep = lively(tiny()), SleepConfig(window=6, passes=1, wake_passes=2)
+    for window in windows(model, sleep):
+        assert len(window.passes) == 1
+    read = sleep_forward(model, X, None, sleep, evict_last=True)
+    assert same_memory(window.after.memory, read.memory, 0)
 
 
 def test_after_pass_n_of_a_loop_over_all_blocks_stands_what_n_passes_leave():
@@ -526,8 +563,8 @@ def test_a_session_that_read_nothing_has_its_last_window_as_the_question():
 # Runs and the command
 
 
-def untrained(path, task, sleep=SLEEP, blocks=("attention", "gated_delta_net")) -> RunFolder:
-    architecture = tiny(*blocks, vocab_size=task.vocab_size)
+def untrained(path, task, sleep=SLEEP, blocks=("attention", "gated_delta_net"), **options) -> RunFolder:
+    architecture = tiny(*blocks, vocab_size=task.vocab_size, **options)
     config = RunConfig(task=task, model=architecture, sleep=sleep, train=TrainConfig(steps=1))
     folder = RunFolder.create(path, config)
     folder.save_checkpoint(folder.checkpoint(1), HybridLM(architecture).save_pretrained, {})
@@ -561,6 +598,26 @@ def test_a_run_without_a_probe_says_so_and_shows_the_rest(tmp_path):
     assert "these do: depo, rule110" in seen.notes[0] and seen.probe == [] and seen.ablation
 
 
+@pytest.mark.parametrize("method", OTHERS)
+def test_a_run_of_another_method_says_what_its_sleep_did_and_what_is_not_seen(tmp_path, method):
+    by, options = OTHERS[method]
+    sleep = SleepConfig(window=SLEEP.window, consolidator=by)
+    run = untrained(tmp_path / "run", FORK, sleep, blocks=("attention", "attention"), **options)
+    seen = lmsleep.inspect(run, samples=4)
+    assert seen.probe == [] == seen.readback and [f"this is {method}" in note for note in seen.notes] == [
+        True
+    ]
+    reading = f"the sleep ({method}, N = 3) moved them on by"
+    assert reading in words.changes(seen)[1] and f"written by {method} with N = 3" in words.layers(seen)[1]
+    assert seen.reliance[0]["reading"] == f"evicted after {method}, N = 3"
+    assert {r["pass"] for r in seen.heads} == {1, 2} and set(figures(seen)) == {
+        "hypnogram",
+        "heads",
+        "ablation",
+    }
+    assert all(r["moved_awake"] == 0 < r["moved_asleep"] for r in seen.change)
+
+
 def test_runs_that_cannot_be_looked_at_are_refused(tmp_path):
     with pytest.raises(ValueError, match="window=None"):
         lmsleep.inspect(untrained(tmp_path / "a", FORK, SleepConfig()))
@@ -568,8 +625,6 @@ def test_runs_that_cannot_be_looked_at_are_refused(tmp_path):
         lmsleep.inspect(untrained(tmp_path / "b", FORK, blocks=("attention",)))
     with pytest.raises(ValueError, match="no window of its samples is slept on"):
         lmsleep.inspect(untrained(tmp_path / "c", BLOCK, SleepConfig(window=100, eviction="sliding")))
-    with pytest.raises(ValueError, match="cannot be watched"):
-        lmsleep.inspect(untrained(tmp_path / "e", FORK, replace(SLEEP, wake_passes=2)))
     ragged = GSMInfinite()
     with pytest.raises(ValueError, match="differ in length"):
         lmsleep.inspect(untrained(tmp_path / "f", ragged), samples=2)

@@ -10,6 +10,7 @@ import torch
 from lmsleep.evaluation import Score
 from lmsleep.microscope.seen import Row
 from lmsleep.microscope.subject import Subject
+from lmsleep.microscope.trace import in_passes
 from lmsleep.sleep import Hard, SleepConfig
 from lmsleep.state import Memory
 from lmsleep.tasks.reading import read_batch
@@ -62,8 +63,10 @@ def reliance_rows(subject: Subject) -> Iterator[Row]:
 
     `nothing evicted` leaves all tokens in attention and never sleeps, which the model was not trained for.
     """
-    sleep = subject.sleep
-    yield {"reading": f"evicted after N = {sleep.passes} passes", **_answered(subject, None)}
+    sleep, way = subject.sleep, f"N = {subject.sleep.passes} passes"
+    if not in_passes(sleep):
+        way = f"{sleep.method}, N = {sleep.passes}"
+    yield {"reading": f"evicted after {way}", **_answered(subject, None)}
     if sleep.passes > 1:
         once = sleep.with_passes(1)
         yield {"reading": "evicted after 1 pass, no sleep", **_answered(subject, None, once)}

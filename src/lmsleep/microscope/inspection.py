@@ -16,7 +16,7 @@ from lmsleep.microscope.probe import probe_rows, probed
 from lmsleep.microscope.readback import readback_rows
 from lmsleep.microscope.seen import Row, Seen
 from lmsleep.microscope.subject import Subject, from_run, from_session
-from lmsleep.microscope.trace import Window, fast_weight_layers, watch
+from lmsleep.microscope.trace import Window, fast_weight_layers, in_passes, watch
 from lmsleep.progress import progress as bar_of
 from lmsleep.session import Session
 from lmsleep.session.session import Readable
@@ -81,7 +81,12 @@ def inspect(
     # Twice, before and after: no sleep may touch the slow weights.
     slow_before = model_identity(seen.model)
     tables, notes = _watched(seen, bar), list[str]()
-    if not tables["readback"]:
+    if not in_passes(seen.sleep):
+        notes.append(
+            f"gates, readback and probes are for a sleep in passes, and this is {seen.sleep.method}: of each "
+            "window there are what reading left (pass 1) and what the sleep left (pass 2)"
+        )
+    elif not tables["readback"]:
         notes.append("gates and readback need FastWeights layers, which this model does not have")
     why_not = _not_asked(seen)
     if why_not is not None:
@@ -91,6 +96,7 @@ def inspect(
         "model": type(seen.model).__name__,
         "window": seen.sleep.window,
         "method": seen.sleep.method,
+        "in_passes": in_passes(seen.sleep),
         "passes": seen.sleep.passes,
         "eviction": type(seen.sleep.eviction).__name__.lower(),
         "sequences": len(seen.windows),
@@ -204,6 +210,8 @@ def change_row(number: int, window: Window) -> Row:
 
 
 def _probe(seen: Subject, notes: list[str]) -> Iterator[Row]:
+    if not in_passes(seen.sleep):
+        return
     if seen.task is None:
         notes.append("no probe: a session has no task that says what a pass should compute")
         return

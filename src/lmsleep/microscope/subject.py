@@ -66,7 +66,7 @@ def from_run(run: RunFolder, samples: int) -> Subject:
     assert batch.context is not None
     if not batch.context.shape[1]:
         raise ValueError(f"{run.path}: no window of its samples is slept on before the answers")
-    state = model.initial_state(len(batch.context))
+    state = model.initial_state(len(batch.context)).detach()  # memory tokens begin as weights
     return Subject(str(run.path), model, sleep, state, batch.context, batch, config.task, config.task.spell)
 
 

@@ -1,4 +1,4 @@
-"""Watching a stream sleep: what every pass over every window left behind."""
+"""Watching a stream sleep: what every pass over every window, or the whole sleep, left behind."""
 
 from collections.abc import Iterable, Iterator
 from copy import deepcopy
@@ -15,16 +15,16 @@ from lmsleep.state import Memory, State
 
 @dataclass(frozen=True, eq=False)
 class Pass:
-    """One pass over one window.
+    """One pass over one window; of a sleep that makes no passes, what reading left or what the sleep left.
 
     Attributes:
-        h: `[B, L, d]`, what came out of the looped blocks.
+        h: `[B, L, d]`, what came out of the looped blocks; None where there is no pass.
         memory: the fast weights after it. Blocks before the loop have theirs from pass 1 on, blocks after it
             only in the last pass.
         writes: what the tokens wrote, by block; of a backbone without `FastWeights` layers nothing is known.
     """
 
-    h: Tensor
+    h: Tensor | None
     memory: Memory
     writes: dict[int, Writes]
 
@@ -36,7 +36,7 @@ class Window:
     Attributes:
         tokens: `[B, L]`.
         before: the state it began with.
-        passes: in order; the first is the wake pass.
+        passes: in order; the first is the wake pass, the last is how the sleep ended.
         working_bytes: of the working memory at its end, before anything was evicted, of all rows.
         after: the state it left, evicted.
     """
@@ -63,30 +63,49 @@ def watch(
     """Read `tokens` `[B, T]` as `sleep_forward(..., evict_last=True)` does, from `state` (default: nothing).
 
     Yields every window after its sleep; the last may be part-filled.
-
-    Raises:
-        ValueError: for a consolidator that makes no passes, or a looped wake pass.
     """
-    by = sleep.consolidator
-    if not isinstance(by, Passes) or by.wake_passes != 1:
-        raise ValueError(
-            f"consolidator={by} cannot be watched: only a sleep in passes over a window, awake in one, can"
-        )
     state = model.initial_state(len(tokens)) if state is None else state
     heard = dict[int, Writes]()
-    model = _listening(model, heard)
+    if in_passes(sleep):
+        model = _listening(model, heard)
     for window in tokens.split(sleep.window or max(tokens.shape[1], 1), dim=1):
-        watched = _Watched(model, by.loop_range(model.num_blocks), heard)
-        _, after = read_window(watched, window, state, sleep, passes=sleep.passes, logits=False)
-        last = watched.passes[-1]
-        # Blocks after the loop write in the last pass only, and after `run` has recorded it.
+        if in_passes(sleep):
+            passes, after = _pass_by_pass(model, window, state, sleep, heard)
+        else:
+            passes, after = _at_its_ends(model, window, state, sleep)
         working_bytes = after.cache.nbytes
-        passes = [*watched.passes[:-1], replace(last, memory=after.memory, writes={**last.writes, **heard})]
         if sleep.window is not None:
             after = evict(sleep.eviction, model, window, after, sleep.window)
         heard.clear()  # also of what an eviction read
         yield Window(window, state, passes, working_bytes, after)
         state = after
+
+
+def in_passes(sleep: SleepConfig) -> bool:
+    """Say whether each pass of a sleep can be watched; of any other only how it begins and ends."""
+    return isinstance(sleep.consolidator, Passes) and sleep.wake_passes == 1
+
+
+def _pass_by_pass(
+    model: Backbone, window: Tensor, state: State, sleep: SleepConfig, heard: dict[int, Writes]
+) -> tuple[list[Pass], State]:
+    """Sleep on a window in passes; return them and the state after, before eviction."""
+    by: Any = sleep.consolidator
+    watched = _Watched(model, by.loop_range(model.num_blocks), heard)
+    _, after = read_window(watched, window, state, sleep, logits=False)
+    *first, last = watched.passes
+    # Blocks after the loop write in the last pass only, and after `run` has recorded it.
+    return [*first, replace(last, memory=after.memory, writes={**last.writes, **heard})], after
+
+
+def _at_its_ends(
+    model: Backbone, window: Tensor, state: State, sleep: SleepConfig
+) -> tuple[list[Pass], State]:
+    """Sleep on a window in any way; return what reading leaves and what the sleep leaves, and the state."""
+    ends = [
+        read_window(model, window, state, sleep, passes=n, logits=False)[1] for n in sorted({1, sleep.passes})
+    ]
+    return [Pass(None, end.memory, {}) for end in ends], ends[-1]
 
 
 @dataclass(eq=False)

@@ -21,9 +21,12 @@ def changes(seen: Seen) -> list[str]:
     moved = {
         key: fmean(r[key] for r in seen.change) for key in ("moved_awake", "moved_asleep", "awake", "cosine")
     }
-    N = seen.about["passes"]
+    N, method = seen.about["passes"], seen.about["method"]
+    reading, sleep = "the first pass", f"the {N - 1} further passes, asleep,"
+    if not seen.about["in_passes"]:
+        reading, sleep = "reading a window", f"the sleep ({method}, N = {N})"
     first = (
-        f"The fast weights S (windows: {len(seen.change)}, mean): the first pass moved them by "
+        f"The fast weights S (windows: {len(seen.change)}, mean): {reading} moved them by "
         f"{moved['moved_awake']:.3g} (norm)"
     )
     if N == 1:
@@ -31,9 +34,9 @@ def changes(seen: Seen) -> list[str]:
     share = moved["moved_asleep"] / max(moved["awake"], 1e-30)
     return [
         said,
-        f"{first}; the {N - 1} further passes, asleep, moved them on by {moved['moved_asleep']:.3g}, "
-        f"{share:.0%} of the norm that one pass had left. What the sleep leaves has a cosine of "
-        f"{moved['cosine']:.2f} with what one pass leaves.",
+        f"{first}; {sleep} moved them on by {moved['moved_asleep']:.3g}, {share:.0%} of the norm that one "
+        f"pass had left. What the sleep leaves has a cosine of {moved['cosine']:.2f} with what one pass "
+        "leaves.",
     ]
 
 
