@@ -16,7 +16,7 @@ from lmsleep.recipes.recipe import Cell
 from lmsleep.recipes.searched import LONGER, RATES, check_scale, paid, trained_longer
 from lmsleep.recipes.settings import DEPO, PAIR, Scale
 from lmsleep.sleep import Compact, Eviction, GradientSteps, GradMem, Hard, InPlace, MemoryTokens, SleepConfig
-from lmsleep.tasks import MQAR, Task, Variables, WordProblem
+from lmsleep.tasks import MQAR, GSMInfinite, Task, Variables, WordProblem
 from lmsleep.training import RunConfig, TrainConfig, training_flops
 
 HEADS = {"1/4": 8, "1": 16, "4": 32}  # size of a head of S, by its share of the bytes
@@ -66,6 +66,22 @@ BENCHES = {
         window=12,
         steps=400,
         curriculum=0.35,
+    ),
+    "gsm-infinite": Bench(
+        "GSM-Infinite: two operations, in words",
+        GSMInfinite(
+            subset="medium",
+            mode="forward",
+            ops=(2, 2),
+            length=(0, 64),
+            noise=False,
+            modulus=5,
+            templates=("harbour",),
+        ),
+        window=32,
+        steps=100,
+        curriculum=0,
+        batch_size=32,
     ),
 }
 
