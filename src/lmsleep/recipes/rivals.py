@@ -35,6 +35,8 @@ class Bench:
     steps: int
     curriculum: float
     batch_size: int = 64
+    later: tuple[str, ...] = ("memory tokens", "GradMem")
+    """Methods that few steps are left to: trained longer too, to tell "later" from "not at all"."""
 
 
 # Contexts of 4 to 18 tokens: what a model of 40,000 parameters learns in a minute of one core.
@@ -66,6 +68,7 @@ BENCHES = {
         window=12,
         steps=400,
         curriculum=0.35,
+        later=("N = 4", "memory tokens", "GradMem"),
     ),
     "gsm-infinite": Bench(
         "GSM-Infinite: two operations, in words",
@@ -82,6 +85,7 @@ BENCHES = {
         steps=100,
         curriculum=0,
         batch_size=32,
+        later=("N = 4", "memory tokens", "GradMem"),
     ),
 }
 
@@ -190,7 +194,6 @@ METHODS: dict[str, Callable[[Bench, str, bool], Parts | None]] = {
     "whole cache, twice the blocks": partial(_whole, blocks=4),
 }
 FREE = ("whole cache", "whole cache, twice the blocks")  # whose bytes nobody sets
-TOKENS = ("memory tokens", "GradMem")
 # Of the whole cache, without training.
 KEYS: dict[str, Method] = {"keys, fitted": "attention", "keys, as they are": "attended"}
 # By task and method, the best of the committed trials; a task without them has no recipe.
@@ -275,7 +278,7 @@ def cells(task: str) -> Callable[[Scale], list[Cell]]:
                     continue
                 name = f"{method} ({share})"
                 found.append(Cell(name, config, line=method))
-                if share == "1" and method in TOKENS:
+                if share == "1" and method in bench.later:
                     longer = run(bench, method, share, choice, LONGER * flops)
                     assert longer is not None
                     found.append(trained_longer(name, longer))
