@@ -2,7 +2,7 @@ import base64
 import json
 import math
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from types import SimpleNamespace
 
@@ -19,11 +19,12 @@ from lmsleep.microscope import watch, words
 from lmsleep.microscope.ablation import ablated, ablation_rows, all_heads, reliance_rows
 from lmsleep.microscope.figures import figures
 from lmsleep.microscope.heads import head_rows, hypnogram_rows, norm
+from lmsleep.microscope.page import page
 from lmsleep.microscope.probe import probe_rows, probed, ridge
 from lmsleep.microscope.readback import readback, readback_rows
 from lmsleep.microscope.subject import Subject, cut, from_session
 from lmsleep.ops import RULES
-from lmsleep.sleep import GradientSteps, GradMem, InPlace, MemoryTokens
+from lmsleep.sleep import GradientSteps, GradMem, InPlace, MemoryTokens, Passes
 from lmsleep.tasks import MQAR, TASKS, Depo, GSMInfinite, Rule110, Text, batch_rng
 from lmsleep.tasks.base import Batch
 from lmsleep.tasks.reading import read_batch
@@ -43,12 +44,12 @@ def windows(model, sleep=SLEEP, tokens=X):
 
 
 @pytest.mark.parametrize("eviction", ["hard", "sliding"])
-@pytest.mark.parametrize("loop", [None, (1, 3)])
-def test_watching_a_stream_is_reading_it(eviction, loop):
+@pytest.mark.parametrize(("N", "loop"), [(3, None), (3, (1, 3)), (1, None), (1, "middle")])
+def test_watching_a_stream_is_reading_it(eviction, N, loop):
     kinds = ("gated_delta_net", "attention", "gated_linear", "gated_delta_net")
-    model, sleep = lively(tiny(*kinds)), replace(SLEEP, eviction=eviction, loop=loop)
+    model, sleep = lively(tiny(*kinds)), replace(SLEEP, eviction=eviction, passes=N, loop=loop)
     seen = windows(model, sleep)
-    assert [w.tokens.shape[1] for w in seen] == [6, 6, 3] and all(len(w.passes) == 3 for w in seen)
+    assert [w.tokens.shape[1] for w in seen] == [6, 6, 3] and all(len(w.passes) == N for w in seen)
     for end, window in zip((6, 12, 15), seen, strict=True):
         read = sleep_forward(model, X[:, :end], None, sleep, evict_last=True)
         assert same_memory(window.after.memory, read.memory, 0)
@@ -88,10 +89,20 @@ def test_a_sleep_of_another_kind_is_watched_at_its_ends(method):
         assert same_memory(state.memory, slept.memory, 0) and not state.cache.length
 
 
-def test_a_looped_model_is_watched_at_the_ends_of_its_sleep():
-    model, sleep = lively(tiny()), SleepConfig(window=6, passes=1, wake_passes=2)
+@dataclass(frozen=True)
+class Twice(Passes):
+    """One's own: the window is read, and what is left is read again from the beginning."""
+
+    def sleep_on(self, model, window, *, logits=True):
+        said, state = self.read(model, window, logits=logits)
+        return said, self.read(model, replace(window, began=State(state.memory, window.began.cache)))[1]
+
+
+@pytest.mark.parametrize("by", [Passes(1, wake_passes=2), Passes(3, wake_passes=2), Twice(2)])
+def test_looped_models_and_ways_of_ones_own_are_watched_at_the_ends_of_a_sleep(by):
+    model, sleep = lively(tiny()), SleepConfig(window=6, consolidator=by)
     for window in windows(model, sleep):
-        assert len(window.passes) == 1
+        assert len(window.passes) == min(by.passes, 2)
     read = sleep_forward(model, X, None, sleep, evict_last=True)
     assert same_memory(window.after.memory, read.memory, 0)
 
@@ -616,6 +627,35 @@ def test_a_run_of_another_method_says_what_its_sleep_did_and_what_is_not_seen(tm
         "ablation",
     }
     assert all(r["moved_awake"] == 0 < r["moved_asleep"] for r in seen.change)
+    # Tokens are one "head", and are erased once.
+    names = [(r["block"], r["head"], r["how"]) for r in seen.ablation]
+    assert len({*names}) == len(names) and names[1] == (None, None, "zero")
+    heads = {(r["block"], r["head"]) for r in seen.heads}
+    assert f"Of {len(heads)} heads" in words.reliability(seen)[1] and "sleep of another kind" in page(seen)
+
+
+def test_a_share_of_nothing_is_not_told():
+    by, options = OTHERS["in-place"]
+    model = lively(tiny("attention", "attention", **options), dtype=torch.float32)
+    one, two = (lmsleep.inspect(Session(model, SleepConfig(window=L, consolidator=by)), X[0].tolist())
+                for L in (20, 8))  # fmt: skip
+    assert one.change[0]["cosine"] is None and "%" not in words.changes(one)[1]
+    assert [r["cosine"] is None for r in two.change] == [True, False] and "cosine of" in words.changes(two)[1]
+
+
+def test_a_looped_model_is_named_and_a_memory_that_slept_on_nothing_is_empty():
+    model = lively(tiny(), dtype=torch.float32)
+    session = SimpleNamespace(**vars(Session(model, SLEEP)), tokens=Session(model, SLEEP).tokens)
+    session.sleep_config = replace(SLEEP, passes=2, wake_passes=2)  # a session itself wakes in one pass
+    seen = lmsleep.inspect(session, X[0].tolist())
+    assert "this is looped, W = 2: of each window there is what reading" in seen.notes[0]
+    assert [r["reading"] for r in seen.reliance][:2] == [
+        "evicted after looped, W = 2, N = 2", "evicted after reading, no sleep",
+    ]  # fmt: skip
+    by, options = OTHERS["memory-tokens"]
+    tokens = lively(tiny("attention", "attention", **options), dtype=torch.float32)
+    seen = lmsleep.inspect(Session(tokens, SleepConfig(window=6, consolidator=by)), [1, 2, 3])
+    assert "it is empty" in seen.notes[1] and not seen.ablation
 
 
 def test_runs_that_cannot_be_looked_at_are_refused(tmp_path):

@@ -10,7 +10,7 @@ import torch
 from lmsleep.evaluation import Score
 from lmsleep.microscope.seen import Row
 from lmsleep.microscope.subject import Subject
-from lmsleep.microscope.trace import in_passes
+from lmsleep.microscope.trace import in_passes, way_of
 from lmsleep.sleep import Hard, SleepConfig
 from lmsleep.state import Memory
 from lmsleep.tasks.reading import read_batch
@@ -51,8 +51,8 @@ def ablation_rows(subject: Subject) -> Iterator[Row]:
     # In a batch of one the next row is the row itself.
     hows: tuple[How, ...] = ("zero", "swap") if subject.state.memory.batch_size > 1 else ("zero",)
     for how in hows:
-        for cut in (heads, *([head] for head in heads)):
-            block, head = cut[0] if len(cut) == 1 else (None, None)
+        for block, head in ((None, None), *heads):
+            cut = heads if block is None or head is None else [(block, head)]
             figures = _answered(subject, partial(ablated, heads=cut, how=how))
             lost = {f"{name}_lost": intact[name] - figures[name] for name in intact}
             yield {"block": block, "head": head, "how": how, **figures, **lost}
@@ -65,11 +65,11 @@ def reliance_rows(subject: Subject) -> Iterator[Row]:
     """
     sleep, way = subject.sleep, f"N = {subject.sleep.passes} passes"
     if not in_passes(sleep):
-        way = f"{sleep.method}, N = {sleep.passes}"
+        way = f"{way_of(sleep)}, N = {sleep.passes}"
     yield {"reading": f"evicted after {way}", **_answered(subject, None)}
     if sleep.passes > 1:
-        once = sleep.with_passes(1)
-        yield {"reading": "evicted after 1 pass, no sleep", **_answered(subject, None, once)}
+        once = "1 pass" if in_passes(sleep) else "reading"
+        yield {"reading": f"evicted after {once}, no sleep", **_answered(subject, None, sleep.with_passes(1))}
     # Without a window nothing is ever full, so no sleep comes and all stays in attention.
     kept = replace(sleep, window=None, eviction=Hard())
     yield {"reading": "nothing evicted", **_answered(subject, None, kept)}

@@ -51,7 +51,7 @@ def hypnogram(rows: list[Row]) -> Figure:
         fill.plot(token, [r["fill"] for r in rows], color=AWAKE, lw=1)
         norm.plot(token, [r["norm"] for r in rows], color=AWAKE, lw=1.2)
         norm.scatter([r["token"] for r in asleep], [r["norm"] for r in asleep], s=16, color=ASLEEP, zorder=3,
-                     label="after a pass asleep")  # fmt: skip
+                     label="asleep")  # fmt: skip
         for place in sorted({r["token"] for r in asleep}):
             for ax in (fill, norm):
                 ax.axvline(place, color=ASLEEP, ls=":", lw=0.8)

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from lmsleep.files import write_atomic
 from lmsleep.memory import model_identity
 from lmsleep.microscope.ablation import ablation_rows, reliance_rows
-from lmsleep.microscope.heads import head_rows, hypnogram_rows, moment, norm
+from lmsleep.microscope.heads import head_rows, hypnogram_rows, mean, moment
 from lmsleep.microscope.probe import probe_rows, probed
 from lmsleep.microscope.readback import readback_rows
 from lmsleep.microscope.seen import Row, Seen
 from lmsleep.microscope.subject import Subject, from_run, from_session
-from lmsleep.microscope.trace import Window, fast_weight_layers, in_passes, watch
+from lmsleep.microscope.trace import Window, fast_weight_layers, in_passes, watch, way_of
 from lmsleep.progress import progress as bar_of
 from lmsleep.session import Session
 from lmsleep.session.session import Readable
@@ -82,9 +82,11 @@ def inspect(
     slow_before = model_identity(seen.model)
     tables, notes = _watched(seen, bar), list[str]()
     if not in_passes(seen.sleep):
+        there = "what reading left (pass 1)"
+        there += " and what the sleep left (pass 2)" if seen.sleep.passes > 1 else ""
         notes.append(
-            f"gates, readback and probes are for a sleep in passes, and this is {seen.sleep.method}: of each "
-            "window there are what reading left (pass 1) and what the sleep left (pass 2)"
+            "gates, readback and probes are for a sleep in passes that wakes in one, and this is "
+            f"{way_of(seen.sleep)}: of each window there is {there}"
         )
     elif not tables["readback"]:
         notes.append("gates and readback need FastWeights layers, which this model does not have")
@@ -96,7 +98,7 @@ def inspect(
         "model": type(seen.model).__name__,
         "window": seen.sleep.window,
         "method": seen.sleep.method,
-        "in_passes": in_passes(seen.sleep),
+        "way": way_of(seen.sleep),
         "passes": seen.sleep.passes,
         "eviction": type(seen.sleep.eviction).__name__.lower(),
         "sequences": len(seen.windows),
@@ -118,7 +120,8 @@ def _not_asked(seen: Subject) -> str | None:
     assert seen.batch.context is not None
     if not seen.batch.loss_mask[:, 1:].any():
         return "nothing is asked of the memory: no token predicts the only one of the text"
-    if not seen.batch.context.shape[1] and not norm(seen.state.memory):
+    pairs = zip(seen.state.memory.tensors(), seen.model.initial_state(1).memory.tensors(), strict=True)
+    if not seen.batch.context.shape[1] and all(torch.equal(S, began.expand_as(S)) for S, began in pairs):
         return "nothing is asked of the memory: it is empty before the text's only window"
     return None
 
@@ -188,7 +191,7 @@ def change_row(number: int, window: Window) -> Row:
 
     `before`: its norm before the window; `awake`: after one pass; `asleep`: after the last. `moved_awake`
     and `moved_asleep`: norm of what the first pass and what all further passes changed; `cosine`: between
-    what one pass leaves and what the last leaves.
+    what one pass leaves and what the last leaves, None where one of them is zero.
     """
     before, awake, asleep = (
         torch.cat([t.flatten(1) for t in memory.tensors()], dim=1).double()
@@ -205,7 +208,7 @@ def change_row(number: int, window: Window) -> Row:
         "asleep": size(asleep),
         "moved_awake": size(awake - before),
         "moved_asleep": size(asleep - awake),
-        "cosine": float(torch.cosine_similarity(awake, asleep, dim=1).mean()),
+        "cosine": mean((awake * asleep).sum(1) / (awake.norm(dim=1) * asleep.norm(dim=1))),
     }
 
 

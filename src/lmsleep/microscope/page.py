@@ -15,12 +15,12 @@ SECTIONS = {
     "hypnogram": (
         "Hypnogram",
         "Above, how full the window is; below, the norm of all fast weights together. At a dotted line the "
-        "window is slept on and evicted; dots are the passes asleep.",
+        "window is slept on and evicted; dots are the passes asleep, or what a sleep of another kind left.",
     ),
     "heads": (
         "Heads",
-        "Each line is a head, each point a pass over a window; a cosine is missing where there is nothing to "
-        "compare with.",
+        "Each line is a head, each point a pass over a window (of a sleep of another kind: read, and slept "
+        "on); a cosine is missing where there is nothing to compare with.",
     ),
     "readback": (
         "Key readback",

@@ -97,6 +97,9 @@ def _seen(
         # -1 stands for a quantity that does not exist, such as a node beyond the edges that were read.
         asked = (y >= 0).all(-1)
         with torch.no_grad():
-            h = [model.embed(window.tokens), *(each.h for each in window.passes if each.h is not None)]
+            h = [model.embed(window.tokens)]
+            for each in window.passes:
+                assert each.h is not None, "only a sleep in passes is probed"
+                h.append(each.h)
         seen.append(([x[asked].double() for x in h], y[asked]))
     return seen

@@ -83,7 +83,13 @@ def watch(
 
 def in_passes(sleep: SleepConfig) -> bool:
     """Say whether each pass of a sleep can be watched; of any other only how it begins and ends."""
-    return isinstance(sleep.consolidator, Passes) and sleep.wake_passes == 1
+    # Not of a class derived from it, which may sleep as it likes.
+    return type(sleep.consolidator) is Passes and sleep.wake_passes == 1
+
+
+def way_of(sleep: SleepConfig) -> str:
+    """Name a way to sleep."""
+    return sleep.method if sleep.wake_passes == 1 else f"looped, W = {sleep.wake_passes}"
 
 
 def _pass_by_pass(
@@ -91,7 +97,9 @@ def _pass_by_pass(
 ) -> tuple[list[Pass], State]:
     """Sleep on a window in passes; return them and the state after, before eviction."""
     by: Any = sleep.consolidator
-    watched = _Watched(model, by.loop_range(model.num_blocks), heard)
+    # What is only read goes through all blocks in one run.
+    loop = by.loop_range(model.num_blocks) if by.passes > 1 else (0, model.num_blocks)
+    watched = _Watched(model, loop, heard)
     _, after = read_window(watched, window, state, sleep, logits=False)
     *first, last = watched.passes
     # Blocks after the loop write in the last pass only, and after `run` has recorded it.

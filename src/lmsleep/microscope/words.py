@@ -18,25 +18,27 @@ def changes(seen: Seen) -> list[str]:
         said = (
             f"The slow weights have changed, from {before[:16]}… to {after[:16]}…: a fault of this backbone."
         )
-    moved = {
-        key: fmean(r[key] for r in seen.change) for key in ("moved_awake", "moved_asleep", "awake", "cosine")
-    }
-    N, method = seen.about["passes"], seen.about["method"]
-    reading, sleep = "the first pass", f"the {N - 1} further passes, asleep,"
-    if not seen.about["in_passes"]:
-        reading, sleep = "reading a window", f"the sleep ({method}, N = {N})"
+    moved = {key: fmean(r[key] for r in seen.change) for key in ("moved_awake", "moved_asleep")}
+    N, way = seen.about["passes"], seen.about["way"]
+    reading, sleep, once = "the first pass", f"the {N - 1} further passes, asleep,", "one pass"
+    if way != "passes":
+        reading, sleep, once = "reading a window", f"the sleep ({way}, N = {N})", "reading"
     first = (
         f"The fast weights S (windows: {len(seen.change)}, mean): {reading} moved them by "
         f"{moved['moved_awake']:.3g} (norm)"
     )
     if N == 1:
         return [said, f"{first}; N = 1, so there was no sleep."]
-    share = moved["moved_asleep"] / max(moved["awake"], 1e-30)
+    then = f"{first}; {sleep} moved them on by {moved['moved_asleep']:.3g}"
+    # Some ways to sleep begin with S = 0, and leave it so while they read.
+    told = [r for r in seen.change if r["cosine"] is not None]
+    if not told:
+        return [said, f"{then}."]
+    share = fmean(r["moved_asleep"] for r in told) / fmean(r["awake"] for r in told)
     return [
         said,
-        f"{first}; {sleep} moved them on by {moved['moved_asleep']:.3g}, {share:.0%} of the norm that one "
-        f"pass had left. What the sleep leaves has a cosine of {moved['cosine']:.2f} with what one pass "
-        "leaves.",
+        f"{then}, {share:.0%} of the norm that {once} had left. What the sleep leaves has a cosine of "
+        f"{fmean(r['cosine'] for r in told):.2f} with what {once} leaves.",
     ]
 
 
