@@ -403,17 +403,23 @@ def test_the_benchmark_says_who_knows_what_at_what_cost(capsys):
     # Memory layers that were not trained say nothing; adapters alone cost anything.
     assert nothing[1:] == memory[1:] and nothing[1:] != attention[1:] and len(adapters) == 2
     assert nothing[-3:] == [None] * 3 and all(row[-3] and row[-1] for row in adapters)
-    nothing, memory, *adapters, both = (list(row.values()) for row in tables["memory"]["rows"])
-    assert nothing[1:] == memory[1:] and all(row[2] != nothing[2] and row[-1] for row in adapters)
-    assert both[2] == adapters[-1][2] and both[-3:] == [None] * 3  # S says nothing, whoever asks it
-    text, alone = adapters[-1][4], adapters[0][4]
-    assert 0 < alone <= 16 * 5 and text > 100  # bytes of the text itself are among them
+    nothing, memory, attention, *adapters = (list(row.values()) for row in tables["memory"]["rows"])
+    bits = [row[2] for row in (nothing, memory, attention, *adapters)]
+    assert len({*bits}) == 6  # here S speaks, to whom it is asked by and to whom it teaches
+    assert all(row[-3:] == [None] * 3 for row in (nothing, memory, attention)) and all(
+        r[-1] for r in adapters
+    )
+    spoken, text, both = (row[4] for row in adapters)
+    assert 0 < spoken <= 16 * 5 < text < 200 + 8 * 5 and both > 100  # bytes of the text are among these two
 
 
 @torch.no_grad()
 def test_an_answer_is_right_when_each_of_its_tokens_is_the_likeliest(model):
     tokens = torch.tensor([3, 1, 4, 1, 5])
-    state = model.initial_state(1)
+    read = Session(model, SLEEP)
+    read.read(list(range(1, 13)))
+    read.sleep()
+    state = read.stream.state  # S is heard
     h, _ = model.run(model.embed(tokens[None]), state, 0, model.num_blocks)
     said = model.head(h)[0]
     likeliest, places = said.argmax(-1), torch.arange(5)
@@ -421,3 +427,6 @@ def test_an_answer_is_right_when_each_of_its_tokens_is_the_likeliest(model):
     assert right and bits == pytest.approx(-float(said[3].log_softmax(-1).max()) / math.log(2))
     wrong = (likeliest[3:4] + 1) % model.vocab_size
     assert not answered(model, state, torch.cat([tokens[:4], wrong]), places == 4)[0]
+    assert answered(model, model.initial_state(1), torch.cat([tokens[:4], wrong]), places == 4)[
+        1
+    ] != pytest.approx(answered(model, state, torch.cat([tokens[:4], wrong]), places == 4)[1])

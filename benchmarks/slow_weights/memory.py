@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,20 +25,15 @@ from lmsleep.text.tokenizers import Bytes, Tokenizer
 MODEL, BASE = "smollm2-sleeps", "smollm2"
 PROSE = Path(__file__).parents[2] / "CONTRIBUTING.md"
 FACTS = 4
-NOTHING, MEMORY, SPOKEN, TEXT, BOTH = (
-    "nothing",
-    "S",
-    "adapter of S, S cleared",
-    "adapter of S and the text, S cleared",
-    "adapter of S and the text, with S",
-)
+NOTHING, MEMORY, IN_VIEW = "nothing", "S", "the text in attention"
+SPOKEN, TEXT, BOTH = "adapter of S", "adapter of the text", "adapter of the text and S"
 
 Asked = tuple[list[int], list[int]]  # tokens of a question with its answer; -1 where none is answered
 
 
 def memory(texts: int, tiny: bool) -> Table:
-    """Sleep on texts of four facts, distil what the memory says into an adapter, clear S, and ask."""
-    model, sleep, tokenizer = _tiny() if tiny else lmsleep.open(MODEL)
+    """Sleep on texts of four facts, distil the memory or the text into an adapter, clear S, and ask."""
+    model, sleep, tokenizer = _tiny() if tiny else lmsleep.open(MODEL, device="cpu")
     length = 200 if tiny else 64
     task = Recall(
         kinds=("facts",),
@@ -47,37 +43,43 @@ def memory(texts: int, tiny: bool) -> Table:
         tokenizer="bytes" if tiny else str(shipped.find(BASE)),
     )
     steps, written = (2, 4) if tiny else (40, 16)
-    how = {
-        SPOKEN: Distillation(steps=steps, samples=16, length=written),
-        TEXT: Distillation(steps=steps, samples=8, length=written),
-    }
+    how = Distillation(steps=steps, samples=8, length=written)
     prose = torch.tensor(tokenizer.encode(PROSE.read_text()))[: 4 * length].split(length)
-    rows = {name: _Row(name) for name in (NOTHING, MEMORY, SPOKEN, TEXT, BOTH)}
+    rows = {name: _Row(name) for name in (NOTHING, MEMORY, IN_VIEW, SPOKEN, TEXT, BOTH)}
     for seed in range(texts):
         batch = task.batch(batch_rng(0, "test", seed), 1, "test")
         text, asked = batch.row(0)[0], [batch.row(i)[1:] for i in range(len(batch.tokens))]
-        session = Session(model, sleep, tokenizer)
-        session.read(text)
-        session.sleep()
-        cleared, slept = model.initial_state(1), session.stream.state
-        rows[NOTHING].ask(model, cleared, asked, prose)
-        rows[MEMORY].ask(model, slept, asked, prose)
-        for name, distillation in how.items():
+        fresh, slept, awake = (
+            Session(model, how_to, tokenizer) for how_to in (sleep, sleep, replace(sleep, window=None))
+        )
+        awake.read(text)
+        slept.read(text)
+        slept.sleep()
+        cleared = fresh.stream.state
+        for name, session in ((NOTHING, fresh), (MEMORY, slept), (IN_VIEW, awake)):
+            rows[name].ask(model, session.stream.state, asked, prose)
+        more = replace(how, seed=seed)
+        for name, session, told, distillation in (
+            (SPOKEN, slept, None, replace(more, samples=2 * how.samples)),
+            (TEXT, fresh, text, more),
+            (BOTH, slept, text, more),
+        ):
             begin = time.process_time()
-            made = session.consolidate(text if name == TEXT else None, distillation)
+            made = session.consolidate(told, distillation)
             rows[name].seconds += time.process_time() - begin
-            rows[name].tokens, rows[name].bytes = made.text_tokens + made.sampled_tokens, made.nbytes
+            rows[name].tokens += made.text_tokens + made.sampled_tokens
+            rows[name].bytes = made.nbytes
             rows[name].ask(made.model, cleared, asked, prose)
-            if name == TEXT:
-                rows[BOTH].ask(made.model, slept, asked, prose)
     return Table(
         rows=[row.cells(texts) for row in rows.values()],
-        note=f"{'A tiny model' if tiny else MODEL} in float32, N = {sleep.passes}; {texts} texts of {FACTS} "
-        f"facts, slept on and evicted (task recall, its test). Answers: all their tokens are the likeliest "
-        f"(95 % interval, Wilson; guessing among the answers of its kind in the text "
+        note=f"{'A tiny model' if tiny else MODEL} in float32; {texts} texts of {FACTS} facts and at most "
+        f"{length} tokens (task recall, its test), read in N = {sleep.passes} pass and evicted into S. "
+        "Adapters are asked with S cleared and nothing in view; that of S is made of what the model with S "
+        "writes after a line end. Answers: all their tokens are the likeliest (95 % interval, Wilson, as if "
+        "the questions of a text were independent; guessing among the answers of its kind in a text "
         f"{task.floors()['chance']:.3f}). Bits: of a right answer, and of a token of the prose of "
-        f"{PROSE.name}. Each text has adapters of its own, of rank {how[TEXT].rank}, {steps} steps of "
-        f"{how[TEXT].batch} rows.",
+        f"{PROSE.name}. Each text has adapters of its own, of rank {how.rank}, {steps} steps of {how.batch} "
+        "rows.",
     )
 
 
@@ -106,7 +108,7 @@ class _Row:
             "answers": f"{right / n:.2f} [{low:.2f}, {high:.2f}]",
             "bits an answer": sum(self.answer) / n,
             "bits a token of prose": sum(self.prose) / texts,
-            "distilled on": self.tokens if trained else None,
+            "distilled on": round(self.tokens / texts) if trained else None,
             "CPU seconds": self.seconds / texts if trained else None,
             "bytes": self.bytes if trained else None,
         }
@@ -130,7 +132,10 @@ def answered(model: Backbone, state: State, tokens: Tensor, answer: Tensor) -> t
 
 
 def _tiny() -> tuple[Backbone, SleepConfig, Tokenizer]:
-    """Make a random model of bytes, with memory layers."""
+    """Make a random model of bytes, with memory layers that speak."""
     model = tiny_llama()
     insert_memory_layers(model, 2)
+    for name, weight in model.named_parameters():
+        if name.endswith("mixer.gate"):
+            torch.nn.init.ones_(weight)
     return adapt(model), SleepConfig(window=200), Bytes()
