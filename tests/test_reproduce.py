@@ -92,7 +92,7 @@ def test_a_figure_writes_data_table_and_picture(here, capsys):
     report = RunFolder.open("runs/reproduce/passes-demo-2-steps/N---2-seed1").report()
     assert report is not None and own["accuracy"] == report["eval"]["per_difficulty"]["3"]
     page = (out / "README.md").read_text()
-    assert "chance" in page and "torch" in page and "Both seeds." in page
+    assert "chance" in page and "torch" in page and "\nSeeds 0, 1.\n" in page
     assert (out / "figure.png").stat().st_size > 10_000
 
     before = (out / "results.jsonl").read_bytes()
@@ -253,10 +253,18 @@ def test_intervals_of_seeds_and_of_answers_never_share_a_table():
     recipe = RECIPES["rule"]
     many = Result(recipe, "k", [row("N = 1", seed) for seed in range(3)] + [row("bound", 0)], [], "`x`")
     assert [line[-1] for line in many.lines()[1:3]] == ["0.600 [0.352, 0.848]", "0.500"]
-    assert "Where there is none, one seed." in many.page()
+    assert "Mean over seeds 0 ... 2 (bound: seed 0) [95 % interval over them]." in many.page()
     alone = Result(recipe, "k", [row("N = 1", 0), row("bound", 0)], [], "`x`")
     assert [line[-1] for line in alone.lines()[1:3]] == 2 * ["0.500 [0.404, 0.596]"]
-    assert "Where there is none" not in alone.page()
+    assert "\nSeed 0 [95 % interval of its answers].\n" in alone.page()
+    ten = Result(
+        recipe,
+        "k",
+        [row("N = 1", seed) for seed in range(10)] + [row("N = 2", 0), row("N = 2", 2)],
+        [],
+        "`x`",
+    )
+    assert ten.named_seeds == "seeds 0 ... 9 (N = 2: seeds 0, 2)"
 
 
 def test_one_run_at_both_budgets_stands_in_both_blocks():

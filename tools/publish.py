@@ -14,7 +14,7 @@ from pathlib import Path
 from lmsleep.files import write_atomic
 from lmsleep.recipes import GROUPS, RECIPES, figure
 from lmsleep.recipes.demo import committed
-from lmsleep.recipes.results import Result
+from lmsleep.recipes.results import Result, floors
 from lmsleep.recipes.rivals import HEADS, bytes_of
 from lmsleep.recipes.table import as_markdown, published
 
@@ -29,7 +29,7 @@ def blocks() -> dict[str, str]:
     """Return what stands in the blocks of the pages, by name."""
     tables = {f"table:{name}": committed(name) for name in ("depo", "rule110")}
     said = {
-        name: f"{as_markdown(result.lines())}\n\n{result.seeds} seeds; {result.made_by}"
+        name: f"{as_markdown(result.lines())}\n\n{result.named_seeds}; {result.made_by}"
         for name, result in tables.items()
     }
     rivals = {}
@@ -39,7 +39,7 @@ def blocks() -> dict[str, str]:
             result = Result.load(RECIPES[name], folder)
             ends = SHOWN.get(name, (result.difficulties[0], result.difficulties[-1]))
             lines = as_markdown(side_by_side(result, sorted({*ends})))
-            rivals[name] = f"{lines}\n\n{result.seeds} seeds; {result.made_by}"
+            rivals[name] = f"{lines}\n\n{result.named_seeds}; {result.made_by}"
     return said | rivals | {"summary:depo": summary(tables["table:depo"])}
 
 
@@ -74,6 +74,8 @@ def side_by_side(result: Result, ends: Sequence[int]) -> list[list[str]]:
             [r for r in result.own(difficulty=end) if r["cell"] == name] for end in ends for name in names
         ]
         lines.append([line, *(result.figure(rows) if rows else "" for rows in found)])
+    for name, known in floors(result.rows, ends):
+        lines.append([f"floor: {name}", *(f"{low:.3f}" for low in known for _ in HEADS)])
     return lines
 
 

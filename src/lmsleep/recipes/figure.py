@@ -1,17 +1,19 @@
-"""From rows to the figure of a recipe: seeds as a band (lowest to highest) around their mean."""
+"""From rows to the figure of a recipe: seeds as points, and a band (lowest to highest) around their mean."""
 
 from collections.abc import Sequence
 from math import ceil
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 import numpy as np
+from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lmsleep.evaluation import mean_interval
 from lmsleep.heatmap import heat_map
-from lmsleep.recipes.results import Result, Row
+from lmsleep.recipes.results import Result, Row, floor
 from lmsleep.training import RunFolder
 
 AXES = {"tokens": (1e6, "training tokens (millions)"), "flops": (1e12, "training compute (TFLOP)")}
@@ -24,6 +26,9 @@ KEPT = {
 }
 LABELS = {"accuracy": "held-out accuracy", "tokens_per_second": "training tokens a second"}
 IN_A_ROW = 3  # panels
+FLOOR: Any = {"color": "#999999", "ls": ":", "lw": 1}
+# Ten colors, then the same dashed.
+CYCLE = cycler(linestyle=["-", "--"]) * mpl.rcParamsDefault["axes.prop_cycle"]
 
 
 def draw(result: Result) -> Figure:
@@ -41,7 +46,8 @@ def draw(result: Result) -> Figure:
     # Without pyplot: no display is needed, and no global list keeps the figure alive.
     figure = Figure(figsize=(6 * right, 4.5 * down), layout="constrained")
     # subplots gives one Axes, a row or a grid, by its numbers.
-    axes = np.atleast_1d(figure.subplots(down, right)).flat
+    with mpl.rc_context({"axes.prop_cycle": CYCLE}):
+        axes = np.atleast_1d(figure.subplots(down, right)).flat
     for ax, (panel, n) in zip(axes, panels, strict=False):
         if panel in AXES:
             _curves(ax, panel, result)
@@ -62,7 +68,6 @@ def draw(result: Result) -> Figure:
             if panel not in KEPT:
                 ax.legend(fontsize=8)
             if recipe.value == "accuracy" and panel != "loss":
-                ax.axhline(result.rows[0]["chance"], color="#999999", ls=":", lw=1)
                 ax.set_ylim(-0.02, 1.02)
     if any(panel in KEPT for panel, _ in panels):
         # Too many lines for a panel, and the same in all.
@@ -106,6 +111,7 @@ def _curves(ax: Axes, panel: str, result: Result) -> None:
         # tokens and FLOPs may differ where lengths are drawn.
         points = [(r["step"], r[panel] / unit, next(reversed(r["per_difficulty"].values()))) for r in rows]
         _band(ax, cell, points)
+    ax.axhline(floor(_hardest(result)), **FLOOR)
     ax.set(xlabel=label, ylabel=f"held-out accuracy, hardest {result.key}")
 
 
@@ -120,7 +126,7 @@ def _losses(ax: Axes, result: Result) -> None:
                 for step in steps
             ]
             label, shade = f"{cell}, {result.key} = {key}", place / len(keys)
-            ax.plot(steps, means, lw=1, label=label, color=f"C{number}", alpha=shade)
+            ax.plot(steps, means, lw=1, ls="-", label=label, color=f"C{number}", alpha=shade)
     ax.set(xlabel="step", ylabel="test loss (nats a token of the answer)")
 
 
@@ -133,6 +139,9 @@ def _lines(ax: Axes, panel: str, result: Result) -> None:
     for line, mine in _groups(rows, "line"):
         points = [r for r in mine if key == "difficulty" or r.get("difficulty", 0) == hardest]
         _band(ax, line, [(r[key], r[key], r[recipe.value]) for r in points], marker="o")
+    if recipe.value == "accuracy":
+        shown = rows if key == "difficulty" else _hardest(result)
+        ax.plot(*zip(*((x, floor(some)) for x, some in sorted(_groups(shown, key))), strict=True), **FLOOR)
     places = [row[key] for row in result.rows]
     # Places that span more than a decade, such as 1 ... 1000 sleeps, would crowd at the left.
     if max(places) > 20 * max(min(places), 1):
@@ -189,14 +198,14 @@ def _ends(ax: Axes, result: Result) -> None:
         own = hardest if any(r["difficulty"] == hardest for r in mine) else max(r["difficulty"] for r in mine)
         values = [r["accuracy"] for r in mine if r["difficulty"] == own]
         mean, low, high = mean_interval(values)
-        # Clipped to what an accuracy can be; a single seed has no interval, which is NaN.
-        error = None if np.isnan(low) else [[mean - max(low, 0)], [min(high, 1) - mean]]
+        # Clipped to what an accuracy can be; of one or two seeds an interval says nothing.
+        error = None if len(values) < 3 else [[mean - max(low, 0)], [min(high, 1) - mean]]
         ax.barh(place, mean, xerr=error, color="#1b7837", alpha=0.7)
         ax.plot(values, [place] * len(values), "k.", ms=4)
     ax.set(yticks=range(len(cells)), xlabel="final accuracy at the hardest (bar: mean, dots: seeds)")
     ax.set_yticklabels([cell for cell, _ in cells])
     ax.invert_yaxis()
-    ax.axvline(result.rows[0]["chance"], color="#999999", ls=":", lw=1)
+    ax.axvline(floor(_hardest(result)), **FLOOR)
     ax.set_xlim(0, 1.02)
 
 
@@ -207,7 +216,9 @@ def _frontier(ax: Axes, panel: str, result: Result, difficulty: int) -> None:
     for number, (line, mine) in enumerate(_groups(rows, "line")):
         cells = [some for _, some in _groups(mine, "cell")]
         points = sorted((some[0][panel], float(np.mean([r["accuracy"] for r in some]))) for some in cells)
-        style: dict[str, Any] = {"color": f"C{number % 10}", "marker": "osv^"[number // 10], "ms": 5}
+        style: dict[str, Any] = {
+            "color": f"C{number % 10}", "marker": "osv^"[number // 10], "ms": 5, "ls": "-"
+        }  # fmt: skip
         aside = "aside" in mine[0]
         ax.plot(
             *zip(*points, strict=True), lw=0.8, label=line, fillstyle="none" if aside else "full", **style
@@ -219,13 +230,18 @@ def _frontier(ax: Axes, panel: str, result: Result, difficulty: int) -> None:
     reached = np.maximum.accumulate([y for _, y in best])
     ax.step([x for x, _ in best], reached, where="post", color="black", ls="--", lw=1, label="frontier")
     if panel == "bytes":  # nothing kept are 0 of them
-        ax.set_xscale("symlog", linthresh=512)
+        ax.set_xscale("symlog", linthresh=512, subs=[1])
     else:
         ax.set_xscale("log")
+    ax.axhline(floor(rows), **FLOOR)  # behind the scale, which the limits of x depend on
     ax.set(xlabel=KEPT[panel], ylabel=f"held-out accuracy, {result.key} = {difficulty}")
 
 
-def _groups(rows: Sequence[Row], key: str) -> list[tuple[str, list[Row]]]:
+def _hardest(result: Result) -> list[Row]:
+    return [row for row in result.rows if row["difficulty"] == max(result.difficulties)]
+
+
+def _groups(rows: Sequence[Row], key: str) -> list[tuple[Any, list[Row]]]:
     """Return the rows by what they have under `key`, in the order of its first appearance."""
     return [(name, [r for r in rows if r[key] == name]) for name in dict.fromkeys(r[key] for r in rows)]
 
@@ -236,4 +252,7 @@ def _band(ax: Axes, label: str, points: Sequence[tuple[int, float, float]], **st
     x = [group[0][1] for group in groups]
     y = [[value for _, _, value in group] for group in groups]
     (line,) = ax.plot(x, [np.mean(v) for v in y], label=label, **style)
-    ax.fill_between(x, [min(v) for v in y], [max(v) for v in y], color=line.get_color(), alpha=0.15, lw=0)
+    color = line.get_color()
+    ax.fill_between(x, [min(v) for v in y], [max(v) for v in y], color=color, alpha=0.15, lw=0)
+    ax.plot(*zip(*((at, v) for at, some in zip(x, y, strict=True) for v in some), strict=True), ".",
+            ms=3, color=color, alpha=0.6)  # fmt: skip

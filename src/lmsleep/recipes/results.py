@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from math import isnan, nan
@@ -49,6 +49,15 @@ class Result:
         return len({row["seed"] for row in self.rows})
 
     @property
+    def named_seeds(self) -> str:
+        """Name the seeds, and those of the cells that have others."""
+        cells = dict.fromkeys(row["cell"] for row in self.rows)
+        by_cell = {cell: {row["seed"] for row in self.rows if row["cell"] == cell} for cell in cells}
+        most = max(by_cell.values(), key=len)
+        others = "; ".join(f"{cell}: {_listed(own)}" for cell, own in by_cell.items() if own != most)
+        return f"{_listed(most)} ({others})" if others else _listed(most)
+
+    @property
     def difficulties(self) -> list[int]:
         """Return the difficulties that were asked for, rising; none where speed was measured."""
         return sorted({row["difficulty"] for row in self.rows if "difficulty" in row})
@@ -87,10 +96,10 @@ class Result:
                 spent = [str(mine[0]["step"]), f"{mine[0]['flops'] / 1e12:.3g}"]
                 spent += [as_text(mine[0]) for as_text in COLUMNS.values()] if costly else []
                 lines.append([*named, *spent, *figures, *([self.figure(mine)] if whole else [])])
-        for label, floors in _floors(self.rows, keys):
+        for label, known in floors(self.rows, keys):
             # A mean of floors would need the number of answers of each difficulty.
-            over_all = floors[0] if len({*floors}) == 1 else nan
-            figures = ["" if isnan(f) else f"{f:.3f}" for f in (*floors, *([over_all] if whole else []))]
+            over_all = known[0] if len({*known}) == 1 else nan
+            figures = ["" if isnan(f) else f"{f:.3f}" for f in (*known, *([over_all] if whole else []))]
             blank = ["" for _ in [*axis, "steps", "TFLOP", *costly]]
             lines.append([*("" for _ in before), label, *blank, *figures])
         return lines
@@ -98,14 +107,12 @@ class Result:
     def page(self) -> str:
         """Return the result as Markdown: what was asked, the table, and what made it."""
         said = "\n\n".join(text for text in (self.recipe.expects, self.recipe.caution) if text)
-        mean = f"Mean over {self.seeds} seeds [95 % interval]."
+        named = self.named_seeds
+        mean = f"Mean over {named} [95 % interval over them]."
         if self.seeds < 3:
-            mean = ("One seed [95 % interval of its answers].", "Both seeds.")[self.seeds - 1]
+            mean = f"S{named[1:]}{' [95 % interval of its answers]' if self.seeds == 1 else ''}."
         if self.recipe.value != "accuracy" and self.seeds < 2:
             mean = "One measurement, hence no interval."
-        cells, runs = ({tuple(r[k] for k in key) for r in self.rows} for key in (("cell",), ("cell", "seed")))
-        if self.seeds > 2 and len(runs) < self.seeds * len(cells):
-            mean += " Where there is none, one seed."
         return f"# {self.recipe.title}\n\n{said}\n\n{mean}\n\n{as_markdown(self.lines())}\n\n{self.made_by}\n"
 
     def save(self, folder: Path) -> None:
@@ -132,6 +139,14 @@ class Result:
         # The line that `page` ends with; no other begins with a command.
         made_by = next(line for line in page if line.startswith("`"))
         return cls(recipe, _key(page), rows, curves, made_by)
+
+
+def _listed(seeds: Collection[int]) -> str:
+    """Name seeds: "seed 0", "seeds 0, 1", "seeds 0 ... 4"."""
+    found = sorted(seeds)
+    if len(found) > 2 and found == [*range(found[0], found[-1] + 1)]:
+        return f"seeds {found[0]} ... {found[-1]}"
+    return f"seed{'s' if len(found) > 1 else ''} {', '.join(map(str, found))}"
 
 
 def _key(page: Sequence[str]) -> str:
@@ -162,7 +177,7 @@ def collect(recipe: Recipe, jobs: Sequence[tuple[Cell, Job]]) -> Result:
             # The report has the run's own reading already, on twice as many batches.
             score = report["eval"] if reading == config else _read(run, reading)
             where = {"at": at, "passes_read": reading.sleep.passes}
-            floors = reading.task.floors()
+            reached = reading.task.floors()
             for key, accuracy in score["per_difficulty"].items():
                 answers = score["answers"][key]
                 found = {"difficulty": int(key), "accuracy": accuracy, "answers": answers}
@@ -171,8 +186,8 @@ def collect(recipe: Recipe, jobs: Sequence[tuple[Cell, Job]]) -> Result:
                     found["loss"] = score["loss_per_difficulty"][key]
                 # Floors of this difficulty where the task tells them, else those over all.
                 name = difficulty_text(reading.task, int(key))
-                named = {floor: floors.get(f"{floor} {name}", floors.get(floor)) for floor in FLOORS}
-                own = {floor: value for floor, value in named.items() if value is not None}
+                named = {low: reached.get(f"{low} {name}", reached.get(low)) for low in FLOORS}
+                own = {low: value for low, value in named.items() if value is not None}
                 rows.append({**who, **where, **found, **own, **spent})
         if cell.budget == "tokens" or cell.reading is not None:
             continue  # its curve is that of another run, or none of the contestants'
@@ -261,7 +276,12 @@ def _mean(values: Sequence[float], digits: int = 3) -> str:
     return f"{mean:.{digits}f} [{max(low, 0):.{digits}f}, {min(high, top):.{digits}f}]"
 
 
-def _floors(rows: Sequence[Row], keys: Sequence[int]) -> Iterator[tuple[str, list[float]]]:
+def floor(rows: Sequence[Row]) -> float:
+    """Return the highest that is reached without what is asked for: the line below which nothing is known."""
+    return max(row[name] for row in rows for name in FLOORS if name in row)
+
+
+def floors(rows: Sequence[Row], keys: Sequence[int]) -> Iterator[tuple[str, list[float]]]:
     """Yield the floors by difficulty; for each cell where cells differ in them."""
     for name in FLOORS:
         per_cell: dict[str, dict[int, float]] = {}
