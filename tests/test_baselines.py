@@ -72,7 +72,7 @@ def test_a_baseline_changes_what_it_names_and_nothing_else(name, changed, sleep)
         assert made.model == replace(evicted, overrides={1: {"trained_mlp": True}})
     if name == "one-pass-deeper":
         assert len(made.model.blocks) > 2
-        longer = (RUN.model.blocks * 9)[: len(made.model.blocks)]
+        longer = RUN.model.blocks * (len(made.model.blocks) // 2)  # whole patterns
         assert made.model == replace(RUN.model, blocks=longer)
     if name == "one-pass-wider":
         assert made.model.num_heads > 4 and made.model.key_dim == RUN.model.key_dim
@@ -86,6 +86,14 @@ def test_equal_compute_is_equal_to_within_a_step(name):
     left = RUN.train.steps * flops_per_step(RUN) - made.train.steps * flops_per_step(made)
     assert 0 <= left < flops_per_step(made)
     assert made.train.steps >= RUN.train.steps
+
+
+def test_depth_is_added_by_the_shortest_pattern_that_repeats():
+    pairs, triple = 2 * ("attention", "gated_delta_net"), ("attention", "gated_delta_net", "gated_delta_net")
+    for blocks, pattern in ((pairs, pairs[:2]), (triple, triple)):
+        made = baseline("one-pass-deeper", replace(RUN, model=replace(RUN.model, blocks=blocks))).model.blocks
+        added = len(made) - len(blocks)
+        assert added > 0 and made == blocks + pattern * (added // len(pattern))
 
 
 def test_a_wider_model_keeps_its_query_groups():

@@ -39,6 +39,11 @@ def test_eval_reads_with_several_numbers_of_passes(trained, capsys):
     document = json.loads(out)
     assert code == 0 and list(document["passes"]) == ["1", "2"]
     assert document["passes"]["1"]["bits"] != document["passes"]["2"]["bits"]
+    _, learned, _ = run_command(
+        capsys, "eval", trained, "--passes", 1, 2, "--batches", 1, "--split", "train", "--json"
+    )
+    learned = json.loads(learned)
+    assert learned["split"] == "train" and learned["passes"] != json.loads(out)["passes"]
     code, out, _ = run_command(capsys, "eval", trained, "--batches", 1)
     assert code == 0 and out.startswith("N = 2:  k=1: ") and "chance 0.143" in out
 

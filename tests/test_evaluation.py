@@ -125,6 +125,21 @@ def test_answers_to_forked_questions_all_come_after_an_eviction():
     assert score.tokens["after_eviction"] == score.tokens["all"] > 0
 
 
+def test_samples_are_those_of_the_split_that_is_named(monkeypatch):
+    asked, batch = set(), Depo.batch
+
+    def drawn(self, rng, size, split, level=1.0):
+        asked.add(split)
+        return batch(self, rng, size, split, level)
+
+    monkeypatch.setattr(Depo, "batch", drawn)
+    scores = [
+        evaluate(model_for(FORK), FORK, SLEEP, batches=1, batch_size=16, **which).to_dict()
+        for which in ({}, {"split": "test"}, {"split": "train"})
+    ]
+    assert scores[0] == scores[1] != scores[2] and asked == {"test", "train"}
+
+
 # Newcombe, "Two-sided confidence intervals for the single proportion", Statistics in Medicine 17 (1998),
 # table I, method 3 (the score interval).
 @pytest.mark.parametrize(

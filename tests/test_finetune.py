@@ -339,7 +339,7 @@ def test_a_folder_without_a_model_is_named(tmp_path, capsys):
 @pytest.mark.slow
 def test_a_figure_is_made_from_weights(with_words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    sizes = {"ops": (1, 1), "length": (0, 200), "hard": 64, "sliding": 64}
+    sizes = {"task": {"ops": (1, 1), "length": (0, 200)}, "hard": 64, "sliding": 64}
     train = TrainConfig(batch_size=2, eval_batches=1, threads=1)
     monkeypatch.setitem(catalogue.GSM_SIZES, "small", sizes)
     monkeypatch.setitem(catalogue.GSM_TRAIN, "small", train)
@@ -349,6 +349,17 @@ def test_a_figure_is_made_from_weights(with_words, tmp_path, monkeypatch, capsys
     assert "Fine-tuned from `jet_nemotron`" in said and "trained on the spot" not in said
     assert all(f"| N = {n} |" in said for n in (1, 2, 4, 6))
     assert Path("results/4a-small-jet_nemotron-1-steps/figure.png").exists()
+
+
+def test_small_problems_are_such_that_no_answer_is_frequent_and_noise_has_numbers(with_words):
+    for figure in ("4a", "4b", "5"):
+        tasks = [
+            {cell.config.task for cell in RECIPES[figure].fine_tuned(scale, with_words["jet_nemotron"])}
+            for scale in ("small", "paper")
+        ]
+        (small,), (paper,) = tasks
+        assert (small.modulus, small.noise_numbers) == (23, True)
+        assert (paper.modulus, paper.noise_numbers) == (None, False)
 
 
 def test_paper_settings_with_a_hybrid(with_words):

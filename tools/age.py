@@ -4,9 +4,9 @@
     python tools/age.py results/rivals-mqar-demo
 
 Cells and their steps are compared, and of every cell the run of seed 0 is trained to its first record, a
-second or so, and its loss compared with the one that the result holds. What comes later in a run is not seen.
-Results of before losses were kept are told as such. It ends with status 1 if anything differs, a loss by more
-than rounding does on another machine.
+second or so, and its loss compared with the one that the result holds. What comes later in a run is not seen,
+and of results of before losses were kept no loss. It ends with status 1 if anything differs that is not known
+to (`OLDER`), a loss by more than rounding does on another machine.
 """
 
 import json
@@ -24,6 +24,12 @@ from lmsleep.training import RunFolder, Trainer
 
 ROOT = Path(__file__).parents[1]
 COMMITTED = ROOT / "src/lmsleep/recipes/committed"
+# What is known to be older, and why it stays for now; docs say so where they show it.
+OLDER = {
+    "compute-matched-demo": "depth was not added by whole patterns, and FLOPs left out attention's products",
+    "depo": "FLOPs left out attention's products",
+    "rule110": "FLOPs left out attention's products",
+}
 ROUNDING = 1e-3  # relative; of ten steps in another order of sums
 
 
@@ -34,16 +40,10 @@ def results() -> list[Path]:
 
 
 def changed(folder: Path) -> Iterator[str]:
-    """Yield in words what is otherwise today: cells, their steps, the first losses of seed 0.
-
-    Raises:
-        LookupError: if the result holds no first losses.
-    """
+    """Yield in words what is otherwise today: cells, their steps, the first losses of seed 0."""
     rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
     # Cells of two budgets share a name.
     then = {(row["cell"], row.get("budget")): row for row in rows if row["seed"] == 0}
-    if not any("first_loss" in row for row in rows):
-        raise LookupError(f"{folder} holds no first losses")
     today = {(cell.label, cell.budget): cell for cell in cells(folder)}
     yield from (f"{name[0]}: no cell of today" for name in then if name not in today)
     yield from (f"{name[0]}: not in the result" for name in today if name not in then)
@@ -52,7 +52,7 @@ def changed(folder: Path) -> Iterator[str]:
         if row["step"] != cell.config.train.steps:
             yield f"{cell.label}: {row['step']} steps then, {cell.config.train.steps} now"
         # A run that starts from another, or is one of another cell, is not trained.
-        if cell.start is None and cell.reading is None:
+        if "first_loss" in row and cell.start is None and cell.reading is None:
             step, loss = row["first_loss"]
             now = first_loss(cell, step)
             if not math.isclose(loss, now, rel_tol=ROUNDING):
@@ -82,13 +82,15 @@ def main() -> None:
     torch.set_num_threads(1)
     differ = False
     for folder in [Path(name) for name in sys.argv[1:]] or results():
-        try:
-            found = [*changed(folder)]
-        except LookupError:
-            sys.stdout.write(f"{folder.name}: unknown, made before first losses were kept\n")
-            continue
-        differ |= bool(found)
-        sys.stdout.write(f"{folder.name}: {'older than the code' if found else 'as today'}\n")
+        found = [*changed(folder)]
+        differ |= bool(found) and folder.name not in OLDER
+        seen = (
+            "as today"
+            if "first_loss" in (folder / "results.jsonl").read_text()
+            else "cells and steps as today"
+        )
+        sys.stdout.write(f"{folder.name}: {'older than the code' if found else seen}\n")
+        sys.stdout.write(f"  known: {OLDER[folder.name]}\n" if folder.name in OLDER else "")
         sys.stdout.write("".join(f"  {line}\n" for line in found))
     sys.exit(1 if differ else 0)
 

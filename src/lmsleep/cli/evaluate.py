@@ -19,6 +19,7 @@ from lmsleep.sleep import Backbone, SleepConfig
 from lmsleep.tasks import Task, Text
 from lmsleep.tasks.base import difficulty_text
 from lmsleep.tasks.reading import check_known
+from lmsleep.text import Split
 from lmsleep.training import Processes, data
 from lmsleep.training.sources import software
 
@@ -38,6 +39,8 @@ class EvalOptions(MethodOptions):
     """Test batches of the run's batch size (4 for a model that is no run)."""
     length: int | None = None
     """Tokens in a sequence of text; default the run's own, or four windows."""
+    split: Split = "test"
+    """test: samples that training never draws; train: such as it draws, to tell what was learned by heart."""
     after: int | None = None
     """Count as "after eviction" what is predicted from this position on; default: the window."""
     data: tuple[Path, ...] = ()
@@ -73,6 +76,7 @@ def evaluate_run(argv: list[str]) -> None:
         for n, sleep in sleeps.items():
             how: dict[str, Any] = {"batches": options.batches, "batch_size": size, "device": model.device}
             counted: dict[str, Any] = {"after": options.after, "parts": parts, "progress": bar.update}
+            counted["split"] = options.split
             share = (processes.rank, processes.size)
             score = evaluate(model, task, sleep, share=share, **counted, **how)
             result[n] = Score.joined(processes.gather(score))
@@ -86,7 +90,8 @@ def evaluate_run(argv: list[str]) -> None:
                 around[n] = around_sleep(model, task, sleep, **how)
     if options.json:
         passes = {str(n): _eval_json(task, score, around.get(n)) for n, score in result.items()}
-        document = {"run": str(options.run), "passes": passes, "floors": task.floors()}
+        document = {"run": str(options.run), "split": options.split, "passes": passes}
+        document["floors"] = task.floors()
         sys.stdout.write(to_json(document) + "\n")
     else:
         sys.stdout.write(_eval_text(task, result, around))

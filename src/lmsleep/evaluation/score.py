@@ -12,6 +12,7 @@ from torch import Tensor
 from lmsleep.sleep import Backbone, SleepConfig
 from lmsleep.tasks import Batch, Task, batch_rng
 from lmsleep.tasks.reading import read_batch
+from lmsleep.text import Split
 
 EVAL_SEED = 1_000_003  # the test stream is the same for every run
 
@@ -123,6 +124,7 @@ def evaluate(
     batch_size: int = 64,
     parts: int = 1,
     seed: int = EVAL_SEED,
+    split: Split = "test",
     device: torch.device | str = "cpu",
     after: int | None = None,
     share: tuple[int, int] = (0, 1),
@@ -130,8 +132,9 @@ def evaluate(
 ) -> Score:
     """Score `model` on `batches * batch_size` held-out samples, the same for every call with one seed.
 
-    A batch is read in `parts` parts, in the memory of one. What counts as "after eviction" are tokens from
-    position `after` on, by default the window: give it to score the same tokens with a model that evicts
+    With `split="train"` they are such as training draws, which tells what was learned by heart. A batch is
+    read in `parts` parts, in the memory of one. What counts as "after eviction" are tokens from position
+    `after` on, by default the window: give it to score the same tokens with a model that evicts
     nothing. `share` (number, of how many) leaves other batches to other processes. `progress` is called with
     the number of batches that were read just now, by all of them together.
 
@@ -145,7 +148,7 @@ def evaluate(
     score = Score()
     number, shares = share
     for index in range(number, batches, shares):
-        for part in task.batch(batch_rng(seed, "test", index), batch_size, "test").parts(parts):
+        for part in task.batch(batch_rng(seed, split, index), batch_size, split).parts(parts):
             batch = part.to(device)
             logits = read_batch(model, batch, sleep, return_logits=True).logits
             assert logits is not None

@@ -27,8 +27,13 @@ PRETRAINED = {
 }  # on the Hugging Face Hub
 # Fine-tuning: operations, tokens of a context, and windows of hard and of sliding eviction.
 GSM_SIZES: dict[Scale, dict[str, Any]] = {
-    "small": {"ops": (1, 4), "length": (400, 700), "hard": 400, "sliding": 128},
-    "paper": {"ops": (1, 8), "length": (2000, 3300), "hard": 2000, "sliding": 512},
+    # Ours: no answer is frequent, and numbers in the noise do not give the problem away (docs/tasks.md).
+    "small": {
+        "task": {"ops": (1, 4), "length": (400, 700), "modulus": 23, "noise_numbers": True},
+        "hard": 400,
+        "sliding": 128,
+    },
+    "paper": {"task": {"ops": (1, 8), "length": (2000, 3300)}, "hard": 2000, "sliding": 512},
 }
 # 1,000 steps of `paper` are by our arithmetic about the 1 - 2 H100-days that the paper gives for a run.
 GSM_TRAIN: dict[Scale, TrainConfig] = {
@@ -131,7 +136,7 @@ def _fine_tuned(figure: str) -> Callable[[Scale, Path], list[Cell]]:
         made = []
         for n in (1, 2, 4, 6) if hybrid else (1, 2, 4):
             run = RunConfig(
-                task=GSMInfinite(ops=sizes["ops"], length=sizes["length"], tokenizer=str(weights)),
+                task=GSMInfinite(tokenizer=str(weights), **sizes["task"]),
                 model=FineTune(
                     folder=weights.resolve(),
                     train="full" if scale == "paper" else "lora",

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import count, cycle, islice
+from itertools import count
 from typing import Any
 
 from lmsleep.models import BlockKind, HybridConfig
@@ -79,12 +79,12 @@ def one_pass_longer(run: RunConfig) -> RunConfig:
 
 
 def one_pass_deeper(run: RunConfig) -> RunConfig:
-    """N = 1 for as many training FLOPs, spent on depth: the pattern of blocks goes on."""
-    pattern = run.architecture.blocks
-    return _grown(
-        run,
-        lambda size: replace(run.architecture, blocks=tuple(islice(cycle(pattern), len(pattern) + size - 1))),
-    )
+    """N = 1 for as many training FLOPs, spent on depth: more of the pattern of blocks, whole each time."""
+    blocks = run.architecture.blocks
+    # (attention, memory) of six such pairs: part of a pattern would be another kind of model.
+    lengths = (n for n in range(1, len(blocks) + 1) if blocks[:n] * (len(blocks) // n) == blocks)
+    pattern = blocks[: next(lengths)]
+    return _grown(run, lambda size: replace(run.architecture, blocks=blocks + pattern * (size - 1)))
 
 
 def one_pass_wider(run: RunConfig) -> RunConfig:
