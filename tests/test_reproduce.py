@@ -1,5 +1,6 @@
 import csv
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -330,6 +331,25 @@ def test_cells_of_one_model_are_timed_once(monkeypatch):
     rows = [*estimate(RECIPES["2a"].cells("paper"), seeds=3)]
     assert len(rows) == 6 and len(timed) == 1
     assert len({row["seconds"] for row in rows}) == 1 and rows[0]["steps"] == 773
+
+
+def test_no_step_of_a_model_that_is_large_for_a_cpu_is_taken(monkeypatch):
+    monkeypatch.undo()  # FLOPs are counted, and must be those that are found without a step
+    cells = RECIPES["3"].cells("demo")[:1]
+    (timed,) = estimate(cells, seeds=3)
+    monkeypatch.setattr(estimates, "LARGE", 1000)
+    monkeypatch.setattr(estimates, "_timed", None)
+    (row,) = estimate(cells, seeds=3)
+    assert row == {**timed, "seconds": None}
+    said = [*estimated(RECIPES["3"], [row], workers=2)]
+    assert "TFLOP\n" in said[1] and said[-1].startswith("\nfor a GPU: no step was taken")
+
+
+@pytest.mark.slow
+def test_a_dry_run_at_the_papers_size_takes_no_hour():
+    begin = time.monotonic()
+    (row,) = estimate(RECIPES["6"].cells("paper")[:1], seeds=1)
+    assert row["seconds"] is None and row["flops"] > 1e15 and time.monotonic() - begin < 120
 
 
 def test_estimates_grow_with_steps_and_passes():

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from lmsleep.backbones import build
 from lmsleep.recipes import GROUPS, RECIPES, rivals
@@ -15,6 +16,7 @@ from lmsleep.recipes.rivals import BENCHES, HEADS, METHODS, Found, budget, bytes
 from lmsleep.recipes.run import ReproduceOptions
 from lmsleep.recipes.searched import RATES
 from lmsleep.sleep import Compact, SleepConfig
+from lmsleep.tasks import batch_rng
 from lmsleep.training import RunFolder, Trainer, training_flops
 
 MQAR = BENCHES["mqar"]
@@ -86,6 +88,15 @@ def test_choices_are_the_best_of_the_same_search(task):
         inside = min(rates) < best["choice"]["lr"] < max(rates) or len(rates) == len(RATES) + 1
         assert {*rates} >= {*RATES} and inside and len(mine) == len(rates) + 1
         assert Found(**min(mine, key=lambda row: row["loss"])["choice"]) == chosen
+
+
+@pytest.mark.parametrize("name", BENCHES)
+def test_a_context_of_a_bench_is_longer_than_a_window(name):
+    bench = BENCHES[name]
+    batch = bench.task.batch(batch_rng(0, "test", 0), 64, "test")
+    lengths = torch.tensor([len(batch.row(i)[0]) for i in range(len(batch.tokens))])
+    most = 3 if batch.context_lengths is not None else 2
+    assert (lengths > bench.window).double().mean() > 0.8 and lengths.max() <= most * bench.window
 
 
 def train_here(jobs, workers, launcher):

@@ -10,27 +10,24 @@ import argparse
 import sys
 from typing import get_args
 
-import torch
-
 from lmsleep.recipes import RECIPES, Scale
 from lmsleep.recipes.estimate import estimate, side_by_side
 from lmsleep.recipes.run import default_seeds
 from lmsleep.recipes.table import source
 from lmsleep.training import default_workers, provenance
 
-TOO_LARGE = {("6", "paper"): "1.4 billion parameters: on a GPU"}  # a single pass would take hours on a CPU
-
 
 def entry(figure: str, scale: Scale) -> str:
     """Return FLOPs and time of a recipe at a scale, or say why there is none."""
-    if (figure, scale) in TOO_LARGE and not torch.cuda.is_available():
-        return TOO_LARGE[figure, scale]
     try:
         rows = [*estimate(RECIPES[figure].cells(scale), default_seeds(scale))]
     except ValueError:  # what a scale needs is not at hand
         return "needs pretrained weights"
     flops = sum(row["runs"] * row["flops"] for row in rows)
-    hours = side_by_side(rows, default_workers()) / 3600
+    seconds = side_by_side(rows, default_workers())
+    if seconds is None:
+        return f"{flops / 1e15:,.3g} PFLOP, on a GPU"
+    hours = seconds / 3600
     return f"{flops / 1e15:,.3g} PFLOP, " + (f"{hours:,.1f} h" if hours >= 1 else f"{60 * hours:.0f} min")
 
 

@@ -3,39 +3,50 @@
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 
-from lmsleep.backbones import build
+from lmsleep.backbones import Model, build, kind_of
 from lmsleep.progress import progress
 from lmsleep.recipes.recipe import Cell, Recipe
 from lmsleep.tasks import batch_rng
 from lmsleep.tasks.reading import read_batch
 from lmsleep.training import RunConfig, choose_device, flops_per_step, training_flops
+from lmsleep.training.batches import draw, in_parts
+from lmsleep.training.simulated import Parts, simulate
 
 DRAWN = 32  # samples whose tokens are counted
 PROBE_SECONDS = 1.0  # so many samples that the products, not the calls, take the time
+LARGE = 100_000_000  # parameters; one pass of more takes minutes to hours on a CPU
 
 
 def estimate(cells: Sequence[Cell], seeds: int) -> Iterator[dict[str, Any]]:
     """Yield per cell: runs, and training steps, tokens, FLOPs and seconds of one run on this machine.
 
-    The seconds are FLOPs at the rate of a step, forward and backward, over as many samples as take
-    `PROBE_SECONDS`, measured once for cells of one model: in CPU time of one thread, which busy neighbours
-    do not lengthen, or on the GPU.
+    For models of more than `LARGE` parameters on a CPU no step is taken: seconds are None. Else they are
+    FLOPs at the rate of a step, forward and backward, over as many samples as take `PROBE_SECONDS`, measured
+    once for cells of one model: in CPU time of one thread, which busy neighbours do not lengthen, or on the
+    GPU.
     """
     # As runs side by side have it; besides, the clock of `_clock` is that of one thread.
     torch.set_num_threads(1)
     rates: dict[str, float] = {}
     for cell in progress(iterable=_with_starts(cells), desc="cells", leave=False):
         config, train = cell.config, cell.config.train
-        flops = training_flops(config)
-        # More passes of one model over one window take longer, at the rate of one.
-        alike = repr((config.model, config.sleep.window, train.device))
-        if alike not in rates:
-            probe, seconds = _probe(config)
-            rates[alike] = flops_per_step(probe) / seconds
+        shapes = kind_of(config.model).shapes(config.model)
+        seconds = None
+        if choose_device(train.device).type == "cpu" and sum(p.numel() for p in shapes.parameters()) > LARGE:
+            flops = training_flops(config, partial(_played, shapes))
+        else:
+            flops = training_flops(config)
+            # More passes of one model over one window take longer, at the rate of one.
+            alike = repr((config.model, config.sleep.window, train.device))
+            if alike not in rates:
+                probe, took = _probe(config)
+                rates[alike] = flops_per_step(probe) / took
+            seconds = flops / rates[alike]
         drawn = min(train.batch_size, DRAWN)
         tokens = config.task.batch(batch_rng(0, "train", 0), drawn, "train").num_tokens / drawn
         yield {
@@ -44,12 +55,24 @@ def estimate(cells: Sequence[Cell], seeds: int) -> Iterator[dict[str, Any]]:
             "steps": train.steps,
             "tokens": round(train.steps * train.batch_size * tokens),
             "flops": flops,
-            "seconds": flops / rates[alike],
+            "seconds": seconds,
         }
 
 
-def side_by_side(rows: Sequence[dict[str, Any]], workers: int) -> float:
-    """Return the seconds of an estimate in so many workers: no less than those of the longest run."""
+def _played(shapes: Model, config: RunConfig) -> int:
+    """Return the FLOPs of a step of a model, found out without taking it."""
+    train = replace(config.train, curriculum=0)
+    batches = in_parts(draw(replace(config, train=train), 0), train.accumulate, train.batch_size)
+    return simulate(Parts(shapes, bfloat16=False), batches, config.sleep, train).flops
+
+
+def side_by_side(rows: Sequence[dict[str, Any]], workers: int) -> float | None:
+    """Return the seconds of an estimate in so many workers: no less than those of the longest run.
+
+    None where those of a run are not known.
+    """
+    if any(row["seconds"] is None for row in rows):
+        return None
     total = sum(row["runs"] * row["seconds"] for row in rows)
     # Runs are not divided, so that one long run sets the pace of many workers.
     return max(total / workers, *(row["seconds"] for row in rows))
@@ -120,9 +143,14 @@ def estimated(recipe: Recipe, rows: Iterable[dict[str, Any]], workers: int) -> I
     known = []
     for row in rows:
         known.append(row)
+        took = "" if row["seconds"] is None else f"  {row['seconds'] / 60:>9,.1f} min"
         yield (
             f"{row['runs']} x {row['cell']:<24} {row['steps']:>7,} steps  {row['tokens']:>15,} tokens  "
-            f"{row['flops'] / 1e12:>12,.1f} TFLOP  {row['seconds'] / 60:>9,.1f} min\n"
+            f"{row['flops'] / 1e12:>12,.1f} TFLOP{took}\n"
         )
-    hours = side_by_side(known, workers) / 3600
-    yield f"\nabout {hours:,.1f} hours on this machine, {workers} at a time, without evaluation\n"
+    seconds = side_by_side(known, workers)
+    if seconds is None:
+        yield "\nfor a GPU: no step was taken to time it, for a pass of such a model takes long on this CPU\n"
+    else:
+        hours = seconds / 3600
+        yield f"\nabout {hours:,.1f} hours on this machine, {workers} at a time, without evaluation\n"

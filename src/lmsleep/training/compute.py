@@ -1,7 +1,7 @@
 """FLOPs of training, counted by PyTorch's counter on real passes."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from lmsleep.backbones import build
@@ -83,17 +83,17 @@ def flops_per_step(config: RunConfig) -> int:
     return len(samples) * count_flops(objective, samples[0], config.sleep)
 
 
-def training_flops(config: RunConfig) -> int:
+def training_flops(config: RunConfig, of: Callable[[RunConfig], int] = flops_per_step) -> int:
     """Count the FLOPs of a whole training run, all its steps like the first one with so many passes.
 
-    Where passes are drawn, each number counts equally often.
+    Where passes are drawn, each number counts equally often. `of` counts those of a step.
     """
     train, sleep = config.train, config.sleep
     early = min(train.early_steps, train.steps)
 
     def of_a_step(most: int) -> int:
         drawn = range(1, most + 1) if train.random_passes else (most,)
-        counted = [flops_per_step(replace(config, sleep=sleep.with_passes(n))) for n in drawn]
+        counted = [of(replace(config, sleep=sleep.with_passes(n))) for n in drawn]
         return sum(counted) // len(counted)
 
     # As `sleep_at` gives them out: early steps take no more passes than the run has.
