@@ -56,6 +56,13 @@ def test_other_steps_and_other_cells_are_told(folder, monkeypatch):
     assert [*age.changed(folder)] == ["N = 2: no cell of today", "other: not in the result"]
 
 
+def test_what_is_known_excuses_other_steps_and_nothing_else(folder, monkeypatch):
+    monkeypatch.setitem(age.OLDER, folder.name, "FLOPs were counted otherwise")
+    lines = ["N = 2: 12 steps then, 13 now", "other: not in the result"]
+    assert age.unknown(folder, lines) == lines[1:]
+    assert age.unknown(folder.with_name("another-demo"), lines) == lines
+
+
 def test_of_a_result_of_before_losses_were_kept_cells_and_steps_are_compared(folder):
     rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
     kept = [{key: value for key, value in row.items() if key != "first_loss"} for row in rows]
@@ -75,4 +82,5 @@ def test_every_committed_folder_is_of_a_recipe():
 @pytest.mark.parametrize("folder", age.results(), ids=lambda path: path.name)
 def test_committed_results_are_those_of_todays_code(folder):
     found = [*age.changed(folder)]
+    assert not age.unknown(folder, found)
     assert bool(found) == (folder.name in age.OLDER)

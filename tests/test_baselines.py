@@ -96,6 +96,13 @@ def test_depth_is_added_by_the_shortest_pattern_that_repeats():
         assert added > 0 and made == blocks + pattern * (added // len(pattern))
 
 
+@pytest.mark.parametrize("name", ["one-pass-deeper", "one-pass-wider"])
+def test_where_no_larger_model_fits_that_is_said(name):
+    few = replace(RUN, sleep=RUN.sleep.with_passes(1), train=replace(RUN.train, backprop_passes=None))
+    with pytest.raises(ValueError, match="passes=1 cost less than any larger model"):
+        baseline(name, few)
+
+
 def test_a_wider_model_keeps_its_query_groups():
     grouped = replace(RUN, model=replace(RUN.model, num_kv_heads=2))
     wide = baseline("one-pass-wider", grouped).model

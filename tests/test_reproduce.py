@@ -201,7 +201,7 @@ def test_floors_are_given_for_each_difficulty_and_for_each_cell_where_they_diffe
         for key in (1, 2)
     ]
     page = Result(RECIPES["3"], "k", rows, [], "`made`").page().splitlines()
-    assert "One seed [95 % interval of its answers]." in page
+    assert "Seed 0 [95 % interval of its answers]." in page
     assert "| chance |  |  | 0.125 | 0.125 |" in page
     assert "| constant, one |  |  | 0.210 | 0.220 |" in page
     assert "| constant, two |  |  | 0.310 | 0.320 |" in page
@@ -266,6 +266,55 @@ def test_intervals_of_seeds_and_of_answers_never_share_a_table():
         "`x`",
     )
     assert ten.named_seeds == "seeds 0 ... 9 (N = 2: seeds 0, 2)"
+
+
+def drawn_from(cells, seeds, recipe="rule", **more):
+    """The axes of a figure of cells with these seeds, and its result."""
+    rows = [
+        {"cell": f"cell {i}", "line": f"cell {i}", "seed": seed, "at": 1, "passes": 1, "passes_read": 1,
+         "difficulty": 1, "accuracy": 0.3 + seed / 10, "answers": 100, "step": 1, "tokens": 1, "flops": 1e12,
+         "chance": 0.1, "one hop": 0.2, "no chain": 1.0, **more}
+        for i in range(cells) for seed in range(seeds)
+    ]  # fmt: skip
+    curves = [{**row, "per_difficulty": {"1": row["accuracy"]}} for row in rows]
+    result = Result(
+        replace(RECIPES[recipe], panels=("flops", "difficulty", "final")), "k", rows, curves, "`x`"
+    )
+    return draw(result).axes, result
+
+
+def test_figures_show_the_highest_floor_that_is_not_what_is_asked():
+    axes, result = drawn_from(cells=1, seeds=1)
+    assert results.floor(result.rows) == 0.2
+    for ax, along in zip(axes, ("get_ydata", "get_ydata", "get_xdata"), strict=True):
+        dotted = [line for line in ax.lines if line.get_linestyle() == ":"]
+        assert [{*getattr(line, along)()} for line in dotted] == [{0.2}]
+
+
+def test_figures_show_seeds_and_no_interval_of_two():
+    for seeds in (1, 2, 3):
+        (curves, _, ends), _ = drawn_from(cells=1, seeds=seeds)
+        points = [line for line in curves.lines if line.get_marker() == "."]
+        assert [len(line.get_xdata()) for line in points] == [seeds]
+        assert bool(ends.collections) == (seeds == 3)  # whiskers
+
+
+def test_more_lines_than_colors_are_told_apart():
+    (curves, *_), _ = drawn_from(cells=12, seeds=1)
+    styles = [(line.get_color(), line.get_linestyle()) for line in curves.lines if line.get_label()[0] != "_"]
+    assert len({*styles}) == len(styles) == 12
+
+
+def test_repeats_of_a_measurement_are_no_seeds():
+    recipe = RECIPES["6"]
+    rows = [
+        {"cell": "N = 1", "line": "N = 1", "seed": i, "at": 1, "passes": 1, "passes_read": 1, "step": 4,
+         "tokens_per_second": 10.0 + i, "flops": 1e12} for i in range(3)
+    ]  # fmt: skip
+    assert (
+        "\nMean over 3 measurements [95 % interval over them].\n"
+        in Result(recipe, "", rows, [], "`x`").page()
+    )
 
 
 def test_one_run_at_both_budgets_stands_in_both_blocks():

@@ -9,6 +9,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from math import isnan
 from pathlib import Path
 
 from lmsleep.files import write_atomic
@@ -75,7 +76,9 @@ def side_by_side(result: Result, ends: Sequence[int]) -> list[list[str]]:
         ]
         lines.append([line, *(result.figure(rows) if rows else "" for rows in found)])
     for name, known in floors(result.rows, ends):
-        lines.append([f"floor: {name}", *(f"{low:.3f}" for low in known for _ in HEADS)])
+        lines.append(
+            [f"floor: {name}", *("" if isnan(low) else f"{low:.3f}" for low in known for _ in HEADS)]
+        )
     return lines
 
 

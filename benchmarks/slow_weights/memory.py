@@ -73,7 +73,7 @@ def memory(texts: int, tiny: bool) -> Table:
     return Table(
         rows=[row.cells(texts) for row in rows.values()],
         note=f"{'A tiny model' if tiny else MODEL} in float32; {texts} texts of {FACTS} facts and at most "
-        f"{length} tokens (task recall, its test), read in N = {sleep.passes} pass and evicted into S. "
+        f"{length} tokens (task recall, its test), read with N = {sleep.passes} and evicted into S. "
         "Adapters are asked with S cleared and nothing in view; that of S is made of what the model with S "
         "writes after a line end. Answers: all their tokens are the likeliest (95 % interval, Wilson, as if "
         "the questions of a text were independent; guessing among the answers of its kind in a text "

@@ -40,7 +40,7 @@ class EvalOptions(MethodOptions):
     length: int | None = None
     """Tokens in a sequence of text; default the run's own, or four windows."""
     split: Split = "test"
-    """test: samples that training never draws; train: such as it draws, to tell what was learned by heart."""
+    """test: held-out samples; train: such as training draws, to tell what was learned by heart."""
     after: int | None = None
     """Count as "after eviction" what is predicted from this position on; default: the window."""
     data: tuple[Path, ...] = ()
@@ -87,14 +87,16 @@ def evaluate_run(argv: list[str]) -> None:
                 and sleep.window is not None
                 and task.segment % sleep.window == 0
             ):
-                around[n] = around_sleep(model, task, sleep, **how)
+                around[n] = around_sleep(model, task, sleep, split=options.split, **how)
     if options.json:
-        passes = {str(n): _eval_json(task, score, around.get(n)) for n, score in result.items()}
+        passes = {
+            str(n): _eval_json(task, score, around.get(n), options.split) for n, score in result.items()
+        }
         document = {"run": str(options.run), "split": options.split, "passes": passes}
         document["floors"] = task.floors()
         sys.stdout.write(to_json(document) + "\n")
     else:
-        sys.stdout.write(_eval_text(task, result, around))
+        sys.stdout.write(_eval_text(task, result, around, options.split))
 
 
 class _Evaluated(NamedTuple):
@@ -137,23 +139,24 @@ def _evaluated(place: Place, options: EvalOptions) -> _Evaluated:
     return _Evaluated(model, task, sleep, train.batch_size, train.accumulate)
 
 
-def _eval_json(task: Task, score: Score, around: AroundSleep | None) -> dict[str, Any]:
+def _eval_json(task: Task, score: Score, around: AroundSleep | None, split: Split) -> dict[str, Any]:
     """Return the figures of one number of passes in JSON-ready form."""
     document = score.to_dict()
-    if isinstance(task, Text) and not task.asks:
+    # Bytes per token are those of what is held out.
+    if isinstance(task, Text) and not task.asks and (split == "test" or task.unit == "byte"):
         document["bits_per_byte"] = score.bits() / task.bytes_per_token
     if around is not None:
         document["around_sleep"] = around.to_list()
     return document
 
 
-def _eval_text(task: Task, result: dict[int, Score], around: dict[int, AroundSleep]) -> str:
+def _eval_text(task: Task, result: dict[int, Score], around: dict[int, AroundSleep], split: Split) -> str:
     """Write a line for each number of passes, then the floors, for a terminal."""
-    lines, floors = [], task.floors()
+    lines, floors = ["samples as in training:"] if split == "train" else [], task.floors()
     for passes, score in result.items():
         line = f"N = {passes}:"
         if isinstance(task, Text) and not task.asks:
-            line += f" {bits_text(task, score.bits())}"
+            line += f" {bits_text(task, score.bits(), split)}"
             if score.tokens["after_eviction"]:
                 line += f", {score.bits('after_eviction'):.4f} after eviction"
                 line += f" ({score.tokens['after_eviction']} {task.unit}s)"

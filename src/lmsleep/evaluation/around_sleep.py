@@ -13,6 +13,7 @@ from lmsleep.evaluation.score import EVAL_SEED
 from lmsleep.sleep import Backbone, SleepConfig, evict, read_window
 from lmsleep.state import State
 from lmsleep.tasks import batch_rng
+from lmsleep.text import Split
 
 MOMENTS = ("before", "awake", "after")
 
@@ -67,6 +68,7 @@ def around_sleep(
     batches: int = 8,
     batch_size: int = 64,
     seed: int = EVAL_SEED,
+    split: Split = "test",
     device: torch.device | str = "cpu",
 ) -> AroundSleep:
     """Read held-out streams window by window; before and after each sleep predict what lies ahead.
@@ -83,7 +85,7 @@ def around_sleep(
         raise ValueError(f"segment={task.segment} must be a multiple of the window, got window={L}")
     nats, tokens = np.zeros((task.segment // L, len(MOMENTS))), np.zeros(task.segment // L, dtype=np.int64)
     for index in range(batches):
-        segments = torch.from_numpy(task.segments_of(batch_rng(seed, "test", index), batch_size, more=L))
+        segments = torch.from_numpy(task.segments_of(batch_rng(seed, split, index), batch_size, more=L))
         state = model.initial_state(batch_size)
         for number, segment in enumerate(segments.to(device).unbind(1)):
             *windows, _ = pieces = segment.split(L, dim=1)

@@ -68,7 +68,7 @@ def page(seen: Seen) -> str:
             parts.append(f"<h2>{title}</h2>\n{_table(rows)}")
     about = ", ".join(
         f"{name.replace('_', ' ')} {seen.about[name]}"
-        for name in ("model", "window", "method", "passes", "eviction", "sequences", "tokens")
+        for name in ("model", "window", "way", "passes", "eviction", "sequences", "tokens")
     )
     subject = html.escape(str(seen.about["subject"]))
     top = f"<h1>Under the microscope: {subject}</h1>\n<p>{html.escape(about)}</p>"

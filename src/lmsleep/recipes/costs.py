@@ -38,7 +38,8 @@ def costs(model: Any, run: RunConfig) -> dict[str, Any]:
     batch = run.task.batch(batch_rng(0, "test", 0), 1, "test")
     if batch.context is None:
         raise ValueError(f"{run.task_name} has no context, so nothing is kept of it")
-    context = batch.context[:1].to(next(model.parameters()).device)
+    device = next(model.parameters()).device
+    context = torch.tensor([batch.row(0)[0]], device=device)  # without padding
     torch.set_num_threads(1)  # products are small, and the clock is that of this thread
 
     @torch.no_grad()

@@ -33,10 +33,13 @@ def estimate(cells: Sequence[Cell], seeds: int) -> Iterator[dict[str, Any]]:
     # As runs side by side have it; besides, the clock of `_clock` is that of one thread.
     torch.set_num_threads(1)
     rates: dict[str, float] = {}
+    made: dict[str, Model] = {}
     for cell in progress(iterable=_with_starts(cells), desc="cells", leave=False):
         config, train = cell.config, cell.config.train
-        shapes = kind_of(config.model).shapes(config.model)
-        seconds = None
+        config, name = _startable(cell), repr(config.model)
+        if name not in made:
+            made[name] = kind_of(config.model).shapes(config.model)
+        shapes, seconds = made[name], None
         if choose_device(train.device).type == "cpu" and sum(p.numel() for p in shapes.parameters()) > LARGE:
             flops = training_flops(config, partial(_played, shapes))
         else:
@@ -88,6 +91,15 @@ def _with_starts(cells: Sequence[Cell]) -> list[Cell]:
         starts = [] if cell.start is None else _with_starts([cell.start])
         found |= {c.folder_for(0): c for c in [*starts, cell]}
     return [cell for name, cell in found.items() if name not in shared]
+
+
+def _startable(cell: Cell) -> RunConfig:
+    """Return a run whose model is there: of one whose folder the run before it writes, that run's."""
+    config, source = cell.config, kind_of(cell.config.model).source(cell.config.model)
+    if cell.start is None or source is None or source.exists():
+        return config
+    before: Any = cell.start.config.model
+    return replace(config, model=replace(config.model, folder=before.folder, insert=before.insert))
 
 
 def _probe(config: RunConfig) -> tuple[RunConfig, float]:

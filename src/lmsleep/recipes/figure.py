@@ -141,7 +141,11 @@ def _lines(ax: Axes, panel: str, result: Result) -> None:
         _band(ax, line, [(r[key], r[key], r[recipe.value]) for r in points], marker="o")
     if recipe.value == "accuracy":
         shown = rows if key == "difficulty" else _hardest(result)
-        ax.plot(*zip(*((x, floor(some)) for x, some in sorted(_groups(shown, key))), strict=True), **FLOOR)
+        floors = sorted((x, floor(some)) for x, some in _groups(shown, key))
+        if len(floors) == 1:
+            ax.axhline(floors[0][1], **FLOOR)
+        else:
+            ax.plot(*zip(*floors, strict=True), **FLOOR)
     places = [row[key] for row in result.rows]
     # Places that span more than a decade, such as 1 ... 1000 sleeps, would crowd at the left.
     if max(places) > 20 * max(min(places), 1):

@@ -111,8 +111,9 @@ class Result:
         mean = f"Mean over {named} [95 % interval over them]."
         if self.seeds < 3:
             mean = f"S{named[1:]}{' [95 % interval of its answers]' if self.seeds == 1 else ''}."
-        if self.recipe.value != "accuracy" and self.seeds < 2:
-            mean = "One measurement, hence no interval."
+        if self.recipe.value != "accuracy":  # repeats of a measurement
+            mean = f"Mean over {self.seeds} measurements [95 % interval over them]."
+            mean = mean if self.seeds > 1 else "One measurement, hence no interval."
         return f"# {self.recipe.title}\n\n{said}\n\n{mean}\n\n{as_markdown(self.lines())}\n\n{self.made_by}\n"
 
     def save(self, folder: Path) -> None:
@@ -277,8 +278,11 @@ def _mean(values: Sequence[float], digits: int = 3) -> str:
 
 
 def floor(rows: Sequence[Row]) -> float:
-    """Return the highest that is reached without what is asked for: the line below which nothing is known."""
-    return max(row[name] for row in rows for name in FLOORS if name in row)
+    """Return the highest accuracy that is had without what is asked for.
+
+    One of 1 is left out: of one hop all is had by who knows one hop, and that is what is asked.
+    """
+    return max(row[name] for row in rows for name in FLOORS if row.get(name, 1) < 1)
 
 
 def floors(rows: Sequence[Row], keys: Sequence[int]) -> Iterator[tuple[str, list[float]]]:

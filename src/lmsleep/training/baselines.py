@@ -186,9 +186,9 @@ def _transformer(run: RunConfig, sleep: SleepConfig) -> RunConfig:
 
 
 def _grown(run: RunConfig, model: Callable[[int], HybridConfig]) -> RunConfig:
-    """Return N = 1 with the largest of `model(1), model(2), ...` whose step costs no more than one of `run`.
+    """Return N = 1 with the largest of `model(2), model(3), ...` whose step costs no more than one of `run`.
 
-    What is left of the FLOPs goes into steps.
+    What is left of the FLOPs goes into steps. Raises ValueError where none costs so little.
     """
     if run.architecture.overrides:
         raise ValueError("overrides: a larger model leaves open which of its blocks they are for")
@@ -200,4 +200,9 @@ def _grown(run: RunConfig, model: Callable[[int], HybridConfig]) -> RunConfig:
         if flops_per_step(larger) > limit:
             break
         largest = larger
+    if largest.model == run.model:
+        raise ValueError(
+            f"passes={run.sleep.passes} cost less than any larger model in one pass: compare with "
+            "one-pass-longer, or more passes"
+        )
     return equal_compute(largest, run)
