@@ -6,7 +6,7 @@ import torch
 from lmsleep import GradientSteps, HybridConfig, HybridLM, SleepConfig, Sliding
 from lmsleep.tasks import Depo, batch_rng
 from lmsleep.tasks.reading import read_batch
-from lmsleep.training import BASELINES, RunConfig, TrainConfig, baseline, flops_per_step
+from lmsleep.training import BASELINES, RunConfig, TrainConfig, baseline, baselines, flops_per_step
 
 RUN = RunConfig(
     task=Depo(nodes=6, hops=2, queries=4, names=6, name_lengths=(1, 1), ask="fork"),
@@ -88,12 +88,17 @@ def test_equal_compute_is_equal_to_within_a_step(name):
     assert made.train.steps >= RUN.train.steps
 
 
-def test_depth_is_added_by_the_shortest_pattern_that_repeats():
-    pairs, triple = 2 * ("attention", "gated_delta_net"), ("attention", "gated_delta_net", "gated_delta_net")
-    for blocks, pattern in ((pairs, pairs[:2]), (triple, triple)):
-        made = baseline("one-pass-deeper", replace(RUN, model=replace(RUN.model, blocks=blocks))).model.blocks
-        added = len(made) - len(blocks)
-        assert added > 0 and made == blocks + pattern * (added // len(pattern))
+def test_depth_is_added_by_the_shortest_pattern_that_repeats(monkeypatch):
+    # A block costs 1 a pass, and 3 are spent besides: twice 7 pay a pass over 11 blocks.
+    monkeypatch.setattr(
+        baselines, "flops_per_step", lambda run: (len(run.model.blocks) + 3) * run.sleep.passes
+    )
+    monkeypatch.setattr(baselines, "training_flops", lambda run: 1000)
+    twice = replace(RUN, sleep=RUN.sleep.with_passes(2))
+    pair, triple = RUN.model.blocks, (*RUN.model.blocks, "attention")
+    for blocks, deeper in ((2 * pair, 5 * pair), (pair, 3 * pair), (triple, 3 * triple)):
+        made = baseline("one-pass-deeper", replace(twice, model=replace(RUN.model, blocks=blocks)))
+        assert made.model.blocks == deeper
 
 
 @pytest.mark.parametrize("name", ["one-pass-deeper", "one-pass-wider"])
