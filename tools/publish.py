@@ -22,7 +22,7 @@ from lmsleep.recipes.table import as_markdown, published
 ROOT = Path(__file__).parents[1]
 COMMITTED = ROOT / "src/lmsleep/recipes/committed"
 # Of rivals: the difficulties that are shown; else the easiest and the hardest.
-SHOWN = {"rivals-word-problem": (3, 4)}
+SHOWN = {"rivals-word-problem": (3, 4), "rivals-variables": (0, 1)}
 PAGES = (ROOT / "README.md", ROOT / "docs/demo.md", ROOT / "docs/rivals.md")
 
 
