@@ -10,6 +10,7 @@ import numpy as np
 from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from lmsleep.evaluation import mean_interval
 from lmsleep.heatmap import heat_map
@@ -237,6 +238,8 @@ def _frontier(ax: Axes, panel: str, result: Result, difficulty: int) -> None:
         ax.set_xscale("symlog", linthresh=512, subs=[1])
     else:
         ax.set_xscale("log")
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 3)))  # more labels would run into each other
+        ax.xaxis.set_minor_formatter(NullFormatter())
     ax.axhline(floor(rows), **FLOOR)  # behind the scale, which the limits of x depend on
     ax.set(xlabel=KEPT[panel], ylabel=f"held-out accuracy, {result.key} = {difficulty}")
 
