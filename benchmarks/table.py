@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lmsleep.evaluation import wilson
 from lmsleep.recipes.table import as_markdown, source
 
 Cell = str | int | float | None
@@ -23,6 +24,12 @@ def _text(cell: Cell) -> str:
     if isinstance(cell, float):
         return f"{cell:,.0f}" if abs(cell) >= 100 else f"{cell:.3g}"
     return f"{cell:,}" if isinstance(cell, int) else cell or ""
+
+
+def share(right: int, asked: int) -> str:
+    """Write the share of right answers with its 95 % interval (Wilson)."""
+    low, high = wilson(right, asked)
+    return f"{right / asked:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def as_page(result: Mapping[str, Any]) -> str:

@@ -23,6 +23,7 @@ from lmsleep.hf import load_pretrained, sleepify
 from lmsleep.progress import progress
 from lmsleep.session import Distillation, SlowWeights
 from lmsleep.session.distillation import Lesson, Teacher
+from lmsleep.tasks import Batch
 from lmsleep.text.tokenizers import load_tokenizer
 
 # peft asks transformers for it.
@@ -422,11 +423,15 @@ def test_an_answer_is_right_when_each_of_its_tokens_is_the_likeliest(model):
     state = read.stream.state  # S is heard
     h, _ = model.run(model.embed(tokens[None]), state, 0, model.num_blocks)
     said = model.head(h)[0]
-    likeliest, places = said.argmax(-1), torch.arange(5)
-    right, bits = answered(model, state, torch.cat([tokens[:4], likeliest[3:4]]), places == 4)
+    likeliest, place = said.argmax(-1), torch.arange(5)[None] == 4
+
+    def score(state, last):
+        row = torch.cat([tokens[:4], last])[None]
+        found = answered(model, state, Batch(row, place, torch.where(place, 0, -1), torch.zeros(1).long()))
+        return found.accuracy == 1, found.answer_nll[0] / math.log(2)
+
+    right, bits = score(state, likeliest[3:4])
     assert right and bits == pytest.approx(-float(said[3].log_softmax(-1).max()) / math.log(2))
     wrong = (likeliest[3:4] + 1) % model.vocab_size
-    assert not answered(model, state, torch.cat([tokens[:4], wrong]), places == 4)[0]
-    assert answered(model, model.initial_state(1), torch.cat([tokens[:4], wrong]), places == 4)[
-        1
-    ] != pytest.approx(answered(model, state, torch.cat([tokens[:4], wrong]), places == 4)[1])
+    assert not score(state, wrong)[0]
+    assert score(model.initial_state(1), wrong)[1] != pytest.approx(score(state, wrong)[1])

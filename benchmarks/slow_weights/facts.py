@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.models import language_model
-from benchmarks.table import Cell, Table
+from benchmarks.table import Cell, Table, share
 from lmsleep import Session, SleepConfig, adapt
-from lmsleep.evaluation import wilson
 from lmsleep.evaluation.facts import CHOICES, Quiz
 from lmsleep.evaluation.slow_weights import nats
 from lmsleep.hf import insert_memory_layers
@@ -43,13 +42,13 @@ def facts(texts: int, tiny: bool) -> Table:
     if tiny:
         ways = {what: Distillation(steps=2, samples=1, length=4) if isinstance(way, Distillation) else way
                 for what, way in ways.items()}  # fmt: skip
-    prose = torch.tensor(tokenizer.encode(PROSE.read_text()))[: 4 * L].split(L)
+    others = prose(tokenizer, L)
     rows = [_Row(way) for way in ways]
     for seed in range(texts):
         piece, other = (_filler(tokenizer, L, Random(2 * seed + i)) for i in range(2))
         quiz = Quiz.draw(tokenizer, piece, L, torch.Generator().manual_seed(seed))
         for row, way in zip(rows, ways.values(), strict=True):
-            row.read(model, tokenizer, quiz, way, seed, {"other": [other], "prose": prose})
+            row.read(model, tokenizer, quiz, way, seed, {"other": [other], "prose": others})
     return Table(
         rows=[row.cells() for row in rows],
         note=f"{name} in float32; {texts} texts of {L} tokens with four planted facts each. Facts: the right "
@@ -107,12 +106,10 @@ class _Row:
 
     def cells(self) -> dict[str, Cell]:
         """Return the row of the table."""
-        n, right = len(self.right), sum(self.right)
-        low, high = wilson(right, n)
         texts, trained = len(self.bits["text"]), bool(self.cost["tokens"])
         return {
             "what is known by": self.name,
-            "facts": f"{right / n:.2f} [{low:.2f}, {high:.2f}]",
+            "facts": share(sum(self.right), len(self.right)),
             "bits an answer": _mean(self.bits["answer"]),
             "bits a token: text": _mean(self.bits["text"]),
             "other text": _mean(self.bits["other"]),
@@ -125,6 +122,11 @@ class _Row:
 
 def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
+
+
+def prose(tokenizer: Tokenizer, length: int) -> tuple[Tensor, ...]:
+    """Return four windows of a text that no model here was trained on, `[length]` each."""
+    return torch.tensor(tokenizer.encode(PROSE.read_text()))[: 4 * length].split(length)
 
 
 def _filler(tokenizer: Tokenizer, length: int, random: Random) -> Tensor:

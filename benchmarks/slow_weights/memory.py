@@ -4,31 +4,29 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import lmsleep
 from benchmarks.models import tiny_llama
-from benchmarks.table import Cell, Table
+from benchmarks.slow_weights.facts import PROSE, prose
+from benchmarks.table import Cell, Table, share
 from lmsleep import Session, SleepConfig, adapt, shipped
-from lmsleep.evaluation import wilson
+from lmsleep.evaluation import Score
 from lmsleep.evaluation.slow_weights import nats
 from lmsleep.hf import insert_memory_layers
 from lmsleep.session import Distillation
 from lmsleep.sleep import Backbone
 from lmsleep.state import State
-from lmsleep.tasks import Recall, batch_rng
+from lmsleep.tasks import Batch, Recall, batch_rng
+from lmsleep.tasks.reading import read_batch
 from lmsleep.text.tokenizers import Bytes, Tokenizer
 
 MODEL, BASE = "smollm2-sleeps", "smollm2"
-PROSE = Path(__file__).parents[2] / "CONTRIBUTING.md"
 FACTS = 4
 NOTHING, MEMORY, IN_VIEW = "nothing", "S", "the text in attention"
 SPOKEN, TEXT, BOTH = "adapter of S", "adapter of the text", "adapter of the text and S"
-
-Asked = tuple[list[int], list[int]]  # tokens of a question with its answer; -1 where none is answered
 
 
 def memory(texts: int, tiny: bool) -> Table:
@@ -44,11 +42,11 @@ def memory(texts: int, tiny: bool) -> Table:
     )
     steps, written = (2, 4) if tiny else (40, 16)
     how = Distillation(steps=steps, samples=8, length=written)
-    prose = torch.tensor(tokenizer.encode(PROSE.read_text()))[: 4 * length].split(length)
+    windows = prose(tokenizer, length)
     rows = {name: _Row(name) for name in (NOTHING, MEMORY, IN_VIEW, SPOKEN, TEXT, BOTH)}
     for seed in range(texts):
         batch = task.batch(batch_rng(0, "test", seed), 1, "test")
-        text, asked = batch.row(0)[0], [batch.row(i)[1:] for i in range(len(batch.tokens))]
+        text = batch.row(0)[0]
         fresh, slept, awake = (
             Session(model, how_to, tokenizer) for how_to in (sleep, sleep, replace(sleep, window=None))
         )
@@ -57,7 +55,7 @@ def memory(texts: int, tiny: bool) -> Table:
         slept.sleep()
         cleared = fresh.stream.state
         for name, session in ((NOTHING, fresh), (MEMORY, slept), (IN_VIEW, awake)):
-            rows[name].ask(model, session.stream.state, asked, prose)
+            rows[name].ask(model, session.stream.state, batch, windows)
         more = replace(how, seed=seed)
         for name, session, told, distillation in (
             (SPOKEN, slept, None, replace(more, samples=2 * how.samples)),
@@ -69,7 +67,7 @@ def memory(texts: int, tiny: bool) -> Table:
             rows[name].seconds += time.process_time() - begin
             rows[name].tokens += made.text_tokens + made.sampled_tokens
             rows[name].bytes = made.nbytes
-            rows[name].ask(made.model, cleared, asked, prose)
+            rows[name].ask(made.model, cleared, batch, windows)
     return Table(
         rows=[row.cells(texts) for row in rows.values()],
         note=f"{'A tiny model' if tiny else MODEL} in float32; {texts} texts of {FACTS} facts and at most "
@@ -87,26 +85,22 @@ class _Row:
     """One way of knowing a text, over all texts."""
 
     def __init__(self, name: str) -> None:
-        self.name, self.right = name, list[bool]()
-        self.answer, self.prose = list[float](), list[float]()
+        self.name, self.scores, self.prose = name, list[Score](), list[float]()
         self.tokens, self.bytes, self.seconds = 0, 0, 0.0
 
-    def ask(self, model: Backbone, state: State, asked: Sequence[Asked], prose: Sequence[Tensor]) -> None:
-        """Ask all questions of one text, each for itself, and predict prose."""
-        for tokens, answers in asked:
-            right, bits = answered(model, state, torch.tensor(tokens), torch.tensor(answers) >= 0)
-            self.right.append(right)
-            self.answer.append(bits)
-        self.prose.append(nats(model, prose, state) / math.log(2))
+    def ask(self, model: Backbone, state: State, batch: Batch, windows: Sequence[Tensor]) -> None:
+        """Ask all questions of one text, and predict prose."""
+        self.scores.append(answered(model, state, batch))
+        self.prose.append(nats(model, windows, state) / math.log(2))
 
     def cells(self, texts: int) -> dict[str, Cell]:
         """Return the row of the table."""
-        n, right, trained = len(self.right), sum(self.right), self.tokens > 0
-        low, high = wilson(right, n)
+        score, trained = Score.joined(self.scores), self.tokens > 0
+        right, asked = (sum(counts.values()) for counts in (score.correct, score.total))
         return {
             "what is known by": self.name,
-            "answers": f"{right / n:.2f} [{low:.2f}, {high:.2f}]",
-            "bits an answer": sum(self.answer) / n,
+            "answers": share(right, asked),
+            "bits an answer": sum(score.answer_nll.values()) / asked / math.log(2),
             "bits a token of prose": sum(self.prose) / texts,
             "distilled on": round(self.tokens / texts) if trained else None,
             "CPU seconds": self.seconds / texts if trained else None,
@@ -115,20 +109,21 @@ class _Row:
 
 
 @torch.no_grad()
-def answered(model: Backbone, state: State, tokens: Tensor, answer: Tensor) -> tuple[bool, float]:
-    """Return whether the model says the answer, and the bits that it takes.
+def answered(model: Backbone, state: State, batch: Batch) -> Score:
+    """Score the rows of a batch, each on its own fork of what was read before.
 
     Args:
         model: any `Backbone`.
         state: what was read before, one row.
-        tokens: `[t]` int64, a question and its answer.
-        answer: `[t]` bool, what of them is the answer.
+        batch: questions with their answers; its context is not read.
     """
-    h = model.embed(tokens[None].to(model.device))
-    logits = model.head(model.run(h, state, 0, model.num_blocks)[0])[0, :-1].cpu()
-    wanted, asked = tokens[1:], answer[1:]
-    bits = -logits.log_softmax(-1).gather(1, wanted[:, None])[:, 0] / math.log(2)
-    return bool((logits.argmax(-1) == wanted)[asked].all()), float(bits[asked].sum())
+    rows = replace(batch, context=None, context_row=None, context_lengths=None)
+    forks = state.rows([0] * len(rows.tokens))
+    logits = read_batch(model, rows, SleepConfig(), state=forks, return_logits=True).logits
+    assert logits is not None
+    score = Score()
+    score.add(rows, logits)
+    return score
 
 
 def _tiny() -> tuple[Backbone, SleepConfig, Tokenizer]:
