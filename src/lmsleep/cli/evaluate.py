@@ -74,9 +74,9 @@ def evaluate_run(argv: list[str]) -> None:
     sleeps = {n: own.with_passes(n) for n in options.passes or (own.passes,)}
     with progress(total=len(sleeps) * options.batches, desc="batches", leave=False) as bar:
         for n, sleep in sleeps.items():
-            how: dict[str, Any] = {"batches": options.batches, "batch_size": size, "device": model.device}
+            how: dict[str, Any] = {"batches": options.batches, "batch_size": size, "split": options.split}
+            how["device"] = model.device
             counted: dict[str, Any] = {"after": options.after, "parts": parts, "progress": bar.update}
-            counted["split"] = options.split
             share = (processes.rank, processes.size)
             score = evaluate(model, task, sleep, share=share, **counted, **how)
             result[n] = Score.joined(processes.gather(score))
@@ -87,7 +87,7 @@ def evaluate_run(argv: list[str]) -> None:
                 and sleep.window is not None
                 and task.segment % sleep.window == 0
             ):
-                around[n] = around_sleep(model, task, sleep, split=options.split, **how)
+                around[n] = around_sleep(model, task, sleep, **how)
     if options.json:
         passes = {
             str(n): _eval_json(task, score, around.get(n), options.split) for n, score in result.items()

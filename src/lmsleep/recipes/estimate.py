@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from lmsleep.backbones import Model, build, kind_of
+from lmsleep.evaluation.cost import on_meta
 from lmsleep.progress import progress
 from lmsleep.recipes.recipe import Cell, Recipe
 from lmsleep.tasks import batch_rng
@@ -34,13 +35,18 @@ def estimate(cells: Sequence[Cell], seeds: int) -> Iterator[dict[str, Any]]:
     torch.set_num_threads(1)
     rates: dict[str, float] = {}
     made: dict[str, Model] = {}
+
+    def shapes_of(model: Any) -> Model:
+        name = repr(model)
+        if name not in made:  # one that is pretrained has been loaded for it, and need not stay
+            made[name] = on_meta(kind_of(model).shapes(model))
+        return made[name]
+
     for cell in progress(iterable=_with_starts(cells), desc="cells", leave=False):
         config, train = cell.config, cell.config.train
-        config, name = _startable(cell), repr(config.model)
-        if name not in made:
-            made[name] = kind_of(config.model).shapes(config.model)
-        shapes, seconds = made[name], None
-        if choose_device(train.device).type == "cpu" and sum(p.numel() for p in shapes.parameters()) > LARGE:
+        config, seconds = _startable(cell), None
+        shapes = shapes_of(config.model) if choose_device(train.device).type == "cpu" else None
+        if shapes is not None and sum(p.numel() for p in shapes.parameters()) > LARGE:
             flops = training_flops(config, partial(_played, shapes))
         else:
             flops = training_flops(config)

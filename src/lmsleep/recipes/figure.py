@@ -245,7 +245,8 @@ def _frontier(ax: Axes, panel: str, result: Result, difficulty: int) -> None:
 
 
 def _hardest(result: Result) -> list[Row]:
-    return [row for row in result.rows if row["difficulty"] == max(result.difficulties)]
+    hardest = max(result.difficulties)
+    return [row for row in result.rows if row["difficulty"] == hardest]
 
 
 def _groups(rows: Sequence[Row], key: str) -> list[tuple[Any, list[Row]]]:

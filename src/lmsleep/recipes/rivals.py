@@ -23,6 +23,7 @@ HEADS = {"1/4": 8, "1": 16, "4": 32}  # size of a head of S, by its share of the
 WIDTH, NUM_HEADS = 64, 4
 MLP = 32  # of attention models, which then have about the parameters of the hybrid at its own bytes
 NUMBER = 4  # bytes of a float32
+TOKENS = ("memory tokens", "GradMem")
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Bench:
     steps: int
     curriculum: float
     batch_size: int = 64
-    later: tuple[str, ...] = ("memory tokens", "GradMem")
+    later: tuple[str, ...] = TOKENS
     """Methods that few steps are left to: trained longer too, to tell "later" from "not at all"."""
 
 
@@ -69,7 +70,7 @@ BENCHES = {
         window=12,
         steps=400,
         curriculum=0.35,
-        later=("N = 4", "memory tokens", "GradMem"),
+        later=("N = 4", *TOKENS),
     ),
     "gsm-infinite": Bench(
         "short GSM-Infinite: in words, two operations are a look-up, three mostly a chain of two",
@@ -87,7 +88,7 @@ BENCHES = {
         steps=150,
         curriculum=0,
         batch_size=32,
-        later=("N = 4", "memory tokens", "GradMem"),
+        later=("N = 4", *TOKENS),
     ),
 }
 
