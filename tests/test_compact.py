@@ -248,14 +248,16 @@ class Bare:
 def test_what_it_cannot_serve_is_refused_in_one_line():
     without = lively(tiny("gated_delta_net", "gated_linear"))
     for model, said in (
-        (without, "the model has no attention"),
-        (Bare(), "Bare cannot read keys that were kept"),
+        (without, "the model has no attention, .*; choose hard or sliding"),
+        (Bare(), "Bare cannot read keys that were kept; choose hard or sliding"),
     ):
         with pytest.raises(ValueError, match=said):
             Session(model, compacting())
         with pytest.raises(ValueError, match=said):
             sleep_forward(model, random_tokens(1, 2 * L), None, compacting())
-    for name in ("keys", "bytes", "reach"):
+    with pytest.raises(ValueError, match="reach=0 of Compact must be at least 1"):
+        Compact(reach=0)
+    for name in ("keys", "bytes"):
         with pytest.raises(ValueError, match=f"{name}=0 of Compact keeps nothing"):
             Compact(**{name: 0})
     with pytest.raises(ValueError, match="keys=4 and bytes=4096 of Compact say the same in two ways"):

@@ -51,6 +51,20 @@ def test_a_saved_model_is_loaded(name, tmp_path):
     assert torch.equal(again(x).logits, model(x).logits)
 
 
+def test_a_family_of_our_own_is_imported_with_its_folder_and_no_other(tmp_path):
+    for name in ("qwen3_5", "jet_nemotron", "ouro"):
+        family(name).save_pretrained(tmp_path / name)
+    code = (
+        "import sys, lmsleep.hf as hf, lmsleep.hf.loading as loading\n"
+        "for folder in sys.argv[1:]:\n"
+        "    hf.load_pretrained(folder)\n"
+        "    print(*(m for m in loading.FAMILIES if loading.FAMILIES[m] in sys.modules))"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", code, "qwen3_5", "jet_nemotron", "ouro"]
+    said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert said.splitlines() == ["", "jet_nemotron", "jet_nemotron ouro"]
+
+
 def test_dtype_and_attention_are_as_asked(folder):
     assert load_pretrained(folder).dtype == torch.float32
     model = load_pretrained(folder, dtype=torch.bfloat16, attn_implementation="eager")

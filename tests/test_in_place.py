@@ -186,7 +186,7 @@ def test_it_trains_is_scored_and_reads_on_the_command_line(tmp_path, capsys):
         ),
         (
             lambda: Session(HybridLM(tiny("attention", in_place_mlp=True)), sleeping(GradMem(2))),
-            "^memory tokens are for models that have some",
+            "^GradMem is for models with memory tokens",
         ),
         (
             lambda: sleep_forward(HybridLM(CONFIG), TOKENS, None, sleeping(InPlace(2)), backprop_passes=1),

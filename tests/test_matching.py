@@ -114,6 +114,31 @@ def test_what_is_fitted_answers_its_queries_better_than_the_same_keys_as_they_ar
     assert bool(found.bias.isfinite().all()) and bool(found.values.isfinite().all())
 
 
+@given(st.integers(2, 7), st.integers(1, 12), st.data(), st.integers(0, 10**6))
+def test_the_whole_fit_is_that_of_a_direct_solver(T, n, data, seed):
+    t = data.draw(st.integers(1, T - 1))
+    q, k, v, bias = problem(T, n, seed=seed)
+    found = few(q, k, v, bias, t)
+    for row in range(2):
+        i = found.chosen[row].numpy()
+        scores = (q[row] @ k[row].mT + bias[row]).numpy()
+        paid = np.exp(scores) / np.exp(scores).sum(axis=1, keepdims=True)
+        of_kept = paid[:, i]
+        # How much each key must weigh for all to take the attention of all keys.
+        pull = PULL * (of_kept**2).sum(axis=0).mean()
+        weights = best_of_all_supports(of_kept.T @ of_kept + pull * np.eye(t), of_kept.sum(axis=0) + pull)
+        heavy = weights > 0
+        assert np.allclose((found.bias[row] - bias[row][i]).exp()[heavy], weights[heavy], rtol=1e-6)
+        assert bool((found.bias[row][~torch.from_numpy(heavy)] == ABSENT).all())
+        # What attention over the kept keys then pays them, and the values that it needs.
+        shares = of_kept * weights / (of_kept * weights).sum(axis=1, keepdims=True)
+        assert np.allclose((q[row] @ k[row][i].mT + found.bias[row]).softmax(-1), shares, atol=1e-9)
+        root = np.sqrt(PULL * (shares**2).sum(axis=0).mean())
+        wanted = np.concatenate([paid @ v[row].numpy(), root * v[row][i].numpy()])
+        solved = np.linalg.lstsq(np.concatenate([shares, root * np.eye(t)]), wanted, rcond=None)[0]
+        assert np.allclose(found.values[row], solved, rtol=1e-5, atol=1e-7)
+
+
 def test_each_method_keeps_what_it_says():
     q, k, v, bias = problem()
     weights = (q @ k.mT + bias[:, None]).softmax(-1)

@@ -175,7 +175,7 @@ def test_it_trains_is_scored_and_reads_on_the_command_line(tmp_path, capsys):
     [
         (
             lambda: find_kind("hf").check(FineTune(folder=Path("model")), sleeping(GradMem(2))),
-            "^memory tokens are for models that have some, .*models of transformers have none",
+            "^GradMem is for models with memory tokens, .*models of transformers have none",
         ),
         (lambda: replace(CONFIG, memory_tokens=-1), "^memory_tokens must be finite and not negative, got -1"),
         (lambda: tiny(memory_tokens=2), "^memory_tokens=2 is for models that keep nothing else: attention"),
@@ -190,11 +190,11 @@ def test_it_trains_is_scored_and_reads_on_the_command_line(tmp_path, capsys):
         ),
         (
             lambda: sleep_forward(HybridLM(tiny("attention")), TOKENS, None, sleeping(GradMem(2))),
-            r"^memory tokens are for models that have some, HybridConfig\(memory_tokens=m\)",
+            r"^GradMem is for models with memory tokens, HybridConfig\(memory_tokens=m\)",
         ),
         (
             lambda: Session(HybridLM(tiny()), sleeping(MemoryTokens(2))),
-            r"^memory tokens are for models that have some, .*models of transformers have none",
+            r"^MemoryTokens is for models with memory tokens, .*models of transformers have none",
         ),
         (
             lambda: Session(HybridLM(CONFIG), sleeping(Passes(2))),
@@ -208,11 +208,11 @@ def test_it_trains_is_scored_and_reads_on_the_command_line(tmp_path, capsys):
             lambda: sleep_forward(
                 HybridLM(CONFIG), TOKENS, None, sleeping(MemoryTokens(2)), backprop_passes=1
             ),
-            "^memory tokens are not written in passes: leave out backprop_passes",
+            "^MemoryTokens writes in no passes: leave out backprop_passes",
         ),
         (
             lambda: sleep_forward(HybridLM(CONFIG), TOKENS, None, sleeping(GradMem(2)), checkpoint=True),
-            "^gradient steps are no passes: leave out backprop_passes and checkpoint",
+            "^GradMem makes steps, through all of which gradients flow: leave out checkpoint$",
         ),
     ],
 )

@@ -95,7 +95,7 @@ def test_a_default_loop_is_that_of_its_method_alone():
         (["--consolidator", "gradmem"], "--consolidator NAME is --sleep NAME,OPTION=VALUE now"),
         (["--wake-passes", "2"], "wake_passes stands behind a comma now: --sleep passes,wake_passes=VALUE"),
         (["--normalize"], "behind a comma now: --sleep passes,normalize=VALUE (see lmsleep train mqar"),
-        (["--sleep", "gradmem"], "memory tokens are for models that have some"),
+        (["--sleep", "gradmem"], "GradMem is for models with memory tokens"),
         (["--sleep", "in-place", "--loop", "0", "1"], "loop: no option of a sleep with InPlace"),
         (
             ["--sleep", "gradmem", "--eviction", "sliding"],

@@ -14,13 +14,14 @@ from lmsleep.recipes import run as command
 from lmsleep.recipes.costs import costs
 from lmsleep.recipes.rivals import BENCHES, HEADS, METHODS, Found, budget, bytes_of, run
 from lmsleep.recipes.run import ReproduceOptions
-from lmsleep.recipes.searched import RATES
+from lmsleep.recipes.searched import LONGER, RATES
 from lmsleep.sleep import Compact, SleepConfig
 from lmsleep.tasks import batch_rng
 from lmsleep.training import RunFolder, Trainer, training_flops
 
 MQAR = BENCHES["mqar"]
-SEARCH = Path(__file__).parents[1] / "results/rivals-search"
+RESULTS = Path(__file__).parents[1] / "results"
+SEARCH = RESULTS / "rivals-search"
 
 
 @pytest.fixture
@@ -75,6 +76,16 @@ def test_no_method_is_trained_for_more_flops_than_four_passes_are(method, flops)
     assert config is not None
     spent = training_flops(config)
     assert flops - spent / config.train.steps < spent <= flops
+
+
+@pytest.mark.parametrize("task", rivals.FOUND)
+def test_no_row_of_the_committed_results_spent_more_than_it_had(task):
+    lines = (RESULTS / f"rivals-{task}-demo/results.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    spent = max(row["flops"] for row in rows if row["cell"] == "N = 4 (1)")
+    for row in rows:
+        times = LONGER if row["cell"].endswith("times the training") else 1
+        assert row["flops"] <= 1.025 * times * spent
 
 
 @pytest.mark.parametrize("task", rivals.FOUND)

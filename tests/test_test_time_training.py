@@ -143,12 +143,12 @@ def test_the_cost_of_a_step_is_counted():
             r"^gradient-steps are for models of attention alone with feed-forward layers that each sequence",
         ),
         (
-            lambda: sleep_forward(HybridLM(CONFIG), TOKENS, None, SLEEP, checkpoint=True),
-            r"^gradient steps are no passes: leave out backprop_passes and checkpoint",
+            lambda: sleep_forward(HybridLM(CONFIG), TOKENS, None, SLEEP, backprop_passes=1, checkpoint=True),
+            r"^GradientSteps makes steps, .*: leave out backprop_passes and checkpoint$",
         ),
         (
             lambda: RunConfig(task=MQAR(), model=CONFIG, sleep=SLEEP, train=TrainConfig(checkpoint=True)),
-            r"^gradient steps are no passes: leave out backprop_passes and checkpoint",
+            r"^GradientSteps makes steps, .*: leave out checkpoint$",
         ),
     ],
 )

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ LICENSES = {
     "jet_nemotron": "the published weights of Jet-Nemotron, and what is trained from them, are licensed "
     "for non-commercial use only (NVIDIA License, section 3.3)"
 }
+# Families that transformers does not have: it knows them once their module is imported, which takes as long as
+# to open a small model.
+FAMILIES = {"jet_nemotron": "lmsleep.hf.jet_nemotron", "ouro": "lmsleep.hf.ouro"}
 NAMED = 5  # tensors or files that a message names before it counts the rest
 
 
@@ -173,10 +177,6 @@ def _config(folder: Path) -> Any:
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
     except ImportError:
         raise ValueError(f"model={str(folder)!r} needs transformers: pip install 'lmsleep[hf]'") from None
-    # Importing registers the two families that transformers does not have.
-    import lmsleep.hf.jet_nemotron
-    import lmsleep.hf.ouro  # noqa: F401  known to transformers from here on
-
     file = folder / "config.json"
     if not file.is_file():
         of_peft = (folder / PEFT).is_file()
@@ -188,6 +188,8 @@ def _config(folder: Path) -> Any:
     kind = fields.get("model_type")
     if not isinstance(kind, str):
         raise ValueError(f"{file}: the field model_type is missing, so this is no model of transformers")
+    if kind in FAMILIES:
+        import_module(FAMILIES[kind])
     with reading(f"{file}: model_type={kind!r} cannot be configured"):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:

@@ -146,7 +146,7 @@ def _layouts(model: Any, tokens: Tensor, like: list[int], slide: set[int]) -> li
     """Run blocks on nothing before and see what each leaves: so no family has to be known by name.
 
     A block leaves what the first that is like it does, whose weights alone have to be read; but where a cache
-    does not number what it leaves by the block, only a run tells the number.
+    does not number what it leaves by the block, only a run tells the number. How keys turn the first shows.
     """
     scout = HFBackbone(model, ())
     h, found = scout.embed(tokens), list[Layout]()
@@ -159,7 +159,9 @@ def _layouts(model: Any, tokens: Tensor, like: list[int], slide: set[int]) -> li
         cache, later = RunCache({}), RunCache({})
         after = call_block(block, h, cache, where, None)
         layout = _layout(i, cache.finished(), model.dtype, first in slide)
-        if layout.kv is not None:
+        if first < i:
+            layout = replace(layout, turns=found[first].turns)
+        elif layout.kv is not None:
             call_block(block, h, later, where.later(TOKENS), None)
             keys, moved = cache.finished()[i].keys, later.finished()[i].keys
             assert keys is not None and moved is not None

@@ -108,7 +108,10 @@ def from_session(session: Session, text: Readable) -> Subject:
 def _sleeps(model: Backbone) -> None:
     """Refuse a model that no sleep could change."""
     if not model.initial_state(1).memory.batch_size:
-        raise ValueError("no block of this model has fast weights, so no sleep changes anything")
+        raise ValueError(
+            "no block of this model has fast weights, which is what the inspector looks at; what an eviction "
+            "keeps of such a model, lmsleep probe MODEL --compact measures"
+        )
 
 
 def cut(batch: Batch, sleep: SleepConfig) -> Batch:

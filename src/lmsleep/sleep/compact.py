@@ -39,12 +39,17 @@ class Compact(Eviction):
     bytes: int | None = None
     """Instead of `keys`: how many bytes those of a row may take in all blocks together."""
     reach: int = 4096
-    """How many tokens before the window a key may stand; what is older stands there too. Not more than the
-    model was trained to look back."""
+    """How many tokens before the window a key may stand, at least a window; what is older stands there too.
+    Not more than the model was trained to look back."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("keys", "bytes", "reach"):
+        if self.reach < 1:
+            raise ValueError(
+                f"reach={self.reach} of Compact must be at least 1: so many tokens before the window a key "
+                "may stand"
+            )
+        for name in ("keys", "bytes"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} of Compact keeps nothing: give at least 1, or evict hard")
@@ -193,15 +198,15 @@ def _served(model: Backbone) -> Compactable:
     Raises:
         ValueError: if it is none that Compact can serve, with the reason.
     """
-    if not isinstance(model, Compactable):
-        raise ValueError(f"eviction=Compact: {type(model).__name__} cannot read keys that were kept")
-    try:
-        sizes = model.kept_sizes()
-    except ValueError as error:
-        raise ValueError(f"eviction=Compact: {error}") from None
-    if not any(sizes):
-        raise ValueError("eviction=Compact: the model has no attention, so there are no keys to keep")
-    return model
+    reason = f"{type(model).__name__} cannot read keys that were kept"
+    if isinstance(model, Compactable):
+        try:
+            if any(model.kept_sizes()):
+                return model
+            reason = "the model has no attention, so there are no keys to keep"
+        except ValueError as error:
+            reason = str(error)
+    raise ValueError(f"eviction=Compact: {reason}; choose hard or sliding")
 
 
 def _bytes_of_a_key(model: Compactable) -> int:

@@ -153,7 +153,8 @@ def equal_compute(run: RunConfig, other: RunConfig) -> RunConfig:
 
 def for_flops(run: RunConfig, flops: int) -> RunConfig:
     """Give `run` as many steps as so many training FLOPs pay (rounded down, at least 1)."""
-    # Rounded down, so that a baseline never spends more than the run that it is compared with.
+    # Rounded down, so that a baseline spends no more than the run that it is compared with, but for what
+    # samples of other lengths cost beside those that the estimate has seen.
     steps = math.floor(flops / flops_per_step(run))
     return replace(run, train=replace(run.train, steps=max(steps, 1)))
 

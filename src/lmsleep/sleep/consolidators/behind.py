@@ -32,7 +32,7 @@ class Behind(Consolidator):
         """Refuse a model without memory tokens."""
         if not getattr(model, "memory_tokens", 0):
             raise ValueError(
-                "memory tokens are for models that have some, HybridConfig(memory_tokens=m) or "
+                f"{type(self).__name__} is for models with memory tokens, HybridConfig(memory_tokens=m) or "
                 "--memory-tokens m; models of transformers have none"
             )
 

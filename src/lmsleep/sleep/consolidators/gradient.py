@@ -62,8 +62,11 @@ class GradientSteps(Consolidator):
 
     def check_backward(self, backprop_passes: int | None, checkpoint: bool) -> None:
         """Refuse both: what is recomputed has no second derivative."""
-        if checkpoint or backprop_passes is not None:
-            raise ValueError("gradient steps are no passes: leave out backprop_passes and checkpoint")
+        said = {"backprop_passes": backprop_passes is not None, "checkpoint": checkpoint}
+        if given := " and ".join(name for name, is_given in said.items() if is_given):
+            raise ValueError(
+                f"{type(self).__name__} makes steps, through all of which gradients flow: leave out {given}"
+            )
 
     def check_model(self, model: object) -> None:
         """Refuse a model that does not say that it `trains`: it writes nothing, or by recurrences.

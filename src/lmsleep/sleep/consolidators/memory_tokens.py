@@ -38,7 +38,7 @@ class MemoryTokens(Behind):
     def check_backward(self, backprop_passes: int | None, checkpoint: bool) -> None:
         """Refuse truncated backpropagation."""
         if backprop_passes is not None:
-            raise ValueError("memory tokens are not written in passes: leave out backprop_passes")
+            raise ValueError(f"{type(self).__name__} writes in no passes: leave out backprop_passes")
 
 
 def _written(memory: Memory, M: Tensor) -> Memory:
