@@ -30,14 +30,14 @@ def facts(texts: int, tiny: bool) -> Table:
     known, tokenizer, name = language_model(tiny=tiny)
     insert_memory_layers(known, 2 if tiny else 6)
     model = adapt(known)
-    L, length = (256, 8) if tiny else (128, 64)
+    L = 256 if tiny else 128
     sleep = SleepConfig(window=L, passes=4, loop="middle")
     ways: dict[str, Distillation | SleepConfig | None] = {
         "nothing": None,
         "S after a sleep (N = 4, memory layers not trained)": sleep,
         "the text in attention": SleepConfig(),
         "adapter, 30 steps on the text": Distillation(steps=30, batch=1, samples=0),
-        "adapter, 30 steps on text and samples": Distillation(steps=30, batch=2, samples=2, length=length),
+        "adapter, 30 steps on text and a sample": Distillation(steps=30, batch=2, samples=1, length=L),
     }
     if tiny:
         ways = {what: Distillation(steps=2, samples=1, length=4) if isinstance(way, Distillation) else way
@@ -55,7 +55,7 @@ def facts(texts: int, tiny: bool) -> Table:
         f"number is the likeliest of {CHOICES} (chance {1 / CHOICES:.3f}; 95 % interval, Wilson, over all "
         "questions). Bits: of a right answer, and of a token of the text, of another text of the same kind, "
         f"and of the prose of {PROSE.name}. Each text has adapters of its own, of rank 16, at the default "
-        "learning rate.",
+        "learning rate; every step reads the text once, and where there is one, a sample as long as it.",
     )
 
 

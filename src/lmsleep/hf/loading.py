@@ -24,8 +24,8 @@ LICENSES = {
     "jet_nemotron": "the published weights of Jet-Nemotron, and what is trained from them, are licensed "
     "for non-commercial use only (NVIDIA License, section 3.3)"
 }
-# Families that transformers does not have: it knows them once their module is imported, which takes as long as
-# to open a small model.
+# Families that transformers does not have: it knows them once their module is imported, which takes as long
+# as to open a small model.
 FAMILIES = {"jet_nemotron": "lmsleep.hf.jet_nemotron", "ouro": "lmsleep.hf.ouro"}
 NAMED = 5  # tensors or files that a message names before it counts the rest
 
