@@ -21,8 +21,6 @@ from lmsleep.recipes.table import as_markdown, published
 
 ROOT = Path(__file__).parents[1]
 COMMITTED = ROOT / "src/lmsleep/recipes/committed"
-# Of rivals: the difficulties that are shown; else the easiest and the hardest.
-SHOWN = {"rivals-word-problem": (3, 4), "rivals-variables": (0, 1)}
 PAGES = (ROOT / "README.md", ROOT / "docs/demo.md", ROOT / "docs/rivals.md")
 
 
@@ -38,8 +36,7 @@ def blocks() -> dict[str, str]:
         folder = ROOT / f"results/{name}-demo"
         if folder.exists():
             result = Result.load(RECIPES[name], folder)
-            ends = SHOWN.get(name, (result.difficulties[0], result.difficulties[-1]))
-            lines = as_markdown(side_by_side(result, sorted({*ends})))
+            lines = as_markdown(side_by_side(result, result.shown))
             rivals[name] = f"{lines}\n\n{result.named_seeds}; {result.made_by}"
     return said | rivals | {"summary:depo": summary(tables["table:depo"])}
 

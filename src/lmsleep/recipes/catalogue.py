@@ -365,11 +365,13 @@ def _state_sizes(scale: Scale) -> list[Cell]:
 
 
 def _rivals(task: str) -> Recipe:
+    bench = rivals.BENCHES[task]
     return Recipe(
-        f"Rivals on {rivals.BENCHES[task].title}",
+        f"Rivals on {bench.title}",
         "Not in the paper: what else could keep a window, at equal bytes and for equal training FLOPs?",
         rivals.cells(task),
         ("bytes", "context_flops"),
+        shown=bench.shown,
         costs=True,
         caution="Bytes are a quarter (1/4), all (1) or four times (4) those of `S` in a block. Each method "
         "has the rate, and the one choice of its own, that the same search found. Keys are those of the "

@@ -33,14 +33,13 @@ CYCLE = cycler(linestyle=["-", "--"]) * mpl.rcParamsDefault["axes.prop_cycle"]
 
 
 def draw(result: Result) -> Figure:
-    """Draw a result, panel by panel; a "grid" takes one for every N, a frontier for easiest and hardest."""
+    """Draw a result, panel by panel; a "grid" takes one for each N, a frontier one for each `shown`."""
     recipe = result.recipe
     passes = sorted({row["passes"] for row in result.rows})
     # Results of before the loss was measured by difficulty have no such panel.
     told = bool(result.curves) and all("loss_per_difficulty" in row for row in result.curves)
     wanted = [p for p in recipe.panels if p != "loss" or told]
-    ends = sorted({*result.difficulties[:1], *result.difficulties[-1:]})
-    several = {"grid": passes, **dict.fromkeys(KEPT, ends)}
+    several = {"grid": passes, **dict.fromkeys(KEPT, result.shown)}
     panels = [(p, n) for p in wanted for n in several.get(p, [0])]
     down = ceil(len(panels) / IN_A_ROW)
     right = ceil(len(panels) / down)

@@ -78,6 +78,7 @@ class Recipe:
             the "axis", or at the end ("final", a bar each); heat maps: the "grid" of axis by difficulty, one
             for each N, and how the largest N answers when it is "read" with other passes; or against
             what a run keeps and costs when it is used (of `recipes.costs`), with the frontier.
+        shown: difficulties whose frontiers are drawn; by default the easiest and the hardest.
         axis: what the axis counts.
         read: the ways a trained run is read, by their place on the axis; by default its own.
         value: what is measured: accuracy after training, or the speed of a few training steps.
@@ -90,6 +91,7 @@ class Recipe:
     expects: str
     cells: Callable[[Scale], list[Cell]]
     panels: tuple[Panel, ...]
+    shown: tuple[int, ...] = ()
     axis: str | None = None
     read: Callable[[RunConfig], dict[int, RunConfig]] | None = None
     value: Value = "accuracy"

@@ -62,6 +62,12 @@ class Result:
         """Return the difficulties that were asked for, rising; none where speed was measured."""
         return sorted({row["difficulty"] for row in self.rows if "difficulty" in row})
 
+    @property
+    def shown(self) -> list[int]:
+        """Return the difficulties that its frontiers are drawn for."""
+        known = self.difficulties
+        return [*self.recipe.shown] or sorted({*known[:1], *known[-1:]})
+
     def own(self, **where: Any) -> list[Row]:
         """Return the rows of runs that were read as they were trained, with these values."""
         return [

@@ -38,6 +38,8 @@ class Bench:
     batch_size: int = 64
     later: tuple[str, ...] = TOKENS
     """Methods that few steps are left to: trained longer too, to tell "later" from "not at all"."""
+    shown: tuple[int, ...] = ()
+    """Difficulties that tell methods apart; by default the easiest and the hardest."""
 
 
 # Contexts of 4 to 96 tokens, of two windows (of words: one to three): what a model of 40,000 parameters, and
@@ -49,6 +51,7 @@ BENCHES = {
         window=6,
         steps=500,
         curriculum=0.35,
+        shown=(1, 2, 3),
     ),
     "mqar": Bench(
         "MQAR: storage alone",
@@ -63,6 +66,7 @@ BENCHES = {
         window=2,
         steps=500,
         curriculum=0,
+        shown=(3, 4),
     ),
     "variables": Bench(
         "variables: a chain of names is depth, its first one storage",
@@ -71,6 +75,7 @@ BENCHES = {
         steps=400,
         curriculum=0.35,
         later=("N = 4", *TOKENS),
+        shown=(0, 1),
     ),
     "gsm-infinite": Bench(
         "short GSM-Infinite: in words, two operations are a look-up, three mostly a chain of two",
