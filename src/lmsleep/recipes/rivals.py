@@ -262,6 +262,20 @@ FOUND: dict[str, dict[str, Found]] = {
         "whole cache": Found(0.00375),
         "whole cache, twice the blocks": Found(0.0075),
     },
+    "gsm-infinite": {
+        "N = 4": Found(0.015, other=True),
+        "N = 2": Found(0.0075),
+        "N = 1": Found(0.015, other=True),
+        "N = 1, twice the blocks": Found(0.015, other=True),
+        "N = 4, half of it keys": Found(0.015),
+        "gradient steps": Found(0.0075),
+        "In-Place TTT": Found(0.00375),
+        "memory tokens": Found(0.0075),
+        "GradMem": Found(0.03),
+        "sliding": Found(0.015),
+        "whole cache": Found(0.0075),
+        "whole cache, twice the blocks": Found(0.015, other=True),
+    },
 }
 
 
