@@ -25,7 +25,7 @@ from lmsleep.training.runs import provenance
 
 ROOT = Path(__file__).parents[1]
 Measures = dict[str, Callable[[], Table]]
-ON_CPU = ("capacity", "compaction", "data", "processes", "serve", "sessions", "slow_weights")
+ON_CPU = ("capacity", "compaction", "data", "processes", "recall", "serve", "sessions", "slow_weights")
 ON_ANY = ("floors", "recurrence", "rules", "step", "window")
 
 

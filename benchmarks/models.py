@@ -1,14 +1,16 @@
-"""Models that benchmarks read with: SmolLM2, and a tiny one that shows that a benchmark runs."""
+"""Models that benchmarks read with: SmolLM2, asleep too, and tiny ones that show that a benchmark runs."""
 
 from typing import Any
 
 import torch
 
-from lmsleep import shipped
-from lmsleep.hf import load_pretrained
+import lmsleep
+from lmsleep import SleepConfig, adapt, shipped
+from lmsleep.hf import insert_memory_layers, load_pretrained
+from lmsleep.opening import Opened
 from lmsleep.text.tokenizers import Bytes, Tokenizer, load_tokenizer
 
-NAME = "smollm2"
+NAME, SLEEPS = "smollm2", "smollm2-sleeps"
 
 
 def language_model(*, tiny: bool) -> tuple[Any, Tokenizer, str]:
@@ -25,3 +27,15 @@ def tiny_llama() -> Any:
     sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 4}
     torch.manual_seed(0)
     return LlamaForCausalLM(LlamaConfig(vocab_size=256, num_attention_heads=2, **sizes)).eval()
+
+
+def sleeping_model(*, tiny: bool) -> Opened:
+    """Open the shipped adapter, or make a random model of bytes with memory layers that speak."""
+    if not tiny:
+        return lmsleep.open(SLEEPS, device="cpu")
+    model = tiny_llama()
+    insert_memory_layers(model, 2)
+    for name, weight in model.named_parameters():
+        if name.endswith("mixer.gate"):
+            torch.nn.init.ones_(weight)
+    return Opened(adapt(model), SleepConfig(window=200), Bytes())

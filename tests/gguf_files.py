@@ -56,10 +56,23 @@ def dequantised(model, kind=HALF) -> dict[str, torch.Tensor]:
     return found
 
 
-def write(path, model, *, tokenizer=True, architecture="llama", kind=HALF, files=1, without=(), beside=()):
+def write(
+    path,
+    model,
+    *,
+    tokenizer=True,
+    architecture="llama",
+    kind=HALF,
+    files=1,
+    without=(),
+    beside=(),
+    scaling=None,
+):
     """Write the Llama `model` to `path`, as one of `files`; without some tensors, or with others beside."""
     config, file = model.config, gguf.GGUFWriter(path, architecture)
     file.add_uint16("split.count", files)
+    if scaling is not None:
+        file.add_string(f"{architecture}.rope.scaling.type", scaling)
     _sizes(file, config)
     file.add_vocab_size(config.vocab_size)
     if tokenizer:

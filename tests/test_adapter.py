@@ -10,13 +10,16 @@ import pytest
 import torch
 from conftest import close, run_command
 from hf_models import VOCAB, family
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_hf_loading import edit, tokenizer
+from transformers import LlamaForCausalLM
 
 import lmsleep
 from lmsleep import Session, SleepConfig, adapt, shipped
 from lmsleep.hf import from_pretrained, insert_memory_layers, load_adapter, load_pretrained, save_adapter
 from lmsleep.hf.finetune import FineTune, merged, pretrained_backbone
+from lmsleep.integrations.lm_eval import SleepLM
 from lmsleep.memory import weights_fingerprint
 
 SLEEP = SleepConfig(window=4, passes=2)
@@ -218,6 +221,69 @@ def tensors(folder, change):
     save_file({name: value.contiguous() for part in held for name, value in part.items()}, file)
 
 
+def test_in_another_dtype_positions_are_not_rounded(base, adapter):
+    halved, plain = load_adapter(adapter, dtype=torch.bfloat16), load_pretrained(base)
+    assert {p.dtype for p in halved.parameters()} == {torch.bfloat16}
+    frequencies = halved.model.rotary_emb.inv_freq
+    assert frequencies.dtype == torch.float32 and torch.equal(frequencies, plain.model.rotary_emb.inv_freq)
+
+
+def test_a_weight_in_two_places_is_held_once(tmp_path):
+    config = family("llama").config
+    config.tie_word_embeddings = True
+    model = LlamaForCausalLM(config).eval()
+    model.save_pretrained(tmp_path / "tied")
+    model.requires_grad_(False).get_input_embeddings().requires_grad_(True)
+    stirred(model)
+    saved = save_adapter(model, tmp_path / "a", base=tmp_path / "tied", sleep=SLEEP, dtype=None)
+    assert saved.parameters == model.get_input_embeddings().weight.numel()
+    assert torch.equal(load_adapter(tmp_path / "a")(TOKENS).logits, model(TOKENS).logits)
+
+
+@pytest.mark.filterwarnings("ignore")  # of peft
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        ({"use_dora": True}, "lora_magnitude_vector"),
+        ({"lora_bias": True}, "lora_B.default.bias"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"target_modules": ["embed_tokens"]}, "lora_embedding"),
+    ],
+)
+def test_adapters_of_peft_that_are_more_than_two_factors_are_refused(base, tmp_path, more, named):
+    model = get_peft_model(
+        load_pretrained(base), LoraConfig(**{"r": 2, "target_modules": ["q_proj"], **more})
+    )
+    with pytest.raises(ValueError, match=rf"^model: \S*{named}.*belongs to no plain LoRA.*merge it first"):
+        save_adapter(model, tmp_path / "a", base=base, sleep=SLEEP)
+    other = get_peft_model(
+        load_pretrained(base), LoraConfig(r=2, target_modules=["q_proj"]), adapter_name="mine"
+    )
+    with pytest.raises(ValueError, match="called 'default'"):
+        save_adapter(other, tmp_path / "a", base=base, sleep=SLEEP)
+    assert not (tmp_path / "a").exists()
+
+
+def test_saved_again_it_keeps_the_link_to_its_base(base, tuned, tmp_path):
+    folder = tmp_path / "a"
+    save_adapter(tuned, folder, base=base, sleep=SLEEP)
+    (folder / "base").symlink_to(base)
+    save_adapter(tuned, folder, base=base, sleep=SLEEP)
+    assert (folder / "base").readlink() == base and load_adapter(folder).config.memory_layers
+    (folder / "base").unlink()
+    shutil.copytree(base, folder / "base")
+    with pytest.raises(
+        FileExistsError, match=r"holds a base model \(base\), which would be replaced with it"
+    ):
+        save_adapter(tuned, folder, base=folder / "base", sleep=SLEEP)
+    assert (folder / "base/model.safetensors").exists()
+
+
+def test_the_file_of_a_package_is_named_as_any_machine_finds_it(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(shipped, "_packaged", lambda: base / "model.safetensors")
+    assert shipped.name_of(base / "model.safetensors") == "smollm2" and shipped.name_of(base) is None
+
+
 def test_what_cannot_be_saved_says_why(base, tuned, adapter, tmp_path):
     with pytest.raises(ValueError, match=r"^sleep: nobody says how"):
         save_adapter(tuned, tmp_path / "a", base=base)
@@ -298,6 +364,8 @@ def test_every_command_takes_it(base, adapter, tmp_path, capsys, monkeypatch):
     tokenizer(tmp_path / "plain", VOCAB)
     code, out, err = run_command(capsys, "ask", tmp_path / "plain", "w1", "--memory", "m.mem")
     assert code == 2 and "another model" in err
+    told = SleepLM.create_from_arg_obj({"pretrained": str(adapter)})
+    assert told.session.sleep_config == SLEEP and told.tok_encode("w3 w4") == [3, 4]
     model = from_pretrained(adapter)
     assert model.sleep == SLEEP and model.generate(TOKENS, max_new_tokens=2, pad_token_id=0).shape == (1, 13)
 

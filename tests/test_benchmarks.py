@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from benchmarks import __main__ as benchmarks
-from benchmarks import recurrence, step, window
+from benchmarks import recall, recurrence, step, window
 from benchmarks.peer import Composed
 from benchmarks.processor import Processor
 from benchmarks.sessions import SMALL, memories, size, stream
@@ -19,6 +19,7 @@ from conftest import close
 
 from lmsleep import SleepConfig, sleep_forward
 from lmsleep.cli import bench, main
+from lmsleep.evaluation import Score
 from lmsleep.evaluation.cost import cost
 from lmsleep.recipes.table import published
 from lmsleep.training.held import peak_bytes
@@ -423,3 +424,16 @@ def test_what_does_not_fit_is_one_line(argv, said, capsys):
         benchmarks.main(argv)
     out, err = capsys.readouterr()
     assert leaving.value.code == 2 and not out and said in err and err.count("\n") == 1
+
+
+def test_recall_is_asked_of_every_reading_by_how_a_text_differs(capsys):
+    benchmarks.main(["recall", "--tiny", "--repeats", "1", "--json"])
+    rows = json.loads(capsys.readouterr().out)["facts"]["rows"]
+    assert len({row["bits"] for row in rows}) == len(rows) == 5  # no two readings are one
+    labels = ["color", "color+names", "color+filler"]
+    score = Score(correct={0: 1, 1: 0, 2: 3}, total={0: 1, 1: 2, 2: 3})
+    found = recall._columns(score, labels)
+    assert found["wordings"] is None and [*found] == ["all", "as trained", "names", "wordings", "filler"]
+    assert [found[name][:4] for name in ("all", "as trained", "names", "filler")] == [
+        "0.67", "1.00", "0.00", "1.00"
+    ]  # fmt: skip

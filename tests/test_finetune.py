@@ -10,11 +10,13 @@ from conftest import close, run_command
 from hf_models import HEADS, JET, SMALL, VOCAB, family
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lmsleep import SleepConfig, adapt, sleep_forward
+from lmsleep import Compact, SleepConfig, adapt, sleep_forward
 from lmsleep.cli.opening import SleepOptions, new_session
 from lmsleep.hf import load_pretrained
+from lmsleep.hf.cpu_attention import attend_in_float32
 from lmsleep.hf.finetune import FineTune, export, memory_layers, merged, pretrained_backbone
 from lmsleep.hf.jet_nemotron import JetNemotronConfig, JetNemotronForCausalLM
 from lmsleep.recipes import RECIPES, catalogue
@@ -152,6 +154,7 @@ def test_frozen_matrices_in_bfloat16_give_the_same_result(tmp_path):
     for bfloat16 in (False, True):
         torch.manual_seed(1)  # of the adapters
         tuned = stirred(pretrained_backbone(FineTune(folder=tmp_path, lora=2), bfloat16=bfloat16))
+        attend_in_float32(tuned.model)
         halved = [p for p in tuned.parameters() if p.dtype is torch.bfloat16]
         assert bool(halved) == bfloat16 and not any(p.requires_grad for p in halved)
         with torch.autocast("cpu", torch.bfloat16):
@@ -159,6 +162,32 @@ def test_frozen_matrices_in_bfloat16_give_the_same_result(tmp_path):
     assert torch.equal(*losses)
     model = merged(tuned, FineTune(folder=tmp_path, lora=2))
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}  # as it was
+
+
+class Attended(TorchFunctionMode):
+    """Hears in which precision attention is computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            self.seen.append((*(t.dtype for t in args[:3]), torch.is_autocast_enabled("cpu")))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_cpu_attends_in_float32_while_it_trains_in_bfloat16(tmp_path):
+    family("llama").save_pretrained(tmp_path)
+    tuned = pretrained_backbone(FineTune(folder=tmp_path, insert=1), bfloat16=True)
+    with torch.autocast("cpu", torch.bfloat16), Attended() as attended:
+        loss_of(tuned)
+    assert attended.seen and {*attended.seen} == {(*[torch.float32] * 3, False)}
+    # And what such attention asks for can be compacted, as that of "sdpa".
+    sleep = SleepConfig(window=4, eviction=Compact(keys=2))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        out = sleep_forward(tuned, torch.arange(1, 10)[None], None, sleep)
+    assert max(x[0].shape[1] for x in out.state.cache.kept if x) == 2
 
 
 @pytest.mark.parametrize(

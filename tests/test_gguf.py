@@ -228,6 +228,9 @@ BROKEN = {
     "holds rope_freqs.weight, which transformers leaves out": (
         lambda path, model: write(path, model, beside=["rope_freqs.weight"])
     ),
+    r"holds llama.rope.scaling.type='yarn', which transformers leaves out": (
+        lambda path, model: write(path, model, scaling="yarn")
+    ),
     "holds no model: config.json is missing": lambda path, model: path.mkdir(),
     "there is no file": lambda path, model: None,
 }
@@ -251,6 +254,10 @@ def test_a_file_without_tokenizer(model, tmp_path, capsys):
     assert code == 0 and not (tmp_path / "out" / "tokenizer.json").exists(), err
     with pytest.raises(ValueError, match="holds no tokenizer; pass --tokenizer FOLDER"):
         lmsleep.open(tmp_path / "out")
+
+
+def test_positions_that_are_not_scaled_are_no_fault(model, tmp_path):
+    assert load_pretrained(write(tmp_path / "x.gguf", model, scaling="none")).config.model_type == "llama"
 
 
 def test_one_of_several_files(model, tmp_path):

@@ -6,11 +6,15 @@ import sys
 import pytest
 import torch
 from conftest import run_command
+from gguf_files import write
+from hf_models import family
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from test_hf_cli import SLEEP, folder, session  # noqa: F401
 
+from lmsleep.cli.harness import _told
 from lmsleep.integrations.lm_eval import SleepLM
+from lmsleep.text.tokenizers import load_tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -178,6 +182,16 @@ def of_ones_own(place, code, name="made", more=""):
     (place / f"{name}.yaml").write_text(MAKES.format(name=name, more=more))
     (place / f"{name}.py").write_text(code)
     return ["--include-path", place, "--tasks", name]
+
+
+def test_the_tokenizer_of_a_gguf_file_is_told_as_a_folder(tmp_path):
+    from transformers import AutoTokenizer
+
+    words = load_tokenizer(str(write(tmp_path / "tiny.gguf", family("llama"))))
+    told = _told(words, tmp_path / "told")
+    assert told["pretrained"] == told["tokenizer"]
+    text = "the cat sat on the mat."
+    assert AutoTokenizer.from_pretrained(told["tokenizer"]).encode(text) == words.tokenizer.encode(text)
 
 
 def test_tasks_that_make_their_data_are_told_the_tokenizer(folder, tmp_path, capsys):  # noqa: F811

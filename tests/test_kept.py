@@ -41,6 +41,15 @@ def made(folder, kind="gated_delta_net", after=(1,)):
     return backbone
 
 
+def test_states_of_other_options_are_others(folder, tmp_path):
+    backbone = made(folder)
+    first = KeptBackbone(backbone, tmp_path, bfloat16=False).folder
+    backbone.config.sleep = {"window": 3}  # which changes no hidden state
+    assert KeptBackbone(backbone, tmp_path, bfloat16=False).folder == first
+    backbone.config.rms_norm_eps *= 2
+    assert KeptBackbone(backbone, tmp_path, bfloat16=False).folder != first
+
+
 def batch(seed, lengths, row_lengths):
     """Return contexts, and two rows of each."""
     g = torch.Generator().manual_seed(seed)

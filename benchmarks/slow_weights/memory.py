@@ -8,22 +8,18 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-import lmsleep
-from benchmarks.models import tiny_llama
+from benchmarks.models import NAME, SLEEPS, sleeping_model
 from benchmarks.slow_weights.facts import PROSE, prose
 from benchmarks.table import Cell, Table, share
-from lmsleep import Session, SleepConfig, adapt, shipped
+from lmsleep import Session, SleepConfig, shipped
 from lmsleep.evaluation import Score
 from lmsleep.evaluation.slow_weights import nats
-from lmsleep.hf import insert_memory_layers
 from lmsleep.session import Distillation
 from lmsleep.sleep import Backbone
 from lmsleep.state import State
 from lmsleep.tasks import Batch, Recall, batch_rng
 from lmsleep.tasks.reading import read_batch
-from lmsleep.text.tokenizers import Bytes, Tokenizer
 
-MODEL, BASE = "smollm2-sleeps", "smollm2"
 FACTS = 4
 NOTHING, MEMORY, IN_VIEW = "nothing", "S", "the text in attention"
 SPOKEN, TEXT, BOTH = "adapter of S", "adapter of the text", "adapter of the text and S"
@@ -31,14 +27,14 @@ SPOKEN, TEXT, BOTH = "adapter of S", "adapter of the text", "adapter of the text
 
 def memory(texts: int, tiny: bool) -> Table:
     """Sleep on texts of four facts, distil the memory or the text into an adapter, clear S, and ask."""
-    model, sleep, tokenizer = _tiny() if tiny else lmsleep.open(MODEL, device="cpu")
+    model, sleep, tokenizer = sleeping_model(tiny=tiny)
     length = 200 if tiny else 64
     task = Recall(
         kinds=("facts",),
         facts=(FACTS, FACTS),
         filler=(0, 1),
         length=length,
-        tokenizer="bytes" if tiny else str(shipped.find(BASE)),
+        tokenizer="bytes" if tiny else str(shipped.find(NAME)),
     )
     steps, written = (2, 4) if tiny else (40, 16)
     how = Distillation(steps=steps, samples=8, length=written)
@@ -70,7 +66,7 @@ def memory(texts: int, tiny: bool) -> Table:
             rows[name].ask(made.model, cleared, batch, windows)
     return Table(
         rows=[row.cells(texts) for row in rows.values()],
-        note=f"{'A tiny model' if tiny else MODEL} in float32; {texts} texts of {FACTS} facts and at most "
+        note=f"{'A tiny model' if tiny else SLEEPS} in float32; {texts} texts of {FACTS} facts and at most "
         f"{length} tokens (task recall, its test), read with N = {sleep.passes} and evicted into S. "
         "Adapters are asked with S cleared and nothing in view; that of S is made of what the model with S "
         "writes after a line end. Answers: all their tokens are the likeliest (95 % interval, Wilson, as if "
@@ -124,13 +120,3 @@ def answered(model: Backbone, state: State, batch: Batch) -> Score:
     score = Score()
     score.add(rows, logits)
     return score
-
-
-def _tiny() -> tuple[Backbone, SleepConfig, Tokenizer]:
-    """Make a random model of bytes, with memory layers that speak."""
-    model = tiny_llama()
-    insert_memory_layers(model, 2)
-    for name, weight in model.named_parameters():
-        if name.endswith("mixer.gate"):
-            torch.nn.init.ones_(weight)
-    return adapt(model), SleepConfig(window=200), Bytes()

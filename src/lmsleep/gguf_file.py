@@ -14,6 +14,7 @@ from lmsleep.foreign import reading
 RECURRENT = (".ssm_", ".time_mix", ".shortconv")
 # What `transformers` leaves out, and without which a model computes something else: factors of positions.
 IGNORED = ("rope_freqs", "rope_factors")
+SCALED, READ_SCALED = ".rope.scaling.type", ("gpt-oss",)  # scaled positions, and of whom they are read
 
 
 def is_gguf(path: Path) -> bool:
@@ -59,7 +60,13 @@ def check(file: Path) -> None:
     fields, names = header(file)
     if fields.get("split.count", 0) > 1:
         raise ValueError(f"{file} is one of {fields['split.count']} files of a model; join them first")
-    if left_out := [name for name in names if name.startswith(IGNORED)]:
+    left_out = [name for name in names if name.startswith(IGNORED)]
+    left_out += [
+        f"{name}={kind!r}"
+        for name, kind in fields.items()
+        if name.endswith(SCALED) and kind != "none" and not name.startswith(READ_SCALED)
+    ]
+    if left_out:
         raise ValueError(
             f"{file} holds {left_out[0]}, which transformers leaves out; use the folder of the model that it "
             "was made from"

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from lmsleep.cli.options import parse
 from lmsleep.cli.values import pairs
 from lmsleep.files import write_atomic
 from lmsleep.foreign import read_json
+from lmsleep.gguf_file import is_gguf
 from lmsleep.integrations.batches import Batches
 from lmsleep.opening import find
 from lmsleep.plain import to_json
@@ -91,7 +93,7 @@ def harness(argv: list[str]) -> None:
     found: dict[str, Any] = {}
     samples: list[dict[str, Any]] = []
     # Standard output is for results alone, and tasks print.
-    with redirect_stdout(sys.stderr):
+    with redirect_stdout(sys.stderr), TemporaryDirectory() as folder:
         # As lm-eval does before it loads tasks: some make their data by chance.
         random.seed(seeds["random_seed"])
         np.random.seed(seeds["numpy_random_seed"])  # noqa: NPY002
@@ -99,7 +101,7 @@ def harness(argv: list[str]) -> None:
         manager, tasks = load_tasks(
             names,
             options.include_path,
-            metadata={**_told(tokenizer), **metadata},
+            metadata={**_told(tokenizer, Path(folder)), **metadata},
             generation=generation,
             unsafe_code=options.confirm_run_unsafe_code,
         )
@@ -188,13 +190,22 @@ def _check_writable(flag: str, path: Path | None) -> None:
         raise PermissionError(f"{flag}={path}: the folder {path.parent} cannot be written")
 
 
-def _told(tokenizer: Tokenizer) -> Mapping[str, Any]:
-    """Return what tasks that make their own data are told of the tokenizer: the folder it lies in."""
+def _told(tokenizer: Tokenizer, folder: Path) -> Mapping[str, Any]:
+    """Return what tasks that make their own data are told of the tokenizer: the folder it lies in.
+
+    One of a GGUF file is written into `folder`.
+    """
     own = _own(tokenizer)
-    # They would run code of the folder, and where they find none (but a GGUF file) they would ask the Hub.
-    if own is None or not Path(own.name_or_path).is_dir() or _has_code(Path(own.name_or_path)):
+    if own is None:
         return {}
-    return {"pretrained": own.name_or_path, "tokenizer": own.name_or_path}
+    place = Path(own.name_or_path)
+    if is_gguf(place):
+        own.save_pretrained(folder)
+        place = folder
+    # They would run code of the folder, and where they find none they would ask the Hub.
+    if not place.is_dir() or _has_code(place):
+        return {}
+    return {"pretrained": str(place), "tokenizer": str(place)}
 
 
 def _own(tokenizer: Tokenizer) -> Any:

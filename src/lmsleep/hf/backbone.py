@@ -289,7 +289,7 @@ class HFBackbone(nn.Module):
                 own, over latent keys, or eager, whose queries nobody sees.
         """
         kind = self.model.config.model_type
-        if self.model.config._attn_implementation != "sdpa":
+        if not self.model.config._attn_implementation.startswith("sdpa"):  # that of `cpu_attention` too
             raise ValueError(
                 f"{kind} has attn_implementation={self.model.config._attn_implementation!r}, which shows no "
                 "queries; load it with attn_implementation='sdpa'"

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lmsleep.hf.adapter import DOWN, UP, changed
-from lmsleep.hf.lora import factors, is_adapted
+from lmsleep.hf.lora import check_plain, factors, is_adapted
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,9 @@ def difference(model: Any, base: Any, *, rank: int | None, dtype: torch.dtype) -
         dtype: of factors, and of new matrices; vectors, and whole tensors of the base, stay in theirs.
 
     Raises:
-        ValueError: if the model was not made from that base.
+        ValueError: if the model was not made from that base, or has another adapter than a plain one (LoRA).
     """
+    check_plain(model)
     before = base.state_dict()
     now = _weights(model, before)
     adapted = {f"{k}.weight": factors(m) for k, m in model.named_modules() if is_adapted(m)}
@@ -56,8 +57,12 @@ def difference(model: Any, base: Any, *, rank: int | None, dtype: torch.dtype) -
         )
     tensors: dict[str, Tensor] = {}
     inherits: dict[str, str] = {}
-    losses = {"": 0.0}
+    losses, seen = {"": 0.0}, set[tuple[int, torch.Size]]()
     for name, value in now.items():
+        # A weight that is used in several places is held once: put on, it is there in all of them.
+        if (place := (value.data_ptr(), value.shape)) in seen:
+            continue
+        seen.add(place)
         pair = adapted.get(name)
         if name in before and name not in other and pair is None:
             continue

@@ -14,6 +14,8 @@ from lmsleep.hf.cache import RunCache, through_cache
 from lmsleep.memory import weights_fingerprint
 from lmsleep.state import State
 
+NO_OPTIONS = ("sleep", "transformers_version")  # fields of a configuration that change no hidden state
+
 
 class KeptBackbone(HFBackbone):
     """A model whose memory layers alone are trained, and which computes what is frozen once for each window.
@@ -53,7 +55,9 @@ class KeptBackbone(HFBackbone):
         memory = {id(p) for layer in inserted if layer is not None for p in layer.parameters()}
         frozen = {name: p for name, p in backbone.model.named_parameters() if id(p) not in memory}
         # Other versions of PyTorch, and blocks that are counted otherwise, round otherwise.
-        made = f"{weights_fingerprint(frozen)} {self.after} {bfloat16} {torch.__version__}"
+        # What the configuration says of the model, but not of where it lies and how it sleeps.
+        own = {k: v for k, v in self.config.to_dict().items() if k[0] != "_" and k not in NO_OPTIONS}
+        made = f"{weights_fingerprint(frozen)} {own} {self.after} {bfloat16} {torch.__version__}"
         self.folder = folder / hashlib.sha256(made.encode()).hexdigest()[:16]
 
     def _run_blocks(

@@ -90,7 +90,10 @@ def load_adapter(
     model = load_pretrained(place, **options)
     held.check_base(model, place, folder)
     held.put_on(model, folder)
-    return model if dtype is None else model.to(dtype)
+    if dtype is not None:
+        for p in model.parameters():  # no buffers: frequencies of positions are never rounded
+            p.data = p.data.to(dtype)
+    return model
 
 
 def has_tokenizer(place: Path) -> bool:

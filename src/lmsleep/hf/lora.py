@@ -8,6 +8,7 @@ from torch import Tensor, nn
 # Maps that choose experts: without the auxiliary loss of their model they are better left alone.
 ROUTERS = ("gate", "router", "shared_expert_gate")
 ADAPTER = "default"  # the name that peft gives the only one
+PLAIN = (f".lora_A.{ADAPTER}.weight", f".lora_B.{ADAPTER}.weight")  # its parameters, one and the other
 
 
 def add_adapters(
@@ -58,6 +59,20 @@ def add_adapters(
 def is_adapted(module: nn.Module) -> bool:
     """Return True if a module is a linear map with an adapter beside it."""
     return hasattr(module, "lora_A")
+
+
+def check_plain(model: nn.Module) -> None:
+    """Refuse adapters of `peft` that are more than two factors beside linear maps.
+
+    Raises:
+        ValueError: naming a parameter.
+    """
+    for name, _ in model.named_parameters():
+        if ".modules_to_save." in name or (".lora_" in name and not name.endswith(PLAIN)):
+            raise ValueError(
+                f"model: {name} belongs to no plain LoRA adapter called {ADAPTER!r} on linear maps, the only "
+                "kind that is taken apart; merge it first (merge_and_unload of peft)"
+            )
 
 
 def factors(module: Any) -> tuple[Tensor, Tensor]:

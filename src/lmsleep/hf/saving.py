@@ -9,7 +9,7 @@ import torch
 
 from lmsleep import shipped
 from lmsleep.files import replacing_folder, write_atomic
-from lmsleep.hf.adapter import SETTINGS, Adapter, BaseModel, is_adapter
+from lmsleep.hf.adapter import LINK, SETTINGS, Adapter, BaseModel, is_adapter
 from lmsleep.hf.adapter_card import adapter_card
 from lmsleep.hf.backbone import HFBackbone
 from lmsleep.hf.card import NAME
@@ -73,7 +73,7 @@ def save_adapter(
 
     Raises:
         FileNotFoundError: if there is no base.
-        FileExistsError: if something else is at `folder`.
+        FileExistsError: if something else is at `folder`, or an adapter that holds its base model.
         ValueError: if the model was not made from base, shares no weight with it, or nobody says how it
             sleeps.
     """
@@ -82,6 +82,12 @@ def save_adapter(
     folder, place = Path(folder), shipped.find(base)
     if folder.exists() and not is_adapter(folder):
         raise FileExistsError(f"folder={str(folder)!r} exists and is no adapter; name another")
+    link = folder / LINK
+    if link.exists() and not link.is_symlink():
+        raise FileExistsError(
+            f"folder={str(folder)!r} holds a base model ({LINK}), which would be replaced with it; move that "
+            "away and link it there, or name another folder"
+        )
     if is_adapter(place):
         raise ValueError(f"base={str(base)!r} is an adapter itself; name the model that it belongs to")
     told = getattr(model.config, "sleep", None) if sleep is None else sleep.to_dict()
@@ -91,7 +97,7 @@ def save_adapter(
     found = difference(model, origin, rank=rank, dtype=dtype or origin.dtype)
     configs = model.config.get_text_config(), origin.config.get_text_config()
     now, before = ({name: getattr(c, name, None) for name in SETTINGS} for c in configs)
-    name = str(place.resolve()) if Path(base).exists() else str(base)
+    name = shipped.name_of(place) or str(place.resolve())
     adapter = Adapter(
         BaseModel.of(origin, name),
         {name: value for name, value in now.items() if value != before[name]},
@@ -116,6 +122,8 @@ def save_adapter(
         base_model=base_model,
     )
     with replacing_folder(folder) as partial:
+        if link.is_symlink():
+            (partial / LINK).symlink_to(link.readlink())
         adapter.write(partial)
         write_atomic(partial / NAME, card.encode())
     return saved

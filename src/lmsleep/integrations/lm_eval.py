@@ -19,8 +19,10 @@ from lm_eval.api.registry import register_model
 from lm_eval.utils import simple_parse_args_string
 from torch import Tensor
 
+from lmsleep import shipped
 from lmsleep.foreign import reading
 from lmsleep.hf import from_pretrained
+from lmsleep.hf.adapter import whole
 from lmsleep.integrations.batches import MOST, Batches
 from lmsleep.integrations.generation import seeds, writing
 from lmsleep.memory import model_identity
@@ -71,8 +73,8 @@ class SleepLM(TemplateLM):  # type: ignore[misc]
     ) -> Self:
         """Make it from lm-eval's arguments.
 
-        They are `pretrained` and `tokenizer` (local folders), `window`, `passes`, `batch_size`,
-        `max_batch_size` and `device`.
+        They are `pretrained` (a folder, an adapter, a GGUF file or a shipped name), `tokenizer` (a folder),
+        `window`, `passes`, `batch_size`, `max_batch_size` and `device`.
 
         Raises:
             ValueError: as `lmsleep.hf.from_pretrained`, or for an argument that is unknown or missing.
@@ -89,7 +91,8 @@ class SleepLM(TemplateLM):  # type: ignore[misc]
         # lm-eval hands on what was not given as None.
         sizes = {name: given[name] for name in SIZES if given.get(name) is not None}
         Batches(sizes.get("batch_size", 1), most=sizes.get("max_batch_size", MOST))  # refused before loading
-        words = HuggingFace(Path(given.get("tokenizer") or given["pretrained"]))
+        # Of an adapter, that of its base.
+        words = HuggingFace(Path(given.get("tokenizer") or whole(shipped.find(given["pretrained"]))))
         model = from_pretrained(given["pretrained"])
         if given.get("device"):
             model = model.to(given["device"])

@@ -41,6 +41,14 @@ def find(path: str | Path) -> Path:
     return HERE / path
 
 
+def name_of(place: Path) -> str | None:
+    """Return the name by which `find` finds the file of a package on any machine; None for other places."""
+    try:
+        return SMOLLM2 if place.samefile(_packaged()) else None
+    except FileNotFoundError:
+        return None
+
+
 def _packaged() -> Path:
     """Find the file of `SMOLLM2`; its package is not imported, for that needs a compiled library."""
     spec = find_spec(PACKAGE)
