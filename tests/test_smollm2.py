@@ -4,6 +4,8 @@ import copy
 import io
 import json
 import re
+import shlex
+from pathlib import Path
 from pydoc_data.topics import topics
 
 import gguf
@@ -138,6 +140,19 @@ def test_the_shipped_adapter_answers_from_its_fast_weights(tmp_path, monkeypatch
         session.read(f"\n{question}")
         tokens = len(opened.tokenizer.encode(answer))
         assert session.generate(max_new_tokens=tokens) == answer
+
+
+def test_the_example_of_the_readme_prints_what_stands_there(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    lines = text[text.index('    $ echo "Anna') :].split("\n\n")[0].splitlines()
+    *commands, said = (line.removeprefix("    ") for line in lines)
+    echo, *ours = (shlex.split(command.removeprefix("$ ")) for command in commands)
+    Path(echo[-1]).write_text(f"{echo[1]}\n")
+    for command in ours:
+        code, out, err = run_command(capsys, *command[1:])
+        assert code == 0, err
+    assert len(ours) == 2 and out.rstrip("\n") == said
 
 
 def test_the_shipped_adapter_is_as_good_as_its_card_says(tmp_path):

@@ -17,6 +17,8 @@ from lmsleep.progress import progress
 from lmsleep.sleep import Compact, Passes
 from lmsleep.text.files import read_text, to_tokens
 
+WINDOW = 512  # where neither the command nor the model says one
+
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeOptions(MethodOptions):
@@ -31,8 +33,8 @@ class ProbeOptions(MethodOptions):
     """Text file (UTF-8) to read pieces of."""
     passes: tuple[int, ...] = (1, 2, 4)
     """Each N to read with."""
-    window: int = 512
-    """L: tokens of a window."""
+    window: int | None = None
+    """L: tokens of a window; default the model's, or 512."""
     windows: int = 3
     """Windows in a piece."""
     samples: int = 16
@@ -64,20 +66,22 @@ class ProbeOptions(MethodOptions):
 def probe(argv: list[str]) -> None:
     """Run `lmsleep probe MODEL --text FILE`."""
     options = parse(ProbeOptions, argv, "lmsleep probe")
-    compacted = _compacted(options)
     model, own, tokenizer = open_model(
         options.model,
         options.tokenizer,
         options.device,
         trust=options.trust,
-        attention_alone=bool(compacted) or options.leaves_some,
+        attention_alone=bool(options.compact) or options.leaves_some,
     )
+    window = options.window or own.window or WINDOW
+    length = options.windows * window
+    compacted = _compacted(options, length)
     # Without fast weights passes write nothing: what they leave is what is left when memory is dropped.
     writes = any(model.initial_state(1).memory.writes)
     passes = options.passes if writes else () if compacted else (1,)
     tokens = to_tokens(read_text(options.text), tokenizer, options.text).tolist()
     everywhere: dict[str, Any] = {"loop": None} if isinstance(own.consolidator, Passes) else {}
-    sleep = options.over(replace(own, **everywhere))
+    sleep = options.over(replace(own, window=window, **everywhere))
     # Two more ways of reading: nothing evicted, and nothing remembered.
     others = {
         f"N = {n}, {name}" if passes else name: replace(sleep.with_passes(n), eviction=eviction)
@@ -103,7 +107,6 @@ def probe(argv: list[str]) -> None:
             seed=options.seed,
             progress=read,
         )
-        length = options.windows * options.window
         said = f"reading {options.samples} pieces of {length:,} tokens of {options.text} in {ways} ways"
         bar.write(said, file=sys.stderr)
         readings = []
@@ -122,13 +125,12 @@ def probe(argv: list[str]) -> None:
         sys.stdout.write(f"{chance}\n{_verdict(readings)}\n")
 
 
-def _compacted(options: ProbeOptions) -> dict[str, Compact]:
-    """Return the compactions that are asked for, by name.
+def _compacted(options: ProbeOptions, length: int) -> dict[str, Compact]:
+    """Return the compactions of `length` tokens that are asked for, by name.
 
     Raises:
         ValueError: for one that would keep nothing, or all.
     """
-    length = options.windows * options.window
     if not options.compact and options.method != ProbeOptions.method:
         raise ValueError(f"--method {' '.join(options.method)} goes with --compact: add --compact 2 4, say")
     for times in options.compact:

@@ -60,12 +60,14 @@ The weights here are what the model has beyond its base, without which, or on an
 import lmsleep
 
 session = lmsleep.Session(*lmsleep.open("FOLDER"))  # this repository, downloaded
-session.read("Text of any length")
+session.read("A text")
+session.sleep()  # the window that is not full yet too leaves attention
 print(session.generate("..."))
 ```
 
-or `lmsleep read FOLDER book.txt --memory book.mem` and `lmsleep ask FOLDER --memory book.mem "..."`. If the
-base model lies elsewhere than `config.json` says, link its folder (or file) as `FOLDER/base`.
+or `lmsleep read FOLDER text.txt --memory text.mem --sleep-at-end` and
+`lmsleep ask FOLDER --memory text.mem "..."`. If the base model lies elsewhere than `config.json` says, link
+its folder (or file) as `FOLDER/base`.
 `lmsleep.hf.load_adapter("FOLDER")` is the model of transformers.
 
 ## Limits
