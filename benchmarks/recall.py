@@ -30,14 +30,15 @@ def facts(batches: int, tiny: bool) -> Table:
         tokenizer="bytes" if tiny else str(shipped.find("smollm2")),
     )
     rows: list[dict[str, Cell]] = []
+    texts = 2 if tiny else TEXTS
     for name, model, sleep in _readings(tiny):
-        score = evaluate(model, task, sleep, batches=batches, batch_size=2 if tiny else TEXTS)
+        score = evaluate(model, task, sleep, batches=batches, batch_size=texts)
         rows.append({"reading": name, **_columns(score, task.difficulty_labels), "bits": score.bits()})
     return Table(
         rows=rows,
-        note=f"{'A tiny model' if tiny else SLEEPS} in float32; {batches * TEXTS} texts of the test of task "
-        "recall, of two to six facts in one or two windows of 64 tokens. Answers that are right in all their "
-        "tokens (95 % interval, Wilson, of answers), of all texts and by how a text differs from those of "
+        note=f"{'A tiny model' if tiny else SLEEPS} in float32; {batches * texts} texts of the test of task "
+        f"recall, of two to six facts in windows of {sleep.window or task.length} tokens. Answers that are "
+        "right in all their tokens (95 % interval, Wilson, of answers), of all texts and by how a text differs from those of "
         "training: new combinations of name and value (as trained), new names, new wordings, more filler. "
         "Bits: of a token of a right answer. Guessing among the answers of its kind that a text holds gives "
         f"{task.floors()['chance']:.3f}.",

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import close, run_command
 from hf_models import VOCAB, family
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 from test_hf_loading import edit, tokenizer
 from transformers import LlamaForCausalLM
@@ -238,6 +238,14 @@ def test_a_weight_in_two_places_is_held_once(tmp_path):
     saved = save_adapter(model, tmp_path / "a", base=tmp_path / "tied", sleep=SLEEP, dtype=None)
     assert saved.parameters == model.get_input_embeddings().weight.numel()
     assert torch.equal(load_adapter(tmp_path / "a")(TOKENS).logits, model(TOKENS).logits)
+    # A base that has two of them gets both.
+    config.tie_word_embeddings = False
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "two")
+    save_adapter(model, tmp_path / "b", base=tmp_path / "two", sleep=SLEEP, dtype=None)
+    assert torch.equal(load_adapter(tmp_path / "b")(TOKENS).logits, model(TOKENS).logits)
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["lm_head"]), model)
+    with pytest.raises(ValueError, match=r"lm_head.weight and model.embed_tokens.weight are one weight"):
+        save_adapter(model, tmp_path / "c", base=tmp_path / "tied", sleep=SLEEP)
 
 
 @pytest.mark.filterwarnings("ignore")  # of peft
@@ -247,20 +255,31 @@ def test_a_weight_in_two_places_is_held_once(tmp_path):
         ({"use_dora": True}, "lora_magnitude_vector"),
         ({"lora_bias": True}, "lora_B.default.bias"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-        ({"target_modules": ["embed_tokens"]}, "lora_embedding"),
+        ({"target_modules": ["embed_tokens"]}, "embed_tokens"),
     ],
 )
 def test_adapters_of_peft_that_are_more_than_two_factors_are_refused(base, tmp_path, more, named):
     model = get_peft_model(
         load_pretrained(base), LoraConfig(**{"r": 2, "target_modules": ["q_proj"], **more})
     )
-    with pytest.raises(ValueError, match=rf"^model: \S*{named}.*belongs to no plain LoRA.*merge it first"):
+    with pytest.raises(ValueError, match=rf"^model: \S*{named}.*is of no plain LoRA.*merge it first"):
         save_adapter(model, tmp_path / "a", base=base, sleep=SLEEP)
     other = get_peft_model(
         load_pretrained(base), LoraConfig(r=2, target_modules=["q_proj"]), adapter_name="mine"
     )
     with pytest.raises(ValueError, match="called 'default'"):
         save_adapter(other, tmp_path / "a", base=base, sleep=SLEEP)
+    scales = IA3Config(target_modules=["k_proj"], feedforward_modules=[])
+    merged = get_peft_model(load_pretrained(base), LoraConfig(r=2, target_modules=["q_proj"]))
+    merged.merge_adapter()
+    for odd in (get_peft_model(load_pretrained(base), scales), merged):
+        with pytest.raises(ValueError, match=r"_proj is of no plain LoRA"):
+            save_adapter(odd, tmp_path / "a", base=base, sleep=SLEEP)
+    prompt = get_peft_model(
+        load_pretrained(base), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    )
+    with pytest.raises(ValueError, match="a prompt that was learned is no part of its weights"):
+        save_adapter(prompt, tmp_path / "a", base=base, sleep=SLEEP)
     assert not (tmp_path / "a").exists()
 
 
@@ -270,7 +289,9 @@ def test_saved_again_it_keeps_the_link_to_its_base(base, tuned, tmp_path):
     (folder / "base").symlink_to(base)
     save_adapter(tuned, folder, base=base, sleep=SLEEP)
     assert (folder / "base").readlink() == base and load_adapter(folder).config.memory_layers
-    (folder / "base").unlink()
+    family("llama").half().save_pretrained(tmp_path / "other")
+    save_adapter(tuned, folder, base=tmp_path / "other", sleep=SLEEP)
+    assert not (folder / "base").exists()  # it led to another model
     shutil.copytree(base, folder / "base")
     with pytest.raises(
         FileExistsError, match=r"holds a base model \(base\), which would be replaced with it"

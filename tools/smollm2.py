@@ -21,7 +21,7 @@ from lmsleep.hf import load_pretrained, save_adapter
 from lmsleep.training import RunFolder
 
 PLACES = "--insert 7 --insert-after 15 17 19 21 23 25 27"
-# Passes beyond the first, where somebody asks for them, loop all blocks with memory layers and no others.
+# Passes beyond the first, where somebody asks for them, loop the upper half, in which all memory layers are.
 BOTH = (
     "--task recall --kinds facts --train memory --passes 1 --loop 15 30 --lr 0.02 --adam-lr 2e-3 "
     "--batch-size 16 --accumulate 1 --no-checkpoint --precision bfloat16 --eval-batches 2"
@@ -87,7 +87,8 @@ def main(argv: Sequence[str]) -> None:
             + f"; commit {made['commit']}",
             "trained on": "task recall: planted facts in prose, drawn by a program; no personal data",
             "limits": "texts of up to 126 tokens, in six relations; N = 1 alone; it does not stop after an "
-            "answer (`--max-new-tokens`), and answers what it was not told too",
+            "answer (`--max-new-tokens`), answers what it was not told too, and costs 1.3 bits a token of "
+            "plain English after an eviction (docs/pretrained.md)",
             "held out": f"{score['accuracy']:.3f} of {sum(score['answers'].values())} answers at the end of "
             f"training, {score['bits']:.3f} bits a token; N = 1; guessing among what the text said: "
             f"{floor:.3f}",

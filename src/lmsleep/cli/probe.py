@@ -62,6 +62,11 @@ class ProbeOptions(MethodOptions):
     json: bool = False
     """Print one JSON document instead of a table."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.compact and self.method != ProbeOptions.method:
+            raise ValueError(f"--method {' '.join(self.method)} goes with --compact: add --compact 2 4, say")
+
 
 def probe(argv: list[str]) -> None:
     """Run `lmsleep probe MODEL --text FILE`."""
@@ -131,8 +136,6 @@ def _compacted(options: ProbeOptions, length: int) -> dict[str, Compact]:
     Raises:
         ValueError: for one that would keep nothing, or all.
     """
-    if not options.compact and options.method != ProbeOptions.method:
-        raise ValueError(f"--method {' '.join(options.method)} goes with --compact: add --compact 2 4, say")
     for times in options.compact:
         if not 1 < times <= length:
             raise ValueError(

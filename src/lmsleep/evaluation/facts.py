@@ -214,7 +214,7 @@ class Quiz:
         begin = len(tokenizer.begin)  # of the piece, before which nothing is planted
         if begin + len(planted) > L or longest > L:
             raise ValueError(
-                f"window={L} is too short: the planted facts have {len(planted)} tokens, "
+                f"window={L} is too short (give a longer one): the planted facts have {len(planted)} tokens, "
                 f"a question with its answer {longest}"
             )
         # Planted anywhere in the first window, whole; what the piece gains in front it loses at its end.

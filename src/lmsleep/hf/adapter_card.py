@@ -61,7 +61,7 @@ import lmsleep
 
 session = lmsleep.Session(*lmsleep.open("FOLDER"))  # this repository, downloaded
 session.read("A text")
-session.sleep()  # the window that is not full yet too leaves attention
+session.sleep()  # so that the last window, which is not full, leaves attention too
 print(session.generate("..."))
 ```
 

@@ -57,12 +57,18 @@ def difference(model: Any, base: Any, *, rank: int | None, dtype: torch.dtype) -
         )
     tensors: dict[str, Tensor] = {}
     inherits: dict[str, str] = {}
-    losses, seen = {"": 0.0}, set[tuple[int, torch.Size]]()
+    losses, places = {"": 0.0}, dict[tuple[int, torch.Size], str]()
     for name, value in now.items():
-        # A weight that is used in several places is held once: put on, it is there in all of them.
-        if (place := (value.data_ptr(), value.shape)) in seen:
-            continue
-        seen.add(place)
+        first = places.setdefault((value.data_ptr(), value.shape), name)
+        if first != name:
+            if {first, name} & adapted.keys():
+                raise ValueError(
+                    f"model: {name} and {first} are one weight, which the adapter beside it would change in "
+                    "both places; merge it first (merge_and_unload of peft)"
+                )
+            if name in before and before[name].data_ptr() == before[first].data_ptr():
+                continue  # put on the base, it is there in both places
+            value = value.clone()  # of a base that has two
         pair = adapted.get(name)
         if name in before and name not in other and pair is None:
             continue

@@ -1,5 +1,6 @@
 """Low-rank adapters (LoRA; Hu et al., arXiv 2106.09685) on the linear maps inside blocks, through `peft`."""
 
+import sys
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -62,17 +63,31 @@ def is_adapted(module: nn.Module) -> bool:
 
 
 def check_plain(model: nn.Module) -> None:
-    """Refuse adapters of `peft` that are more than two factors beside linear maps.
+    """Refuse adapters of `peft` that are more than two factors beside linear maps, or merged and still there.
 
     Raises:
-        ValueError: naming a parameter.
+        ValueError: naming a module or parameter.
     """
-    for name, _ in model.named_parameters():
-        if ".modules_to_save." in name or (".lora_" in name and not name.endswith(PLAIN)):
-            raise ValueError(
-                f"model: {name} belongs to no plain LoRA adapter called {ADAPTER!r} on linear maps, the only "
-                "kind that is taken apart; merge it first (merge_and_unload of peft)"
-            )
+    if "peft" not in sys.modules:  # so there are none
+        return
+    from peft.tuners.lora import Linear
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    odd = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, BaseTunerLayer) and (type(module) is not Linear or module.merged)
+    ]
+    odd += [
+        name
+        for name, _ in model.named_parameters()
+        if ".modules_to_save." in name or (".lora_" in name and not name.endswith(PLAIN))
+    ]
+    if odd:
+        raise ValueError(
+            f"model: {odd[0]} is of no plain LoRA adapter called {ADAPTER!r} on linear maps, the only kind "
+            "that is taken apart; merge it first (merge_and_unload of peft)"
+        )
 
 
 def factors(module: Any) -> tuple[Tensor, Tensor]:

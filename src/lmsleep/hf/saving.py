@@ -9,7 +9,8 @@ import torch
 
 from lmsleep import shipped
 from lmsleep.files import replacing_folder, write_atomic
-from lmsleep.hf.adapter import LINK, SETTINGS, Adapter, BaseModel, is_adapter
+from lmsleep.foreign import read_json
+from lmsleep.hf.adapter import CONFIG, LINK, SETTINGS, Adapter, BaseModel, is_adapter
 from lmsleep.hf.adapter_card import adapter_card
 from lmsleep.hf.backbone import HFBackbone
 from lmsleep.hf.card import NAME
@@ -78,6 +79,10 @@ def save_adapter(
             sleeps.
     """
     model = model.model if isinstance(model, HFBackbone) else model
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise ValueError(
+            "model: a prompt that was learned is no part of its weights, so no adapter can hold it"
+        )
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     folder, place = Path(folder), shipped.find(base)
     if folder.exists() and not is_adapter(folder):
@@ -122,7 +127,10 @@ def save_adapter(
         base_model=base_model,
     )
     with replacing_folder(folder) as partial:
-        if link.is_symlink():
+        if (
+            link.is_symlink()
+            and read_json(folder / CONFIG)["base"]["fingerprint"] == adapter.base.fingerprint
+        ):
             (partial / LINK).symlink_to(link.readlink())
         adapter.write(partial)
         write_atomic(partial / NAME, card.encode())

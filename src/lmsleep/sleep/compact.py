@@ -198,15 +198,15 @@ def _served(model: Backbone) -> Compactable:
     Raises:
         ValueError: if it is none that Compact can serve, with the reason.
     """
-    reason = f"{type(model).__name__} cannot read keys that were kept"
+    reason = f"{type(model).__name__} cannot read keys that were kept; choose hard or sliding"
     if isinstance(model, Compactable):
         try:
             if any(model.kept_sizes()):
                 return model
-            reason = "the model has no attention, so there are no keys to keep"
+            reason = "the model has no attention, so there are no keys to keep; choose hard"
         except ValueError as error:
             reason = str(error)
-    raise ValueError(f"eviction=Compact: {reason}; choose hard or sliding")
+    raise ValueError(f"eviction=Compact: {reason}")
 
 
 def _bytes_of_a_key(model: Compactable) -> int:
