@@ -38,9 +38,10 @@ def facts(batches: int, tiny: bool) -> Table:
         rows=rows,
         note=f"{'A tiny model' if tiny else SLEEPS} in float32; {batches * texts} texts of the test of task "
         f"recall, of two to six facts in windows of {sleep.window or task.length} tokens. Answers that are "
-        "right in all their tokens (95 % interval, Wilson, of answers), of all texts and by how a text differs "
-        "from those of training: new combinations of name and value (as trained), new names, new wordings, more filler. "
-        "Bits: of a token of a right answer. Guessing among the answers of its kind that a text holds gives "
+        "right in all their tokens (95 % interval, Wilson, of answers), of all texts and by how a text "
+        "differs from those of training: new combinations of name and value (as trained), new names, new "
+        "wordings, more filler. Bits: of a token of a right answer. Guessing among the answers of its kind "
+        "that a text holds gives "
         f"{task.floors()['chance']:.3f}.",
     )
 
