@@ -28,6 +28,8 @@ COMMITTED = ROOT / "src/lmsleep/recipes/committed"
 OLDER = {
     "compute-matched-demo": "depth was not added by whole patterns, and FLOPs left out attention's products",
     "depo": "FLOPs left out attention's products",
+    "rivals-depo-demo": "nothing kept was trained for the steps of the whole cache",
+    "rivals-mqar-demo": "nothing kept was trained for the steps of the whole cache",
     "rule110": "FLOPs left out attention's products",
 }
 ROUNDING = 1e-3  # relative; of ten steps in another order of sums
