@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from benchmarks.models import SLEEPS, language_model, sleeping_model
+from benchmarks.models import NAME, SLEEPS, language_model, sleeping_model
 from benchmarks.table import Cell, Table, share
 from lmsleep import SleepConfig, adapt, shipped
 from lmsleep.evaluation import Score, evaluate
@@ -27,7 +27,7 @@ def facts(batches: int, tiny: bool) -> Table:
         facts=(2, 6),
         filler=(0, 3),
         length=400 if tiny else 126,
-        tokenizer="bytes" if tiny else str(shipped.find("smollm2")),
+        tokenizer="bytes" if tiny else str(shipped.find(NAME)),
     )
     rows: list[dict[str, Cell]] = []
     texts = 2 if tiny else TEXTS
@@ -41,8 +41,7 @@ def facts(batches: int, tiny: bool) -> Table:
         "right in all their tokens (95 % interval, Wilson, of answers), of all texts and by how a text "
         "differs from those of training: new combinations of name and value (as trained), new names, new "
         "wordings, more filler. Bits: of a token of a right answer. Guessing among the answers of its kind "
-        "that a text holds gives "
-        f"{task.floors()['chance']:.3f}.",
+        f"that a text holds gives {task.floors()['chance']:.3f}.",
     )
 
 

@@ -66,7 +66,7 @@ def difference(model: Any, base: Any, *, rank: int | None, dtype: torch.dtype) -
                     f"model: {name} and {first} are one weight, which the adapter beside it would change in "
                     "both places; merge it first (merge_and_unload of peft)"
                 )
-            if name in before and before[name].data_ptr() == before[first].data_ptr():
+            if {first, name} <= before.keys() and before[name].data_ptr() == before[first].data_ptr():
                 continue  # put on the base, it is there in both places
             value = value.clone()  # of a base that has two
         pair = adapted.get(name)
