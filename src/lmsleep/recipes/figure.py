@@ -148,11 +148,13 @@ def _lines(ax: Axes, panel: str, result: Result) -> None:
             ax.plot(*zip(*floors, strict=True), **FLOOR)
     places = [row[key] for row in result.rows]
     # Places that span more than a decade, such as 1 ... 1000 sleeps, would crowd at the left.
-    if max(places) > 20 * max(min(places), 1):
+    if recipe.together and key == "difficulty":
+        ax.set_xticks(result.difficulties, map(result.named, result.difficulties), rotation=30, ha="right")
+    elif max(places) > 20 * max(min(places), 1):
         ax.set_xscale("log")
     else:
         ax.locator_params(axis="x", integer=True)
-    ax.set(xlabel=result.key if key == "difficulty" else recipe.axis, ylabel=LABELS[recipe.value])
+    ax.set(xlabel=(result.key or None) if key == "difficulty" else recipe.axis, ylabel=LABELS[recipe.value])
 
 
 def _at_most_compute(result: Result) -> list[Row]:
@@ -240,7 +242,7 @@ def _frontier(ax: Axes, panel: str, result: Result, difficulty: int) -> None:
         ax.xaxis.set_major_locator(LogLocator(subs=(1, 3)))  # more labels would run into each other
         ax.xaxis.set_minor_formatter(NullFormatter())
     ax.axhline(floor(rows), **FLOOR)  # behind the scale, which the limits of x depend on
-    ax.set(xlabel=KEPT[panel], ylabel=f"held-out accuracy, {result.key} = {difficulty}")
+    ax.set(xlabel=KEPT[panel], ylabel=f"held-out accuracy, {result.named(difficulty)}")
 
 
 def _hardest(result: Result) -> list[Row]:

@@ -1,7 +1,7 @@
 """What a recipe is: named runs at three scales, and how their results are looked at."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -82,6 +82,7 @@ class Recipe:
         axis: what the axis counts.
         read: the ways a trained run is read, by their place on the axis; by default its own.
         value: what is measured: accuracy after training, or the speed of a few training steps.
+        together: names of sets of difficulties, which are then taken together; by default each stands alone.
         costs: whether what a run keeps and costs when it is used is measured too (`recipes.costs`).
         caution: what must be said with every result.
         fine_tuned: the runs from the pretrained weights in a folder; raises ValueError for the scale "demo".
@@ -95,6 +96,7 @@ class Recipe:
     axis: str | None = None
     read: Callable[[RunConfig], dict[int, RunConfig]] | None = None
     value: Value = "accuracy"
+    together: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     costs: bool = False
     caution: str = ""
     fine_tuned: Callable[[Scale, Path], list[Cell]] | None = None

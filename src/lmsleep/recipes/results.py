@@ -6,7 +6,7 @@ import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from math import isnan, nan
+from math import inf, isnan, log, nan
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,11 @@ class Result:
         known = self.difficulties
         return [*self.recipe.shown] or sorted({*known[:1], *known[-1:]})
 
+    def named(self, difficulty: int) -> str:
+        """Return what a difficulty is called in a table."""
+        sets = [*self.recipe.together]
+        return sets[difficulty] if sets else f"{self.key} = {difficulty}"
+
     def own(self, **where: Any) -> list[Row]:
         """Return the rows of runs that were read as they were trained, with these values."""
         return [
@@ -86,28 +91,40 @@ class Result:
         budgets = ["tokens", "compute"] if "budget" in self.rows[0] else [None]
         before = ["at equal"] if budgets[0] else []
         axis = [] if recipe.axis is None else [recipe.axis]
-        columns = [f"{self.key} = {key}" for key in keys] or ["tokens a second"]
+        columns = [self.named(key) for key in keys] or ["tokens a second"]
         # Only where budgets are compared: elsewhere the difficulties are what the figure is about.
         whole = before and len(keys) > 1
+        # Kinds of question have answers of different length, which bits of a token make comparable.
+        bits = ["bits of an answer's token"] if recipe.together else []
         costly = [*COLUMNS] if recipe.costs else []
-        lines = [[*before, "model", *axis, "steps", "TFLOP", *costly, *columns, *(["all"] if whole else [])]]
+        lines = [
+            [*before, "model", *axis, "steps", "TFLOP", *costly, *columns, *(["all"] if whole else []), *bits]
+        ]
         rows = self.rows if axis else self.own()
         for budget in budgets:
             due = [r for r in rows if budget is None or r["budget"] in (budget, "both")]
             for cell, at in dict.fromkeys((r["cell"], r["at"]) for r in due):
                 mine = [r for r in due if (r["cell"], r["at"]) == (cell, at)]
                 figures = [self.figure([r for r in mine if r["difficulty"] == key]) for key in keys]
-                figures = figures or [_mean([r["tokens_per_second"] for r in mine], digits=0)]
+                figures = figures or [_mean([r["tokens_per_second"] for r in mine], digits=0, top=inf)]
                 named = [*([budget] if budget else []), cell, *([str(at)] if axis else [])]
                 spent = [str(mine[0]["step"]), f"{mine[0]['flops'] / 1e12:.3g}"]
                 spent += [as_text(mine[0]) for as_text in COLUMNS.values()] if costly else []
-                lines.append([*named, *spent, *figures, *([self.figure(mine)] if whole else [])])
+                lines.append(
+                    [
+                        *named,
+                        *spent,
+                        *figures,
+                        *([self.figure(mine)] if whole else []),
+                        *(_bits(mine) for _ in bits),
+                    ]
+                )
         for label, known in floors(self.rows, keys):
             # A mean of floors would need the number of answers of each difficulty.
             over_all = known[0] if len({*known}) == 1 else nan
             figures = ["" if isnan(f) else f"{f:.3f}" for f in (*known, *([over_all] if whole else []))]
             blank = ["" for _ in [*axis, "steps", "TFLOP", *costly]]
-            lines.append([*("" for _ in before), label, *blank, *figures])
+            lines.append([*("" for _ in before), label, *blank, *figures, *("" for _ in bits)])
         return lines
 
     def page(self) -> str:
@@ -184,18 +201,20 @@ def collect(recipe: Recipe, jobs: Sequence[tuple[Cell, Job]]) -> Result:
             # The report has the run's own reading already, on twice as many batches.
             score = report["eval"] if reading == config else _read(run, reading)
             where = {"at": at, "passes_read": reading.sleep.passes}
-            reached = reading.task.floors()
+            reached, each = reading.task.floors(), list[Row]()
             for key, accuracy in score["per_difficulty"].items():
                 answers = score["answers"][key]
                 found = {"difficulty": int(key), "accuracy": accuracy, "answers": answers}
-                # Runs that were trained before it was measured have none.
+                # Runs that were trained before they were measured have none.
                 if "loss_per_difficulty" in score:
                     found["loss"] = score["loss_per_difficulty"][key]
+                if "answer_tokens" in score:
+                    found["answer_tokens"] = score["answer_tokens"][key]
                 # Floors of this difficulty where the task tells them, else those over all.
                 name = difficulty_text(reading.task, int(key))
                 named = {low: reached.get(f"{low} {name}", reached.get(low)) for low in FLOORS}
-                own = {low: value for low, value in named.items() if value is not None}
-                rows.append({**who, **where, **found, **own, **spent})
+                each.append({**found, **{low: value for low, value in named.items() if value is not None}})
+            rows += [{**who, **where, **found, **spent} for found in together(each, recipe.together)]
         if cell.budget == "tokens" or cell.reading is not None:
             continue  # its curve is that of another run, or none of the contestants'
         for point in run.metrics():
@@ -205,6 +224,29 @@ def collect(recipe: Recipe, jobs: Sequence[tuple[Cell, Job]]) -> Result:
                 curves.append({**who, **at_step, **scores})
     made = [RunFolder.open(job.path).made_by() for _, job in jobs]
     return Result(recipe, jobs[0][1].config.task.difficulty_name, rows, curves, made_by(made))
+
+
+def together(rows: Sequence[Row], sets: Mapping[str, Collection[int]]) -> list[Row]:
+    """Return a row for each set of difficulties, numbered in their order; without sets, the rows.
+
+    Accuracies and floors are those over all answers of a set, losses those over all their tokens.
+    """
+    if not sets:
+        return [*rows]
+    found = []
+    for number, keys in enumerate(sets.values()):
+        mine = [row for row in rows if row["difficulty"] in keys]
+        by = {"loss": "answer_tokens"}
+        mean = {
+            name: sum(row[name] * row[by.get(name, "answers")] for row in mine)
+            / sum(row[by.get(name, "answers")] for row in mine)
+            for name in ("accuracy", "loss", *FLOORS)
+            if mine and all(name in row for row in mine)
+        }
+        total = {name: sum(row[name] for row in mine) for name in ("answers", "answer_tokens")}
+        if mine:
+            found.append({"difficulty": number, **mean, **total})
+    return found
 
 
 def made_by(made: Sequence[Mapping[str, Any]]) -> str:
@@ -274,12 +316,21 @@ def interval(rows: Sequence[Row], *, among: int = 1) -> str:
     return _mean(values)
 
 
-def _mean(values: Sequence[float], digits: int = 3) -> str:
+def _bits(rows: Sequence[Row]) -> str:
+    """Write the mean over seeds of the bits of a token of an answer, over all difficulties."""
+    found = []
+    for seed in dict.fromkeys(row["seed"] for row in rows):
+        mine = [row for row in rows if row["seed"] == seed]
+        nats = sum(row["loss"] * row["answer_tokens"] for row in mine)
+        found.append(nats / sum(row["answer_tokens"] for row in mine) / log(2))
+    return _mean(found, top=inf)
+
+
+def _mean(values: Sequence[float], digits: int = 3, top: float = 1.0) -> str:
     """Write the mean with its interval over seeds, or up to two values as they are."""
     if len(values) < 3:
         return " ".join(f"{value:.{digits}f}" for value in values)
     mean, low, high = mean_interval(values)
-    top = 1.0 if digits else float("inf")  # of an accuracy
     return f"{mean:.{digits}f} [{max(low, 0):.{digits}f}, {min(high, top):.{digits}f}]"
 
 

@@ -6,16 +6,18 @@ The Python reference comes with every CPython (`pydoc_data`); pages of a manual 
 entries     a function or method with its description: which one is described so, what is its first argument
 options     options of a command: which one is described so, what does it take
 paragraphs  of prose: which marked word is missing in a sentence
+
+or, without questions, is read from a paragraph on (`prose`).
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from random import Random
 from textwrap import dedent
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 from zlib import crc32
 
 from lmsleep.tasks.recall.story import Question, Story
@@ -34,6 +36,7 @@ MARKED = re.compile(r'\*{1,2}(\w[\w -]*\w)\*{1,2}|"(\w[\w.]*\w)(?:\(\))?"')  # *
 ENTRY = re.compile(r"(?:\w+\.)+(\w+)\((.*)\)")  # str.count(sub[, start[, end]])
 OPTION = re.compile(r"--[a-z][a-z-]*[a-z]")
 OPTION_VALUE = re.compile(r"\[?=([A-Za-z]+)")
+Piece = TypeVar("Piece")
 
 
 class Unit(NamedTuple):
@@ -127,39 +130,79 @@ def _plain(line: str) -> str:
     return re.sub(r"\\f(\[\w*\]|.)|\\[,/&]", "", line).replace(r"\-", "-").replace(r"\(aq", "'").strip()
 
 
+class Document(NamedTuple):
+    """A document, and the forms in which it is read."""
+
+    name: str
+    text: str
+    forms: tuple[Callable[[str], Iterator[Unit]], ...]
+
+
 @cache
 def passages(paths: tuple[Path, ...]) -> dict[Split, list[list[Unit]]]:
     """Return the units of each document, one list for each form; one in `HELD_OUT` documents is for testing.
 
-    Topics of the reference hold others, and manuals have options in common: what stands in several documents
-    belongs to the shortest, so that nothing of the test is trained on.
-
     Raises:
         ValueError: for a file that cannot be read, or if nothing can be asked about all of them.
     """
-    found: list[tuple[str, str, list[Unit]]] = []
-    for name, text in topics_of_python():
-        found += [(name, text, list(find(text))) for find in (entries, paragraphs)]
+    documents = _documents(paths)
+    units = {document: [list(find(document.text)) for find in document.forms] for document in documents}
+    if paths and not any(some for document in documents[-len(paths) :] for some in units[document]):
+        raise ValueError("documents: nothing can be asked about these files: no option, no *term*")
+    return _divided(units, lambda unit: unit.text)
+
+
+@cache
+def _paragraphs(paths: tuple[Path, ...]) -> dict[Split, list[list[str]]]:
+    """Return the paragraphs of each document, divided as `passages` are; errors of `_documents`."""
+    split = {document: [re.split(r"\n\s*\n", document.text.strip())] for document in _documents(paths)}
+    return _divided(split, str.strip)
+
+
+def _documents(paths: tuple[Path, ...]) -> list[Document]:
+    """Return the topics of the Python reference, then the files.
+
+    Raises:
+        ValueError: if this Python comes without its reference, or for a file that cannot be read.
+    """
+    found = [Document(name, text, (entries, paragraphs)) for name, text in topics_of_python()]
     for path in paths:
         if not path.is_file():
             raise ValueError(f"documents: {path} is not a file; name manual pages or text")
         text = read_text(path).decode(errors="replace")
         page = re.search(r"^\.(?:TH|SH)\s", text, flags=re.MULTILINE)
-        found.append((path.name, text, list((options if page else paragraphs)(text))))
-    if paths and not any(units for _, _, units in found[-len(paths) :]):
-        raise ValueError("documents: nothing can be asked about these files: no option, no *term*")
-    of: dict[Split, list[list[Unit]]] = {"train": [], "test": []}
+        found.append(Document(path.name, text, (options if page else paragraphs,)))
+    return found
+
+
+def _divided(
+    pieces: Mapping[Document, list[list[Piece]]], said: Callable[[Piece], str]
+) -> dict[Split, list[list[Piece]]]:
+    """Divide the lists of pieces of documents into training and test.
+
+    Topics of the reference hold others, and manuals have options in common: what stands in several documents
+    belongs to the shortest, so that nothing of the test is trained on.
+    """
+    of: dict[Split, list[list[Piece]]] = {"train": [], "test": []}
     known: set[str] = set()
-    for name, _, units in sorted(found, key=lambda document: (len(document[1]), document[0])):
-        own = [unit for unit in units if unit.text not in known]
-        known |= {unit.text for unit in own}
-        if own:
-            of["test" if _held_out(name) else "train"].append(own)
+    for document in sorted(pieces, key=lambda document: (len(document.text), document.name)):
+        for some in pieces[document]:
+            own = [piece for piece in some if said(piece) not in known]
+            known |= {said(piece) for piece in own}
+            if own:
+                of["test" if _held_out(document.name) else "train"].append(own)
     return of
 
 
 def _held_out(name: str) -> bool:
     return crc32(f"document {name}".encode()) % HELD_OUT == 0
+
+
+def prose(random: Random, split: Split, paths: tuple[Path, ...]) -> str:
+    """Draw a document, and return it from one of its paragraphs on."""
+    documents = _paragraphs(paths)[split]
+    some = random.choices(documents, [sum(map(len, document)) for document in documents])[0]
+    return "\n\n".join(some[random.randrange(len(some)) :])
 
 
 def draw(random: Random, split: Split, paths: tuple[Path, ...], number: int) -> Story:

@@ -21,11 +21,13 @@ from lmsleep.text import Split
 from lmsleep.text.packing import pad
 from lmsleep.text.tokenizers import Tokenizer, absolute, load_tokenizer, tokenizer_files
 
-KINDS = ("facts", "hops", "documents", "problems")
+KINDS = ("facts", "hops", "documents", "problems", "prose")
+PROSE = 48  # tokens that are predicted after a passage of prose
 MOST = 12  # facts in a text: there must be names and colors for all
 OPS = (1, 4)  # operations of a problem
 MISFITS = 100  # texts that are too long for a context before we give up
 FLOOR_SAMPLES = 2000  # texts
+MOST_CHARACTERS = 20  # of a token of prose, on average
 
 
 LABELS = [
@@ -35,11 +37,23 @@ LABELS = [
 ]
 
 
+class Row(NamedTuple):
+    """What is read after a context."""
+
+    tokens: list[int]
+    learned: int
+    """From this place on tokens carry loss."""
+    answer: slice
+    """The tokens that are scored; empty where nothing was asked."""
+    key: int = 0
+    """The difficulty key of the answer."""
+
+
 class Sample(NamedTuple):
-    """A context in tokens, and its rows with the length and the key of the answer that each ends with."""
+    """A context in tokens, and its rows."""
 
     context: list[int]
-    rows: list[tuple[list[int], int, int]]
+    rows: list[Row]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +73,10 @@ class Recall:
 
     Documents are passages of the Python reference, with questions that are made by rule: which method or
     option is described so, what it takes, which word is missing. Problems are those of GSM-Infinite, with one
-    to four operations and no noise.
+    to four operations and no noise. Prose is a passage of the same reference and how it goes on: nothing is
+    asked and nothing scored, but a memory that was trained on answers alone speaks into every text.
+
+    An answer is followed by the end of a text, if the tokenizer has one: it is learned, and not scored.
 
     The test asks for combinations of name and value that were never trained; a quarter of its texts each has
     names never trained (`color+names`), wordings never trained (`color+wordings`), or more filler. Of
@@ -67,7 +84,7 @@ class Recall:
     """
 
     kinds: tuple[str, ...] = ("facts", "hops")
-    """Kinds of sample: facts, hops, documents, problems."""
+    """Kinds of sample: facts, hops, documents, problems, prose."""
     shares: tuple[float, ...] = ()
     """How often each kind comes, beside the others; default: equally often."""
     facts: tuple[int, int] = (1, 4)
@@ -92,14 +109,18 @@ class Recall:
             raise ValueError(f"filler must be 0 <= fewest <= most, got {self.filler}")
         if self.length < 1:
             raise ValueError(f"length must be at least 1 token, got {self.length}")
-        if self.documents and "documents" not in self.kinds:
-            raise ValueError(f"documents={self.documents} need 'documents' among kinds, got {self.kinds}")
+        if self.kinds == ("prose",):
+            raise ValueError("kinds: of prose nothing is asked; name another kind beside it")
+        if self.documents and not self._reads:
+            raise ValueError(
+                f"documents={self.documents} need 'documents' or 'prose' among kinds, got {self.kinds}"
+            )
         object.__setattr__(self, "tokenizer", absolute(self.tokenizer))
 
     def sources(self) -> tuple[Path, ...]:
         """Return the files that batches are drawn from: documents, and those of the tokenizer."""
         files = [*tokenizer_files(self.tokenizer), *self.documents]
-        if "documents" in self.kinds and (found := find_spec("pydoc_data.topics")) and found.origin:
+        if self._reads and (found := find_spec("pydoc_data.topics")) and found.origin:
             files.append(Path(found.origin))
         return tuple(files)
 
@@ -125,7 +146,9 @@ class Recall:
         has them.
         """
         random = Random(0)
-        kinds = random.choices(self.kinds, self._shares, k=FLOOR_SAMPLES)
+        kinds = [
+            kind for kind in random.choices(self.kinds, self._shares, k=FLOOR_SAMPLES) if kind != "prose"
+        ]
         number = kinds.count("problems")
         drawn = [self._draw(random, kind, "test", 1.0)[0] for kind in kinds if kind != "problems"]
         asked = [question for story in drawn for question in story.questions]
@@ -145,10 +168,12 @@ class Recall:
         problems = iter(self._draw_problems(rng, kinds.count("problems"), split, level))
         return _together(
             [
-                next(problems) if kind == "problems" else self._sample(random, kind, split, level)
+                next(problems) if kind == "problems"
+                else self._prose(random, split) if kind == "prose"
+                else self._sample(random, kind, split, level)
                 for kind in kinds
             ]
-        )
+        )  # fmt: skip
 
     def solve(self, tokens: list[int]) -> list[list[int]]:
         """See `Task.solve`."""
@@ -178,6 +203,11 @@ class Recall:
         )
 
     @property
+    def _reads(self) -> bool:
+        """Whether documents are read."""
+        return not {"documents", "prose"}.isdisjoint(self.kinds)
+
+    @property
     def _shares(self) -> tuple[float, ...]:
         return self.shares or (1.0,) * len(self.kinds)
 
@@ -190,8 +220,22 @@ class Recall:
         for i, op in enumerate(batch.difficulty.tolist()):
             context, row, answers = batch.row(i)
             length = sum(answer >= 0 for answer in answers)
-            samples.append(Sample(context, [(row, length, LABELS.index(f"op{op}"))]))
+            start = len(row) - length
+            samples.append(Sample(context, [Row(row, start, slice(start, None), LABELS.index(f"op{op}"))]))
         return samples
+
+    def _prose(self, random: Random, split: Split) -> Sample:
+        """Draw a passage of at least half of `length` tokens, and the tokens that follow it."""
+        begin = self._tokenizer.begin
+        for _ in range(MISFITS):
+            text = documents.prose(random, split, self.documents)
+            most = self.length - len(begin)
+            size = random.randint(ceil(most / 2), most)
+            tokens = self._tokenizer.encode(text[: MOST_CHARACTERS * (size + PROSE)])
+            if len(tokens) >= size + PROSE:
+                row = Row(tokens[size : size + PROSE], 1, slice(0))
+                return Sample([*begin, *tokens[:size]], [row])
+        raise ValueError(f"length={self.length} is too long: of {MISFITS} passages none has as many tokens")
 
     def _sample(self, random: Random, kind: str, split: Split, level: float) -> Sample:
         """Draw a text that fits, in tokens."""
@@ -205,10 +249,13 @@ class Recall:
                 f"length={self.length} is too short: of {MISFITS} texts of {kind} none fits; "
                 "use fewer facts or less filler"
             )
+        end = [] if self._tokenizer.end is None else [self._tokenizer.end]
         rows = []
         for question in story.questions:
-            row, answer = self._row(question.text, question.answer)
-            rows.append((row + answer, len(answer), LABELS.index(label(question.kind, told))))
+            before, answer = self._row(question.text, question.answer)
+            scored = slice(len(before), len(before) + len(answer))
+            key = LABELS.index(label(question.kind, told))
+            rows.append(Row([*before, *answer, *end], len(before), scored, key))
         return Sample(context, rows)
 
     def _draw(self, random: Random, kind: str, split: Split, level: float) -> tuple[Story, str]:
@@ -238,15 +285,19 @@ def _together(samples: list[Sample]) -> Batch:
     """Pad samples into a batch."""
     context, context_lengths = pad([np.array(sample.context) for sample in samples])
     rows = [row for sample in samples for row in sample.rows]
-    tokens, lengths = pad([np.array(row) for row, _, _ in rows])
-    answers = torch.full(tokens.shape, -1)
-    for number, (row, length, _) in enumerate(rows):
-        answers[number, len(row) - length : len(row)] = number
+    tokens, lengths = pad([np.array(row.tokens) for row in rows])
+    answers, loss_mask = torch.full(tokens.shape, -1), torch.zeros(tokens.shape, dtype=torch.bool)
+    keys = list[int]()
+    for number, row in enumerate(rows):
+        loss_mask[number, row.learned : len(row.tokens)] = True
+        if row.tokens[row.answer]:
+            answers[number, : len(row.tokens)][row.answer] = len(keys)
+            keys.append(row.key)
     return Batch(
         tokens=tokens,
-        loss_mask=answers >= 0,
+        loss_mask=loss_mask,
         answers=answers,
-        difficulty=torch.tensor([key for _, _, key in rows]),
+        difficulty=torch.tensor(keys, dtype=torch.int64),
         context=context,
         context_row=torch.tensor([i for i, sample in enumerate(samples) for _ in sample.rows]),
         context_lengths=context_lengths,

@@ -1,0 +1,106 @@
+"""A real language model remembers: which kinds of question do more passes help?
+
+The shipped adapter of SmolLM2, which was taught facts in one pass, goes on to learn from kinds of text that
+it does not know, in N passes each, at equal training FLOPs; beside it LoRA on the same model and the same
+texts with everything in attention, and what that answers once texts are evicted, seen through a sliding
+window, or kept as few keys and values.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lmsleep import shipped
+from lmsleep.hf.finetune import FineTune
+from lmsleep.recipes.recipe import Cell
+from lmsleep.recipes.settings import Scale
+from lmsleep.sleep import Compact, Hard, Passes, SleepConfig, Sliding
+from lmsleep.tasks import Recall
+from lmsleep.tasks.recall.documents import KINDS
+from lmsleep.tasks.recall.planted import HOP, RELATIONS, TOLD, label
+from lmsleep.training import RunConfig, TrainConfig
+
+ADAPTER = "smollm2-sleeps"
+WINDOW = 96  # tokens; the longest texts fill two
+LOOP = (15, 30)  # the blocks among which all memory layers are
+# By N, and of LoRA: steps of the same FLOPs, counted once, for they are a minute's work to count.
+STEPS, LORA_STEPS = {1: 98, 2: 66, 4: 40}, 60
+LONGER = 3  # times the training, for what ships
+S_BYTES = 7 * 9 * 64 * 64 * 4  # of the adapter's seven layers
+
+
+def _all_told(kind: str) -> tuple[str, ...]:
+    return tuple(label(kind, told) for told in TOLD)
+
+
+# What a table takes together, by the names of kinds of question.
+COLUMNS: Mapping[str, tuple[str, ...]] = {
+    "facts": tuple(RELATIONS),
+    **{f"other {told}": tuple(label(kind, told) for kind in RELATIONS) for told in TOLD[1:3]},
+    "more filler": tuple(label(kind, TOLD[3]) for kind in RELATIONS),
+    "hops": _all_told(HOP),
+    "documents": KINDS,
+    "problems": tuple(f"op{op}" for op in range(1, 5)),
+}
+
+
+def cells(scale: Scale) -> list[Cell]:
+    """Return N = 1, 2, 4, more of N = 1, and LoRA as it reads with everything in view and with less.
+
+    Raises:
+        FileNotFoundError: if the package with SmolLM2 is not installed.
+        ValueError: for another scale than the demo's.
+    """
+    if scale != "demo":
+        raise ValueError(f"recall at scale={scale}: it is of one small model; use scale=demo")
+    made = [Cell(f"N = {n}", _run(n, steps), at=n) for n, steps in STEPS.items()]
+    longer = _run(1, LONGER * STEPS[1])
+    made.append(Cell(f"N = 1, {LONGER} times the training", longer, at=1, once=True, aside=True))
+    lora = _lora()
+    evicted = SleepConfig(window=WINDOW)
+    read: dict[str, SleepConfig | None] = {
+        "LoRA, everything in attention": None,
+        "LoRA, sliding window": replace(evicted, eviction=Sliding()),
+        "LoRA, compacted to the bytes of S": replace(evicted, eviction=Compact(bytes=S_BYTES)),
+        "LoRA, evicted": evicted,
+    }
+    return [*made, *(Cell(name, lora, folder="LoRA", reading=way) for name, way in read.items())]
+
+
+def _run(passes: int, steps: int) -> RunConfig:
+    """Return a run that goes on from the adapter, for `STEPS` steps."""
+    return RunConfig(
+        task=_task(),
+        model=FineTune(folder=shipped.find(ADAPTER), train="memory"),
+        sleep=SleepConfig(window=WINDOW, consolidator=Passes(passes=passes, loop=LOOP), eviction=Hard()),
+        train=_train(steps, lr=0.01, adam_lr=1e-3, batches=64, keep=Path("runs/states")),
+    )
+
+
+def _lora() -> RunConfig:
+    """Return a run of LoRA on all blocks; the two memory layers that it needs stay silent."""
+    return RunConfig(
+        task=_task(),
+        model=FineTune(folder=shipped.find(shipped.SMOLLM2), train="lora", lora=16, insert=2),
+        sleep=SleepConfig(window=None),
+        train=_train(LORA_STEPS, adam_lr=5e-4),
+    )
+
+
+def _task() -> Recall:
+    return Recall(
+        kinds=("facts", "hops", "documents", "problems", "prose"),
+        shares=(3, 1, 1, 1, 1),
+        facts=(2, 6),
+        filler=(0, 3),
+        length=2 * WINDOW,
+        tokenizer=str(shipped.find(shipped.SMOLLM2)),
+    )
+
+
+def _train(steps: int, **options: Any) -> TrainConfig:
+    return TrainConfig(
+        steps=steps, batch_size=16, decay=0.5, threads=1, eval_every=10_000, save_every=20, eval_batches=4,
+        **options,
+    )  # fmt: skip
