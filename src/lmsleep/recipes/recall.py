@@ -1,6 +1,6 @@
 """A real language model remembers: which kinds of question do more passes help?
 
-The shipped adapter of SmolLM2, which was taught facts in one pass, goes on to learn from kinds of text that
+An adapter of SmolLM2 that was taught facts in one pass (`tools/smollm2.py`) goes on to learn from kinds of text that
 it does not know, in N passes each, at equal training FLOPs; beside it LoRA on the same model and the same
 texts with everything in attention, and what that answers once texts are evicted, seen through a sliding
 window, or kept as few keys and values.
@@ -21,7 +21,6 @@ from lmsleep.tasks.recall.documents import KINDS
 from lmsleep.tasks.recall.planted import HOP, RELATIONS, TOLD, label
 from lmsleep.training import RunConfig, TrainConfig
 
-ADAPTER = "smollm2-sleeps"
 WINDOW = 96  # tokens; the longest texts fill two
 LOOP = (15, 30)  # the blocks among which all memory layers are
 # By N, and of LoRA: steps of the same FLOPs, counted once, for they are a minute's work to count.
@@ -46,6 +45,18 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
 
 
 def cells(scale: Scale) -> list[Cell]:
+    """Refuse: there is nothing to begin with.
+
+    Raises:
+        ValueError: naming the tool that makes it.
+    """
+    raise ValueError(
+        "recall begins with an adapter that was taught facts: make it with `python tools/smollm2.py`, and give "
+        "weights, its folder runs/smollm2/facts/model"
+    )
+
+
+def fine_tuned(scale: Scale, adapter: Path) -> list[Cell]:
     """Return N = 1, 2, 4, more of N = 1, and LoRA as it reads with everything in view and with less.
 
     Raises:
@@ -54,8 +65,8 @@ def cells(scale: Scale) -> list[Cell]:
     """
     if scale != "demo":
         raise ValueError(f"recall at scale={scale}: it is of one small model; use scale=demo")
-    made = [Cell(f"N = {n}", _run(n, steps), at=n) for n, steps in STEPS.items()]
-    longer = _run(1, LONGER * STEPS[1])
+    made = [Cell(f"N = {n}", _run(adapter, n, steps), at=n) for n, steps in STEPS.items()]
+    longer = _run(adapter, 1, LONGER * STEPS[1])
     made.append(Cell(f"N = 1, {LONGER} times the training", longer, at=1, once=True, aside=True))
     lora = _lora()
     evicted = SleepConfig(window=WINDOW)
@@ -68,11 +79,11 @@ def cells(scale: Scale) -> list[Cell]:
     return [*made, *(Cell(name, lora, folder="LoRA", reading=way) for name, way in read.items())]
 
 
-def _run(passes: int, steps: int) -> RunConfig:
+def _run(adapter: Path, passes: int, steps: int) -> RunConfig:
     """Return a run that goes on from the adapter, for `STEPS` steps."""
     return RunConfig(
         task=_task(),
-        model=FineTune(folder=shipped.find(ADAPTER), train="memory"),
+        model=FineTune(folder=adapter.resolve(), train="memory"),
         sleep=SleepConfig(window=WINDOW, consolidator=Passes(passes=passes, loop=LOOP), eviction=Hard()),
         train=_train(steps, lr=0.01, adam_lr=1e-3, batches=64, keep=Path("runs/states")),
     )

@@ -38,7 +38,7 @@ class ReproduceOptions(GridOptions):
     scale: Scale = "demo"
     """demo: minutes a seed on two cores; small: hours; paper: the paper's own setting, for a GPU."""
     weights: Path | None = None
-    """Figures 4a, 4b and 5 at the scales small and paper: the folder of the pretrained model."""
+    """Figures 4a, 4b and 5 at the scales small and paper, and recall: the folder of the pretrained model."""
     seeds: int | None = None
     """Seeds 0 ... K - 1; default one for a first look at the scale demo, three otherwise."""
     out: Path | None = None
@@ -116,7 +116,7 @@ def default_seeds(scale: Scale) -> int:
 def _with_weights(recipe: Recipe, scale: Scale, weights: Path) -> tuple[Recipe, list[Cell]]:
     """Return the recipe for a pretrained model, and its cells."""
     if recipe.fine_tuned is None:
-        raise ValueError("weights: only figures 4a, 4b and 5 begin with a pretrained model")
+        raise ValueError("weights: only figures 4a, 4b, 5 and recall begin with a pretrained model")
     if not weights.is_dir():
         raise FileNotFoundError(f"weights: there is no folder {weights}; nothing is downloaded")
     caution = f"Fine-tuned from `{weights.resolve().name}`."
