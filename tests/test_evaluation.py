@@ -65,6 +65,7 @@ def test_score_by_hand(batches):
         "per_difficulty": {"1": 0.5, "2": 1.0},
         "loss_per_difficulty": {str(key): loss for key, loss in score.loss_per_difficulty.items()},
         "answers": {"1": 2 * batches, "2": batches},
+        "answer_tokens": {str(key): count for key, count in score.answer_tokens.items()},
         "bits": score.bits(),
         "bits_after_eviction": score.bits("after_eviction"),
     }

@@ -421,10 +421,15 @@ def test_paper_settings_with_inserted_layers(figure, eviction, window, with_word
 
 def test_weights_that_cannot_be_used_are_refused(with_words, tmp_path, capsys):
     for argv, message in (
-        (["3", "--weights", with_words["llama"]], "only figures 4a, 4b and 5 begin with a pretrained model"),
+        (
+            ["3", "--weights", with_words["llama"]],
+            "only figures 4a, 4b, 5 and recall begin with a pretrained model",
+        ),
         (["4a", "--weights", with_words["llama"]], "scale=demo trains a model on the spot"),
         (["4a", "--scale", "small", "--weights", tmp_path / "none"], "there is no folder"),
         (["5", "--scale", "paper"], "download ByteDance/Ouro-1.4B"),
+        (["recall"], "make it with `python tools/smollm2.py`"),
+        (["recall", "--scale", "small", "--weights", with_words["llama"]], "use scale=demo"),
     ):
         code, _, errors = run_command(capsys, "reproduce", *argv)
         assert code == 2 and message in errors

@@ -14,10 +14,11 @@ from lmsleep.tasks.base import difficulty_text
 from lmsleep.tasks.recall import documents, planted
 from lmsleep.tasks.recall.filler import REMARKS, SUBJECTS, TIMES, VERBS
 from lmsleep.tasks.recall.planted import HELD_OUT, RELATIONS, TOLD, TRAINED_NAMES, UNSEEN_NAMES
+from lmsleep.tasks.recall.task import PROSE
 from lmsleep.tasks.recall.words import NAMES
 from lmsleep.tasks.samples import records
 
-ALL = ("facts", "hops", "documents", "problems")
+ALL = ("facts", "hops", "documents", "problems", "prose")
 PAGE = r"""
 .TH PEEL "1"
 .SH OPTIONS
@@ -83,7 +84,7 @@ def test_every_answer_is_found_again_in_any_tokenizer(tokenizer, split, folder):
         batch = draw(task, split, index=index)
         for row in range(len(batch.tokens)):
             hidden, expected = hide_answers(batch, row)
-            assert task.solve(hidden) == expected
+            assert not expected or task.solve(hidden) == expected  # of prose nothing is asked
         seen += Counter(difficulty_text(task, key) for key in batch.difficulty.tolist())
     wanted = {f"kind={kind}" for kind in ("color", "hop", "cloze", "op1", "op4")}
     assert wanted < set(seen)
@@ -99,6 +100,50 @@ def test_every_fact_of_a_text_is_asked_and_answers_stand_in_the_text():
         assert question.startswith("\n") and answer[0] == " " and answer[1:] in re.findall(r"\w+", text)
         assert len(re.findall(r"\.", text)) == (13 if kind == "hop" else 8)
     assert torch.equal(batch.loss_mask, batch.answers >= 0)
+
+
+def test_an_answer_is_followed_by_the_end_of_a_text_which_is_learned_and_not_scored(folder):
+    batch = draw(Recall(facts=(1, 3), tokenizer=folder))
+    for row in range(len(batch.tokens)):
+        _, tokens, answers = batch.row(row)
+        wanted = batch.loss_mask[row, : len(tokens)].tolist()
+        start = wanted.index(True)
+        assert tokens[-1] == 1 and answers[-1] == -1 and wanted[start:] == [True] * (len(tokens) - start)
+        assert answers[start:-1] == [row] * (len(tokens) - start - 1) and set(answers[:start]) <= {-1}
+
+
+def test_prose_is_a_passage_and_how_it_goes_on_without_a_question():
+    task = Recall(kinds=("facts", "prose"), facts=(1, 2), filler=(0, 1), length=400)
+    batch = draw(task, size=80)
+    assert batch.answers.max() + 1 == len(batch.difficulty) > 30
+    passages = 0
+    for row in range(len(batch.tokens)):
+        context, tokens, answers = batch.row(row)
+        if max(answers) >= 0:
+            continue
+        passages += 1
+        assert 200 <= len(context) <= 400 and len(tokens) == PROSE
+        assert batch.loss_mask[row, :PROSE].tolist() == [False] + [True] * (PROSE - 1)
+        whole = task.spell(context + tokens)
+        assert any(whole in "\n\n".join(some) for some in documents._paragraphs(())["train"])
+    assert passages > 20 and len(batch.parts(4)) == 4
+    kinds = {
+        kind
+        for record in records(task, batch)
+        for answer in record["answers"]
+        for kind in [answer["difficulty"]]
+    }
+    assert kinds == set(batch.difficulty.tolist())
+
+
+def test_paragraphs_of_the_test_are_in_no_prose_of_training(page):
+    prose, asked = documents._paragraphs((page,)), documents.passages((page,))
+    said = {split: {p.strip() for some in of for p in some} for split, of in prose.items()}
+    assert len(said["train"]) > 1000 and len(said["test"]) > 100 and not said["train"] & said["test"]
+    words = {split: {" ".join(p.split()) for p in of} for split, of in said.items()}
+    # What is asked of in the test is not read in training either.
+    tested = {unit.text for some in asked["test"] for unit in some if "\n" not in unit.text}
+    assert len(tested) > 20 and tested <= words["test"]
 
 
 def test_a_text_by_hand():
@@ -233,7 +278,7 @@ def test_contexts_are_bounded_and_padding_is_no_part_of_them(folder):
     assert batch.context.shape[1] < 300 * 9 / 8 and batch.context_lengths.max() <= 300
     for row in range(len(batch.tokens)):
         context, tokens, answers = batch.row(row)
-        assert context[0] == 0 and 0 not in tokens and answers[-1] == row
+        assert context[0] == 0 and 0 not in tokens and answers[-2:] == [row, -1]
     with pytest.raises(ValueError, match="length=20 is too short"):
         draw(Recall(length=20))
 
@@ -299,7 +344,8 @@ def test_words_are_enough_for_the_largest_texts():
         ({"facts": (3, 13)}, "facts must be"),
         ({"filler": (2, 1)}, "filler must be"),
         ({"length": 0}, "length must be"),
-        ({"documents": (Path("a"),)}, "'documents' among kinds"),
+        ({"documents": (Path("a"),)}, "'documents' or 'prose' among kinds"),
+        ({"kinds": ("prose",)}, "of prose nothing is asked; name another kind"),
     ],
 )
 def test_an_impossible_option_is_named(options, message):

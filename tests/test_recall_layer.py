@@ -182,6 +182,12 @@ def test_heads_that_are_not_there_begin_random():
         block.self_attn.qkv_proj = block.self_attn.q_proj
         del block.self_attn.q_proj
     assert insert_memory_layers(model, 2).after == (1, 3)
+    for place in (1, 3):
+        mixer = model.model.layers[place].memory.mixer
+        assert not any(
+            torch.equal(mixer.q_proj.weight, b.self_attn.qkv_proj.weight) for b in model.model.layers
+        )
+        assert mixer.q_proj.weight.std() > 0 and mixer.conv[:, :-1].eq(0.5).all()
 
 
 def test_passes_read_what_the_pass_before_them_wrote():

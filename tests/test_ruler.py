@@ -48,7 +48,8 @@ def test_every_reading_of_rulers_tasks_stands_in_the_table(folder, offline, tmp_
     argv = [*map(str, argv), "--window", "256", "--passes", "2", *SHORT]
     ruler.main(argv)
     names = ("fullcache", "sliding", "evicted", "asleep-N=2")
-    found = {name: json.loads((out / f"{name}-{LENGTH}.json").read_text()) for name in names}
+    paths = {name: next(out.glob(f"{name}-{LENGTH}-*.json")) for name in names}
+    found = {name: json.loads(path.read_text()) for name, path in paths.items()}
     sleeps = [(f["sleep"]["window"], f["sleep"]["eviction"]["name"]) for f in found.values()]
     assert sleeps == [(2048, "hard"), (256, "sliding"), (256, "hard"), (256, "hard")]
     for results in found.values():
@@ -58,12 +59,27 @@ def test_every_reading_of_rulers_tasks_stands_in_the_table(folder, offline, tmp_
     assert lines[0] == "| task | tokens | full cache | sliding | evicted | asleep, N = 2 |"
     assert lines[2].startswith(f"| ruler_fwe | {LENGTH} | ")
     # What is there is not measured again.
-    (out / f"sliding-{LENGTH}.json").write_text(
+    paths["sliding"].write_text(
         json.dumps({"passes": {"1": {task: {f"{LENGTH},none": 0.5} for task in TASKS}}})
     )
     ruler.main(argv)
     again = capsys.readouterr().out.splitlines()
     assert len(again) == 3 and again[2].split(" | ")[3] == "0.50"
+
+
+def test_what_was_measured_of_another_model_or_of_other_questions_is_not_taken(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+    asked = [tmp_path / "one", "--window", 64, "ruler_fwe", 4]
+    keys = {
+        ruler.key(asked),
+        ruler.key([*asked[:2], 96, *asked[3:]]),
+        ruler.key([tmp_path / "two", *asked[1:]]),
+    }
+    assert len(keys) == 3 and ruler.key(list(asked)) in keys
+    (tmp_path / "one" / "model.safetensors").write_text("other weights")
+    assert ruler.key(asked) not in keys
 
 
 def test_a_length_that_was_not_asked_for_is_no_figure(folder, offline, tmp_path, capsys):

@@ -14,7 +14,7 @@ import torch
 from conftest import run_command
 
 import lmsleep
-from lmsleep import fingerprint, shipped
+from lmsleep import shipped
 from lmsleep.evaluation import evaluate
 from lmsleep.hf import load_pretrained
 from lmsleep.tasks import Recall
@@ -94,7 +94,6 @@ def test_converted_it_computes_the_same_and_chats(model, folder, capsys, monkeyp
     tokens = torch.arange(100, 164)[None]
     opened = lmsleep.open(folder).model
     assert torch.equal(opened.model(tokens).logits, model(tokens).logits)
-    assert fingerprint(opened) == fingerprint(lmsleep.open(folder).model)
     code, out, err = run_command(capsys, "info", folder, "--json")
     assert code == 0 and json.loads(out)["parameters"] == opened.model.num_parameters(), err
     monkeypatch.setattr("sys.stdin", io.StringIO("What is the capital of France?\n"))

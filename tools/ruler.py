@@ -1,15 +1,18 @@
 """RULER's synthetic tasks (lm-eval): a model that sleeps beside the plain one, with all or some in attention.
 
+    lmsleep convert smollm2-sleeps sleeping
     lmsleep convert smollm2 plain --insert 2     (layers are silent until trained: it computes what it did)
-    python tools/ruler.py sleeping --plain plain --out runs/ruler --limit 4
+    python tools/ruler.py sleeping --plain plain --out runs/ruler --window 96 --passes 1 --limit 4
 
-Needs `pip install wonderwords` beside lm-eval. A file for each reading and length is written to --out, and
-one that is there is not made again, so the same command goes on after a kill; then the table is printed.
+Needs `pip install wonderwords` beside lm-eval. A file for each reading and length is written to
+--out, named by model and options too, and one that is there is not made again, so the same command goes on
+after a kill; then the table is printed.
 Lengths are read one at a time, since --limit takes the first samples, which all have the first length. Other
 options are those of `lmsleep lm-eval`: --apply-chat-template, --batch-size 4, ...
 """
 
 import argparse
+import hashlib
 import json
 import sys
 from collections.abc import Sequence
@@ -38,6 +41,14 @@ def readings(
     for n in passes:
         found[f"asleep, N = {n}"] = [model, "--window", window, "--passes", n]
     return found
+
+
+def key(asked: Sequence[Any]) -> str:
+    """Return a short name of a model, as its folder is today, and of all that it is asked."""
+    model, *options = asked
+    files = sorted((path.name, path.stat().st_mtime_ns) for path in Path(model).iterdir())
+    said = json.dumps([str(Path(model).resolve()), files, *map(str, options)])
+    return hashlib.sha256(said.encode()).hexdigest()[:8]
 
 
 def measure(arguments: Sequence[Any], tasks: Sequence[str], length: int, limit: int, out: Path) -> None:
@@ -79,8 +90,8 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--lengths", nargs="+", type=int, default=(1024, 2048, 4096), help="tokens, at least 1024"
     )
-    parser.add_argument("--window", type=int, default=512)
-    parser.add_argument("--passes", nargs="+", type=int, default=(1, 4))
+    parser.add_argument("--window", type=int, required=True, help="the one that the model was trained with")
+    parser.add_argument("--passes", nargs="+", type=int, required=True)
     parser.add_argument("--limit", type=int, default=4, help="samples of each task and length")
     options, more = parser.parse_known_args(argv)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -88,7 +99,8 @@ def main(argv: Sequence[str]) -> None:
     for length in options.lengths:
         cases = readings(options.model, options.plain, length, options.window, options.passes)
         for name, arguments in cases.items():
-            out = options.out / f"{name.replace(' ', '').replace(',', '-')}-{length}.json"
+            asked = [*arguments, *more, *options.tasks, options.limit]
+            out = options.out / f"{name.replace(' ', '').replace(',', '-')}-{length}-{key(asked)}.json"
             if not out.exists():
                 measure([*arguments, *more], options.tasks, length, options.limit, out)
             found[name, length] = json.loads(out.read_text())
