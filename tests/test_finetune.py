@@ -430,6 +430,7 @@ def test_weights_that_cannot_be_used_are_refused(with_words, tmp_path, capsys):
         (["5", "--scale", "paper"], "download ByteDance/Ouro-1.4B"),
         (["recall"], "make it with `python tools/smollm2.py`"),
         (["recall", "--scale", "small", "--weights", with_words["llama"]], "use scale=demo"),
+        (["recall", "--weights", with_words["llama"]], "is no adapter"),
     ):
         code, _, errors = run_command(capsys, "reproduce", *argv)
         assert code == 2 and message in errors

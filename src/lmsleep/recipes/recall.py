@@ -1,32 +1,32 @@
 """A real language model remembers: which kinds of question do more passes help?
 
-An adapter of SmolLM2 that was taught facts in one pass (`tools/smollm2.py`) goes on to learn from kinds of text that
-it does not know, in N passes each, at equal training FLOPs; beside it LoRA on the same model and the same
-texts with everything in attention, and what that answers once texts are evicted, seen through a sliding
-window, or kept as few keys and values.
+An adapter of SmolLM2 that was taught facts in one pass (`tools/smollm2.py`) goes on to learn from kinds of
+text that it does not know, in N passes each, at equal training FLOPs; beside it LoRA on the same model and
+the same texts with everything in attention, and what that answers once texts are evicted, seen through a
+sliding window, or kept as few keys and values.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lmsleep import shipped
+from lmsleep.hf.adapter import is_adapter, whole
 from lmsleep.hf.finetune import FineTune
 from lmsleep.recipes.recipe import Cell
 from lmsleep.recipes.settings import Scale
-from lmsleep.sleep import Compact, Hard, Passes, SleepConfig, Sliding
+from lmsleep.sleep import Compact, Passes, SleepConfig, Sliding
 from lmsleep.tasks import Recall
 from lmsleep.tasks.recall.documents import KINDS
 from lmsleep.tasks.recall.planted import HOP, RELATIONS, TOLD, label
 from lmsleep.training import RunConfig, TrainConfig
 
 WINDOW = 96  # tokens; the longest texts fill two
-LOOP = (15, 30)  # the blocks among which all memory layers are
 # By N, and of LoRA: steps of the same FLOPs, counted once, for they are a minute's work to count.
 STEPS, LORA_STEPS = {1: 98, 2: 66, 4: 40}, 60
 LONGER = 3  # times the training, for what ships
-S_BYTES = 7 * 9 * 64 * 64 * 4  # of the adapter's seven layers
+S_BYTES = 7 * 3 * 64 * 64 * 4  # of seven layers of SmolLM2's three key heads
 
 
 def _all_told(kind: str) -> tuple[str, ...]:
@@ -51,8 +51,8 @@ def cells(scale: Scale) -> list[Cell]:
         ValueError: naming the tool that makes it.
     """
     raise ValueError(
-        "recall begins with an adapter that was taught facts: make it with `python tools/smollm2.py`, and give "
-        "weights, its folder runs/smollm2/facts/model"
+        "recall begins with an adapter that was taught facts: make it with `python tools/smollm2.py`, and "
+        "give weights, its folder runs/smollm2/facts/model"
     )
 
 
@@ -60,15 +60,17 @@ def fine_tuned(scale: Scale, adapter: Path) -> list[Cell]:
     """Return N = 1, 2, 4, more of N = 1, and LoRA as it reads with everything in view and with less.
 
     Raises:
-        FileNotFoundError: if the package with SmolLM2 is not installed.
-        ValueError: for another scale than the demo's.
+        FileNotFoundError: if the adapter's base is not there.
+        ValueError: for another scale than the demo's, or weights that are no adapter.
     """
     if scale != "demo":
         raise ValueError(f"recall at scale={scale}: it is of one small model; use scale=demo")
-    made = [Cell(f"N = {n}", _run(adapter, n, steps), at=n) for n, steps in STEPS.items()]
-    longer = _run(adapter, 1, LONGER * STEPS[1])
+    if not is_adapter(adapter):
+        raise ValueError(f"weights: {adapter} is no adapter; make one with `python tools/smollm2.py`")
+    made = [Cell(f"N = {n}", run(adapter, n, steps), at=n) for n, steps in STEPS.items()]
+    longer = run(adapter, 1, LONGER * STEPS[1])
     made.append(Cell(f"N = 1, {LONGER} times the training", longer, at=1, once=True, aside=True))
-    lora = _lora()
+    lora = _lora(whole(adapter))
     evicted = SleepConfig(window=WINDOW)
     read: dict[str, SleepConfig | None] = {
         "LoRA, everything in attention": None,
@@ -79,39 +81,46 @@ def fine_tuned(scale: Scale, adapter: Path) -> list[Cell]:
     return [*made, *(Cell(name, lora, folder="LoRA", reading=way) for name, way in read.items())]
 
 
-def _run(adapter: Path, passes: int, steps: int) -> RunConfig:
-    """Return a run that goes on from the adapter, for `STEPS` steps."""
+def run(adapter: Path, passes: int, steps: int) -> RunConfig:
+    """Return a run that goes on from an adapter, looping the blocks that it loops."""
+    first, last = json.loads((adapter / "config.json").read_text())["sleep"]["consolidator"]["loop"]
     return RunConfig(
-        task=_task(),
+        task=_task(whole(adapter)),
         model=FineTune(folder=adapter.resolve(), train="memory"),
-        sleep=SleepConfig(window=WINDOW, consolidator=Passes(passes=passes, loop=LOOP), eviction=Hard()),
+        sleep=SleepConfig(window=WINDOW, consolidator=Passes(passes=passes, loop=(first, last))),
         train=_train(steps, lr=0.01, adam_lr=1e-3, batches=64, keep=Path("runs/states")),
     )
 
 
-def _lora() -> RunConfig:
+def _lora(base: Path) -> RunConfig:
     """Return a run of LoRA on all blocks; the two memory layers that it needs stay silent."""
     return RunConfig(
-        task=_task(),
-        model=FineTune(folder=shipped.find(shipped.SMOLLM2), train="lora", lora=16, insert=2),
+        task=_task(base),
+        model=FineTune(folder=base, train="lora", lora=16, insert=2),
         sleep=SleepConfig(window=None),
         train=_train(LORA_STEPS, adam_lr=5e-4),
     )
 
 
-def _task() -> Recall:
+def _task(base: Path) -> Recall:
     return Recall(
         kinds=("facts", "hops", "documents", "problems", "prose"),
         shares=(3, 1, 1, 1, 1),
         facts=(2, 6),
         filler=(0, 3),
         length=2 * WINDOW,
-        tokenizer=str(shipped.find(shipped.SMOLLM2)),
+        tokenizer=str(base),
     )
 
 
 def _train(steps: int, **options: Any) -> TrainConfig:
     return TrainConfig(
-        steps=steps, batch_size=16, decay=0.5, threads=1, eval_every=10_000, save_every=20, eval_batches=4,
+        steps=steps,
+        batch_size=16,
+        decay=0.5,
+        threads=1,
+        eval_every=10_000,  # at the end alone: it takes as long as many steps
+        save_every=20,
+        eval_batches=4,
         **options,
-    )  # fmt: skip
+    )

@@ -1,0 +1,77 @@
+"""From a base model to a shipped adapter and the table beside it, on a tiny model of bytes."""
+
+import json
+from pathlib import Path
+
+import pytest
+import transformers as t
+from conftest import run_command
+from hf_models import FOUR, HEADS, SMALL
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tools import smollm2
+from transformers import PreTrainedTokenizerFast
+
+import lmsleep
+from lmsleep.hf import load_pretrained
+from lmsleep.recipes import RECIPES, recall
+from lmsleep.training import RunFolder
+
+TINY = "--length 400 --window 200 --steps 2 --eval-every 9 --save-every 9 --batches 2"
+
+
+@pytest.fixture
+def base(tmp_path):
+    """A tiny model of bytes, with attention alone."""
+    words = ["</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    made = Tokenizer(models.BPE({w: i for i, w in enumerate(words)}, []))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    model = t.LlamaForCausalLM(t.LlamaConfig(**{**SMALL, "vocab_size": len(words)}, **HEADS, **FOUR))
+    model.save_pretrained(tmp_path / "tiny")
+    PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>").save_pretrained(tmp_path / "tiny")
+    return tmp_path / "tiny"
+
+
+@pytest.mark.slow  # nine runs
+def test_a_tool_makes_what_ships_and_the_recipe_goes_on_from_it(base, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("FIRST", "SECOND"):
+        monkeypatch.setattr(smollm2, name, f"--facts 2 2 --filler 0 1 {TINY}")
+    monkeypatch.setattr(smollm2, "KEPT", {"pairs": "", "facts": ""})
+    monkeypatch.setattr(smollm2, "BOTH", smollm2.BOTH.replace("bfloat16", "float32"))
+    monkeypatch.setattr(recall, "STEPS", {1: 2, 2: 2})
+    monkeypatch.setattr(recall, "LORA_STEPS", 2)
+    monkeypatch.setattr(recall, "WINDOW", 600)
+    argv = ["--model", str(base), "--out", "runs/tiny", "--ship", "shipped"]
+    smollm2.main(argv)
+    facts, kinds = (RunFolder.open(f"runs/tiny/{name}") for name in ("facts", "kinds"))
+    assert kinds.config().train.steps == 2 * recall.LONGER
+    assert kinds.config().model.folder == facts.exported.resolve()
+    # Both have memory layers in the upper half, which is what more passes would loop.
+    saved = json.loads(Path("shipped/config.json").read_text())
+    assert saved["memory_layers"]["after"] == [2] and saved["sleep"]["consolidator"]["loop"] == [2, 4]
+    shipped, trained = (
+        dict(load_pretrained(path).named_parameters()) for path in ("shipped", kinds.exported)
+    )
+    assert all((shipped[name] - p).abs().max() < 0.01 * p.abs().max() + 1e-6 for name, p in trained.items())
+    assert lmsleep.open("shipped").sleep.window == 600
+    # Nothing is trained twice.
+    before = kinds.report()
+    smollm2.main(argv[:4])
+    assert kinds.report() == before
+    capsys.readouterr()
+    code, out, err = run_command(
+        capsys, "reproduce", "recall", "--weights", facts.exported, "--steps", 1, "--seeds", 1,
+        "--workers", 1, "--out", "here",
+    )  # fmt: skip
+    assert code == 0, err
+    cells = recall.fine_tuned("demo", facts.exported)
+    assert all(f"| {cell.label} |" in out for cell in cells)
+    header = next(line for line in out.splitlines() if line.startswith("| model"))
+    assert [cell.strip() for cell in header.split("|")][4:-2] == [*recall.COLUMNS]
+
+
+def test_every_kind_of_question_stands_in_one_column():
+    task = recall._task(Path("bytes"))
+    counted = [key for keys in RECIPES["recall"].together.values() for key in keys]
+    assert sorted(counted) == [*range(len(task.difficulty_labels))]
