@@ -1,5 +1,6 @@
 """From a base model to a shipped adapter and the table beside it, on a tiny model of bytes."""
 
+import importlib
 import json
 from pathlib import Path
 
@@ -75,3 +76,21 @@ def test_every_kind_of_question_stands_in_one_column():
     task = recall._task(Path("bytes"))
     counted = [key for keys in RECIPES["recall"].together.values() for key in keys]
     assert sorted(counted) == [*range(len(task.difficulty_labels))]
+
+
+def test_a_search_of_memory_layers_that_goes_on_tries_what_it_would_have_tried(base, monkeypatch):
+    monkeypatch.syspath_prepend(Path(smollm2.__file__).parent)  # where a script finds its neighbours
+    memory_layers = importlib.import_module("memory_layers")
+    monkeypatch.setattr("lmsleep.shipped.find", lambda name: base)
+    losses, found, names = iter([3.0, 2.0, 4.0, 2.5, 1.5, 1.0, 3.0, 0.5]), [], []
+    for due in memory_layers.rounds("smollm2", found):
+        names += [trial.what for trial in due]
+        found += [{**trial.what, "seed": 100, "loss": next(losses)} for trial in due]
+    kinds, rates = (
+        {what["layers"]["kind"] for what in names[3:]},
+        [what["layers"]["lr"] for what in names[5:]],
+    )
+    assert (
+        len(names) == 8 and kinds == {names[1]["layers"]["kind"]} and rates == 3 * [names[4]["layers"]["lr"]]
+    )
+    assert [t.what for due in memory_layers.rounds("smollm2", found) for t in due] == names
