@@ -1,47 +1,44 @@
 """What the shipped adapter answers of texts that were evicted, beside the model that it is put on."""
 
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from math import log
+from pathlib import Path
 
 from benchmarks.models import NAME, SLEEPS, language_model, sleeping_model
 from benchmarks.table import Cell, Table, share
 from lmsleep import SleepConfig, adapt, shipped
 from lmsleep.evaluation import Score, evaluate
+from lmsleep.recipes import recall
 from lmsleep.sleep import Backbone, Sliding
-from lmsleep.tasks import Recall
-from lmsleep.tasks.recall.planted import TOLD
 
 TEXTS = 16  # in a batch
 
 
 def tables(repeats: int, tiny: bool) -> dict[str, Callable[[], Table]]:
     """Return one table, of so many batches of texts."""
-    return {"facts": lambda: facts(repeats, tiny)}
+    return {"kinds": lambda: kinds(repeats, tiny)}
 
 
-def facts(batches: int, tiny: bool) -> Table:
-    """Ask for the facts of texts as the adapter was trained on, which training never has."""
-    task = Recall(
-        kinds=("facts",),
-        facts=(2, 6),
-        filler=(0, 3),
-        length=400 if tiny else 126,
-        tokenizer="bytes" if tiny else str(shipped.find(NAME)),
-    )
-    rows: list[dict[str, Cell]] = []
+def kinds(batches: int, tiny: bool) -> Table:
+    """Ask about texts of all kinds that training never had; with 16 batches, those of the recipe `recall`."""
+    task = recall.task(Path("bytes") if tiny else shipped.find(NAME))
     texts = 2 if tiny else TEXTS
+    if tiny:
+        task = replace(task, kinds=("facts", "hops"), shares=(), length=800)
+    rows: list[dict[str, Cell]] = []
     for name, model, sleep in _readings(tiny):
         score = evaluate(model, task, sleep, batches=batches, batch_size=texts)
-        rows.append({"reading": name, **_columns(score, task.difficulty_labels), "bits": score.bits()})
+        answers, tokens = (sum(of.values()) for of in (score.answer_nll, score.answer_tokens))
+        bits = answers / tokens / log(2)
+        rows.append({"reading": name, **_columns(score, task.difficulty_labels), "bits": bits})
     return Table(
         rows=rows,
-        note=f"{'A tiny model' if tiny else SLEEPS} in float32; {batches * texts} texts of the test of task "
-        f"recall, of two to six facts in windows of {sleep.window or task.length} tokens. Answers that are "
-        "right in all their tokens (95 % interval, Wilson, of answers), of all texts and by how a text "
-        "differs from those of training: new combinations of name and value (as trained), new names, new "
-        "wordings, more filler. Bits: of a token of a right answer. Guessing among the answers of its kind "
-        f"that a text holds gives {task.floors()['chance']:.3f}.",
+        note=f"{'A tiny model' if tiny else SLEEPS} in float32; {batches * texts} texts of the test, of up "
+        f"to {task.length} tokens, in windows of {sleep.window}. Answers that are right in all their tokens "
+        "(95 % interval, Wilson, of answers), by kind of question; facts also with names and wordings that "
+        "training never had, and more filler than it had. Bits: of a token of a right answer. Columns are "
+        "those of `lmsleep reproduce recall`.",
     )
 
 
@@ -58,10 +55,10 @@ def _readings(tiny: bool) -> Iterator[tuple[str, Backbone, SleepConfig]]:
 
 
 def _columns(score: Score, labels: list[str]) -> dict[str, Cell]:
-    """Return the share of right answers, of all and by how a text differs from training."""
-    right, asked = Counter[str](), Counter[str]()
-    for key, total in score.total.items():
-        for column in ("all", labels[key].partition("+")[2] or TOLD[0]):
-            right[column] += score.correct[key]
-            asked[column] += total
-    return {name: share(right[name], asked[name]) if asked[name] else None for name in ("all", *TOLD)}
+    """Return the share of right answers of each column of the recipe."""
+    found: dict[str, Cell] = {}
+    for name, of in recall.COLUMNS.items():
+        keys = [labels.index(label) for label in of if labels.index(label) in score.total]
+        right, asked = (sum(counted[key] for key in keys) for counted in (score.correct, score.total))
+        found[name] = share(right, asked) if asked else None
+    return found

@@ -21,6 +21,7 @@ from lmsleep import SleepConfig, sleep_forward
 from lmsleep.cli import bench, main
 from lmsleep.evaluation import Score
 from lmsleep.evaluation.cost import cost
+from lmsleep.recipes import recall as recipe
 from lmsleep.recipes.table import published
 from lmsleep.training.held import peak_bytes
 
@@ -426,14 +427,14 @@ def test_what_does_not_fit_is_one_line(argv, said, capsys):
     assert leaving.value.code == 2 and not out and said in err and err.count("\n") == 1
 
 
-def test_recall_is_asked_of_every_reading_by_how_a_text_differs(capsys):
+def test_recall_is_asked_of_every_reading_by_kind_of_question(capsys):
     benchmarks.main(["recall", "--tiny", "--repeats", "1", "--json"])
-    rows = json.loads(capsys.readouterr().out)["facts"]["rows"]
+    rows = json.loads(capsys.readouterr().out)["kinds"]["rows"]
     assert len({row["bits"] for row in rows}) == len(rows) == 5  # no two readings are one
-    labels = ["color", "color+names", "color+filler"]
-    score = Score(correct={0: 1, 1: 0, 2: 3}, total={0: 1, 1: 2, 2: 3})
+    labels = ["op1", "color", "color+names", "place", "color+filler"]
+    labels += [kind for of in recipe.COLUMNS.values() for kind in of if kind not in labels]
+    score = Score(correct={0: 1, 1: 0, 3: 3}, total={0: 1, 1: 2, 3: 3})
     found = recall._columns(score, labels)
-    assert found["wordings"] is None and [*found] == ["all", "as trained", "names", "wordings", "filler"]
-    assert [found[name][:4] for name in ("all", "as trained", "names", "filler")] == [
-        "0.67", "1.00", "0.00", "1.00"
-    ]  # fmt: skip
+    assert [*found] == [*recipe.COLUMNS]
+    asked = {name: cell[:4] for name, cell in found.items() if cell is not None}
+    assert asked == {"facts": "0.60", "problems": "1.00"}

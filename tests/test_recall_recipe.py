@@ -73,7 +73,7 @@ def test_a_tool_makes_what_ships_and_the_recipe_goes_on_from_it(base, tmp_path, 
 
 
 def test_every_kind_of_question_stands_in_one_column():
-    task = recall._task(Path("bytes"))
+    task = recall.task(Path("bytes"))
     counted = [key for keys in RECIPES["recall"].together.values() for key in keys]
     assert sorted(counted) == [*range(len(task.difficulty_labels))]
 

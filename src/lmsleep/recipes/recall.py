@@ -85,7 +85,7 @@ def run(adapter: Path, passes: int, steps: int) -> RunConfig:
     """Return a run that goes on from an adapter, looping the blocks that it loops."""
     first, last = json.loads((adapter / "config.json").read_text())["sleep"]["consolidator"]["loop"]
     return RunConfig(
-        task=_task(whole(adapter)),
+        task=task(whole(adapter)),
         model=FineTune(folder=adapter.resolve(), train="memory"),
         sleep=SleepConfig(window=WINDOW, consolidator=Passes(passes=passes, loop=(first, last))),
         train=_train(steps, lr=0.01, adam_lr=1e-3, batches=64, keep=Path("runs/states")),
@@ -95,14 +95,15 @@ def run(adapter: Path, passes: int, steps: int) -> RunConfig:
 def _lora(base: Path) -> RunConfig:
     """Return a run of LoRA on all blocks; the two memory layers that it needs stay silent."""
     return RunConfig(
-        task=_task(base),
+        task=task(base),
         model=FineTune(folder=base, train="lora", lora=16, insert=2),
         sleep=SleepConfig(window=None),
         train=_train(LORA_STEPS, adam_lr=5e-4),
     )
 
 
-def _task(base: Path) -> Recall:
+def task(base: Path) -> Recall:
+    """Return texts of all kinds, in the tokens of a base model."""
     return Recall(
         kinds=("facts", "hops", "documents", "problems", "prose"),
         shares=(3, 1, 1, 1, 1),
