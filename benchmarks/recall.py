@@ -9,7 +9,7 @@ from benchmarks.models import NAME, SLEEPS, language_model, sleeping_model
 from benchmarks.table import Cell, Table, share
 from lmsleep import SleepConfig, adapt, shipped
 from lmsleep.evaluation import Score, evaluate
-from lmsleep.recipes import recall
+from lmsleep.recipes import RECIPES, recall
 from lmsleep.sleep import Backbone, Sliding
 
 TEXTS = 16  # in a batch
@@ -31,7 +31,7 @@ def kinds(batches: int, tiny: bool) -> Table:
         score = evaluate(model, task, sleep, batches=batches, batch_size=texts)
         answers, tokens = (sum(of.values()) for of in (score.answer_nll, score.answer_tokens))
         bits = answers / tokens / log(2)
-        rows.append({"reading": name, **_columns(score, task.difficulty_labels), "bits": bits})
+        rows.append({"reading": name, **_columns(score), "bits": bits})
     return Table(
         rows=rows,
         note=f"{'A tiny model' if tiny else SLEEPS} in float32; {batches * texts} texts of the test, of up "
@@ -54,11 +54,11 @@ def _readings(tiny: bool) -> Iterator[tuple[str, Backbone, SleepConfig]]:
     yield "plain, evicted", plain, one
 
 
-def _columns(score: Score, labels: list[str]) -> dict[str, Cell]:
+def _columns(score: Score) -> dict[str, Cell]:
     """Return the share of right answers of each column of the recipe."""
     found: dict[str, Cell] = {}
-    for name, of in recall.COLUMNS.items():
-        keys = [labels.index(label) for label in of if labels.index(label) in score.total]
+    for name, every in RECIPES["recall"].together.items():
+        keys = [key for key in every if key in score.total]
         right, asked = (sum(counted[key] for key in keys) for counted in (score.correct, score.total))
         found[name] = share(right, asked) if asked else None
     return found

@@ -21,8 +21,9 @@ from lmsleep import SleepConfig, sleep_forward
 from lmsleep.cli import bench, main
 from lmsleep.evaluation import Score
 from lmsleep.evaluation.cost import cost
-from lmsleep.recipes import recall as recipe
+from lmsleep.recipes.recall import COLUMNS
 from lmsleep.recipes.table import published
+from lmsleep.tasks.recall.task import LABELS
 from lmsleep.training.held import peak_bytes
 
 ROOT = Path(__file__).parents[1]
@@ -431,10 +432,10 @@ def test_recall_is_asked_of_every_reading_by_kind_of_question(capsys):
     benchmarks.main(["recall", "--tiny", "--repeats", "1", "--json"])
     rows = json.loads(capsys.readouterr().out)["kinds"]["rows"]
     assert len({row["bits"] for row in rows}) == len(rows) == 5  # no two readings are one
-    labels = ["op1", "color", "color+names", "place", "color+filler"]
-    labels += [kind for of in recipe.COLUMNS.values() for kind in of if kind not in labels]
-    score = Score(correct={0: 1, 1: 0, 3: 3}, total={0: 1, 1: 2, 3: 3})
-    found = recall._columns(score, labels)
-    assert [*found] == [*recipe.COLUMNS]
+    first, second, problem = (LABELS.index(name) for name in ("color", "place", "op1"))
+    found = recall._columns(
+        Score(correct={problem: 1, first: 0, second: 3}, total={problem: 1, first: 2, second: 3})
+    )
+    assert [*found] == [*COLUMNS]
     asked = {name: cell[:4] for name, cell in found.items() if cell is not None}
     assert asked == {"facts": "0.60", "problems": "1.00"}

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from lmsleep.hf import load_pretrained
 from lmsleep.recipes import RECIPES, recall
 from lmsleep.training import RunFolder
 
-TINY = "--length 400 --window 200 --steps 2 --eval-every 9 --save-every 9 --batches 2"
+TINY = "--length 400 --window 200 --steps 2 --eval-every 9"
 
 
 @pytest.fixture
@@ -36,18 +37,19 @@ def base(tmp_path):
 @pytest.mark.slow  # nine runs
 def test_a_tool_makes_what_ships_and_the_recipe_goes_on_from_it(base, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for name in ("FIRST", "SECOND"):
-        monkeypatch.setattr(smollm2, name, f"--facts 2 2 --filler 0 1 {TINY}")
-    monkeypatch.setattr(smollm2, "KEPT", {"pairs": "", "facts": ""})
-    monkeypatch.setattr(smollm2, "BOTH", smollm2.BOTH.replace("bfloat16", "float32"))
+    for name in ("PAIRS", "FACTS"):
+        monkeypatch.setattr(smollm2, name, f"--kinds facts --facts 2 2 --filler 0 1 {TINY}")
+    monkeypatch.setattr(smollm2, "KINDS", f"{smollm2.KINDS} --length 1200 --window 600 --steps 6")
     monkeypatch.setattr(recall, "STEPS", {1: 2, 2: 2})
     monkeypatch.setattr(recall, "LORA_STEPS", 2)
     monkeypatch.setattr(recall, "WINDOW", 600)
     argv = ["--model", str(base), "--out", "runs/tiny", "--ship", "shipped"]
     smollm2.main(argv)
     facts, kinds = (RunFolder.open(f"runs/tiny/{name}") for name in ("facts", "kinds"))
-    assert kinds.config().train.steps == 2 * recall.LONGER
-    assert kinds.config().model.folder == facts.exported.resolve()
+    # The tool ends with the recipe's longest run.
+    config, longest = kinds.config(), recall.longest(facts.exported)
+    kept = replace(longest.train, keep=config.train.keep, save_every=config.train.save_every)
+    assert config == replace(longest, train=kept)
     # Both have memory layers in the upper half, which is what more passes would loop.
     saved = json.loads(Path("shipped/config.json").read_text())
     assert saved["memory_layers"]["after"] == [2] and saved["sleep"]["consolidator"]["loop"] == [2, 4]
@@ -60,6 +62,9 @@ def test_a_tool_makes_what_ships_and_the_recipe_goes_on_from_it(base, tmp_path, 
     before = kinds.report()
     smollm2.main(argv[:4])
     assert kinds.report() == before
+    # A head of eight numbers for two heads of keys, in one layer; this model cannot keep so little.
+    assert recall._bytes(facts.exported) == 2 * 8 * 8 * 4
+    monkeypatch.setattr(recall, "_bytes", lambda adapter: 10_000)
     capsys.readouterr()
     code, out, err = run_command(
         capsys, "reproduce", "recall", "--weights", facts.exported, "--steps", 1, "--seeds", 1,
@@ -70,6 +75,12 @@ def test_a_tool_makes_what_ships_and_the_recipe_goes_on_from_it(base, tmp_path, 
     assert all(f"| {cell.label} |" in out for cell in cells)
     header = next(line for line in out.splitlines() if line.startswith("| model"))
     assert [cell.strip() for cell in header.split("|")][4:-2] == [*recall.COLUMNS]
+    assert out.count("| chance |") == out.count("| constant |") == 1  # one for all cells
+    edited = json.loads((facts.exported / "config.json").read_text())
+    edited["sleep"]["consolidator"]["loop"] = None
+    (facts.exported / "config.json").write_text(json.dumps(edited))
+    code, _, err = run_command(capsys, "reproduce", "recall", "--weights", facts.exported)
+    assert code == 2 and "train it with `--loop FIRST LAST`" in err
 
 
 def test_every_kind_of_question_stands_in_one_column():

@@ -59,7 +59,7 @@ def tasks(document):
         Drift(),
         GSMInfinite(subset="medium", ops=(2, 3), length=(0, 200)),
         GSMSymbolic(),
-        Recall(kinds=("facts", "hops", "documents", "problems")),
+        Recall(kinds=("facts", "hops", "documents", "problems", "prose")),
         Text(data=(document,), length=40),
     ]
 

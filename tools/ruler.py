@@ -20,6 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from lmsleep import shipped
 from lmsleep.cli.harness import harness
 
 # Offline: the needle amid one repeated sentence, chains of variables, common and frequent words. Other
@@ -46,8 +47,10 @@ def readings(
 def key(asked: Sequence[Any]) -> str:
     """Return a short name of a model, as its folder is today, and of all that it is asked."""
     model, *options = asked
-    files = sorted((path.name, path.stat().st_mtime_ns) for path in Path(model).iterdir())
-    said = json.dumps([str(Path(model).resolve()), files, *map(str, options)])
+    place = shipped.find(model)
+    files = sorted(place.iterdir()) if place.is_dir() else [place]
+    made = [(path.name, path.stat().st_mtime_ns) for path in files]
+    said = json.dumps([str(place.resolve()), made, *map(str, options)])
     return hashlib.sha256(said.encode()).hexdigest()[:8]
 
 

@@ -103,6 +103,15 @@ def has_tokenizer(place: Path) -> bool:
     return any((place / name).is_file() for name in TOKENIZER_FILES)
 
 
+def attention_alone(place: Path) -> bool:
+    """Say by its configuration or header whether a model has attention alone; errors of `load_pretrained`."""
+    if adapter.is_adapter(place):
+        return False
+    if is_gguf(place):
+        return gguf_file.attention_only(place)
+    return insertion.attention_only(_config(place).get_text_config())
+
+
 def check_can_sleep(place: Path) -> None:
     """Refuse a model that has attention alone, by its configuration or header.
 
@@ -110,13 +119,7 @@ def check_can_sleep(place: Path) -> None:
         ValueError: with the commands that add memory layers, or do without; and as `load_pretrained`.
         FileNotFoundError: as `load_pretrained`.
     """
-    if adapter.is_adapter(place):
-        return
-    if is_gguf(place):
-        alone = gguf_file.attention_only(place)
-    else:
-        alone = insertion.attention_only(_config(place).get_text_config())
-    if alone:
+    if attention_alone(place):
         raise ValueError(
             f"{place}: its blocks have attention alone, so there are no fast weights for sleep to write to; "
             "lmsleep convert MODEL OUT --insert 6 adds some, lmsleep finetune MODEL --insert 6 trains them; "

@@ -529,7 +529,8 @@ RECIPES: dict[str, Recipe] = {
     "recall": Recipe(
         "Recall: a real language model, and which kinds of question more passes help",
         "Not in the paper: SmolLM2-135M-Instruct, frozen but for its memory layers, reads English, forgets "
-        "it and is asked.",
+        "it and is asked. All have the same training FLOPs here; N = 1, 2, 4 go on from an adapter that was "
+        "taught facts in one pass by 990 steps before, LoRA begins with the plain model.",
         recall.cells,
         ("difficulty",),
         together={name: tuple(map(LABELS.index, kinds)) for name, kinds in recall.COLUMNS.items()},

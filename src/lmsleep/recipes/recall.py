@@ -12,8 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+
 from lmsleep.hf.adapter import is_adapter, whole
 from lmsleep.hf.finetune import FineTune
+from lmsleep.hf.loading import attention_alone
 from lmsleep.recipes.recipe import Cell
 from lmsleep.recipes.settings import Scale
 from lmsleep.sleep import Compact, Passes, SleepConfig, Sliding
@@ -26,7 +29,6 @@ WINDOW = 96  # tokens; the longest texts fill two
 # By N, and of LoRA: steps of the same FLOPs, counted once, for they are a minute's work to count.
 STEPS, LORA_STEPS = {1: 98, 2: 66, 4: 40}, 60
 LONGER = 3  # times the training, for what ships
-S_BYTES = 7 * 3 * 64 * 64 * 4  # of seven layers of SmolLM2's three key heads
 
 
 def _all_told(kind: str) -> tuple[str, ...]:
@@ -67,23 +69,31 @@ def fine_tuned(scale: Scale, adapter: Path) -> list[Cell]:
         raise ValueError(f"recall at scale={scale}: it is of one small model; use scale=demo")
     if not is_adapter(adapter):
         raise ValueError(f"weights: {adapter} is no adapter; make one with `python tools/smollm2.py`")
-    made = [Cell(f"N = {n}", run(adapter, n, steps), at=n) for n, steps in STEPS.items()]
-    longer = run(adapter, 1, LONGER * STEPS[1])
-    made.append(Cell(f"N = 1, {LONGER} times the training", longer, at=1, once=True, aside=True))
+    made = [Cell(f"N = {n}", run(adapter, n, steps)) for n, steps in STEPS.items()]
+    made.append(Cell(f"N = 1, {LONGER} times the training", longest(adapter), once=True))
     lora = _lora(whole(adapter))
     evicted = SleepConfig(window=WINDOW)
     read: dict[str, SleepConfig | None] = {
         "LoRA, everything in attention": None,
         "LoRA, sliding window": replace(evicted, eviction=Sliding()),
-        "LoRA, compacted to the bytes of S": replace(evicted, eviction=Compact(bytes=S_BYTES)),
+        "LoRA, compacted to the bytes of S": replace(evicted, eviction=Compact(bytes=_bytes(adapter))),
         "LoRA, evicted": evicted,
     }
     return [*made, *(Cell(name, lora, folder="LoRA", reading=way) for name, way in read.items())]
 
 
 def run(adapter: Path, passes: int, steps: int) -> RunConfig:
-    """Return a run that goes on from an adapter, looping the blocks that it loops."""
-    first, last = json.loads((adapter / "config.json").read_text())["sleep"]["consolidator"]["loop"]
+    """Return a run that goes on from an adapter, looping the blocks that it loops.
+
+    Raises:
+        ValueError: if that are all, for then nothing could be kept.
+    """
+    saved = json.loads((adapter / "config.json").read_text())["sleep"]["consolidator"]
+    if saved.get("loop") is None:
+        raise ValueError(
+            f"weights: {adapter} loops all blocks; train it with `--loop FIRST LAST`, the upper half"
+        )
+    first, last = saved["loop"]
     return RunConfig(
         task=task(whole(adapter)),
         model=FineTune(folder=adapter.resolve(), train="memory"),
@@ -92,11 +102,25 @@ def run(adapter: Path, passes: int, steps: int) -> RunConfig:
     )
 
 
+def longest(adapter: Path) -> RunConfig:
+    """Return the run in one pass that is trained for longest, the last one of `tools/smollm2.py`."""
+    return run(adapter, 1, LONGER * STEPS[1])
+
+
+def _bytes(adapter: Path) -> int:
+    """Return the bytes of `S`, float32, of all memory layers of an adapter."""
+    with safe_open(adapter / "adapter.safetensors", framework="pt") as tensors:
+        sizes = {name: tensors.get_slice(name).get_shape()[0] for name in tensors.keys()}  # noqa: SIM118
+    heads = {name: size for name, size in sizes.items() if name.endswith("mixer.A_log")}
+    # H heads of a width W in all have S of H (W / H) (W / H) numbers.
+    return sum(4 * sizes[name.replace("A_log", "v_proj.weight")] ** 2 // H for name, H in heads.items())
+
+
 def _lora(base: Path) -> RunConfig:
-    """Return a run of LoRA on all blocks; the two memory layers that it needs stay silent."""
+    """Return a run of LoRA on all blocks; memory layers, which attention alone needs, stay silent."""
     return RunConfig(
         task=task(base),
-        model=FineTune(folder=base, train="lora", lora=16, insert=2),
+        model=FineTune(folder=base, train="lora", lora=16, insert=2 if attention_alone(base) else 0),
         sleep=SleepConfig(window=None),
         train=_train(LORA_STEPS, adam_lr=5e-4),
     )
@@ -118,6 +142,7 @@ def _train(steps: int, **options: Any) -> TrainConfig:
     return TrainConfig(
         steps=steps,
         batch_size=16,
+        warmup=min(20, steps // 10),  # a share, or N = 4 would warm up for half of its few steps
         decay=0.5,
         threads=1,
         eval_every=10_000,  # at the end alone: it takes as long as many steps

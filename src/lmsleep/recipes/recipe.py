@@ -85,7 +85,8 @@ class Recipe:
         together: names of sets of difficulties, which are then taken together; by default each stands alone.
         costs: whether what a run keeps and costs when it is used is measured too (`recipes.costs`).
         caution: what must be said with every result.
-        fine_tuned: the runs from the pretrained weights in a folder; raises ValueError for the scale "demo".
+        fine_tuned: the runs from the pretrained weights in a folder; raises ValueError for scales other
+            than its own.
     """
 
     title: str

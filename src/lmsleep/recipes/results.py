@@ -70,8 +70,8 @@ class Result:
 
     def named(self, difficulty: int) -> str:
         """Return what a difficulty is called in a table."""
-        sets = [*self.recipe.together]
-        return sets[difficulty] if sets else f"{self.key} = {difficulty}"
+        names = (row.get("named") for row in self.rows if row.get("difficulty") == difficulty)
+        return next(names, None) or f"{self.key} = {difficulty}"
 
     def own(self, **where: Any) -> list[Row]:
         """Return the rows of runs that were read as they were trained, with these values."""
@@ -198,8 +198,9 @@ def collect(recipe: Recipe, jobs: Sequence[tuple[Cell, Job]]) -> Result:
             measured[cell.label] = costs(run.model(choose_device(config.train.device)), as_read)
         spent |= measured.get(cell.label, {})
         for at, reading in readings.items():
-            # The report has the run's own reading already, on twice as many batches.
-            score = report["eval"] if reading == config else _read(run, reading)
+            # A contestant is read on as many batches as its rivals' reports, another reading on half of them.
+            batches = (2 if cell.reading is None else 4) * config.train.eval_batches
+            score = report["eval"] if reading == config else _read(run, reading, batches)
             where = {"at": at, "passes_read": reading.sleep.passes}
             reached, each = reading.task.floors(), list[Row]()
             for key, accuracy in score["per_difficulty"].items():
@@ -227,14 +228,14 @@ def collect(recipe: Recipe, jobs: Sequence[tuple[Cell, Job]]) -> Result:
 
 
 def together(rows: Sequence[Row], sets: Mapping[str, Collection[int]]) -> list[Row]:
-    """Return a row for each set of difficulties, numbered in their order; without sets, the rows.
+    """Return a row for each set of difficulties, numbered and named; without sets, the rows.
 
     Accuracies and floors are those over all answers of a set, losses those over all their tokens.
     """
     if not sets:
         return [*rows]
     found = []
-    for number, keys in enumerate(sets.values()):
+    for number, (called, keys) in enumerate(sets.items()):
         mine = [row for row in rows if row["difficulty"] in keys]
         by = {"loss": "answer_tokens"}
         mean = {
@@ -245,7 +246,7 @@ def together(rows: Sequence[Row], sets: Mapping[str, Collection[int]]) -> list[R
         }
         total = {name: sum(row[name] for row in mine) for name in ("answers", "answer_tokens")}
         if mine:
-            found.append({"difficulty": number, **mean, **total})
+            found.append({"difficulty": number, "named": called, **mean, **total})
     return found
 
 
@@ -266,10 +267,10 @@ def _who(cell: Cell, config: RunConfig) -> Row:
     }
 
 
-def _read(run: RunFolder, reading: RunConfig) -> Row:
+def _read(run: RunFolder, reading: RunConfig, batches: int) -> Row:
     """Score a finished run in another way of reading."""
     train, device = reading.train, choose_device(reading.train.device)
-    how: dict[str, Any] = {"batches": 2 * train.eval_batches, "batch_size": train.batch_size}
+    how: dict[str, Any] = {"batches": batches, "batch_size": train.batch_size}
     how |= {"parts": train.accumulate, "device": device}
     return evaluate(run.model(device), reading.task, reading.sleep, **how).to_dict()
 

@@ -78,7 +78,7 @@ def run(options: ReproduceOptions) -> None:
         cells = recipe.cells(options.scale)
     else:
         recipe, cells = _with_weights(recipe, options.scale, options.weights)
-        name += f"-{options.weights.resolve().name}"
+        name += f"-{_called(options.weights)}"
     if options.steps is not None:
         # Folders of their own: a try-out must not be taken for a result, or gone on with.
         name += f"-{options.steps}-steps"
@@ -119,10 +119,16 @@ def _with_weights(recipe: Recipe, scale: Scale, weights: Path) -> tuple[Recipe, 
         raise ValueError("weights: only figures 4a, 4b, 5 and recall begin with a pretrained model")
     if not weights.is_dir():
         raise FileNotFoundError(f"weights: there is no folder {weights}; nothing is downloaded")
-    caution = f"Fine-tuned from `{weights.resolve().name}`."
+    caution = f"Fine-tuned from `{_called(weights)}`."
     if scale == "small":
         caution += " Adapters on shorter problems than the paper's, with fewer operations; nothing is tuned."
     return replace(recipe, caution=caution), recipe.fine_tuned(scale, weights)
+
+
+def _called(weights: Path) -> str:
+    """Return the name of a folder of weights; of what a run exports, that of the run."""
+    folder = weights.resolve()
+    return folder.parent.name if folder == RunFolder(folder.parent).exported else folder.name
 
 
 def train(

@@ -154,8 +154,15 @@ def passages(paths: tuple[Path, ...]) -> dict[Split, list[list[Unit]]]:
 
 @cache
 def _paragraphs(paths: tuple[Path, ...]) -> dict[Split, list[list[str]]]:
-    """Return the paragraphs of each document, divided as `passages` are; errors of `_documents`."""
-    split = {document: [re.split(r"\n\s*\n", document.text.strip())] for document in _documents(paths)}
+    """Return the paragraphs of each document but pages of manuals, which are no plain text.
+
+    They are divided as `passages` are; errors of `_documents`.
+    """
+    split = {
+        document: [re.split(r"\n\s*\n", document.text.strip())]
+        for document in _documents(paths)
+        if options not in document.forms
+    }
     return _divided(split, str.strip)
 
 

@@ -48,6 +48,9 @@ def floors(asked: Sequence[Question], problems: int, of_problems: Mapping[str, f
     of_ops = {
         name.replace(" op=", " kind=op"): value for name, value in of_problems.items() if " op=" in name
     }
+    # Of problems every operation has the chance of all.
+    for name in of_ops:
+        found.setdefault(name.replace("constant", "chance", 1), of_problems["chance"])
     return found | constants | of_ops
 
 

@@ -76,7 +76,8 @@ class Recall:
     to four operations and no noise. Prose is a passage of the same reference and how it goes on: nothing is
     asked and nothing scored, but a memory that was trained on answers alone speaks into every text.
 
-    An answer is followed by the end of a text, if the tokenizer has one: it is learned, and not scored.
+    An answer is followed by the end of a text, if the tokenizer has one: it is learned and, but for problems,
+    not scored.
 
     The test asks for combinations of name and value that were never trained; a quarter of its texts each has
     names never trained (`color+names`), wordings never trained (`color+wordings`), or more filler. Of
@@ -177,6 +178,8 @@ class Recall:
 
     def solve(self, tokens: list[int]) -> list[list[int]]:
         """See `Task.solve`."""
+        if HIDDEN not in tokens:  # prose
+            return []
         read = tokens[: tokens.index(HIDDEN)]
         if "problems" in self.kinds:
             mark = self._problems.marks.answer
