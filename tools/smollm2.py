@@ -25,6 +25,7 @@ from lmsleep import shipped
 from lmsleep.cli import main as lmsleep
 from lmsleep.hf import load_pretrained, save_adapter
 from lmsleep.hf.loading import attention_alone
+from lmsleep.tasks import Recall
 from lmsleep.training import RunFolder
 
 ALL = (
@@ -127,13 +128,15 @@ def main(argv: Sequence[str]) -> None:
     if options.ship is not None:
         runs = [RunFolder.open(options.out / name) for name in KEPT]
         command = ["python", "tools/smollm2.py", "--model", options.model, *["--full"] * options.full, *more]
+        task = runs[-1].config().task
+        assert isinstance(task, Recall)
         about = {
             "recipe": f"`{shlex.join(command)} --ship FOLDER`: three runs, of "
             + ", ".join(f"{r.config().train.steps} steps (seed {r.config().train.seed})" for r in runs)
             + f"; commit {runs[-1].made_by()['commit']}",
             "trained on": "task recall: planted facts and chains of two in prose, passages of the Python "
             "reference, problems of GSM-Infinite; no personal data",
-            "limits": f"texts of up to {runs[-1].config().task.length} tokens; N = 1 alone; it answers what "
+            "limits": f"texts of up to {task.length} tokens; N = 1 alone; it answers what "
             "it was not told too (what it remembers and what it costs: docs/pretrained.md)",
             "held out": _held_out(runs[-1]),
         }
