@@ -39,7 +39,7 @@ def test_a_tool_makes_what_ships_and_the_recipe_goes_on_from_it(base, tmp_path, 
     monkeypatch.chdir(tmp_path)
     for name in ("PAIRS", "FACTS"):
         monkeypatch.setattr(smollm2, name, f"--kinds facts --facts 2 2 --filler 0 1 {TINY}")
-    monkeypatch.setattr(smollm2, "KINDS", f"{smollm2.KINDS} --length 1200 --window 600 --steps 6")
+    monkeypatch.setattr(smollm2, "KINDS", f"{smollm2.KINDS} --length 1200 --window 600 --steps 6 --warmup 0")
     monkeypatch.setattr(recall, "STEPS", {1: 2, 2: 2})
     monkeypatch.setattr(recall, "LORA_STEPS", 2)
     monkeypatch.setattr(recall, "WINDOW", 600)
