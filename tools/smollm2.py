@@ -43,7 +43,7 @@ FACTS = (
 )
 # The longest run of the recipe `recall`.
 KINDS = (
-    "--kinds facts hops documents problems prose --shares 3 1 1 1 1 --facts 2 6 --filler 0 3 --length 192 "
+    "--kinds facts hops documents problems prose --shares 3 1 1 1 2 --facts 2 6 --filler 0 3 --length 192 "
     "--window 96 --steps 294 --lr 0.01 --adam-lr 1e-3 --eval-every 10000 --eval-batches 4"
 )
 # On a CPU few batches of facts are read again and again, for what is frozen is then computed once. Of all

@@ -121,7 +121,7 @@ def task(base: Path) -> Recall:
     """Return texts of all kinds, in the tokens of a base model."""
     return Recall(
         kinds=("facts", "hops", "documents", "problems", "prose"),
-        shares=(3, 1, 1, 1, 1),
+        shares=(3, 1, 1, 1, 2),
         facts=(2, 6),
         filler=(0, 3),
         length=2 * WINDOW,
