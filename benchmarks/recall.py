@@ -9,7 +9,7 @@ from benchmarks.models import NAME, SLEEPS, language_model, sleeping_model
 from benchmarks.table import Cell, Table, share
 from lmsleep import SleepConfig, adapt, shipped
 from lmsleep.evaluation import Score, evaluate
-from lmsleep.recipes import RECIPES, recall
+from lmsleep.recipes import recall
 from lmsleep.sleep import Backbone, Sliding
 
 TEXTS = 16  # in a batch
@@ -57,7 +57,7 @@ def _readings(tiny: bool) -> Iterator[tuple[str, Backbone, SleepConfig]]:
 def _columns(score: Score) -> dict[str, Cell]:
     """Return the share of right answers of each column of the recipe."""
     found: dict[str, Cell] = {}
-    for name, every in RECIPES["recall"].together.items():
+    for name, every in recall.TOGETHER.items():
         keys = [key for key in every if key in score.total]
         right, asked = (sum(counted[key] for key in keys) for counted in (score.correct, score.total))
         found[name] = share(right, asked) if asked else None

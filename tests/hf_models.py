@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 import transformers as t
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from lmsleep.hf import insert_memory_layers
 from lmsleep.hf.cache_name import cache_name
@@ -270,3 +271,17 @@ def turning(kind: str) -> Any:
     torch.manual_seed(0)
     config = getattr(t, f"{kind}Config")(**SMALL, **HEADS, **FOUR, **_TURNING[kind][1])
     return remembering(getattr(t, f"{kind}ForCausalLM")(config).eval())
+
+
+def tiny_llama_of_bytes(folder, *, layers=0, **sizes):
+    """Write a tiny Llama and its tokenizer of bytes, which ends a text with `</s>`; return the folder."""
+    words = ["</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    made = Tokenizer(models.BPE({w: i for i, w in enumerate(words)}, []))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    model = t.LlamaForCausalLM(t.LlamaConfig(**{**SMALL, "vocab_size": len(words)}, **HEADS, **sizes))
+    if layers:
+        insert_memory_layers(model, layers)
+    model.save_pretrained(folder)
+    t.PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>").save_pretrained(folder)
+    return folder

@@ -127,12 +127,7 @@ def test_prose_is_a_passage_and_how_it_goes_on_without_a_question():
         whole = task.spell(context + tokens)
         assert any(whole in "\n\n".join(some) for some in documents._paragraphs(())["train"])
     assert passages > 20 and len(batch.parts(4)) == 4
-    kinds = {
-        kind
-        for record in records(task, batch)
-        for answer in record["answers"]
-        for kind in [answer["difficulty"]]
-    }
+    kinds = {answer["difficulty"] for record in records(task, batch) for answer in record["answers"]}
     assert kinds == set(batch.difficulty.tolist())
 
 

@@ -6,12 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import transformers as t
 from conftest import run_command
-from hf_models import FOUR, HEADS, SMALL
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from hf_models import FOUR, tiny_llama_of_bytes
 from tools import smollm2
-from transformers import PreTrainedTokenizerFast
 
 import lmsleep
 from lmsleep.hf import load_pretrained
@@ -24,14 +21,7 @@ TINY = "--length 400 --window 200 --steps 2 --eval-every 9"
 @pytest.fixture
 def base(tmp_path):
     """A tiny model of bytes, with attention alone."""
-    words = ["</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    made = Tokenizer(models.BPE({w: i for i, w in enumerate(words)}, []))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    model = t.LlamaForCausalLM(t.LlamaConfig(**{**SMALL, "vocab_size": len(words)}, **HEADS, **FOUR))
-    model.save_pretrained(tmp_path / "tiny")
-    PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>").save_pretrained(tmp_path / "tiny")
-    return tmp_path / "tiny"
+    return tiny_llama_of_bytes(tmp_path / "tiny", **FOUR)
 
 
 @pytest.mark.slow  # nine runs

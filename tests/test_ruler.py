@@ -3,13 +3,8 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-import transformers as t
-from hf_models import HEADS, SMALL
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from hf_models import tiny_llama_of_bytes
 from tools import ruler
-from transformers import PreTrainedTokenizerFast
-
-from lmsleep.hf import insert_memory_layers
 
 TASKS = ("ruler_fwe",)
 SHORT = ("--gen-kwargs", "max_gen_toks=2")  # a tiny model writes on to the end
@@ -19,15 +14,7 @@ LENGTH = 1024  # bytes, of which the templates take a part
 @pytest.fixture
 def folder(tmp_path):
     """A tiny model of bytes, with silent memory layers."""
-    words = ["</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    made = Tokenizer(models.BPE({w: i for i, w in enumerate(words)}, []))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    model = t.LlamaForCausalLM(t.LlamaConfig(**{**SMALL, "vocab_size": len(words)}, **HEADS))
-    insert_memory_layers(model, 2)
-    model.save_pretrained(tmp_path / "tiny")
-    PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>").save_pretrained(tmp_path / "tiny")
-    return tmp_path / "tiny"
+    return tiny_llama_of_bytes(tmp_path / "tiny", layers=2)
 
 
 @pytest.fixture

@@ -32,6 +32,7 @@ OLDER = {
     "rivals-mqar-demo": "nothing kept was trained for the steps of the whole cache",
     "rule110": "FLOPs left out attention's products",
 }
+BEGIN_WITH_WEIGHTS = {"recall-demo"}
 ROUNDING = 1e-3  # relative; of ten steps in another order of sums
 
 
@@ -42,11 +43,7 @@ def results() -> list[Path]:
 
 
 def changed(folder: Path) -> Iterator[str]:
-    """Yield in words what is otherwise today: cells, their steps, the first losses of seed 0.
-
-    Raises:
-        ValueError: for a recipe that begins with weights, which are not at hand.
-    """
+    """Yield in words what is otherwise today: cells, their steps, the first losses of seed 0."""
     rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
     # Cells of two budgets share a name.
     then = {(row["cell"], row.get("budget")): row for row in rows if row["seed"] == 0}
@@ -93,11 +90,12 @@ def main() -> None:
     torch.set_num_threads(1)
     differ = False
     for folder in [Path(name) for name in sys.argv[1:]] or results():
-        try:
-            found = [*changed(folder)]
-        except ValueError as error:
-            sys.stdout.write(f"{folder.name}: not checked: {error}\n")
+        if folder.name in BEGIN_WITH_WEIGHTS:
+            sys.stdout.write(
+                f"{folder.name}: not checked, for its runs begin with weights that lie elsewhere\n"
+            )
             continue
+        found = [*changed(folder)]
         differ |= bool(unknown(folder, found))
         seen = (
             "as today"

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from lmsleep.files import write_atomic
@@ -71,7 +72,8 @@ def search(
             row = {**trial.what, "seed": trial.config.train.seed}
             row |= {key: report[key] for key in ("step", "tokens", "flops", "seconds")}
             row |= {key: report["eval"][key] for key in ("accuracy", "per_difficulty")}
-            row["loss"] = _mean(report["eval"]["loss_per_difficulty"], report["eval"]["answers"])
+            losses, answers = (report["eval"][key] for key in ("loss_per_difficulty", "answers"))
+            row["loss"] = fmean([losses[key] for key in answers], answers.values())
             found.append({**row, "commit": folder.made_by()["commit"]})
             file.parent.mkdir(parents=True, exist_ok=True)
             # The whole file: a kill must not leave half a line.
@@ -117,10 +119,6 @@ def _is_of(row: Row, trial: Trial) -> bool:
             "and its run to try it again"
         )
     return same
-
-
-def _mean(losses: Mapping[str, float], answers: Mapping[str, int]) -> float:
-    return sum(losses[key] * answers[key] for key in losses) / sum(answers[key] for key in losses)
 
 
 def _folder(what: Mapping[str, Any]) -> str:

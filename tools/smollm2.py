@@ -20,6 +20,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 
 from lmsleep import shipped
 from lmsleep.cli import main as lmsleep
@@ -55,9 +56,8 @@ KEPT = {
 }
 # Where passes are cheap, every text is new; of both the steps are many more.
 FULL = {
-    "pairs": "--steps 4000 --batch-size 64 --save-every 500",
-    "facts": "--steps 20000 --batch-size 64 --save-every 500",
-    "kinds": "--steps 20000 --batch-size 64 --save-every 500",
+    name: f"--steps {steps} --batch-size 64 --save-every 500"
+    for name, steps in {"pairs": 4_000, "facts": 20_000, "kinds": 20_000}.items()
 }
 
 
@@ -94,7 +94,7 @@ def _held_out(run: RunFolder) -> str:
     assert report is not None, "the run is complete"
     score = report["eval"]
     tokens, losses = score["answer_tokens"], score["loss_per_difficulty"]
-    bits = sum(losses[key] * tokens[key] for key in tokens) / sum(tokens.values()) / math.log(2)
+    bits = fmean([losses[key] for key in tokens], tokens.values()) / math.log(2)
     return (
         f"{score['accuracy']:.3f} of {sum(score['answers'].values())} answers to all kinds of question at "
         f"the end of training, {bits:.3f} bits a token of theirs; N = 1"

@@ -18,7 +18,6 @@ from lmsleep.recipes.results import TIMED_STEPS
 from lmsleep.recipes.settings import PAIR, Scale, depo, rule110
 from lmsleep.sleep import Hard, Passes, SleepConfig
 from lmsleep.tasks import MQAR, GSMInfinite
-from lmsleep.tasks.recall.task import LABELS
 from lmsleep.training import BASELINES, RunConfig, TrainConfig, baseline, equal_compute, two_stages
 
 PRETRAINED = {
@@ -533,7 +532,7 @@ RECIPES: dict[str, Recipe] = {
         "taught facts in one pass by 990 steps before, LoRA begins with the plain model.",
         recall.cells,
         ("difficulty",),
-        together={name: tuple(map(LABELS.index, kinds)) for name, kinds in recall.COLUMNS.items()},
+        together=recall.TOGETHER,
         fine_tuned=recall.fine_tuned,
     ),
     **{name: _depth(name) for name in depth.FOUND},

@@ -147,14 +147,14 @@ def _lines(ax: Axes, panel: str, result: Result) -> None:
         else:
             ax.plot(*zip(*floors, strict=True), **FLOOR)
     places = [row[key] for row in result.rows]
-    # Places that span more than a decade, such as 1 ... 1000 sleeps, would crowd at the left.
     if recipe.together and key == "difficulty":
         ax.set_xticks(result.difficulties, map(result.named, result.difficulties), rotation=30, ha="right")
+    # Places that span more than a decade, such as 1 ... 1000 sleeps, would crowd at the left.
     elif max(places) > 20 * max(min(places), 1):
         ax.set_xscale("log")
     else:
         ax.locator_params(axis="x", integer=True)
-    ax.set(xlabel=(result.key or None) if key == "difficulty" else recipe.axis, ylabel=LABELS[recipe.value])
+    ax.set(xlabel=result.key if key == "difficulty" else recipe.axis, ylabel=LABELS[recipe.value])
 
 
 def _at_most_compute(result: Result) -> list[Row]:

@@ -18,21 +18,18 @@ from lmsleep.hf.adapter import is_adapter, whole
 from lmsleep.hf.finetune import FineTune
 from lmsleep.hf.loading import attention_alone
 from lmsleep.recipes.recipe import Cell
+from lmsleep.recipes.searched import LONGER, trained_longer
 from lmsleep.recipes.settings import Scale
 from lmsleep.sleep import Compact, Passes, SleepConfig, Sliding
 from lmsleep.tasks import Recall
 from lmsleep.tasks.recall.documents import KINDS
 from lmsleep.tasks.recall.planted import HOP, RELATIONS, TOLD, label
+from lmsleep.tasks.recall.task import LABELS, OPS
 from lmsleep.training import RunConfig, TrainConfig
 
 WINDOW = 96  # tokens; the longest texts fill two
 # By N, and of LoRA: steps of the same FLOPs, counted once, for they are a minute's work to count.
 STEPS, LORA_STEPS = {1: 98, 2: 66, 4: 40}, 60
-LONGER = 3  # times the training, for what ships
-
-
-def _all_told(kind: str) -> tuple[str, ...]:
-    return tuple(label(kind, told) for told in TOLD)
 
 
 # What a table takes together, by the names of kinds of question.
@@ -40,10 +37,11 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
     "facts": tuple(RELATIONS),
     **{f"other {told}": tuple(label(kind, told) for kind in RELATIONS) for told in TOLD[1:3]},
     "more filler": tuple(label(kind, TOLD[3]) for kind in RELATIONS),
-    "hops": _all_told(HOP),
+    "hops": tuple(label(HOP, told) for told in TOLD),
     "documents": KINDS,
-    "problems": tuple(f"op{op}" for op in range(1, 5)),
+    "problems": tuple(f"op{op}" for op in range(OPS[0], OPS[1] + 1)),
 }
+TOGETHER = {name: tuple(map(LABELS.index, kinds)) for name, kinds in COLUMNS.items()}
 
 
 def cells(scale: Scale) -> list[Cell]:
@@ -70,7 +68,7 @@ def fine_tuned(scale: Scale, adapter: Path) -> list[Cell]:
     if not is_adapter(adapter):
         raise ValueError(f"weights: {adapter} is no adapter; make one with `python tools/smollm2.py`")
     made = [Cell(f"N = {n}", run(adapter, n, steps)) for n, steps in STEPS.items()]
-    made.append(Cell(f"N = 1, {LONGER} times the training", longest(adapter), once=True))
+    made.append(trained_longer("N = 1", longest(adapter)))
     lora = _lora(whole(adapter))
     evicted = SleepConfig(window=WINDOW)
     read: dict[str, SleepConfig | None] = {
@@ -130,10 +128,10 @@ def task(base: Path) -> Recall:
 
 
 def _train(steps: int, **options: Any) -> TrainConfig:
+    # New texts in every step: 64 batches, read again and again, were known by heart after 294 steps.
     return TrainConfig(
         steps=steps,
         batch_size=16,
-        # New texts in every step: 64 batches, read again and again, were known by heart after 294 steps.
         warmup=min(20, steps // 10),  # a share, or N = 4 would warm up for half of its few steps
         decay=0.5,
         threads=1,

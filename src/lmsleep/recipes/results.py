@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from math import inf, isnan, log, nan
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from lmsleep.evaluation import evaluate, mean_interval, wilson
@@ -110,15 +111,9 @@ class Result:
                 named = [*([budget] if budget else []), cell, *([str(at)] if axis else [])]
                 spent = [str(mine[0]["step"]), f"{mine[0]['flops'] / 1e12:.3g}"]
                 spent += [as_text(mine[0]) for as_text in COLUMNS.values()] if costly else []
-                lines.append(
-                    [
-                        *named,
-                        *spent,
-                        *figures,
-                        *([self.figure(mine)] if whole else []),
-                        *(_bits(mine) for _ in bits),
-                    ]
-                )
+                figures += [self.figure(mine)] if whole else []
+                figures += [_bits(mine)] if bits else []
+                lines.append([*named, *spent, *figures])
         for label, known in floors(self.rows, keys):
             # A mean of floors would need the number of answers of each difficulty.
             over_all = known[0] if len({*known}) == 1 else nan
@@ -237,16 +232,16 @@ def together(rows: Sequence[Row], sets: Mapping[str, Collection[int]]) -> list[R
     found = []
     for number, (called, keys) in enumerate(sets.items()):
         mine = [row for row in rows if row["difficulty"] in keys]
-        by = {"loss": "answer_tokens"}
+        if not mine:
+            continue
+        over = {"loss": "answer_tokens", **dict.fromkeys(("accuracy", *FLOORS), "answers")}
         mean = {
-            name: sum(row[name] * row[by.get(name, "answers")] for row in mine)
-            / sum(row[by.get(name, "answers")] for row in mine)
-            for name in ("accuracy", "loss", *FLOORS)
-            if mine and all(name in row for row in mine)
+            name: fmean([row[name] for row in mine], [row[weight] for row in mine])
+            for name, weight in over.items()
+            if all(name in row for row in mine)
         }
         total = {name: sum(row[name] for row in mine) for name in ("answers", "answer_tokens")}
-        if mine:
-            found.append({"difficulty": number, "named": called, **mean, **total})
+        found.append({"difficulty": number, "named": called, **mean, **total})
     return found
 
 
@@ -322,8 +317,8 @@ def _bits(rows: Sequence[Row]) -> str:
     found = []
     for seed in dict.fromkeys(row["seed"] for row in rows):
         mine = [row for row in rows if row["seed"] == seed]
-        nats = sum(row["loss"] * row["answer_tokens"] for row in mine)
-        found.append(nats / sum(row["answer_tokens"] for row in mine) / log(2))
+        nats = fmean([row["loss"] for row in mine], [row["answer_tokens"] for row in mine])
+        found.append(nats / log(2))
     return _mean(found, top=inf)
 
 
